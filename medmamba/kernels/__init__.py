@@ -1,0 +1,6 @@
+"""Selective scan operators and the backends that run them."""
+
+from .dispatch import BackendError, available_backends, resolve_backend
+from .ops import selective_scan, selective_scan_2d
+
+__all__ = ["BackendError", "available_backends", "resolve_backend", "selective_scan", "selective_scan_2d"]

@@ -1,0 +1,127 @@
+"""The definition of the selective scan, in plain PyTorch.
+
+Every other backend is tested against these functions, values and gradients. They run on any device and in any float
+dtype (float64 included, for gradcheck), and they are the fallback where no faster kernel is available.
+
+Notation, fixed for the whole package:
+    B  batch            H, W  height and width of a feature map        L = H * W  tokens
+    C  channels         N     state size per channel (16)              R  rank of the step size projection
+    K = 4  scan directions: row-major, column-major, and both reversed
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The recurrence runs in float32 at least: in half precision it drifts and overflows."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def scan_tokens(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence itself (equation 2 of the Mamba paper, arXiv 2312.00752).
+
+        h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] * B[t]
+        y[t] = <C[t], h[t]>
+
+    Args:
+        x, dt: (..., L, C) input and step size.
+        A: (..., C, N) negative decay rates.
+        B, C: (..., L, N) input and output projections.
+
+    Returns:
+        y (..., L, C) and the last state h (..., C, N).
+    """
+    h = x.new_zeros(torch.broadcast_shapes(x.shape[:-2], A.shape[:-2]) + A.shape[-2:])
+    ys = []
+    # unbind, not indexing: the gradient of `x[t]` allocates a zero tensor as long as x, for every t, which makes the
+    # backward quadratic in L.
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(-2), dt.unbind(-2), B.unbind(-2), C.unbind(-2), strict=True):
+        decay = torch.exp(dt_t.unsqueeze(-1) * A)  # (..., C, N)
+        h = decay * h + (dt_t * x_t).unsqueeze(-1) * B_t.unsqueeze(-2)
+        ys.append((h @ C_t.unsqueeze(-1)).squeeze(-1))  # (..., C)
+    return torch.stack(ys, dim=-2), h
+
+
+def to_directions(maps: Tensor) -> Tensor:
+    """Reads (B, H, W, K, P) maps along their four directions: (B, K, L, P)."""
+    rows = maps.flatten(1, 2)  # (B, L, K, P), row-major
+    cols = maps.transpose(1, 2).flatten(1, 2)  # (B, L, K, P), column-major
+    return torch.stack(
+        (rows[:, :, 0], cols[:, :, 1], rows[:, :, 2].flip(1), cols[:, :, 3].flip(1)), dim=1
+    )  # (B, K, L, P)
+
+
+def from_directions(seqs: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_directions`, summed over directions: (B, K, L, C) to (B, H, W, C)."""
+    rows = seqs[:, 0] + seqs[:, 2].flip(1)  # (B, L, C), row-major
+    cols = seqs[:, 1] + seqs[:, 3].flip(1)  # (B, L, C), column-major
+    return rows.unflatten(1, (height, width)) + cols.unflatten(1, (width, height)).transpose(1, 2)
+
+
+def scan_2d(x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
+    """Four-direction selective scan over a feature map (SS2D, MedMamba section 3.2; VMamba arXiv 2401.10166).
+
+    Args:
+        x: (B, H, W, C) feature map.
+        proj: (B, H, W, K, R + 2N) what each direction reads at each pixel: [step size code | B | C].
+        dt_weight, dt_bias: (K, C, R), (K, C) from step size code to step size, before the softplus.
+        A: (K, C, N) negative decay rates.
+        D: (K, C) skip connection.
+
+    Returns:
+        (B, H, W, C) the sum of the four scans, each put back in pixel order, in the dtype of x.
+    """
+    B, H, W, C = x.shape
+    K, _, R = dt_weight.shape
+    N = A.shape[-1]
+    dtype = compute_dtype(x.dtype)
+    xs = to_directions(x.to(dtype).unsqueeze(3).expand(B, H, W, K, C))  # (B, K, L, C)
+    code, Bs, Cs = to_directions(proj.to(dtype)).split((R, N, N), dim=-1)
+    dt = F.softplus(code @ dt_weight.to(dtype).transpose(1, 2) + dt_bias.to(dtype).unsqueeze(1))  # (B, K, L, C)
+    y, _ = scan_tokens(xs, dt, A.to(dtype), Bs, Cs)
+    return from_directions(y + xs * D.to(dtype).unsqueeze(1), H, W).to(x.dtype)
+
+
+def scan_1d(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Grouped selective scan in the layout of `mamba_ssm`, without its gate.
+
+    Args:
+        u, delta: (B, C, L). A: (C, N). B, C: (B, G, N, L), group g serving C/G consecutive channels. D, delta_bias: (C,).
+
+    Returns:
+        y (B, C, L) in the dtype of u, and the last state (B, C, N) in the dtype of the recurrence.
+    """
+    batch, channels, length = u.shape
+    G = B.shape[1]
+    dtype = compute_dtype(u.dtype)
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype).unsqueeze(-1)
+    if softplus:
+        dt = F.softplus(dt)
+
+    def tokens(t: Tensor) -> Tensor:
+        return t.to(dtype).unflatten(1, (G, channels // G)).transpose(2, 3)  # (B, G, L, C/G)
+
+    y, h = scan_tokens(
+        tokens(u),
+        tokens(dt),
+        A.to(dtype).unflatten(0, (G, channels // G)),
+        B.to(dtype).transpose(2, 3),
+        C.to(dtype).transpose(2, 3),
+    )
+    y = y.transpose(2, 3).flatten(1, 2)  # (B, C, L)
+    if D is not None:
+        y = y + D.to(dtype).unsqueeze(-1) * u.to(dtype)
+    return y.to(u.dtype), h.flatten(1, 2)
