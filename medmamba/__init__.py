@@ -1,1 +1,30 @@
-"""MedMamba."""
+"""medmamba: MedMamba medical image classification, from an image to a class on any machine.
+
+>>> from medmamba import MedMamba
+>>> model = MedMamba.from_pretrained("medmamba/bloodmnist")
+>>> print(model.predict("cell.png"))
+"""
+
+from .config import ConfigError, MedMambaConfig, PreprocessConfig
+from .convert import ConversionError, load_upstream
+from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
+from .model import MedMamba, create_model
+from .pretrained import PretrainedError, bundled_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "ConversionError",
+    "MedMamba",
+    "MedMambaConfig",
+    "PreprocessConfig",
+    "PretrainedError",
+    "available_backends",
+    "bundled_models",
+    "create_model",
+    "load_upstream",
+    "selective_scan",
+    "selective_scan_2d",
+]

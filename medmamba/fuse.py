@@ -1,0 +1,61 @@
+"""Batch norm folding for inference."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelAffine(nn.Module):
+    """x * scale + shift per channel of (B, C, H, W).
+
+    What is left of the batch norm before the first convolution. Its shift cannot move into the convolution: there, the
+    zero padding comes after the shift.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale.view(-1, 1, 1))
+        self.register_buffer("shift", shift.view(-1, 1, 1))
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+@torch.no_grad()
+def fuse(model):
+    """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
+    input, but not be trained or saved.
+
+    Raises:
+        ValueError: the model is in training mode, where its batch norms depend on the batch.
+    """
+    from .model import ConvBranch
+
+    if model.training:
+        raise ValueError("fuse() needs a model in eval mode: call model.eval() first")
+    fused = copy.deepcopy(model)
+    for module in fused.modules():
+        if isinstance(module, ConvBranch) and isinstance(module[0], nn.BatchNorm2d):
+            _fuse_branch(module)
+    return fused
+
+
+def _fuse_branch(branch: nn.Sequential) -> None:
+    norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = branch
+    layers = [ChannelAffine(*_scale_and_shift(norm0)), conv1, relu1, conv2, relu2, conv3, relu3]
+    for conv, norm in ((conv1, norm1), (conv2, norm2)):
+        scale, shift = _scale_and_shift(norm)
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        conv.bias.mul_(scale).add_(shift)
+    for conv in (conv1, conv2, conv3):
+        conv.to(memory_format=torch.channels_last)
+    del branch[:]
+    branch.extend(layers)
+
+
+def _scale_and_shift(norm) -> tuple[Tensor, Tensor]:
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
