@@ -10,15 +10,8 @@ from typing import Any
 from . import __version__
 
 DEFAULT_MODEL = "medmamba/bloodmnist"
-# Subcommand to the module that has its `add_parser` and `run`.
-COMMANDS = {
-    "predict": "medmamba.cli",
-    "doctor": "medmamba.cli",
-    "explain": "medmamba.cli_explain",
-    "train": "medmamba.cli_train",
-    "evaluate": "medmamba.cli_evaluate",
-    "export": "medmamba.cli_export",
-}
+# Further subcommands, each a module with `add_parser(subparsers)` that imports what it needs only when it runs.
+SUBCOMMANDS = ("cli_train", "cli_evaluate", "cli_explain", "cli_export")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     _add_predict(subparsers)
     doctor = subparsers.add_parser("doctor", help="what is available, what is used, and how to get what is missing")
     doctor.set_defaults(run=_run_doctor)
-    for module in dict.fromkeys(COMMANDS.values()):
-        if module != __name__:
-            importlib.import_module(module).add_parser(subparsers)
+    for module in SUBCOMMANDS:
+        importlib.import_module(f"medmamba.{module}").add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0

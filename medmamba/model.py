@@ -289,7 +289,7 @@ def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3,
     """A randomly initialised MedMamba.
 
     Args:
-        name: "nano" (1.7M parameters), "tiny" (14.5M), "small" (18.6M), "base" (39.9M) as the published code builds
+        name: "nano" (1.8M parameters), "tiny" (14.5M), "small" (18.6M), "base" (39.9M) as the published code builds
             them, "small-paper" (22.8M), "base-paper" (47.1M) as the paper's sizes imply; "test" for tests.
         config: any other field of `MedMambaConfig`.
 
@@ -313,11 +313,12 @@ def _init_weights(module: nn.Module) -> None:
 @contextmanager
 def _second_pass(block: nn.Module) -> Iterator[None]:
     """Checkpointing runs a block twice; its batch norms must count the batch once."""
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
