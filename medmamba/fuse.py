@@ -24,6 +24,13 @@ class ChannelAffine(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as a matrix product over channels-last memory, which needs no layout change on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
 @torch.no_grad()
 def fuse(model):
     """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
@@ -45,15 +52,16 @@ def fuse(model):
 
 def _fuse_branch(branch: nn.Sequential) -> None:
     norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = branch
-    layers = [ChannelAffine(*_scale_and_shift(norm0)), conv1, relu1, conv2, relu2, conv3, relu3]
     for conv, norm in ((conv1, norm1), (conv2, norm2)):
         scale, shift = _scale_and_shift(norm)
         conv.weight.mul_(scale.view(-1, 1, 1, 1))
         conv.bias.mul_(scale).add_(shift)
-    for conv in (conv1, conv2, conv3):
         conv.to(memory_format=torch.channels_last)
+    pointwise = Pointwise(conv3.in_channels, conv3.out_channels).to(conv3.weight)
+    pointwise.weight.copy_(conv3.weight.flatten(1))
+    pointwise.bias.copy_(conv3.bias)
     del branch[:]
-    branch.extend(layers)
+    branch.extend([ChannelAffine(*_scale_and_shift(norm0)), conv1, relu1, conv2, relu2, pointwise, relu3])
 
 
 def _scale_and_shift(norm) -> tuple[Tensor, Tensor]:
