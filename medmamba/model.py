@@ -76,14 +76,19 @@ class SS2D(nn.Module):
         self.D.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, proj, A, gate = self.scan_inputs(x)
+        y = selective_scan_2d(x, proj, self.dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
+        return self.out_proj(self.out_norm(y) * F.silu(gate))
+
+    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the scan reads, (B, H, W, dim) to x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and the gate."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, C) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H, W, C)
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
         # four sequences first, without four copies of x.
         proj = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])  # (B, H, W, K, R + 2N)
         A = -torch.exp(self.A_log.float()).to(self.A_log.dtype)
-        y = selective_scan_2d(x, proj, self.dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
-        return self.out_proj(self.out_norm(y) * F.silu(gate))
+        return x, proj, A, gate
 
 
 class ConvBranch(nn.Sequential):
@@ -165,7 +170,9 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), _second_pass(b)))
+                x = checkpoint(
+                    block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), _second_pass(b))
+                )
             else:
                 x = block(x)
         return self.map(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -282,7 +289,9 @@ class MedMamba(PretrainedMixin, nn.Module):
                 "model.predict(...) takes files and single images"
             )
         if min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[2]}x{x.shape[3]}; resize them")
+            raise ValueError(
+                f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[2]}x{x.shape[3]}; resize them"
+            )
 
 
 def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3, **config) -> MedMamba:

@@ -44,16 +44,21 @@ def adapt_channels(pixels: Tensor, in_chans: int) -> Tensor:
 
 def resize(pixels: Tensor, config: PreprocessConfig) -> Tensor:
     """(B, C, H, W) in [0, 1] to (B, C, *config.input_size), as `config.crop_mode` says; still in [0, 1]."""
+    inner, margins = placement((pixels.shape[-2], pixels.shape[-1]), config)
+    return F.pad(_interpolate(pixels, inner, config.interpolation), margins)
+
+
+def placement(size: tuple[int, int], config: PreprocessConfig) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Where an image of this (height, width) lies in the network's input: its size there, and the margins around it
+    (left, right, top, bottom), which are negative where it is cropped."""
     height, width = config.input_size
-    h, w = pixels.shape[-2:]
     if config.crop_mode == "squash":
-        return _interpolate(pixels, (height, width), config.interpolation)
-    factors = (height / h, width / w)
+        return (height, width), (0, 0, 0, 0)
+    factors = (height / size[0], width / size[1])
     factor = max(factors) if config.crop_mode == "center" else min(factors)
-    inner = (max(round(h * factor), 1), max(round(w * factor), 1))
-    pixels = _interpolate(pixels, inner, config.interpolation)
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2  # negative: crop
-    return F.pad(pixels, (left, width - inner[1] - left, top, height - inner[0] - top))
+    inner = (max(round(size[0] * factor), 1), max(round(size[1] * factor), 1))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    return inner, (left, width - inner[1] - left, top, height - inner[0] - top)
 
 
 def normalise(pixels: Tensor, config: PreprocessConfig) -> Tensor:
