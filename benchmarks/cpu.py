@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+from torch.backends import cpu
 
 import medmamba
 from medmamba.kernels import resolve_backend
@@ -94,7 +95,7 @@ def main() -> None:
         peers = ""
         print(f"no peers: timm cannot be imported here ({str(error).splitlines()[0]})")
     results: dict = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "timm": peers,
         "scan": resolve_backend(torch.device("cpu"), torch.float32),
@@ -102,7 +103,9 @@ def main() -> None:
     }
     models = candidates(bool(peers))
     print(f"{results['machine']}, torch {results['torch']}, timm {peers}, scan {results['scan']}")
-    print(f"{'model':<30} {'batch':>5} {'dtype':>9} {'best ms':>8} {'median':>8} {'img/s':>7}  ratio to {', '.join(PEERS)}")
+    print(
+        f"{'model':<30} {'batch':>5} {'dtype':>9} {'best ms':>8} {'median':>8} {'img/s':>7}  ratio {', '.join(PEERS)}"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 8):
             times = inference(models, batch, args.rounds, dtype)

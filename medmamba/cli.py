@@ -45,7 +45,9 @@ def _add_predict(subparsers: Any) -> None:
         "skipped; the exit code is 1 if there were any.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, org/name[@revision] or folder (%(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)"
+    )
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to report (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")
@@ -108,7 +110,9 @@ def pick_device(name: str):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use device {name!r}: {str(error).splitlines()[0]}; `medmamba doctor` shows what there is") from error
+        raise ValueError(
+            f"cannot use device {name!r}: {str(error).splitlines()[0]}; `medmamba doctor` shows what there is"
+        ) from error
     return device
 
 

@@ -1,4 +1,4 @@
-"""What a MedMamba is, in one dataclass: it is what `config.json` holds and all that a checkpoint needs beside weights."""
+"""What a MedMamba is, in one dataclass: what `config.json` holds, and all that a checkpoint needs beside weights."""
 
 import dataclasses
 import math
@@ -87,7 +87,9 @@ class MedMambaConfig:
         if self.task not in ("multiclass", "multilabel"):
             raise ConfigError(f"task must be multiclass or multilabel, got {self.task!r}")
         if sorted(self.id2label) != list(range(self.num_classes)):
-            raise ConfigError(f"id2label must name classes 0 to {self.num_classes - 1}; it names {sorted(self.id2label)}")
+            raise ConfigError(
+                f"id2label must name classes 0 to {self.num_classes - 1}; it names {sorted(self.id2label)}"
+            )
         if len(self.preprocess.mean) not in (1, self.in_chans):
             raise ConfigError(f"preprocess.mean has {len(self.preprocess.mean)} values for {self.in_chans} channels")
 

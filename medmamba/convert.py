@@ -90,8 +90,8 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} holds more than tensors, and unpickling it could run any code. Load it where you trust it and save "
-            "only the weights: torch.save(model.state_dict(), 'weights.pth')"
+            f"{path} holds more than tensors, and unpickling it could run any code. Load it where you trust it and "
+            "save only the weights: torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ConversionError(f"{path} is not a PyTorch checkpoint, or it is cut short: {error}") from error
@@ -114,8 +114,8 @@ def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
     """Depths, dims, channels and classes from the keys and shapes of a published state dict."""
     if any(".finalconv11." in k for k in state):
         raise ConversionError(
-            "this checkpoint has the layout from before April 2024 (it has finalconv11.*): an earlier network under the "
-            "same name, whose figures are not MedMamba's. Only later checkpoints can be read"
+            "this checkpoint has the layout from before April 2024 (it has finalconv11.*): an earlier network under "
+            "the same name, whose figures are not MedMamba's. Only later checkpoints can be read"
         )
     for key in ("patch_embed.proj.weight", "head.weight"):
         if key not in state:
@@ -126,7 +126,7 @@ def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     depths = tuple(len(blocks[i]) for i in sorted(blocks))
     if sorted(blocks) != list(range(len(blocks))) or any(max(b) + 1 != len(b) for b in blocks.values()) or not blocks:
-        raise ConversionError(f"the checkpoint has gaps in its layers: {({i: sorted(b) for i, b in blocks.items()})}")
+        raise ConversionError(f"the checkpoint has gaps in its layers: { ({i: sorted(b) for i, b in blocks.items()}) }")
     embed, head = state["patch_embed.proj.weight"], state["head.weight"]
     A = state.get("layers.0.blocks.0.self_attention.A_logs")
     if A is None or A.ndim != 2 or embed.ndim != 4:

@@ -29,7 +29,10 @@ def report() -> list[tuple[str, str]]:
     rows = [
         ("medmamba", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "torch",
+            f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}",
+        ),
         ("accelerator", _accelerator()),
     ]
     for name, reason in available_backends().items():
@@ -61,5 +64,7 @@ def _accelerator() -> str:
     if torch.backends.mps.is_available():
         return "Apple GPU (MPS): the scan runs there in plain PyTorch"
     if torch.version.cuda is None:
-        return "none: this is a CPU build of PyTorch; with an NVIDIA GPU, install one for CUDA (pytorch.org/get-started)"
+        return (
+            "none: this is a CPU build of PyTorch; with an NVIDIA GPU, install one for CUDA (see pytorch.org)"
+        )
     return "none visible: PyTorch is built for CUDA but finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"

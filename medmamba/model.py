@@ -65,7 +65,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
-        """Mamba's initialisation: A = -(1..N), step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, section 3.6)."""
+        """Mamba's initialisation: A = -(1..N), step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, 3.6)."""
         K, C, R = self.dt_weight.shape
         bound = C**-0.5
         nn.init.uniform_(self.x_proj, -bound, bound)
@@ -81,7 +81,7 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the scan reads, (B, H, W, dim) to x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and the gate."""
+        """(B, H, W, dim) to what the scan reads: x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N); and the gate."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, C) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H, W, C)
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the

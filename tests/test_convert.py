@@ -19,7 +19,9 @@ def published(variant="test", num_classes=3, in_chans=3):
         numbers = numbers[: 2 if ".blocks." in key else 1]
         pattern = key
         if numbers:
-            pattern = key.replace(f"stages.{numbers[0]}.", "stages.{}.").replace(f"downsamples.{numbers[0]}.", "downsamples.{}.")
+            pattern = key.replace(f"stages.{numbers[0]}.", "stages.{}.").replace(
+                f"downsamples.{numbers[0]}.", "downsamples.{}."
+            )
             if len(numbers) == 2:
                 pattern = pattern.replace(f"blocks.{numbers[1]}.", "blocks.{}.")
         old = {v: k for k, v in convert.WEIGHT_MAP.items()}[pattern].format(*numbers)
@@ -63,7 +65,7 @@ def test_foreign_and_damaged_checkpoints_are_named():
     _, state = published()
     with pytest.raises(ConversionError, match=r"no 'patch_embed.proj.weight'; it has conv1.weight"):
         medmamba.load_upstream({"conv1.weight": torch.zeros(3)})
-    with pytest.raises(ConversionError, match="unknown names, layers.0.blocks.0.attn.qkv"):
+    with pytest.raises(ConversionError, match=r"unknown names, layers.0.blocks.0.attn.qkv"):
         medmamba.load_upstream({**state, "layers.0.blocks.0.attn.qkv": torch.zeros(3)})
     missing = dict(state)
     del missing["layers.1.blocks.0.ln_1.bias"]
@@ -99,7 +101,7 @@ class Payload:
 
 def test_code_in_a_checkpoint_never_runs(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Payload()}))
-    with pytest.raises(ConversionError, match="could run any code|not a PyTorch checkpoint"):
+    with pytest.raises(ConversionError, match=r"could run any code|not a PyTorch checkpoint"):
         medmamba.load_upstream(tmp_path / "evil.pth")
     torch.save({"state_dict": Payload()}, tmp_path / "evil2.pth")
     with pytest.raises(ConversionError, match="could run any code"):

@@ -97,7 +97,7 @@ def scan_1d(
     """Grouped selective scan in the layout of `mamba_ssm`, without its gate.
 
     Args:
-        u, delta: (B, C, L). A: (C, N). B, C: (B, G, N, L), group g serving C/G consecutive channels. D, delta_bias: (C,).
+        u, delta: (B, C, L). A: (C, N). B, C: (B, G, N, L), group g serving C/G channels in a row. D, bias: (C,).
 
     Returns:
         y (B, C, L) in the dtype of u, and the last state (B, C, N) in the dtype of the recurrence.

@@ -29,8 +29,8 @@ def scan_2d_forward(
 ) -> Tensor:
     """`reference.scan_2d`, contiguous.
 
-    `states` is empty when no gradient is wanted, or if CHUNK is 0. Else it is (B, K, ceil(L / CHUNK), N, C) float32, for
-    the backend to keep the state before each chunk of tokens, in scan order.
+    `states` is empty when no gradient is wanted, or if CHUNK is 0. Else it is (B, K, ceil(L / CHUNK), N, C) float32,
+    for the backend to keep the state before each chunk of tokens, in scan order.
     """
     return reference.scan_2d(x, proj, dt_weight, dt_bias, A, D).contiguous()
 
