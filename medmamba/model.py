@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import MedMambaConfig, variant_config
 from .kernels import resolve_backend, selective_scan_2d
+from .kernels.reference import compute_dtype
 from .pretrained import PretrainedMixin
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
@@ -81,13 +82,13 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, H, W, dim) to what the scan reads: x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N); and the gate."""
+        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and the gate."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, C) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H, W, C)
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
         # four sequences first, without four copies of x.
         proj = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])  # (B, H, W, K, R + 2N)
-        A = -torch.exp(self.A_log.float()).to(self.A_log.dtype)
+        A = -torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype)))
         return x, proj, A, gate
 
 
