@@ -1,0 +1,46 @@
+// What the library exports. `variant` counts from 0, the plainest instruction set; medmamba_best_variant() is the highest
+// that this processor runs.
+#include "scan.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#if defined(__x86_64__)
+extern const Variant x86_64_base, x86_64_v3, x86_64_v4;
+static const Variant *const variants[] = {&x86_64_base, &x86_64_v3, &x86_64_v4};
+
+#include <cpuid.h>
+
+// __builtin_cpu_supports needs a compiler runtime that not every target has; this is the part of it in use here.
+EXPORT int medmamba_best_variant(void) {
+    unsigned a, b, c, d, b7;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const unsigned fma = 1u << 12, movbe = 1u << 22, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    if (~c & (fma | movbe | osxsave | avx | f16c)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c, &d)) return 0;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const unsigned bmi = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
+    if ((~b7 & (bmi | avx2 | bmi2)) || (~low & 0x06)) return 0;  // the system saves the 256-bit registers
+    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || ~c & (1u << 5)) return 0;  // lzcnt
+    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F, DQ, CD, BW, VL
+    return ((b7 & avx512) == avx512 && (low & 0xe6) == 0xe6) ? 2 : 1;
+}
+#else
+extern const Variant neon;
+static const Variant *const variants[] = {&neon};
+EXPORT int medmamba_best_variant(void) { return 0; }
+#endif
+
+// Hash of the sources that this library was built from.
+EXPORT const char *medmamba_source(void) { return SOURCE_HASH; }
+EXPORT int medmamba_chunk(void) { return CHUNK; }
+EXPORT int medmamba_lanes(int variant) { return variants[variant]->lanes; }
+
+EXPORT int medmamba_scan_2d_forward(int variant, const Scan2d *a) { return variants[variant]->scan_2d_forward(a); }
+EXPORT int medmamba_scan_2d_backward(int variant, const Scan2d *a) { return variants[variant]->scan_2d_backward(a); }
+EXPORT int medmamba_scan_1d_forward(int variant, const Scan1d *a) { return variants[variant]->scan_1d_forward(a); }
+EXPORT int medmamba_scan_1d_backward(int variant, const Scan1d *a) { return variants[variant]->scan_1d_backward(a); }

@@ -1,0 +1,85 @@
+"""Builds the libraries of ../lib, for every platform from any one: `pip install ziglang==0.17.1`, then run this file.
+
+The compiler is a Python package that carries the C libraries of all targets, so the build is the same everywhere and
+users need no compiler. Run it after any change to the C sources; a test compares the hash that each library carries.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ZIG_VERSION = "0.17.1"
+SOURCES = Path(__file__).parent
+LIBRARIES = SOURCES.parent / "lib"
+
+# Variant name to the compiler's -mcpu, the psABI's levels: SSE2, AVX2 + FMA, AVX-512.
+X86 = {"x86_64_base": "x86_64", "x86_64_v3": "x86_64_v3", "x86_64_v4": "x86_64_v4"}
+ARM = {"neon": "generic"}
+# The file's name (see ../native.py), zig's target, variants. The oldest systems that Python 3.10 and PyTorch run on.
+TARGETS = {
+    "linux-x86_64.so": ("x86_64-linux-gnu.2.17", X86),
+    "linux-aarch64.so": ("aarch64-linux-gnu.2.17", ARM),
+    "macos-x86_64.dylib": ("x86_64-macos.10.15", X86),
+    "macos-arm64.dylib": ("aarch64-macos.11.0", ARM),
+    "windows-x86_64.dll": ("x86_64-windows-gnu", X86),
+}
+# Explicit rounding tricks forbid -ffast-math; fused multiply-add is wanted everywhere else.
+FLAGS = (
+    *("-std=gnu11", "-O3", "-g0", "-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-fno-stack-protector"),
+    *("-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+
+
+def source_hash() -> str:
+    """SHA-256 over the C sources, the flags and the compiler version; independent of line ends."""
+    digest = hashlib.sha256(" ".join((ZIG_VERSION, *FLAGS)).encode())
+    for path in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def zig(*arguments: str) -> None:
+    subprocess.run((sys.executable, "-m", "ziglang", "cc", *arguments), check=True)
+
+
+def build(name: str, target: str, variants: dict[str, str], output: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+
+        def compile(source: str, *flags: str) -> None:
+            objects.append(f"{folder}/{len(objects)}.o")
+            pic = () if "windows" in target else ("-fPIC",)
+            zig("-target", target, *FLAGS, *pic, *flags, "-c", str(SOURCES / source), "-o", objects[-1])
+
+        for variant, cpu in variants.items():
+            compile("scan.c", f"-mcpu={cpu}", f"-DVARIANT={variant}")
+        compile("api.c", f'-DSOURCE_HASH="{source_hash()}"')
+        compile("pool.c")
+        linked = Path(folder) / name
+        zig("-target", target, "-shared", "-s", *objects, "-o", str(linked))
+        output.mkdir(exist_ok=True)
+        (output / name).write_bytes(linked.read_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"libraries to build, of: {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--output", type=Path, default=LIBRARIES)
+    options = parser.parse_args()
+    version = subprocess.run(
+        (sys.executable, "-m", "ziglang", "version"), capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if version != ZIG_VERSION:
+        raise SystemExit(
+            f"zig {version} is installed, the libraries are built with: pip install ziglang=={ZIG_VERSION}"
+        )
+    for name in options.names or TARGETS:
+        build(name, *TARGETS[name], options.output)
+        print(f"{options.output / name}: {(options.output / name).stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

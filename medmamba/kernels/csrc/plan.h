@@ -1,0 +1,72 @@
+// How the work is cut into tasks, and small helpers that both scans share.
+#pragma once
+#include <stdlib.h>
+
+#include "chunk.h"
+#include "pool.h"
+
+INLINE ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+INLINE ptrdiff_t at_most(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+// Channel blocks are cut into groups, one task each. Fewer groups share more work (what tokens project is read once a
+// group); this is the fewest with which the threads finish first.
+static ptrdiff_t count_groups(ptrdiff_t batch, ptrdiff_t blocks, ptrdiff_t threads) {
+    ptrdiff_t best = 1, shortest = PTRDIFF_MAX;
+    for (ptrdiff_t groups = 1; groups <= blocks; groups++) {
+        ptrdiff_t length = ceil_div(batch * groups, threads) * ceil_div(blocks, groups);
+        if (length < shortest) {
+            shortest = length;
+            best = groups;
+        }
+    }
+    return best;
+}
+
+// Hands out a task's scratch memory; with base NULL it only counts.
+typedef struct {
+    char *base;
+    size_t used;
+} Scratch;
+INLINE void *take(Scratch *s, size_t bytes) {
+    void *p = s->base + s->used;
+    s->used += (bytes + 63) / 64 * 64;
+    return p;
+}
+INLINE vf *take_vectors(Scratch *s, ptrdiff_t count) { return take(s, (size_t)count * sizeof(vf)); }
+
+// Numbers below the range of normal floats cost a hundred cycles each and carry nothing: they become 0.
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+INLINE unsigned flush_denormals(void) {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+INLINE void restore_denormals(unsigned before) { _mm_setcsr(before); }
+#else
+INLINE unsigned flush_denormals(void) { return 0; }
+INLINE void restore_denormals(unsigned before) { (void)before; }
+#endif
+
+// out[i] = sum over parts p of in[p * count + i], in order: what makes the sums the same from run to run.
+typedef struct {
+    const float *in;
+    void *out;
+    int64_t type;
+    ptrdiff_t parts, count;
+} Sum;
+enum { SUM_PIECE = 1 << 14 };
+static void sum_task(const void *context, void *scratch, ptrdiff_t piece) {
+    (void)scratch;
+    const Sum *s = context;
+    ptrdiff_t end = at_most((piece + 1) * SUM_PIECE, s->count);
+    for (ptrdiff_t i = piece * SUM_PIECE; i < end; i += V) {
+        vf v = {0};
+        for (ptrdiff_t p = 0; p < s->parts; p++) v += load_some(s->in + p * s->count, FLOAT32, i, end - i);
+        store_some(s->out, s->type, i, end - i, v);
+    }
+}
+static int sum_parts(const float *in, ptrdiff_t parts, ptrdiff_t count, void *out, int64_t type, ptrdiff_t threads) {
+    Sum s = {in, out, type, parts, count};
+    return pool_run(sum_task, &s, ceil_div(count, SUM_PIECE), threads, 0);
+}

@@ -1,0 +1,132 @@
+// Worker threads that outlive a call. They sleep between calls, hold no lock while they work and own no state that needs
+// a destructor, so neither fork nor the end of the process has to wait for them.
+#include "pool.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#if defined(_WIN32)
+#include <windows.h>
+static SRWLOCK lock = SRWLOCK_INIT;
+static CONDITION_VARIABLE wake = CONDITION_VARIABLE_INIT, done = CONDITION_VARIABLE_INIT;
+static void acquire(void) { AcquireSRWLockExclusive(&lock); }
+static void release(void) { ReleaseSRWLockExclusive(&lock); }
+static void wait_for(CONDITION_VARIABLE *event) { SleepConditionVariableSRW(event, &lock, INFINITE, 0); }
+static void notify(CONDITION_VARIABLE *event) { WakeAllConditionVariable(event); }
+#else
+#include <pthread.h>
+#include <signal.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
+static void acquire(void) { pthread_mutex_lock(&lock); }
+static void release(void) { pthread_mutex_unlock(&lock); }
+static void wait_for(pthread_cond_t *event) { pthread_cond_wait(event, &lock); }
+static void notify(pthread_cond_t *event) { pthread_cond_broadcast(event); }
+#endif
+
+enum { MAX_WORKERS = 255 };
+
+typedef struct {
+    task_fn *task;
+    const void *context;
+    char *scratch;
+    size_t scratch_bytes;
+    ptrdiff_t count;
+    atomic_ptrdiff_t next;
+} Job;
+
+// Guarded by `lock`.
+static Job *job;          // what the workers may join, NULL between calls
+static ptrdiff_t seats;   // how many more of them may
+static ptrdiff_t active;  // how many of them are at it
+static ptrdiff_t workers;
+// One call has the workers at a time; a call from another thread meanwhile does its work alone.
+static atomic_flag taken = ATOMIC_FLAG_INIT;
+
+static void work(Job *j, ptrdiff_t seat) {
+    void *scratch = j->scratch + (size_t)seat * j->scratch_bytes;
+    for (ptrdiff_t i; (i = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed)) < j->count;)
+        j->task(j->context, scratch, i);
+}
+
+#if defined(_WIN32)
+static DWORD WINAPI worker(LPVOID unused) {
+#else
+static void *worker(void *unused) {
+#endif
+    (void)unused;
+    acquire();
+    for (;;) {
+        while (!job || !seats) wait_for(&wake);
+        Job *j = job;
+        ptrdiff_t seat = seats--;
+        active++;
+        release();
+        work(j, seat);
+        acquire();
+        if (!--active) notify(&done);
+    }
+}
+
+static int start_worker(void) {
+#if defined(_WIN32)
+    HANDLE thread = CreateThread(NULL, 0, worker, NULL, 0, NULL);
+    if (thread) CloseHandle(thread);
+    return thread != NULL;
+#else
+    // Signals are for the threads of the interpreter.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_t thread;
+    int failed = pthread_create(&thread, NULL, worker, NULL);
+    if (!failed) pthread_detach(thread);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return !failed;
+#endif
+}
+
+#if !defined(_WIN32)
+// A forked child has the thread that forked and no other: it starts with an empty pool and fresh locks.
+static void after_fork(void) {
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    wake = done = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    job = NULL;
+    seats = active = workers = 0;
+    atomic_flag_clear(&taken);
+}
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
+#endif
+
+int pool_run(task_fn *task, const void *context, ptrdiff_t count, ptrdiff_t threads, size_t scratch_bytes) {
+    if (threads > count) threads = count;
+    if (threads > MAX_WORKERS + 1) threads = MAX_WORKERS + 1;
+    int alone = threads < 2 || atomic_flag_test_and_set_explicit(&taken, memory_order_acquire);
+    if (alone) threads = 1;
+    scratch_bytes = (scratch_bytes + 63) / 64 * 64;
+    char *memory = malloc((size_t)threads * scratch_bytes + 64);
+    int failed = !memory;
+    if (!failed) {
+        char *aligned = (char *)(((uintptr_t)memory + 63) / 64 * 64);
+        Job j = {.task = task, .context = context, .scratch = aligned, .scratch_bytes = scratch_bytes, .count = count};
+        if (!alone) {
+            acquire();
+            while (workers < threads - 1 && start_worker()) workers++;
+            job = &j;
+            seats = threads - 1;
+            notify(&wake);
+            release();
+        }
+        work(&j, 0);
+        if (!alone) {
+            acquire();
+            job = NULL;
+            while (active) wait_for(&done);
+            release();
+        }
+        free(memory);
+    }
+    if (!alone) atomic_flag_clear_explicit(&taken, memory_order_release);
+    return failed;
+}
