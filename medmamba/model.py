@@ -82,7 +82,7 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and the gate."""
+        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and gate."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, C) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H, W, C)
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
