@@ -1,0 +1,162 @@
+"""Decoded images in memory: on small machines decoding, not the network, limits training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import PreprocessConfig
+from ..preprocess import adapt_channels, resize
+from .dataset import DatasetError, ImageDataset, to_tensor
+
+
+class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images of one size as a uint8 tensor, beside their labels.
+
+    `cached[i]` is `(float32 (C, H, W), label)`, and `batch(indices)` the same for many at once, which is the fast
+    path: one indexed copy of bytes, moved to the device before it becomes float.
+
+    Attributes:
+        images: uint8 `(N, H, W, C)`.
+        targets: int64 `(N,)` or float32 `(N, K)`.
+        index: the `ImageDataset` that was decoded: classes, patients, splits, paths.
+        mean, std: float32 `(C,)`; pixels in [0, 1] become `(pixel - mean) / std`.
+    """
+
+    def __init__(
+        self, images: Tensor, index: ImageDataset, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(index):
+            raise DatasetError(f"expected uint8 ({len(index)}, H, W, C), got {images.dtype} {tuple(images.shape)}")
+        self.images = images
+        self.index = index
+        self.targets = index.targets
+        channels = images.shape[3]
+        self.mean = torch.tensor(mean, dtype=torch.float32).expand(channels)
+        self.std = torch.tensor(std, dtype=torch.float32).expand(channels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, targets = self.batch([index])
+        return images[0], targets[0]
+
+    def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """float32 `(B, C, H, W)` on `device`, normalised, and the labels of `indices` there."""
+        chosen = torch.as_tensor(indices)
+        images = self.images[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # (B, C, H, W)
+        # (x / 255 - mean) / std in one multiplication and one addition
+        scale = (1 / (255 * self.std)).view(1, -1, 1, 1).to(device)
+        shift = (-self.mean / self.std).view(1, -1, 1, 1).to(device)
+        return torch.addcmul(shift, images, scale), self.targets[chosen].to(device, non_blocking=True)
+
+    def split(self, name: str) -> CachedDataset:
+        """One split, as a copy where the images are not contiguous."""
+        part = self.index.split(name)
+        rows = [i for i, record in enumerate(self.index.records) if record.split == name]
+        contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+        images = self.images[rows[0] : rows[0] + len(rows)] if contiguous else self.images[rows]
+        return CachedDataset(images, part, self.mean.tolist(), self.std.tolist())
+
+
+def cache_images(
+    dataset: ImageDataset,
+    config: PreprocessConfig,
+    in_chans: int = 3,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> CachedDataset:
+    """Decode and resize every image once, as `medmamba.preprocess` does, and keep 8 bits of each channel.
+
+    What the cache gives out is the model's preprocessing to within half a step of 255 (images of 16 bits lose the
+    rest). The transform of `dataset` is not applied.
+
+    Args:
+        config: the model's `config.preprocess`: size, crop mode, interpolation, mean and std.
+        in_chans: channels the model takes.
+        file: keep the decoded images in this `.npy` file and map it next time. It is used again only if it was made
+            from the same paths (or rows) with the same size and channels; an interrupted run leaves nothing behind.
+        workers: threads that decode; by default as many as the machine has cores.
+        progress: wraps the iteration over the images, for example `tqdm`.
+
+    Memory: N x H x W x C bytes, for 12,000 colour images at 224 pixels 1.8 GB.
+
+    Raises:
+        DatasetError: no images.
+        ImageError: an image that cannot be read, with its path.
+    """
+    if len(dataset) == 0:
+        raise DatasetError(f"{dataset.name} has no images")
+    shape = (len(dataset), *config.input_size, in_chans)
+    key = _key(dataset, config, in_chans)
+    path = Path(file) if file is not None else None
+    found = _load(path, key, shape) if path else None
+    if found is None:
+        partial = path.with_name(path.name + ".part") if path else None
+        found = np.lib.format.open_memmap(partial, "w+", np.uint8, shape) if partial else np.empty(shape, np.uint8)
+        _fill(found, dataset, config, in_chans, workers, progress)
+        if path and partial:
+            found.flush()  # type: ignore[attr-defined]
+            _sidecar(path).unlink(missing_ok=True)
+            os.replace(partial, path)
+            _sidecar(path).write_text(json.dumps({"key": key}))
+    return CachedDataset(torch.from_numpy(found), dataset, config.mean, config.std)
+
+
+def _fill(
+    out: np.ndarray,
+    dataset: ImageDataset,
+    config: PreprocessConfig,
+    in_chans: int,
+    workers: int | None,
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> None:
+    def work(index: int) -> int:
+        pixels = adapt_channels(to_tensor(dataset.image(index)), in_chans)  # (C, H, W)
+        pixels = resize(pixels.unsqueeze(0), config)[0].permute(1, 2, 0)  # (H, W, C)
+        out[index] = (pixels * 255).round().to(torch.uint8).numpy()
+        return index
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        try:
+            for _ in progress(pool.map(work, range(len(dataset)))):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _key(dataset: ImageDataset, config: PreprocessConfig, in_chans: int) -> str:
+    """Digest of what decides the bytes: the sources, and the settings apart from the normalisation."""
+    settings = (config.input_size, config.crop_mode, config.interpolation, in_chans)
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for record in dataset.records:
+        digest.update(f"\0{record.source}".encode())
+    return digest.hexdigest()
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _load(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The images in `path` if they are what `key` stands for, mapped copy-on-write; None to make them anew."""
+    try:
+        if json.loads(_sidecar(path).read_text())["key"] != key:
+            return None
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, KeyError):
+        return None
+    return images if images.dtype == np.uint8 and images.shape == shape else None

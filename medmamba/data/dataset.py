@@ -1,0 +1,190 @@
+"""One in-memory index for every kind of image collection: `ImageDataset`, a list of `Record` and a way to read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..images import MedicalImage
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+}
+
+Transform = Callable[[MedicalImage], Tensor]
+
+
+class DatasetError(ValueError):
+    """A collection of images that cannot be used as asked. The message says what is wrong and how to fix it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of a collection.
+
+    Attributes:
+        source: path relative to the collection (posix), absolute path, or row of an array.
+        label: class index, or one 0/1 per class where several classes can hold at once.
+        split: "train", "val", "test" or None.
+        patient: what must never be spread over two splits: patient, lesion, study; None where unknown.
+    """
+
+    source: str | int
+    label: int | tuple[int, ...]
+    split: str | None = None
+    patient: str | None = None
+
+
+class Reader(Protocol):
+    """Where the pixels of records come from. Must survive pickling, for workers that are started by spawn."""
+
+    def read(self, record: Record) -> MedicalImage: ...
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """An indexed collection of labelled images. Images are decoded when asked for, labels are at hand.
+
+    `dataset[i]` is `(transform(image), label)`: a float32 tensor, `(C, H, W)` in [0, 1] without a transform, and an
+    int64 scalar (multi-class) or float32 `(K,)` of 0 and 1 (multi-label). Never changed in place: `split`, `subset`,
+    `with_transform` and `with_records` return new ones that share the reader.
+
+    Args:
+        records: the images.
+        classes: names in the order of the label indices.
+        reader: gives the pixels of a record.
+        task: "multiclass" (two classes included) or "multilabel".
+        transform: `MedicalImage` to float32 tensor, for example a model's preprocessing.
+        name: for messages.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        classes: Sequence[str],
+        reader: Reader,
+        task: str = "multiclass",
+        transform: Transform | None = None,
+        name: str = "dataset",
+    ) -> None:
+        self.records = tuple(records)
+        self.classes = tuple(classes)
+        self.reader = reader
+        self.task = task
+        self.transform = transform
+        self.name = name
+        if task not in ("multiclass", "multilabel"):
+            raise DatasetError(f"{name}: task must be multiclass or multilabel, got {task!r}")
+        if len(set(self.classes)) != len(self.classes):
+            raise DatasetError(f"{name}: class names are not unique: {', '.join(self.classes)}")
+        self._check_labels()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        transform = self.transform or to_tensor
+        return transform(self.image(index)), self.targets[index]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{split or 'no split'} {n}" for split, n in self.split_sizes.items())
+        return f"ImageDataset({self.name}: {len(self)} images, {len(self.classes)} classes, {self.task}; {counts})"
+
+    def image(self, index: int) -> MedicalImage:
+        """The image as read, before the transform."""
+        return self.reader.read(self.records[index])
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int64 `(N,)` class indices, or `(N, K)` of 0 and 1 where the task is multi-label."""
+        shape = (len(self), len(self.classes)) if self.task == "multilabel" else (len(self),)
+        return np.array([record.label for record in self.records], dtype=np.int64).reshape(shape)
+
+    @functools.cached_property
+    def targets(self) -> Tensor:
+        """The labels as loss functions want them: int64 `(N,)` or float32 `(N, K)`."""
+        labels = torch.from_numpy(self.labels)
+        return labels.float() if self.task == "multilabel" else labels
+
+    @property
+    def patients(self) -> list[str | None]:
+        return [record.patient for record in self.records]
+
+    @property
+    def splits(self) -> list[str | None]:
+        return [record.split for record in self.records]
+
+    @property
+    def split_sizes(self) -> dict[str | None, int]:
+        """Number of images by split, in the order train, val, test, None; splits without images are left out."""
+        found = self.splits
+        return {split: found.count(split) for split in (*SPLITS, None) if split in found}
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """int64 `(K,)`: images that show each class."""
+        if self.task == "multilabel":
+            return self.labels.sum(axis=0)
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
+        """The images at `indices`, in that order."""
+        return self.with_records([self.records[int(index)] for index in indices])
+
+    def split(self, name: str) -> ImageDataset:
+        """The images of one split.
+
+        Raises:
+            DatasetError: no image is in it.
+        """
+        chosen = [record for record in self.records if record.split == name]
+        if not chosen:
+            found = ", ".join(str(key) for key in self.split_sizes)
+            raise DatasetError(
+                f"{self.name} has no split {name!r} (found: {found}); make one with make_splits(dataset)"
+            )
+        return self.with_records(chosen)
+
+    def with_transform(self, transform: Transform | None) -> ImageDataset:
+        return ImageDataset(self.records, self.classes, self.reader, self.task, transform, self.name)
+
+    def with_records(self, records: Sequence[Record]) -> ImageDataset:
+        return ImageDataset(records, self.classes, self.reader, self.task, self.transform, self.name)
+
+    def with_splits(self, splits: Sequence[str | None]) -> ImageDataset:
+        """The same images, assigned to `splits`, one per image."""
+        pairs = zip(self.records, splits, strict=True)
+        return self.with_records([dataclasses.replace(record, split=split) for record, split in pairs])
+
+    def _check_labels(self) -> None:
+        count = len(self.classes)
+        for record in self.records:
+            if isinstance(record.label, tuple):
+                good = self.task == "multilabel" and len(record.label) == count and set(record.label) <= {0, 1}
+            else:
+                good = self.task == "multiclass" and 0 <= record.label < count
+            if not good:
+                raise DatasetError(
+                    f"{self.name}: label {record.label} of {record.source} does not fit the {count} classes of a "
+                    f"{self.task} task"
+                )
+
+
+def to_tensor(image: MedicalImage) -> Tensor:
+    """float32 `(C, H, W)` in [0, 1]: the pixels as they are."""
+    return torch.from_numpy(np.ascontiguousarray(image.pixels.transpose(2, 0, 1)))  # (H, W, C) -> (C, H, W)
+
+
+def split_name(name: str) -> str | None:
+    """ "train", "val" or "test" for the usual spellings ("valid", "Validation", ...); None for anything else."""
+    return _SPLIT_NAMES.get(name.strip().lower())

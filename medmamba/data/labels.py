@@ -1,0 +1,87 @@
+"""From names of folders and labels to class indices, in an order that is said aloud.
+
+The trap: the published trainer numbers classes by the *alphabetical* order of their folder names. MedMNIST sets with
+more than ten classes are often exported to folders "0" ... "10", which sort as 0, 1, 10, 2, ...: a model trained on
+them has its outputs permuted against the official labels. `alphabetical_permutation(11)` is that permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..registry import DatasetEntry
+from .dataset import DatasetError
+
+CLASS_ORDERS = ("auto", "numeric", "alphabetical")
+
+
+def order_classes(names: Iterable[str], order: str = "auto") -> tuple[str, ...]:
+    """Sort class names.
+
+    Args:
+        names: names of folders or labels; repetitions are dropped.
+        order: "alphabetical" compares characters, as torchvision's ImageFolder does ("10" before "2"); "numeric"
+            compares numbers, for names that are all integers; "auto" is numeric where all are, else alphabetical.
+
+    Raises:
+        DatasetError: numeric order for names that are not integers.
+    """
+    if order not in CLASS_ORDERS:
+        raise DatasetError(f"class_order must be one of {', '.join(CLASS_ORDERS)}, got {order!r}")
+    unique = sorted(set(names))
+    numbers = all(name.isdecimal() for name in unique)
+    if order == "numeric" and not numbers:
+        odd = next(name for name in unique if not name.isdecimal())
+        raise DatasetError(f"class_order='numeric' needs names that are integers, but one is {odd!r}")
+    if order == "alphabetical" or not numbers:
+        return tuple(unique)
+    return tuple(sorted(unique, key=int))
+
+
+def alphabetical_permutation(num_classes: int) -> tuple[int, ...]:
+    """Official label behind each output of a model whose classes were folders "0", "1", ... sorted alphabetically.
+
+    For 11 classes: (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9). The identity up to ten classes. `head.weight[argsort(p)]`
+    puts a head into the official order.
+    """
+    return tuple(sorted(range(num_classes), key=str))
+
+
+def resolve_classes(
+    found: Iterable[str], entry: DatasetEntry | None, classes: Sequence[str] | None, order: str, where: str
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names in order, and the index of every name in `found`.
+
+    Explicit `classes` win, then the registry entry (any spelling or alias it knows), then the sorted names themselves.
+
+    Raises:
+        DatasetError: a name that is no class.
+    """
+    unique = sorted(set(found))
+    if classes is not None:
+        names = tuple(classes)
+        index = {name: names.index(name) if name in names else None for name in unique}
+    elif entry is not None:
+        names = entry.classes
+        index = {name: entry.class_index(name) for name in unique}
+    else:
+        names = order_classes(unique, order)
+        index = {name: names.index(name) for name in unique}
+    unknown = [name for name, number in index.items() if number is None]
+    if unknown:
+        source = f"dataset {entry.name}" if classes is None and entry is not None else "the classes given"
+        raise DatasetError(
+            f"{where}: {_some(unknown)} {'is' if len(unknown) == 1 else 'are'} not among {source} "
+            f"({', '.join(names)}); rename, or leave out dataset= and classes= to take the names as they are"
+        )
+    resolved = {name: number for name, number in index.items() if number is not None}
+    doubles = {number for number in resolved.values() if list(resolved.values()).count(number) > 1}
+    if entry is not None and classes is None and doubles:
+        same = [name for name, number in resolved.items() if number in doubles]
+        raise DatasetError(f"{where}: {_some(same)} mean the same class of {entry.name}; merge them")
+    return names, resolved
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
