@@ -1,0 +1,89 @@
+"""Where a run stands, on disk: always either the state before or the state after, never half of one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+LAST = "last.pt"
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint that is damaged or belongs to another run."""
+
+
+class CheckpointStore:
+    """`last.pt`, the state of the run, and `best-<epoch>.safetensors`, the weights of its best epoch so far.
+
+    `last.pt` names the best file it belongs with; others are removed only after it is safely in place.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def load(self) -> dict[str, Any] | None:
+        """The state of the run; None if there is none yet.
+
+        Raises:
+            ResumeError: damaged, or of another format.
+        """
+        path = self.folder / LAST
+        if not path.is_file():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise ResumeError(f"{path} is damaged ({error}); start again with restart=True (--restart)") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ResumeError(f"{path} was written by another version; start again with restart=True (--restart)")
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / LAST, lambda path: torch.save({"format": FORMAT, **state}, path))
+        best = self._best(state["best"]["epoch"]) if state.get("best") else None
+        for file in self.folder.glob("best-*.safetensors"):
+            if file != best:
+                file.unlink()
+
+    def save_best(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # `contiguous`: convolution weights may be channels_last in memory, which the format does not know.
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_atomically(self._best(epoch), lambda path: save_file(tensors, path))
+
+    def load_best(self, epoch: int) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self._best(epoch))
+
+    def clear(self) -> None:
+        """Removes everything that this class wrote."""
+        for file in [self.folder / LAST, *self.folder.glob("best-*.safetensors"), *self.folder.glob("*.part")]:
+            file.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _best(self, epoch: int) -> Path:
+        return self.folder / f"best-{epoch:04d}.safetensors"
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls `write(partial_path)`, then puts the finished file in place; an interruption leaves the old file."""
+    partial = path.with_name(path.name + ".part")
+    write(partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,0 +1,379 @@
+"""The training loop: optimiser steps, validation after each epoch, the best weights so far, stopping at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from ..model import MedMamba
+from ..preprocess import normalise
+from . import augment, objective, sampling
+from .checkpoint import CheckpointStore, ResumeError
+from .log import RunLog
+from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..data import CachedDataset
+
+Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) to decoded images
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, such as a loss that is no longer a number."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands. Counts from 0; `step` is within the epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0  # of the steps of this epoch
+    seconds: float = 0.0  # of the steps of this epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per epoch
+    best: dict[str, Any] | None = None  # {"epoch": ..., "score": [...]}
+
+    def finished(self, recipe: Recipe) -> bool:
+        return self.epoch >= recipe.epochs or self.out_of_patience(recipe)
+
+    def out_of_patience(self, recipe: Recipe) -> bool:
+        return bool(recipe.patience and self.best and self.epoch - 1 - self.best["epoch"] >= recipe.patience)
+
+
+class Trainer:
+    """Trains `model` in place.
+
+    Args:
+        images: gives the decoded images of a split at a size; asked for "train" and "val" alone.
+        identity: what makes this run this run; a checkpoint with another identity is refused.
+        deadline: `time.monotonic()` at which to stop after the step that is under way; None: never.
+        checkpoint_seconds: at least this long between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: MedMamba,
+        recipe: Recipe,
+        images: Images,
+        accelerator: Accelerator,
+        store: CheckpointStore,
+        log: RunLog,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        identity: dict[str, Any] | None = None,
+        deadline: float | None = None,
+        checkpoint_seconds: float = 60.0,
+    ):
+        self.recipe, self.images, self.accelerator, self.store, self.log = recipe, images, accelerator, store, log
+        self.seed, self.identity, self.deadline = seed, identity or {}, deadline
+        self.checkpoint_seconds, self._saved_at = checkpoint_seconds, time.monotonic()
+        self.config = model.config
+        self.frozen = freeze_stages(model, recipe.freeze)
+        self.model = model.to(accelerator.device)
+        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
+        self.progress = Progress()
+
+        labels = images("train", recipe.size_at(0)).index.labels
+        self.labels, self.classes = labels, self.config.num_classes
+        self.batches = sampling.Batches.plan(len(labels), recipe.batch_size, accelerator.num_processes, accumulate)
+        self.weights = (
+            sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
+        )
+        wrapped = sync_batch_norm(self.model, accelerator, self.batches.part)
+        self.wrapped, self.optimizer = accelerator.prepare(wrapped, build_optimizer(self.model, recipe))
+
+    # --- the run ---
+
+    def fit(self) -> Progress:
+        """Trains to the end, or to the deadline or a SIGTERM; `progress.finished(recipe)` says which.
+
+        Raises:
+            TrainingError: the loss is no longer a number.
+            ResumeError: the checkpoint is damaged or belongs to another run.
+        """
+        self._resume()
+        total = self.recipe.epochs * self.batches.steps
+        with stop_on_sigterm() as stopping, self.log.bar(total * self.batches.size, self._global_step()) as bar:
+            while not self.progress.finished(self.recipe):
+                if not self._train_epoch(bar, stopping):
+                    self._save()
+                    break
+                self._end_epoch(bar)
+        return self.progress
+
+    def _train_epoch(self, bar: Any, stopping: threading.Event) -> bool:
+        """The rest of the current epoch; False if it was left early."""
+        progress, epoch = self.progress, self.progress.epoch
+        size = self.recipe.size_at(epoch)
+        data = self.images("train", size)
+        order = torch.from_numpy(sampling.epoch_order(self.labels, self.recipe.balance, self.seed, epoch))
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        # On the device: reading a number there waits for all work queued before it.
+        running = torch.tensor(progress.loss_sum, dtype=torch.float64, device=_double(self.accelerator.device))
+        started, before = time.monotonic(), progress.seconds
+        while progress.step < self.batches.steps:
+            running += self._step(data, order, epoch, progress.step).to(running.device)
+            progress.step += 1
+            bar.update(self.batches.size)
+            progress.seconds = before + time.monotonic() - started
+            last = progress.step == self.batches.steps
+            if bar.due or last or self._checkpoint_due():
+                progress.loss_sum = self._checked(running, epoch)
+                bar.show(epoch, progress.loss_sum / progress.step, progress.history)
+            if not last and self._checkpoint_due():
+                self._save()
+            if self._must_stop(stopping):
+                progress.loss_sum = self._checked(running, epoch)
+                return False
+        return True
+
+    def _step(self, data: CachedDataset, order: Tensor, epoch: int, step: int) -> Tensor:
+        """One optimiser step; the mean loss of this process."""
+        recipe, plan, process = self.recipe, self.batches, self.accelerator.process_index
+        drawn = augment.draw(recipe, plan.size, sampling.augment_rng(self.seed, epoch, step))
+        count = epoch * plan.steps + step
+        set_lr(self.optimizer, recipe.lr * lr_factor(count, plan.steps, recipe))
+        total: Tensor | float = 0.0
+        for turn in range(plan.accumulate):
+            of_epoch, of_step = plan.rows(step, process, turn)
+            images, targets = self._batch(data, order[of_epoch], drawn.rows(of_step.start, of_step.stop))
+            sampling.seed_network(self.seed, epoch, step, of_step.start)
+            last = turn == plan.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    logits = self.wrapped(images)
+                loss = objective.loss(logits, targets, self.config.task, self.weights) / plan.accumulate
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        if recipe.clip_grad:
+            self.accelerator.unscale_gradients(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.model, count)
+        return torch.as_tensor(total)
+
+    def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
+        """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
+        size = (data.images.shape[1], data.images.shape[2])
+        images, labels = data.batch(rows, self.accelerator.device)
+        images = augment.augment(images, drawn, self.recipe.augment, size)
+        targets = objective.soft_targets(labels, self.classes, self.recipe.label_smoothing)
+        images, targets = augment.mix(images, targets, drawn)
+        return normalise(images, self.config.preprocess).contiguous(memory_format=torch.channels_last), targets
+
+    def _end_epoch(self, bar: Any) -> None:
+        """Validates, notes the epoch in the history, keeps it if it is the best."""
+        progress, plan, recipe = self.progress, self.batches, self.recipe
+        loss = self._mean_over_processes(progress.loss_sum / plan.steps)
+        self._agree_on_statistics()
+        shown = self.average.model if self.average else self.model
+        val = self.images("val", recipe.evaluated_at)
+        scores = validate(shown, val, self.accelerator, self._validation_batch())
+        score = [selection_score(scores, metric) for metric in recipe.select]
+        is_best = progress.best is None or score > progress.best["score"]
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": recipe.lr * lr_factor((progress.epoch + 1) * plan.steps - 1, plan.steps, recipe),
+            "size": recipe.size_at(progress.epoch),
+            "loss": loss,
+            **{f"val_{name}": value for name, value in scores.items()},
+            "best": is_best,
+            "images_per_second": round(plan.steps * plan.size / max(progress.seconds, 1e-9), 2),
+            "seconds": round(progress.seconds, 3),
+        }
+        if is_best:
+            progress.best = {"epoch": progress.epoch, "score": score}
+            if self.accelerator.is_main_process:
+                self.store.save_best(progress.epoch, shown.state_dict())
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
+        self.log.epoch(progress.history)
+        bar.show(progress.epoch - 1, loss, progress.history)
+        if self._checkpoint_due() or progress.finished(recipe):
+            self._save()
+
+    # --- between processes ---
+
+    def _agree_on_statistics(self) -> None:
+        """Each process has seen other images: the batch norm statistics of the first one are everybody's."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for model in [self.model, *([self.average.model] if self.average else [])]:
+                for buffer in model.buffers():
+                    buffer.copy_(broadcast(buffer))
+
+    def _mean_over_processes(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        number = torch.tensor(value, device=self.accelerator.device)
+        return float(self.accelerator.reduce(number, reduction="mean"))
+
+    def _must_stop(self, stopping: threading.Event) -> bool:
+        stop = stopping.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
+        if self.accelerator.num_processes == 1:
+            return stop
+        if self.progress.step % 10 and self.progress.step != self.batches.steps:
+            return False  # asking costs a round between all processes
+        return self._mean_over_processes(float(stop)) > 0
+
+    # --- checkpoints ---
+
+    def _checkpoint_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        progress = self.progress
+        scaler = self.accelerator.scaler
+        self.store.save(
+            {
+                "identity": self.identity,
+                "plan": [self.batches.steps, self.batches.size],
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "loss_sum": progress.loss_sum,
+                "seconds": progress.seconds,
+                "history": progress.history,
+                "best": progress.best,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.model.state_dict() if self.average else None,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+        )
+
+    def _resume(self) -> None:
+        state = self.store.load()
+        if state is None:
+            return
+        if state["identity"] != self.identity:
+            mine, theirs = self.identity, state["identity"]
+            changed = [key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)]
+            raise ResumeError(
+                f"{self.store.folder} holds a run with another {', '.join(sorted(changed))}; use another output "
+                "folder, or start again with restart=True (--restart)"
+            )
+        if state["plan"] != [self.batches.steps, self.batches.size]:
+            raise ResumeError(
+                f"{self.store.folder} holds a run of other batches; resume with the same processes and accumulation"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+        self.log.resumed(self.progress.history)
+
+    # --- small things ---
+
+    def _global_step(self) -> int:
+        return (self.progress.epoch * self.batches.steps + self.progress.step) * self.batches.size
+
+    def _validation_batch(self) -> int:
+        return max(self.batches.part, 16)
+
+    def _checked(self, running: Tensor, epoch: int) -> float:
+        value = float(running)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is no longer a number in epoch {epoch + 1}; use a smaller lr, clip_grad=1, or precision="
+                "'fp32'. The last checkpoint is from before; other settings need a new run"
+            )
+        return value
+
+
+def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+    """Scores that a best epoch can be chosen by, and the mean loss, over all processes."""
+    from ..evaluation import evaluate
+
+    logits = predict_logits(model, data, batch_size, accelerator)
+    task, labels = model.config.task, data.index.targets
+    targets = objective.soft_targets(labels, model.config.num_classes, 0.0)
+    probabilities = objective.to_probabilities(logits, task).double()
+    if task == "multiclass":
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    found = evaluate(data.index.labels, probabilities.numpy(), data.index.classes, task=task, resamples=0)
+    scores = {name: found[name] for name in ("accuracy", "balanced_accuracy", "auroc", "f1")}
+    return {"loss": float(objective.loss(logits, targets, task)), **scores}
+
+
+@torch.no_grad()
+def predict_logits(
+    model: MedMamba,
+    data: CachedDataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    full_precision: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Logits (N, K) float32 on the CPU, of all images in order; each process computes its share."""
+    was_training = model.training
+    model.eval()
+    count, processes = len(data), accelerator.num_processes
+    share = math.ceil(count / processes)
+    mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
+    found = []
+    visible = progress and accelerator.is_main_process
+    for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
+        images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
+        with contextlib.nullcontext() if full_precision else accelerator.autocast():
+            found.append(model(images.contiguous(memory_format=torch.channels_last)).float())
+    model.train(was_training)
+    return accelerator.gather(torch.cat(found))[:count].cpu()
+
+
+def selection_score(scores: dict[str, float], metric: str) -> float:
+    """Higher is better; what is undefined is worst."""
+    value = -scores["loss"] if metric == "loss" else scores[metric]
+    return -math.inf if np.isnan(value) else float(value)
+
+
+def sync_batch_norm(model: MedMamba, accelerator: Accelerator, part: int) -> torch.nn.Module:
+    """On several GPUs with few images each, batch norm over all of them (CPUs have no such layer)."""
+    if accelerator.num_processes == 1 or accelerator.device.type != "cuda" or part >= 32:
+        return model
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that a scheduler can end a run without loss. Other handlers are put back."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _double(device: torch.device) -> torch.device:
+    """Where a float64 sum can be kept: Apple GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device

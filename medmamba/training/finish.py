@@ -1,0 +1,153 @@
+"""The end of a run: the kept weights are calibrated on validation, scored, and written as a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..calibrate import fit_calibration
+from ..data import ImageDataset
+from ..evaluate import RESULTS_NAME, Scored, score, write_results
+from ..evaluation import Evaluation
+from ..model import MedMamba
+from ..pretrained import CONFIG_NAME, WEIGHTS_NAME
+from ..registry import DatasetEntry
+from .checkpoint import CheckpointStore
+from .engine import Progress, predict_logits
+from .recipe import Recipe
+from .setup import ImageCache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md", "roc.png", "reliability.png", "confusion.png")
+
+
+def finish(
+    out: Path,
+    model: MedMamba,
+    images: ImageCache,
+    store: CheckpointStore,
+    accelerator: Accelerator,
+    record: dict[str, Any],
+    best: int,
+    half: bool,
+) -> dict[str, Evaluation]:
+    """Scores of "val", and of "test" where there is such a split. The test images are touched here for the first time.
+
+    The weights are scored as they are stored: in float16 if `half`. `config.json` and the weights are written last, so
+    a folder that loads is complete.
+    """
+    weights = store.load_best(best)
+    model = MedMamba(model.config)
+    model.load_state_dict(weights)
+    if half:
+        with torch.no_grad():
+            for key, tensor in model.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.copy_(stored(key, tensor).float())
+    model.to(accelerator.device).eval()
+    size = model.config.preprocess.input_size[0]
+    scored: dict[str, Scored] = {}
+    for split in ("val", "test"):
+        if not images.index.split_sizes.get(split):
+            continue
+        data = images(split, size)
+        logits = predict_logits(model, data, 64, accelerator, full_precision=True)
+        if split == "val":
+            calibration = fit_calibration(logits.numpy(), data.index.labels, model.config.task)
+            model.config = model.config.replace(calibration=calibration.to_dict(), training=record)
+        context = {"data": record["dataset"], "split": split, "input_size": [size, size]}
+        scored[split] = score(logits, data.index, model.config, context=context)
+    if accelerator.is_main_process:
+        write_results(out, scored, training=record, calibration=model.config.calibration)
+        model.to("cpu").save_pretrained(out, dtype=torch.float16 if half else None)
+        store.clear()
+    accelerator.wait_for_everyone()
+    return {split: result.evaluation for split, result in scored.items()}
+
+
+def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as `save_pretrained(dtype=torch.float16)` stores it."""
+    shrink = tensor.ndim > 1 and not key.endswith(("A_log", "D", "dt_bias"))
+    return tensor.half() if shrink else tensor
+
+
+def training_record(
+    index: ImageDataset,
+    entry: DatasetEntry | None,
+    recipe: Recipe,
+    identity: dict[str, Any],
+    progress: Progress,
+    accelerator: Accelerator,
+    split_rule: str,
+) -> dict[str, Any]:
+    """What `config.training` says of where the weights come from."""
+    import accelerate
+
+    from .. import __version__
+
+    assert progress.best is not None
+    return {
+        "dataset": entry.name if entry else index.name,
+        "source": entry.source.url if entry else None,
+        "licence": entry.licence.id if entry else None,
+        "split": split_rule,
+        "split_sizes": {str(name): n for name, n in index.split_sizes.items()},
+        "data_fingerprint": identity["data"],
+        "recipe": recipe.name,
+        "settings": recipe.to_dict(),
+        "init": identity["init"],
+        "seed": identity["seed"],
+        "epochs": progress.epoch,
+        "best_epoch": progress.best["epoch"] + 1,
+        "selected_by": list(recipe.select),
+        "seconds": round(sum(row["seconds"] for row in progress.history), 1),
+        "device": device_name(accelerator),
+        "processes": accelerator.num_processes,
+        "precision": identity["precision"],
+        "versions": {
+            "medmamba": __version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        },
+        "identity": identity,
+    }
+
+
+def device_name(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def finished_before(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The training record and evaluations of a run that is already done in this folder; None if there is none.
+
+    Raises:
+        FileExistsError: the folder holds another finished model.
+    """
+    if not (out / CONFIG_NAME).is_file() or not (out / WEIGHTS_NAME).is_file():
+        return None
+    results: dict[str, Any] = {}
+    if (out / RESULTS_NAME).is_file():
+        results = json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))
+    if results.get("training", {}).get("identity") != json.loads(json.dumps(identity)):
+        raise FileExistsError(
+            f"{out} already holds a model of another run; use another folder, or restart=True (--restart) to replace it"
+        )
+    return results
+
+
+def evaluations(results: dict[str, Any]) -> dict[str, Evaluation]:
+    fields = {f.name for f in dataclasses.fields(Evaluation)}
+    return {
+        split: Evaluation.from_dict({key: value for key, value in data.items() if key in fields})
+        for split, data in results["splits"].items()
+    }

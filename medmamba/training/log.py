@@ -1,0 +1,96 @@
+"""What a run tells: a progress bar, `history.csv`, `history.jsonl`, and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .checkpoint import write_text
+
+
+class RunLog:
+    """Logs of the main process; all others are silent."""
+
+    def __init__(self, folder: Path, progress: bool = True, tensorboard: bool = False, active: bool = True):
+        self.folder, self.progress, self.active = folder, progress and active, active
+        self._writer: Any = None
+        self._tensorboard = tensorboard and active
+
+    def bar(self, images: int, done: int) -> Bar:
+        return Bar(images, done, self.progress)
+
+    def resumed(self, history: list[dict[str, Any]]) -> None:
+        """The files go on from this history; what was written after the checkpoint will be written again."""
+        self._write_history(history)
+
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        self._write_history(history)
+        if self._tensorboard:
+            row = history[-1]
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=row["epoch"])
+            for name, value in row.items():
+                if name not in ("epoch", "best"):
+                    self._writer.add_scalar(name, value, row["epoch"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
+        if not self.active or not history:
+            return
+        table = io.StringIO()
+        writer = csv.DictWriter(table, history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        for name, text in (("history.csv", table.getvalue()), ("history.jsonl", lines)):
+            write_text(self.folder / name, text)
+
+
+class Bar:
+    """tqdm over all images of the run, with the epoch, the loss and the last validation behind it."""
+
+    def __init__(self, images: int, done: int, visible: bool):
+        self._tqdm = tqdm(
+            total=images,
+            initial=done,
+            unit="img",
+            unit_scale=True,
+            disable=not visible,
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+        self._shown = 0.0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tqdm.close()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look at the loss again, which costs a wait for the device."""
+        return time.monotonic() - self._shown > 1.0
+
+    def update(self, images: int) -> None:
+        self._tqdm.update(images)
+
+    def show(self, epoch: int, loss: float, history: list[dict[str, Any]]) -> None:
+        self._shown = time.monotonic()
+        text = f"epoch {epoch + 1} loss {loss:.4f}"
+        if history:
+            row = history[-1]
+            text += f" | val accuracy {row['val_accuracy']:.4f} auroc {row['val_auroc']:.4f}"
+        self._tqdm.set_postfix_str(text, refresh=False)

@@ -1,0 +1,113 @@
+"""Parameter groups, the learning rate as a function of the step, and averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..model import MedMamba
+from .recipe import Recipe
+
+
+def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
+    """Parameters by learning rate factor (`lr_scale`) and weight decay. Frozen ones are left out."""
+    exempt = set() if recipe.decay_all else model.no_weight_decay()
+    last = sum(model.config.depths) + 1
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decay = layer_of(name, model.config.depths), name not in exempt
+        group = groups.setdefault(
+            (layer if recipe.layer_decay < 1 else last, decay),
+            {"params": [], "weight_decay": recipe.weight_decay if decay else 0.0},
+        )
+        group["lr_scale"] = recipe.layer_decay ** (last - layer)
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layer_of(name: str, depths: tuple[int, ...]) -> int:
+    """Depth of a parameter: 0 for the patch embedding, 1... for the blocks, one more than the last for the classifier.
+
+    A merging layer belongs to the block that follows it.
+    """
+    if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
+        return 1 + sum(depths[: int(match[1])]) + int(match[2])
+    if match := re.match(r"downsamples\.(\d+)\.", name):
+        return 1 + sum(depths[: int(match[1]) + 1])
+    return 0 if name.startswith("patch_embed.") else sum(depths) + 1
+
+
+def build_optimizer(model: MedMamba, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.betas[0], nesterov=recipe.betas[0] > 0, fused=True)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, recipe.lr, betas=recipe.betas, fused=True)
+
+
+def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """Learning rate of an optimiser step, counted from 0 over the whole run, as a fraction of `recipe.lr`.
+
+    A function of the step alone, so that there is no scheduler state to save.
+    """
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return max((step + 1) / warmup, 1e-3)
+    if recipe.schedule == "step":
+        return recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+    if recipe.schedule == "cosine":
+        total = recipe.epochs * steps_per_epoch
+        done = (step - warmup) / max(total - warmup, 1)
+        return recipe.min_lr + (1 - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def freeze_stages(model: MedMamba, count: int) -> list[nn.Module]:
+    """Stops the training of the patch embedding and the first `count` stages; returns them.
+
+    Their batch norms must also stay in eval mode: `module.eval()` after each `model.train()`.
+    """
+    if count == 0:
+        return []
+    frozen = [model.patch_embed, *model.stages[:count], *model.downsamples[: count - 1]]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+class WeightAverage:
+    """Exponential moving average of all weights and batch norm statistics, in a model of its own.
+
+    The decay grows with the steps, (1 + t) / (10 + t), up to its final value: the first steps are soon forgotten.
+    """
+
+    def __init__(self, model: MedMamba, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._mine = list(self.model.state_dict().values())
+
+    @torch.no_grad()
+    def update(self, model: MedMamba, step: int) -> None:
+        """Takes in the weights after optimiser step `step`, counted from 0."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        theirs = list(model.state_dict().values())
+        averaged = [t.is_floating_point() for t in theirs]
+        torch._foreach_lerp_(_chosen(self._mine, averaged), _chosen(theirs, averaged), weight)
+        for mine, other, floating in zip(self._mine, theirs, averaged, strict=True):
+            if not floating:
+                mine.copy_(other)
+
+
+def _chosen(tensors: list[Tensor], mask: list[bool]) -> list[Tensor]:
+    return [t for t, keep in zip(tensors, mask, strict=True) if keep]

@@ -1,0 +1,212 @@
+"""`medmamba.train`: from a folder of images to a folder that `MedMamba.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import registry
+from ..data import DatasetError, ImageDataset, check_leakage, make_splits, open_dataset, published_split
+from ..evaluation import Evaluation
+from ..model import MedMamba
+from .checkpoint import CheckpointStore
+from .engine import Trainer
+from .finish import RESULT_FILES, evaluations, finish, finished_before, training_record
+from .log import RunLog
+from .recipe import Recipe, load_recipe
+from .setup import ImageCache, build_model, check_splits, make_accelerator
+
+CHECKPOINTS = "checkpoint"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        out: the folder; it holds a model once the run is finished.
+        finished: False if it was stopped by `max_seconds` or SIGTERM; the same call goes on from there.
+        epoch: epochs done.
+        best_epoch: the one that was kept, counted from 1; None before the first validation.
+        history: one row per epoch, as in `history.csv`.
+        val, test: scores of the kept weights; None unless finished (test also where there is no such split).
+    """
+
+    out: Path
+    finished: bool
+    epoch: int
+    best_epoch: int | None
+    history: list[dict[str, Any]]
+    val: Evaluation | None = None
+    test: Evaluation | None = None
+
+    def load(self) -> MedMamba:
+        """The trained model."""
+        return MedMamba.from_pretrained(self.out)
+
+
+def train(
+    data: str | os.PathLike | ImageDataset,
+    out: str | os.PathLike,
+    recipe: str | os.PathLike | Recipe = "default",
+    variant: str = "tiny",
+    init: str | os.PathLike | MedMamba | None = None,
+    *,
+    seed: int = 0,
+    dataset: str | None = None,
+    split: str | Sequence[float] | None = None,
+    patient_pattern: str | None = None,
+    allow_leakage: Collection[str] = (),
+    in_chans: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    accumulate: int = 1,
+    half: bool = True,
+    max_seconds: float | None = None,
+    checkpoint_seconds: float = 60.0,
+    cache: str | os.PathLike | None = None,
+    restart: bool = False,
+    progress: bool = True,
+    tensorboard: bool = False,
+    **settings: Any,
+) -> TrainResult:
+    """Trains, chooses the best epoch on validation, calibrates on validation, then evaluates on test, once.
+
+    Run it again after an interruption of any kind: it goes on from the last checkpoint, and the result is the one that
+    an uninterrupted run would have had (bit for bit on a CPU).
+
+    Args:
+        data: whatever `medmamba.data.open_dataset` takes: folder, CSV, `.npz`, zip; or an `ImageDataset`. Needs splits
+            train and val, or `split`; test is used if there is one.
+        out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints while it runs.
+        recipe: name, `.json` file or `Recipe`.
+        variant: size of a new model ("nano", "tiny", ...); ignored with `init`.
+        init: pretrained model to start from: bundled name, "org/name", folder, or a model.
+        dataset: name in the registry: order and names of classes, patients, licence, all noted with the weights.
+        split: how to make splits where `data` has none: three fractions, or "published" for the registry's rule.
+        patient_pattern: regular expression; group 1 in a file name is the patient.
+        allow_leakage: "patients", "duplicates": go on although they are in more than one split.
+        in_chans: channels of the model; default: those of `init`, or 3.
+        device, precision: see `make_accelerator`.
+        accumulate: parts in which each process takes its share of a batch, for less memory.
+        half: store the weights in float16.
+        max_seconds: stop after about this long, to be continued by the same call.
+        cache: folder for the decoded images, which makes the next start faster.
+        restart: forget what is in `out`.
+        settings: of the recipe, by name (`epochs=10`, `size=128`, `**{"augment.hflip": 0}`).
+
+    Raises:
+        RecipeError, DatasetError, LeakageError, PretrainedError: something to put right before training.
+        ResumeError: `out` holds another run.
+        TrainingError: the loss is no longer a number.
+    """
+    started = time.monotonic()
+    chosen = load_recipe(recipe, **settings)
+    accelerator = make_accelerator(device, precision)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    index, entry = _open(data, dataset, split, patient_pattern, seed)
+    check_splits(index)
+    store = CheckpointStore(out / CHECKPOINTS)
+    if restart and accelerator.is_main_process:
+        store.clear()
+        for name in RESULT_FILES:
+            (out / name).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+    torch.manual_seed(seed)
+    labels = entry.id2label if entry else dict(enumerate(index.classes))
+    model = build_model(chosen, index, variant, init, in_chans, labels)
+    identity = {
+        "recipe": {key: value for key, value in chosen.to_dict().items() if key not in ("name", "description")},
+        "seed": seed,
+        "data": fingerprint(index),
+        "model": model.config.architecture,
+        "init": "" if init is None else "a model" if isinstance(init, MedMamba) else str(init),
+        "in_chans": model.config.in_chans,
+        "precision": accelerator.mixed_precision,
+    }
+    if (done := _already_done(out, identity)) is not None:
+        return done
+    if store.load() is None:  # else it was checked before
+        check_leakage(index, allow=allow_leakage)
+    images = ImageCache(index, model.config, accelerator, Path(cache) if cache else None, progress)
+    log = RunLog(out, progress, tensorboard, accelerator.is_main_process)
+    trainer = Trainer(
+        model,
+        chosen,
+        images,
+        accelerator,
+        store,
+        log,
+        seed=seed,
+        accumulate=accumulate,
+        identity=identity,
+        deadline=None if max_seconds is None else started + max_seconds,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    state = trainer.fit()
+    log.close()
+    best = state.best["epoch"] if state.best else None
+    result = TrainResult(out, state.finished(chosen), state.epoch, None if best is None else best + 1, state.history)
+    if not result.finished or best is None:
+        return result
+    record = training_record(index, entry, chosen, identity, state, accelerator, _split_rule(index, split))
+    found = finish(out, model, images, store, accelerator, record, best, half)
+    return dataclasses.replace(result, val=found["val"], test=found.get("test"))
+
+
+def fingerprint(index: ImageDataset) -> str:
+    """A digest of names, labels and splits of all images."""
+    digest = hashlib.blake2b(repr(index.classes).encode(), digest_size=16)
+    for record in index.records:
+        digest.update(repr((record.source, record.label, record.split)).encode())
+    return digest.hexdigest()
+
+
+def _open(
+    data: str | os.PathLike | ImageDataset,
+    dataset: str | None,
+    split: str | Sequence[float] | None,
+    patient_pattern: str | None,
+    seed: int,
+) -> tuple[ImageDataset, registry.DatasetEntry | None]:
+    entry = registry.get(dataset) if dataset else None
+    index = (
+        data if isinstance(data, ImageDataset) else open_dataset(data, dataset=entry, patient_pattern=patient_pattern)
+    )
+    if len(index) == 0:
+        raise DatasetError(f"{index.name} has no images")
+    if split is None:
+        return index, entry
+    if isinstance(split, str):
+        if split != "published" or entry is None:
+            raise DatasetError("split is three fractions, or 'published' together with dataset=NAME")
+        return published_split(index, entry), entry
+    if any(index.splits):
+        raise DatasetError(f"{index.name} has splits already ({index!r}); leave split out")
+    return make_splits(index, split, seed=seed), entry
+
+
+def _split_rule(index: ImageDataset, split: str | Sequence[float] | None) -> str:
+    if split is None:
+        return "as the data are arranged"
+    return "published" if isinstance(split, str) else f"made by make_splits: {', '.join(map(str, split))}"
+
+
+def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:
+    results = finished_before(out, identity)
+    if results is None:
+        return None
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    found, record = evaluations(results), results["training"]
+    return TrainResult(out, True, record["epochs"], record["best_epoch"], history, found["val"], found.get("test"))

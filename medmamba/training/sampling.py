@@ -1,0 +1,91 @@
+"""Which image comes when, and how much it counts: functions of the seed and the position in the run alone.
+
+Nothing random is carried from step to step, so a run that is resumed at any step goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .recipe import RecipeError
+
+# Streams of random numbers that must not depend on each other.
+_ORDER, _AUGMENT, _NETWORK = range(3)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How an epoch is divided: `steps` optimiser steps of `size` images, each in `parts` parts of `part` images.
+
+    Part p of a step belongs to process p // accumulate: with two processes, or with one that accumulates twice, the
+    same images are taken together. What does not fill a step is left out; the order is another one in each epoch.
+    """
+
+    steps: int
+    size: int
+    part: int
+    accumulate: int
+
+    @classmethod
+    def plan(cls, images: int, batch_size: int, processes: int, accumulate: int) -> Batches:
+        """
+        Raises:
+            RecipeError: the batch cannot be divided, or leaves batch norm a single image.
+        """
+        parts = processes * accumulate
+        size = min(batch_size, images // parts * parts)
+        if batch_size % parts:
+            raise RecipeError(
+                f"batch_size {batch_size} cannot be divided among {processes} processes with {accumulate} parts each"
+            )
+        if size // parts < 2:
+            raise RecipeError(
+                f"{images} training images in batches of {batch_size}, divided by {parts}, leave fewer than 2 images "
+                "per part, too few for batch norm; use a larger batch, fewer processes or less accumulation"
+            )
+        return cls(images // size, size, size // parts, accumulate)
+
+    def rows(self, step: int, process: int, turn: int) -> tuple[slice, slice]:
+        """Rows of the epoch's order, and of the step, that `process` takes in accumulation turn `turn`."""
+        start = (process * self.accumulate + turn) * self.part
+        return (
+            slice(step * self.size + start, step * self.size + start + self.part),
+            slice(start, start + self.part),
+        )
+
+
+def epoch_order(labels: np.ndarray, balance: str, seed: int, epoch: int) -> np.ndarray:
+    """Indices of the training images in the order of this epoch; drawn with replacement if `balance` is "sampling"."""
+    rng = np.random.default_rng((seed, _ORDER, epoch))
+    if balance != "sampling":
+        return rng.permutation(len(labels))
+    weights = 1 / np.bincount(labels)[labels]
+    return rng.choice(len(labels), len(labels), p=weights / weights.sum())
+
+
+def augment_rng(seed: int, epoch: int, step: int) -> np.random.Generator:
+    return np.random.default_rng((seed, _AUGMENT, epoch, step))
+
+
+def seed_network(seed: int, epoch: int, step: int, part: int) -> None:
+    """Seeds what the network draws itself: dropout and stochastic depth."""
+    torch.manual_seed(
+        int(np.random.SeedSequence((seed, _NETWORK, epoch, step, part)).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """(K,) weights inverse to the number of training images, 1 on average over the images.
+
+    For multi-label data, (N, K) of 0 and 1: images without the label over images with it, at most 100.
+    """
+    if labels.ndim == 2:
+        positive = labels.sum(0)
+        weights = np.clip((len(labels) - positive) / np.maximum(positive, 1), 0.01, 100)
+    else:
+        weights = len(labels) / (classes * np.maximum(np.bincount(labels, minlength=classes), 1))
+    return torch.tensor(weights, dtype=torch.float32)

@@ -1,0 +1,172 @@
+"""What a run starts from: the device, the data, the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import MedMambaConfig, variant_config
+from ..data import CachedDataset, DatasetError, ImageDataset
+from ..model import MedMamba
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerator:
+    """Where and in what precision to compute; takes part in `accelerate launch` or `torchrun` if started by one.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "mps".
+        precision: "fp32", "bf16" or "fp16" (matrix products and convolutions; the scan stays float32), or "auto":
+            bf16 on GPUs that have it, else fp32.
+
+    Raises:
+        ImportError: accelerate is missing.
+        ValueError: no such device or precision here.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ImportError('training needs accelerate: pip install "medmamba[train]"') from error
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}; got {precision!r}")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}; pick a GPU by CUDA_VISIBLE_DEVICES=1")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise ValueError(f"no device {device!r} here; `medmamba doctor` shows what there is")
+    if precision == "auto":
+        on_gpu = device != "cpu" and there["cuda"]
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # accelerate keeps one state per process and refuses another precision; each run here has its own.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp])
+
+
+@dataclass
+class ImageCache:
+    """Decoded images by split and size, made when first asked for; only one size of a split is kept.
+
+    Args:
+        folder: keep them on disk too; None: memory alone.
+        fits: decides whether this many bytes may lie on the device.
+    """
+
+    index: ImageDataset
+    config: MedMambaConfig
+    accelerator: Accelerator
+    folder: Path | None = None
+    progress: bool = False
+    _kept: dict[str, tuple[int, CachedDataset]] = field(default_factory=dict)
+
+    def __call__(self, split: str, size: int) -> CachedDataset:
+        if split not in self._kept or self._kept[split][0] != size:
+            self._kept.pop(split, None)  # frees its memory before more is taken
+            self._kept[split] = (size, self._load(split, size))
+        return self._kept[split][1]
+
+    def _load(self, split: str, size: int) -> CachedDataset:
+        from tqdm import tqdm
+
+        from ..evaluate import decode
+
+        part = self.index.split(split)
+        visible = self.progress and self.accelerator.is_main_process
+        file = None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / f"{split}-{size}.npy"
+
+        def bar(items: Iterable[int]) -> Iterable[int]:
+            return tqdm(items, f"reading {split}", len(part), unit="img", disable=not visible)
+
+        preprocess = dataclasses.replace(self.config.preprocess, input_size=(size, size))
+        config = self.config.replace(preprocess=preprocess)
+        with self.accelerator.main_process_first() if file else contextlib.nullcontext():
+            cached = decode(part, config, file, bar)
+        if self.accelerator.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.accelerator.device)
+            if cached.images.nbytes < free // 3:
+                cached.images = cached.images.to(self.accelerator.device)
+                cached.targets = cached.targets.to(self.accelerator.device)
+        return cached
+
+
+def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) -> None:
+    """
+    Raises:
+        DatasetError: a split is missing, one class alone, or a class without training images.
+    """
+    sizes = index.split_sizes
+    missing = [name for name in needed if not sizes.get(name)]
+    if missing:
+        raise DatasetError(
+            f"{index.name} has no images in {' and '.join(missing)}; give folders train, val and test, a CSV with a "
+            "column split, or let splits be made: split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
+        )
+    if len(index.classes) < 2 and index.task == "multiclass":
+        raise DatasetError(f"{index.name} has one class, {index.classes[0]!r}: there is nothing to tell apart")
+    counts = index.split("train").class_counts
+    empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
+    if empty:
+        raise DatasetError(f"{index.name}: no training images of {', '.join(empty)}; add some or remove the class")
+
+
+def build_model(
+    recipe: Recipe,
+    index: ImageDataset,
+    variant: str,
+    init: str | os.PathLike | MedMamba | None,
+    in_chans: int | None,
+    labels: dict[int, str],
+) -> MedMamba:
+    """A model for these classes: new, or with the weights of `init` wherever their shapes fit.
+
+    The classifier of `init` is kept if it has the same classes in the same order, else replaced by a new one.
+    """
+    source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
+    base = source.config if source else variant_config(variant)
+    channels = in_chans or base.in_chans
+    config = base.replace(in_chans=channels, num_classes=len(labels), id2label=labels)
+    preprocess = dataclasses.replace(config.preprocess, input_size=(recipe.evaluated_at, recipe.evaluated_at))
+    if recipe.crop_mode:
+        preprocess = dataclasses.replace(preprocess, crop_mode=recipe.crop_mode)
+    config = config.replace(task=index.task, preprocess=preprocess, calibration={}, training={})
+    if recipe.drop_path is not None:
+        config = config.replace(drop_path_rate=recipe.drop_path)
+    if recipe.drop is not None:
+        config = config.replace(drop_rate=recipe.drop)
+    model = MedMamba(config)
+    if source:
+        same_head = source.config.labels == config.labels and source.config.task == config.task
+        tensors = {
+            key: tensor.detach().clone()
+            for key, tensor in source.state_dict().items()
+            if same_head or not key.startswith("head.")
+        }
+        tensors["patch_embed.proj.weight"] = adapt_input(tensors["patch_embed.proj.weight"], channels)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        assert not unexpected and all(key.startswith("head.") for key in missing)
+    return model
+
+
+def adapt_input(weight: Tensor, channels: int) -> Tensor:
+    """(dim, C, p, p) patch embedding for another number of channels, with the same output for grey images."""
+    old = weight.shape[1]
+    if old == channels:
+        return weight
+    return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (old / channels)
