@@ -10,6 +10,7 @@ from .convert import ConversionError, load_upstream
 from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
 from .model import MedMamba, create_model
 from .pretrained import PretrainedError, bundled_models
+from .timm_compat import hook as _hook_timm
 
 __version__ = "0.1.0"
 
@@ -28,3 +29,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_2d",
 ]
+
+_hook_timm()  # costs nothing without timm; with it, timm.create_model knows MedMamba, whichever is imported first

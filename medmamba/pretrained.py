@@ -13,95 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, PretrainedError, file_hash
 from .config import ConfigError, MedMambaConfig
+from .sources import ORGANISATION, bundled_models, fetch
+from .timm_compat import FILE_FIELDS, timm_fields
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-ORGANISATION = "medmamba"
-
-
-class PretrainedError(OSError):
-    """A pretrained model that cannot be found, read or saved; the message says what to do."""
-
-
-def bundled_models() -> dict[str, Path]:
-    """Models that come with this copy of medmamba, by name (`medmamba/<folder>`); they load without a network."""
-    package = Path(__file__).parent
-    found: dict[str, Path] = {}
-    for root in (package / "weights", package.parent / "hub" / "models"):  # an installed wheel; a clone
-        for config in sorted(root.glob(f"*/{CONFIG_NAME}")):
-            if (config.parent / WEIGHTS_NAME).is_file():
-                found.setdefault(f"{ORGANISATION}/{config.parent.name}", config.parent)
-    return found
-
-
-def fetch(
-    name: str | os.PathLike,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
-    """The local folder that holds a model: `name` itself, a bundled one, or a download.
-
-    Args:
-        name: a folder; "org/name" or "org/name@revision"; or the short name of a bundled model.
-
-    Raises:
-        PretrainedError: nothing by that name, no network, no permission, or an incomplete folder.
-    """
-    if Path(name).is_dir():
-        return _complete(Path(name))
-    repo, _, at = str(name).partition("@")
-    revision = revision or at or None
-    bundled = bundled_models()
-    if "/" not in repo:
-        repo = f"{ORGANISATION}/{repo}"
-    if repo in bundled and revision is None and not force_download:
-        return bundled[repo]
-    if isinstance(name, os.PathLike) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise PretrainedError(f"no such folder: {name}. {_what_exists(bundled)}")
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    download: dict[str, Any] = dict(
-        revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only, force_download=force_download
-    )
-    try:
-        # The configuration first: the Hub counts a download by it, and it is small where the name is wrong.
-        folder = Path(hf_hub_download(repo, CONFIG_NAME, **download)).parent
-        hf_hub_download(repo, WEIGHTS_NAME, **download)
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise PretrainedError(
-            f"there is no model {repo!r} on the Hub that you may read (private and gated ones need "
-            f"`hf auth login` or token=...). {_what_exists(bundled)}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise PretrainedError(f"{repo!r} has no revision {revision!r}; leave it out for the newest") from error
-    except LocalEntryNotFoundError as error:
-        raise PretrainedError(
-            f"{repo!r} is not in the local cache and the Hub cannot be reached (or was not to be asked). "
-            f"Connect once, or point HF_ENDPOINT at a mirror. {_what_exists(bundled)}"
-        ) from error
-    except EntryNotFoundError as error:
-        raise PretrainedError(
-            f"{repo!r} is on the Hub but has no {CONFIG_NAME} or no {WEIGHTS_NAME}, so it is not a medmamba model; "
-            "a published .pth is read by medmamba.load_upstream"
-        ) from error
-    except HFValidationError as error:
-        raise PretrainedError(f"{str(name)!r} is neither a folder nor a model name like org/name. {_what_exists(bundled)}") from error
-    except OSError as error:  # connection cut, disk full, HTTP 5xx
-        raise PretrainedError(f"downloading {repo!r} failed: {error}. Run it again: finished files are kept") from error
-    return folder
+__all__ = [
+    "CONFIG_NAME",
+    "ORGANISATION",
+    "WEIGHTS_NAME",
+    "PretrainedError",
+    "PretrainedMixin",
+    "bundled_models",
+    "fetch",
+    "load_strict",
+    "read_config",
+    "read_weights",
+]
 
 
 def read_config(folder: Path) -> MedMambaConfig:
@@ -117,6 +45,9 @@ def read_config(folder: Path) -> MedMambaConfig:
         raise ConfigError(f"{path} is not valid JSON ({error}); download or save the model again") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
+    # The file also holds what timm and a checksum need, all derived from the rest; see `_file_config`.
+    data["architecture"] = data.pop("variant", data.get("architecture", "custom"))
+    data = {key: value for key, value in data.items() if key not in (CHECKSUM_KEY, *FILE_FIELDS)}
     try:
         return MedMambaConfig.from_dict(data)
     except (TypeError, ValueError) as error:
@@ -205,18 +136,16 @@ class PretrainedMixin:
         """
         from safetensors.torch import save_file
 
-        from . import __version__
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.config.to_dict(), "medmamba_version": __version__}
         tensors = {}
         for key, tensor in self.state_dict().items():  # type: ignore[attr-defined]
             shrink = dtype is not None and tensor.ndim > 1 and not key.endswith(("A_log", "D", "dt_bias"))
             tensors[key] = tensor.detach().to(device="cpu", dtype=dtype if shrink else None).contiguous().clone()
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
             save_file(tensors, Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
-            Path(staging, CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            config = json.dumps(_file_config(self.config, Path(staging) / WEIGHTS_NAME), indent=2, ensure_ascii=False)
+            Path(staging, CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
             for file in (WEIGHTS_NAME, CONFIG_NAME):
                 os.chmod(Path(staging) / file, 0o644)
                 os.replace(Path(staging) / file, folder / file)
@@ -254,19 +183,14 @@ class PretrainedMixin:
         return str(info.commit_url)
 
 
-def _complete(folder: Path) -> Path:
-    for file in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / file).is_file():
-            hint = ""
-            if any(folder.glob("*.pth")) or any(folder.glob("*.bin")):
-                hint = "; a published .pth is read by medmamba.load_upstream, which never unpickles code"
-            raise PretrainedError(f"{folder} has no {file}, so it is not a model saved by save_pretrained{hint}")
-    return folder
+def _file_config(config: MedMambaConfig, weights: Path) -> dict[str, Any]:
+    """What `config.json` holds: the configuration, who wrote it, which weights it goes with, and what timm reads."""
+    from . import __version__
 
-
-def _what_exists(bundled: dict[str, Path]) -> str:
-    names = ", ".join(bundled) or "none"
-    return (
-        f"Models that come with medmamba: {names}. A model of your own: `medmamba train --data FOLDER --out DIR`, then "
-        "MedMamba.from_pretrained(DIR); a new one without weights: medmamba.create_model('tiny', num_classes=...)"
-    )
+    return {
+        **config.to_dict(),
+        "medmamba_version": __version__,
+        CHECKSUM_KEY: file_hash(weights),
+        **timm_fields(config),
+        "variant": config.architecture,  # timm looks its entry point up by "architecture"
+    }
