@@ -131,6 +131,9 @@ def test_numeric_folders_and_the_alphabetical_trap(tmp_path: Path) -> None:
     by_source = {r.source: r.label for r in official.records}
     permutation = data.alphabetical_permutation(12)
     assert all(permutation[r.label] == by_source[r.source] for r in trap.records)
+    organs = tree(tmp_path / "organs", [f"{i}/x.png" for i in range(11)])
+    assert open_dataset(organs, dataset="organamnist").labels.tolist() == list(range(11))
+    assert open_dataset(organs, dataset="organamnist").records[10].source == "10/x.png"
     with pytest.raises(DatasetError, match="one is 'x'"):
         data.order_classes(["1", "x"], "numeric")
     with pytest.raises(DatasetError, match="class_order must be"):
@@ -369,6 +372,17 @@ def test_zip_in_worker_processes_and_after_pickling(tmp_path: Path, good_members
     loader = DataLoader(dataset, batch_size=1, num_workers=2)
     assert torch.equal(torch.cat([image for image, _ in loader]), expected)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[2][0], expected[2])
+
+
+def test_a_forked_process_opens_the_zip_again(
+    tmp_path: Path, good_members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that share one file position read each other's bytes."""
+    reader = open_dataset(zip_of(tmp_path / "set.zip", good_members)).reader
+    mine = reader._archive()
+    assert reader._archive() is mine
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert reader._archive() is not mine
 
 
 @pytest.mark.parametrize(
@@ -651,6 +665,8 @@ def test_cache_file_is_used_again_only_for_the_same_images(
         assert torch.equal(data.cache_images(mixed, SMALL, file=file).images, first.images)
         with pytest.raises(AssertionError, match="decoded again"):
             data.cache_images(mixed, PreprocessConfig((32, 32)), file=file)
+    backwards = data.cache_images(mixed.subset(range(5, -1, -1)), SMALL, file=file)
+    assert torch.equal(backwards.images, first.images.flip(0)) and not torch.equal(backwards.images, first.images)
     other = mixed.subset([0, 1])
     assert len(data.cache_images(other, SMALL, file=file)) == 2
     assert sorted(path.name for path in file.parent.iterdir()) == ["pixels.npy", "pixels.npy.json"]

@@ -1,0 +1,46 @@
+"""Bootstrap resamples as weights: stratified by class, by patient where patients are known, from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .scores import Floats, Ints
+
+_CHUNK_ELEMENTS = 2**22  # weights in memory at a time: 16 MB
+
+
+def resampling_units(labels: Ints, patients: Sequence[str | None] | None) -> tuple[Ints, Ints]:
+    """What is drawn, and from where.
+
+    Returns the unit (patient, or image without one) of each image `(N,)`, and the stratum of each unit `(U,)`: its
+    class; for patients with images of several classes the commonest one. Multi-label data have a single stratum.
+    """
+    n = len(labels)
+    keys = [(i,) if patients is None or patients[i] is None else patients[i] for i in range(n)]
+    numbers: dict[object, int] = {}
+    unit_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    if labels.ndim == 2:
+        return unit_of, np.zeros(len(numbers), dtype=np.int64)
+    counts = np.zeros((len(numbers), int(labels.max()) + 1), dtype=np.int64)
+    np.add.at(counts, (unit_of, labels), 1)
+    return unit_of, counts.argmax(axis=1)
+
+
+def bootstrap_weights(unit_of: Ints, stratum_of: Ints, resamples: int, seed: int) -> Iterator[Floats]:
+    """Weights of the images in `resamples` resamples, in chunks `(R, N)`.
+
+    Every resample draws as many units from each stratum as it has, with replacement; an image weighs as often as its
+    unit was drawn.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_ELEMENTS // len(unit_of))
+    strata = [np.flatnonzero(stratum_of == stratum) for stratum in np.unique(stratum_of)]
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        # Counts are small integers, which float32 holds exactly; intervals need no more digits.
+        drawn = np.empty((rows, len(stratum_of)), dtype=np.float32)
+        for units in strata:
+            drawn[:, units] = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), rows)
+        yield drawn[:, unit_of]

@@ -1,0 +1,218 @@
+"""From labels and probabilities to every figure we report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import scores
+from .bootstrap import bootstrap_weights, resampling_units
+from .result import ClassResult, Estimate, Evaluation
+from .scores import Floats, Ints
+
+
+class EvaluationError(ValueError):
+    """Labels and probabilities that do not fit together."""
+
+
+def evaluate(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    classes: Sequence[str],
+    *,
+    task: str = "multiclass",
+    patients: Sequence[str | None] | None = None,
+    threshold: float = 0.5,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    ece_bins: int = 15,
+    context: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Score predictions, with bootstrap intervals.
+
+    Definitions. Macro averages go over the classes that occur in `labels` (a class without images has no sensitivity;
+    a note says which). Accuracy of a multi-label task is the mean over labels, as MedMNIST's evaluator has it, and
+    `subset_accuracy` asks for all labels of an image at once. AUROC is one class against the rest. ECE is of the
+    largest probability, or of every label's probability in a multi-label task.
+
+    Intervals are percentiles of resamples that draw patients (where given, else images) with replacement within each
+    class. They say how much another test set of the same kind would change the figure, not how much another training
+    run would.
+
+    Args:
+        labels: integers `(N,)`, or `(N, K)` of 0 and 1 for a multi-label task.
+        probabilities: `(N, K)` in [0, 1], rows adding up to 1 unless multi-label; for two classes also `(N,)`, the
+            probability of the second.
+        classes: K names.
+        patients: patient of each image, None for an image that stands for itself.
+        threshold: probability above which a label is said, in a multi-label task.
+        resamples: number of bootstrap resamples; 0 for no intervals.
+
+    Raises:
+        EvaluationError: shapes, values or labels that do not fit together.
+    """
+    k = len(classes)
+    truth, p = _checked(labels, probabilities, k, task)
+    if patients is not None and len(patients) != len(truth):
+        raise EvaluationError(f"{len(patients)} patients for {len(truth)} images")
+    scorer = _Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
+    point = scorer(np.ones((1, len(truth))))
+    unit_of, stratum_of = resampling_units(truth, patients)
+    chunks = [scorer(weights) for weights in bootstrap_weights(unit_of, stratum_of, resamples, seed)]
+    interval = {name: _interval([chunk[name] for chunk in chunks], level) for name in point} if chunks else {}
+
+    def estimate(name: str, *index: int) -> Estimate:
+        value = float(point[name][0][index])
+        if not interval or np.isnan(value):
+            return Estimate(value)
+        low, high = interval[name]
+        return Estimate(value, float(low[index]), float(high[index]))
+
+    support = scorer.support
+    return Evaluation(
+        task=task,
+        classes=tuple(classes),
+        n_images=len(truth),
+        n_patients=None if patients is None else len(stratum_of),
+        overall={name: estimate(name) for name, values in point.items() if values.ndim == 1},
+        per_class=tuple(
+            ClassResult(
+                name,
+                int(support[i]),
+                {key.removeprefix("class_"): estimate(key, i) for key, values in point.items() if values.ndim == 2},
+            )
+            for i, name in enumerate(classes)
+        ),
+        confusion=scorer.confusion(),
+        resamples=resamples,
+        level=level,
+        resampled_by="image" if patients is None else "patient",
+        seed=seed,
+        threshold=threshold if task == "multilabel" else None,
+        ece_bins=ece_bins,
+        notes=_notes(classes, support, len(truth), task),
+        context=dict(context or {}),
+    )
+
+
+class _Scorer:
+    """All scores of fixed labels and probabilities under weights `(R, N)`."""
+
+    def __init__(self, truth: Ints, p: Floats, k: int, multilabel: bool, threshold: float, bins: int) -> None:
+        self.k, self.multilabel = k, multilabel
+        self.truth = truth
+        self.onehot = (truth if multilabel else np.eye(k, dtype=np.int64)[truth]).astype(float)
+        self.support = self.onehot.sum(axis=0).astype(int)
+        self.said = (p > threshold).astype(np.int64) if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
+        self.brier = scores.brier(self.onehot, p) / (k if multilabel else 2 if k == 2 else 1)
+        self.ranks = [scores.rank(p[:, i]) for i in range(k)]
+        right = self.onehot if multilabel else (self.said == truth).astype(float)
+        self.gaps = scores.calibration_gaps(p if multilabel else p.max(axis=1), right, bins)
+        self.nll = scores.negative_log_likelihood(self.onehot, p, multilabel)
+
+    def __call__(self, weights: Floats) -> dict[str, Floats]:
+        """Overall scores `(R,)` by name, and scores of each class `(R, K)` by "class_" and name."""
+        total = weights.sum(axis=1)
+        tables = self._tables(weights)  # (R, K, 2, 2)
+        by_class = scores.rates(tables)
+        positive = self.onehot.astype(bool)
+        areas = [scores.auroc_and_auprc(positive[:, i], self.ranks[i], weights) for i in range(self.k)]
+        by_class["auroc"], by_class["auprc"] = (np.stack(column, axis=1) for column in zip(*areas, strict=True))
+        if self.multilabel:
+            right = self.said == self.truth
+            overall = {"accuracy": weights @ right.mean(axis=1) / total}
+            overall["subset_accuracy"] = weights @ right.all(axis=1) / total
+        else:
+            overall = {"accuracy": weights @ (self.said == self.truth) / total}
+        present = by_class["sensitivity"] >= 0  # not NaN
+        overall["balanced_accuracy"] = _macro(by_class["sensitivity"], present)
+        if self.multilabel:
+            overall["balanced_accuracy"] = _macro((by_class["sensitivity"] + by_class["specificity"]) / 2, present)
+        for name in ("precision", "sensitivity", "specificity", "f1", "auroc", "auprc"):
+            overall[name] = _macro(by_class[name], present)
+        overall["ece"] = scores.expected_calibration_error(self.gaps, weights)
+        overall["brier"] = weights @ self.brier / total
+        overall["nll"] = weights @ self.nll / total
+        return overall | {f"class_{name}": values for name, values in by_class.items()}
+
+    def confusion(self) -> tuple[Any, ...]:
+        ones = np.ones((1, len(self.truth)))
+        matrix = self._tables(ones) if self.multilabel else scores.confusion(self.truth, self.said, self.k, ones)
+        return _as_tuples(matrix[0].astype(int).tolist())
+
+    def _tables(self, weights: Floats) -> Floats:
+        if not self.multilabel:
+            return scores.one_against_rest(scores.confusion(self.truth, self.said, self.k, weights))
+        return scores.label_tables(self.onehot, self.said.astype(float), weights)
+
+
+def _macro(values: Floats, present: np.ndarray) -> Floats:
+    """Mean over the classes that occur, `(R, K)` -> `(R,)`; classes for which the score is undefined are left out."""
+    use = present & ~np.isnan(values)
+    count = use.sum(axis=1)
+    total = np.where(use, values, 0).sum(axis=1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _interval(chunks: list[Floats], level: float) -> tuple[Floats, Floats]:
+    """Percentiles over the resamples, `(R,)` or `(R, K)` to `()` or `(K,)`, of those in which a score is defined."""
+    values = np.concatenate(chunks)
+    rows = values.reshape(len(values), -1)
+    limits = np.full((2, rows.shape[1]), np.nan)
+    known = ~np.isnan(rows).all(axis=0)
+    if known.any():
+        tail = (1 - level) / 2
+        limits[:, known] = np.nanquantile(rows[:, known], (tail, 1 - tail), axis=0)
+    low, high = limits.reshape(2, *values.shape[1:])
+    return low, high
+
+
+def _checked(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> tuple[Ints, Floats]:
+    truth, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    if task not in ("multiclass", "multilabel"):
+        raise EvaluationError(f"task must be multiclass or multilabel, got {task!r}")
+    if p.ndim == 1 and k == 2 and task == "multiclass":
+        p = np.stack([1 - p, p], axis=1)
+    if truth.ndim == 2 and truth.shape[1] == 1 and task == "multiclass":
+        truth = truth[:, 0]
+    expected = (len(p), k) if task == "multilabel" else (len(p),)
+    if p.shape != (len(p), k) or truth.shape != expected or k < 1 or len(p) == 0:
+        raise EvaluationError(
+            f"{task} with {k} classes needs probabilities (N, {k}) and labels "
+            f"{'(N, ' + str(k) + ')' if task == 'multilabel' else '(N,)'}; got {p.shape} and {truth.shape}"
+        )
+    if truth.dtype.kind not in "iub" and not (truth.dtype.kind == "f" and (truth == np.rint(truth)).all()):
+        raise EvaluationError(f"labels must be integers, not {truth.dtype}")
+    truth = truth.astype(np.int64)
+    highest = 1 if task == "multilabel" else k - 1
+    if truth.min() < 0 or truth.max() > highest:
+        raise EvaluationError(f"labels must be 0 to {highest}; found {truth.min()} to {truth.max()}")
+    if not np.isfinite(p).all() or p.min() < -1e-6 or p.max() > 1 + 1e-6:
+        raise EvaluationError("probabilities must be finite and in [0, 1]; these look like logits")
+    if task == "multiclass" and np.abs(p.sum(axis=1) - 1).max() > 1e-2:
+        raise EvaluationError(
+            "the probabilities of an image must add up to 1; for independent labels: task='multilabel'"
+        )
+    return truth, np.clip(p, 0, 1)
+
+
+def _notes(classes: Sequence[str], support: np.ndarray, n: int, task: str) -> tuple[str, ...]:
+    notes = []
+    absent = [name for name, count in zip(classes, support, strict=True) if count == 0]
+    if absent:
+        notes.append(f"No images of {', '.join(absent)}: left out of macro averages.")
+    everywhere = [name for name, count in zip(classes, support, strict=True) if count == n]
+    if everywhere:
+        notes.append(f"Every image shows {', '.join(everywhere)}: no specificity and no AUROC.")
+    rare = [name for name, count in zip(classes, support, strict=True) if 0 < count < 10]
+    if rare:
+        notes.append(f"Fewer than 10 images of {', '.join(rare)}: figures of these classes say little.")
+    return tuple(notes)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,169 @@
+"""`Evaluation`: the figures of a model on a set of images, with intervals, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PAPER_COLUMNS = ("precision", "sensitivity", "specificity", "f1", "accuracy", "auroc")
+"""The columns of the published table, in its order."""
+
+TITLES = {
+    "accuracy": "Accuracy",
+    "subset_accuracy": "Subset accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "precision": "Precision",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "npv": "NPV",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "ece": "ECE",
+    "brier": "Brier score",
+    "nll": "Log loss",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its bootstrap interval; NaN where it is not defined."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "n/a"
+        interval = "" if math.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Figures of one class against the rest. `support` is the number of images that show it."""
+
+    name: str
+    support: int
+    scores: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        task: "multiclass" or "multilabel".
+        classes: names in the order of the label indices.
+        n_images: images scored.
+        n_patients: patients among them; None where patients are not known.
+        overall: scores by name. Precision, sensitivity, specificity, F1, AUROC and AUPRC are macro averages over the
+            classes that occur.
+        per_class: one row per class.
+        confusion: `K x K` counts, row: true class, column: predicted; multi-label: `K x 2 x 2`, [[tn, fp], [fn, tp]].
+        resamples, level, resampled_by, seed: how the intervals were made; `resampled_by` is "image" or "patient".
+        threshold: probability from which a label counts as said, in multi-label tasks.
+        ece_bins: number of bins of the ECE.
+        notes: what a reader must know, such as classes without images.
+        context: whatever else belongs beside the figures: model, dataset, split, date.
+    """
+
+    task: str
+    classes: tuple[str, ...]
+    n_images: int
+    n_patients: int | None
+    overall: Mapping[str, Estimate]
+    per_class: tuple[ClassResult, ...]
+    confusion: tuple[Any, ...]
+    resamples: int
+    level: float
+    resampled_by: str
+    seed: int
+    threshold: float | None
+    ece_bins: int
+    notes: tuple[str, ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """The value of an overall score: `evaluation["auroc"]`."""
+        return self.overall[name].value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: NaN becomes None."""
+        return _without_nan(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        values = dict(data)
+        values["overall"] = {name: _estimate(row) for name, row in values["overall"].items()}
+        values["per_class"] = tuple(
+            ClassResult(row["name"], row["support"], {name: _estimate(score) for name, score in row["scores"].items()})
+            for row in values["per_class"]
+        )
+        values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
+        values["confusion"] = _tuples(values["confusion"])
+        return cls(**values)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON text; also written to `path` if given."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Evaluation:
+        """From a file, or from JSON text (which starts with a brace)."""
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        return cls.from_dict(json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8")))
+
+    def to_markdown(self) -> str:
+        """Tables of the overall scores, the classes and the confusion matrix, for a model card or a terminal."""
+        who = f"{self.n_images} images" + (f" of {self.n_patients} patients" if self.n_patients is not None else "")
+        lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
+        lines += _table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])
+        columns = list(self.per_class[0].scores) if self.per_class else []
+        rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
+        lines += ["", *_table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
+        if self.task == "multiclass":
+            matrix = [[name, *map(str, row)] for name, row in zip(self.classes, self.confusion, strict=True)]
+            lines += ["", "Rows: true class. Columns: predicted class.", ""]
+            lines += _table(["", *self.classes], matrix)
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+    def _interval_text(self) -> str:
+        if not self.resamples:
+            return "No intervals."
+        by = f"by {self.resampled_by}" + (", stratified by class" if self.task == "multiclass" else "")
+        return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
+
+
+def _estimate(row: Mapping[str, float | None]) -> Estimate:
+    return Estimate(**{key: math.nan if value is None else value for key, value in row.items()})
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + " --- |" * len(header), *(line(row) for row in rows)]

@@ -1,0 +1,143 @@
+"""Classification scores of weighted samples, for many weightings at once.
+
+A bootstrap resample is a sample drawn w times, so every function takes weights `(R, N)` and gives one score per row:
+a thousand resamples cost one sort. With weights of one they are scikit-learn's scores (tested against it).
+R: weightings, N: images, K: classes. Undefined scores (no positives, nothing predicted, ...) are NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+Ranks = tuple[Ints, Ints]
+
+_SMALLEST_PROBABILITY = 1e-12
+
+
+def confusion(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Floats:
+    """`(R, K, K)`: weight of the images of class i (row) that were taken for class j (column)."""
+    cell = labels * k + predictions
+    rows = [np.bincount(cell, row, k * k) for row in weights]
+    return np.array(rows, dtype=np.float64).reshape(-1, k, k)
+
+
+def label_tables(truth: Floats, said: Floats, weights: Floats) -> Floats:
+    """2x2 tables `(R, K, 2, 2)`, [[tn, fp], [fn, tp]], of several labels at once, given as 0 and 1, `(N, K)`."""
+    tp, fn, fp = weights @ (truth * said), weights @ (truth * (1 - said)), weights @ ((1 - truth) * said)
+    tn = weights.sum(axis=1, keepdims=True) - tp - fn - fp
+    return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
+
+
+def one_against_rest(matrix: Floats) -> Floats:
+    """Confusion `(R, K, K)` to one 2x2 table per class, `(R, K, 2, 2)`: [[tn, fp], [fn, tp]]."""
+    tp = np.einsum("rkk->rk", matrix)
+    fn = matrix.sum(axis=2) - tp
+    fp = matrix.sum(axis=1) - tp
+    tn = matrix.sum(axis=(1, 2))[:, None] - tp - fn - fp
+    return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
+
+
+def rates(tables: Floats) -> dict[str, Floats]:
+    """Sensitivity, specificity, precision (PPV), NPV and F1, each `(R, K)`, of 2x2 tables `(R, K, 2, 2)`.
+
+    Precision and F1 of a class that occurs but is never predicted are 0, as in scikit-learn; where a class does not
+    occur at all, sensitivity, precision and F1 are NaN.
+    """
+    tn, fp, fn, tp = (tables[..., i, j] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)))
+    absent = tp + fn == 0
+    nothing_said = tp + fp == 0
+    return {
+        "sensitivity": _ratio(tp, tp + fn),
+        "specificity": _ratio(tn, tn + fp),
+        "precision": np.where(absent, np.nan, np.where(nothing_said, 0.0, _ratio(tp, tp + fp))),
+        "npv": _ratio(tn, tn + fn),
+        "f1": np.where(absent, np.nan, _ratio(2 * tp, 2 * tp + fp + fn)),
+    }
+
+
+def rank(scores: Floats) -> Ranks:
+    """Ascending order of the scores `(N,)`, and where in it each distinct score starts."""
+    order = np.argsort(scores, kind="stable")
+    ordered = scores[order]
+    return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+
+
+def auroc_and_auprc(positive: NDArray[np.bool_], ranks: Ranks, weights: Floats) -> tuple[Floats, Floats]:
+    """Areas under the ROC curve and under the precision-recall curve, each `(R,)`.
+
+    AUROC is the chance that a positive scores above a negative, ties counting half. AUPRC is the average precision,
+    without interpolation. `ranks` is `rank(scores)`, which is computed once for all weightings.
+    """
+    order, starts = ranks
+    ascending = weights[:, order]
+    hits = _grouped(ascending * positive[order], starts)
+    said = _grouped(ascending, starts)
+    all_hits = hits.sum(axis=1)
+    misses = said - hits
+    below = np.cumsum(misses, axis=1) - misses / 2
+    area = _ratio((hits * below).sum(axis=1), all_hits * misses.sum(axis=1))
+    # Thresholds descend where ranks ascend: what is said at a threshold cumulates from the end.
+    said_above = np.cumsum(said[:, ::-1], axis=1)
+    precision = np.divide(
+        np.cumsum(hits[:, ::-1], axis=1), said_above, out=np.zeros_like(said_above), where=said_above > 0
+    )
+    return area, _ratio((hits[:, ::-1] * precision).sum(axis=1), all_hits)
+
+
+def calibration_gaps(confidence: Floats, correct: Floats, bins: int) -> Floats:
+    """`(N, bins)`: correct minus confidence of each image, in the bin of its confidence.
+
+    Both are `(N,)`, or `(N, L)` for several statements about each image, of which the mean counts.
+    """
+    confidence, correct = (values.reshape(len(values), -1) for values in (confidence, correct))
+    gaps = np.zeros((len(confidence), bins))
+    rows = np.broadcast_to(np.arange(len(confidence))[:, None], confidence.shape)
+    np.add.at(gaps, (rows, bin_index(confidence, bins)), correct - confidence)
+    return gaps / confidence.shape[1]
+
+
+def expected_calibration_error(gaps: Floats, weights: Floats) -> Floats:
+    """ECE, `(R,)`: the mean over bins, weighted by their images, of |accuracy - mean confidence| (Guo et al. 2017).
+
+    Bins are of equal width over (0, 1], closed on the right; `gaps` is from `calibration_gaps`.
+    """
+    return _ratio(np.abs(weights @ gaps).sum(axis=1), weights.sum(axis=1))
+
+
+def bin_index(confidence: Floats, bins: int) -> Ints:
+    """Bin of each confidence, for bins of equal width that are closed on the right (0 falls into the first)."""
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
+def brier(onehot: Floats, probabilities: Floats) -> Floats:
+    """Brier score of each image, `(N,)`.
+
+    More than two exclusive classes: the sum over classes of squared errors, in [0, 2]. Two classes, or several labels
+    at once: half of that, or the mean over labels, in [0, 1]. (scikit-learn's `scale_by_half="auto"`.)
+    """
+    return ((probabilities - onehot) ** 2).sum(axis=1)
+
+
+def negative_log_likelihood(onehot: Floats, probabilities: Floats, multilabel: bool) -> Floats:
+    """Cross entropy of each image in nats, `(N,)`; the mean over labels where several can hold at once."""
+    probabilities = np.clip(probabilities, _SMALLEST_PROBABILITY, 1)
+    if not multilabel:
+        return -(onehot * np.log(probabilities)).sum(axis=1)
+    others = np.clip(1 - probabilities, _SMALLEST_PROBABILITY, 1)
+    return -(onehot * np.log(probabilities) + (1 - onehot) * np.log(others)).mean(axis=1)
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Numerator over denominator, NaN where that is 0/0."""
+    out = np.full(np.broadcast(numerator, denominator).shape, np.nan)
+    return np.divide(numerator, denominator, out=out, where=denominator != 0)
+
+
+def _grouped(values: Floats, starts: Ints) -> Floats:
+    """Sums of `(R, N)` over runs of equal score, `(R, G)`."""
+    return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)
