@@ -1,0 +1,259 @@
+"""Pillow images and numpy arrays as `MedicalImage`: bit depths, palettes, alpha, rotation, frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ._image import MAX_PIXELS, ImageError, MedicalImage, Window, check_frame, check_size
+
+_EXIF_ORIENTATION = 0x0112
+# TIFF tags that Pillow reads but does not fully act on.
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+
+
+def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
+    """Decode a file of the Pillow format `kind` ("PNG", "TIFF", ...) from a seekable stream."""
+    with _decoding(f"{kind} file"):
+        if kind == "PNG":
+            # Decoding alone does not notice every flipped bit; the checksums do.
+            with Image.open(stream, formats=[kind]) as image:
+                check_size(image.height, image.width)
+                image.verify()
+            stream.seek(0)
+        with Image.open(stream, formats=[kind]) as image:
+            return _from_pil(image, name, kind, frame, window)
+
+
+def load_pil(image: Image.Image, name: str, frame: int | None, window: Window | None) -> MedicalImage:
+    """Convert a Pillow image, which stays at the frame it was at."""
+    with _decoding("PIL image"):
+        position = image.tell()
+        try:
+            return _from_pil(image, name, "PIL", frame, window)
+        finally:
+            if image.tell() != position:
+                image.seek(position)
+
+
+def load_array(array: np.ndarray, name: str, frame: int | None, window: Window | None) -> MedicalImage:
+    """Convert `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or float in [0, 1]; with `window` of any real type."""
+    check_frame(frame, 1)
+    if isinstance(array, np.ma.MaskedArray):
+        raise ImageError("masked arrays are ambiguous; pass array.filled(value)")
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"arrays of {array.dtype} are not images; convert to uint8, uint16 or float in 0..1")
+    shape = array.shape
+    if len(shape) == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        raise ImageError(
+            f"shape {shape} has the channels first; pass numpy.transpose(array, (1, 2, 0)), shape (H, W, C)"
+        )
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))):
+        raise ImageError(f"shape {shape} is not an image; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    check_size(shape[0], shape[1])
+    bits = 1 if array.dtype.kind == "b" else array.dtype.itemsize * 8
+    return _finish(np.asarray(array), bits, window, [], source=name, format="numpy", mode=str(array.dtype))
+
+
+@contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        limit = f"{MAX_PIXELS / 1e6:.0f} million"
+        raise ImageError(f"more pixels than the limit of {limit}. Crop it or save a smaller version first") from exc
+    except Exception as exc:  # a decoder that is fed damaged bytes raises anything, from OSError to KeyError
+        raise ImageError(
+            f"damaged or truncated {what}, or a variant that Pillow cannot read ({type(exc).__name__}: {exc}). "
+            "Copy or export it again, or save it as 8- or 16-bit PNG"
+        ) from exc
+
+
+def _from_pil(image: Image.Image, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
+    notes: list[str] = []
+    n_frames = getattr(image, "n_frames", 1)
+    if image.format == "MPO" and n_frames > 1:  # a camera's JPEG with previews or gain maps behind the picture
+        if frame is None:
+            notes.append(f"first of {n_frames} pictures in this JPEG used")
+        frame = frame or 0
+    index = check_frame(frame, n_frames)
+    check_size(image.height, image.width)
+    if index != image.tell():
+        image.seek(index)
+        check_size(image.height, image.width)
+
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags:
+        _check_strips(image)
+    bits = _stored_bits(image, tags)
+    grey_alpha = "LA;16" in _raw_mode(image)
+    # Pillow inverts "white is zero" for up to 8 bits only.
+    inverted = bool(tags) and tags.get(_TIFF_PHOTOMETRIC, 0) == 0 and image.mode in ("I;16", "I;16B", "F")
+    signed = tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2 if tags else None
+    mode = image.mode
+
+    # Before load(), which turns a TIFF and removes its tag; the other formats are turned here.
+    readable = _note_orientation(image, notes)
+    image.load()
+    image = ImageOps.exif_transpose(image) if readable else image
+    array = _pil_array(image, bits, signed, grey_alpha, notes)
+    return _finish(
+        array,
+        bits,
+        window,
+        notes,
+        inverted=inverted,
+        source=name,
+        format=kind,
+        mode=mode,
+        frame=index,
+        n_frames=n_frames,
+    )
+
+
+def _check_strips(image: Image.Image) -> None:
+    """Refuse a TIFF whose strips or tiles do not cover it: Pillow would leave the rest black."""
+    boxes = [tile[1] for tile in getattr(image, "tile", None) or []]
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
+    if boxes and covered < image.width * image.height:
+        raise ImageError("damaged TIFF: part of its pixels is missing. Copy or export it again")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How pixels are packed in the file ("RGB;16B", ...); empty once the image was decoded."""
+    tile = getattr(image, "tile", None)
+    args = tile[0][3] if tile else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _stored_bits(image: Image.Image, tags: Any) -> int:
+    if tags and _TIFF_BITS in tags:
+        return int(max(tags[_TIFF_BITS]))
+    if ";16" in _raw_mode(image):
+        return 16
+    return {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
+
+
+def _note_orientation(image: Image.Image, notes: list[str]) -> bool:
+    """Note a rotation that is due; False where the metadata is too damaged to tell."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata fails in any way, and the pixels may be good
+        notes.append("unreadable EXIF data ignored; the image may lack a rotation")
+        return False
+    if orientation in range(2, 9):
+        notes.append(f"EXIF rotation applied (orientation {orientation})")
+    return True
+
+
+def _pil_array(image: Image.Image, bits: int, signed: bool | None, grey_alpha: bool, notes: list[str]) -> np.ndarray:
+    """Raw values `(H, W)` or `(H, W, C)`; 8 bits where Pillow expands or cuts the stored ones."""
+    mode = image.mode
+    profile = image.info.get("icc_profile") or b""
+    if profile and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile and mode != "L":
+        notes.append("embedded colour profile not applied")
+    if mode == "1":
+        return np.asarray(image, dtype=bool)
+    if mode == "F":
+        return np.asarray(image)
+    if mode.startswith("I"):
+        if "transparency" in image.info:
+            notes.append("transparent grey value ignored")
+        array = np.asarray(image)
+        if mode == "I" and bits == 16 and not signed:
+            return array.astype(np.uint16)
+        # Pillow keeps unsigned 32-bit TIFF in its signed mode "I"; of other sources only the mode is known.
+        return array.view(np.uint32) if mode == "I" and signed is False else array
+    if mode == "L" and signed:
+        return np.asarray(image).view(np.int8)
+
+    transparent = image.has_transparency_data
+    if mode in ("P", "PA"):
+        palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        target = "L" if (palette == palette[:, :1]).all() else "RGB"
+        notes.append(f"palette expanded to {'grey' if target == 'L' else 'RGB'}")
+    else:
+        target = "L" if mode in ("L", "LA", "La") or grey_alpha else "RGB"
+        if mode not in ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX"):
+            notes.append(f"{mode} converted to RGB without its colour profile")
+    if bits == 16:
+        notes.append("16 bits per channel read as the upper 8")
+    return np.asarray(image.convert(target + ("A" if transparent else "")))
+
+
+def _finish(
+    raw: np.ndarray, bits: int, window: Window | None, notes: list[str], *, inverted: bool = False, **info: Any
+) -> MedicalImage:
+    """Raw values `(H, W)` or `(H, W, 1|2|3|4)` (grey, grey and alpha, RGB, RGBA) to `MedicalImage`."""
+    if raw.ndim == 2:
+        raw = raw[..., None]
+    channels = raw.shape[2]
+    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+        raise ImageError("the pixels hold NaN or infinite values; replace them first (numpy.nan_to_num)")
+    value_range = (float(raw.min()), float(raw.max())) if channels == 1 else None
+    if window is not None:
+        if channels != 1:
+            raise ImageError(f"window applies to grey images only; this one has {channels} channels")
+        center, width = window
+        pixels = np.clip((raw.astype(np.float64) - center) / width + 0.5, 0, 1)
+        notes.append(f"window {center:g}/{width:g} applied")
+    else:
+        pixels = _to_unit(raw, bits, notes)
+    if inverted:
+        pixels = 1 - pixels
+        notes.append("white-is-zero inverted")
+    if channels in (2, 4):
+        pixels = _drop_alpha(pixels, notes)
+    return MedicalImage(
+        pixels=np.ascontiguousarray(pixels, dtype=np.float32),
+        bit_depth=bits,
+        value_range=value_range,
+        notes=tuple(notes),
+        **info,
+    )
+
+
+def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
+    """Scale by the declared range of the type, never by the values found."""
+    largest = raw.max()
+    if raw.dtype.kind == "f":
+        smallest, tolerance = raw.min(), 1e-6  # resampling in float leaves 1.0000001
+        if smallest < -tolerance or largest > 1 + tolerance:
+            hint = "divide them by 255 if they are 8-bit values, or " if smallest >= 0 and largest <= 255 else ""
+            raise ImageError(
+                f"floating-point pixels must be in 0..1, these are in {smallest:g}..{largest:g}; {hint}pass "
+                "window=(center, width) with the range that the values stand for"
+            )
+        return np.clip(raw, 0, 1)
+    if raw.dtype == np.bool_:
+        return raw
+    if raw.dtype not in (np.uint8, np.uint16):
+        raise ImageError(
+            f"{raw.dtype} pixels declare no range; pass window=(center, width) in the units of the image (found "
+            f"{raw.min()}..{largest}), or convert to uint8, uint16 or float in 0..1 first"
+        )
+    if raw.dtype == np.uint16 and bits == 16 and 0 < largest < 2**15:
+        used = max(int(largest).bit_length(), 8)
+        notes.append(
+            f"16-bit values scaled by 65535 though the largest is {largest}, so the image is dark; if these are {used}-"
+            f"bit values, pass window=({(2**used - 1) / 2:g}, {2**used - 1})"
+        )
+    return raw.astype(np.float32) / (255 if raw.dtype == np.uint8 else 2**bits - 1)
+
+
+def _drop_alpha(pixels: np.ndarray, notes: list[str]) -> np.ndarray:
+    color, alpha = pixels[..., :-1], pixels[..., -1:]  # (H, W, 1|3), (H, W, 1)
+    if alpha.min() == 1:
+        notes.append("opaque alpha channel dropped")
+        return color
+    if alpha.max() == 0:
+        notes.append("alpha channel ignored, it is zero everywhere")
+        return color
+    notes.append(f"transparent areas ({(alpha < 1).mean():.0%} of the pixels) composited on black")
+    return color * alpha
