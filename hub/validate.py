@@ -1,0 +1,163 @@
+"""What must be true of a model folder before the world may load it."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medmamba import MedMamba
+from medmamba.card import CARD_NAME, CardError, ModelFacts, check_card, read_facts, write_card
+from medmamba.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
+from medmamba.config import ConfigError
+from medmamba.licences import LicenceError
+from medmamba.pretrained import PretrainedError
+from medmamba.sources import PICKLES
+
+from .golden import GOLDEN_NAME, GoldenError, check_golden, write_golden
+
+# What a model folder may hold beside config.json and model.safetensors.
+TEXTS = (".json", ".jsonl", ".md", ".csv", ".txt", ".ipynb")
+SUFFIXES = (*TEXTS, ".png", ".jpg", ".onnx")
+# Paths of somebody's own machine, which are nobody's business.
+PRIVATE_PATH = re.compile(r"(?<![\w:/.])(/(?:home|Users|root|work|mnt|tmp|data)/[^\s\"',]+|[A-Z]:\\\\[^\s\"',]+)")
+
+
+@dataclass
+class Report:
+    """What was found in a folder.
+
+    Attributes:
+        files: names to upload, in order.
+        problems: each keeps the folder from being published.
+        warnings: worth a look.
+        facts: what the card is written from; None where the folder cannot be read.
+    """
+
+    folder: Path
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: ModelFacts | None = None
+    model: MedMamba | None = None
+    golden: dict = field(default_factory=dict)
+
+
+def validate(
+    folder: Path, repo_id: str, *, licence: str | None = None, permission: str = "", private: bool = False
+) -> Report:
+    """Checks a folder and finds every problem at once. Writes README.md and golden.json where they are missing.
+
+    Args:
+        licence, permission: see `medmamba.card.read_facts`.
+        private: it goes to a private repository, where weights without a licence may go too.
+    """
+    report = Report(folder)
+    _check_files(report)
+    if report.problems:
+        return report
+    try:
+        report.model = MedMamba.from_pretrained(folder)  # strict
+        report.facts = read_facts(folder, licence, permission)
+    except (ConfigError, PretrainedError, CardError, LicenceError) as error:
+        report.problems.append(str(error))
+        return report
+    _check_config(report)
+    _check_licence(report, private)
+    if not (folder / CARD_NAME).is_file():
+        write_card(folder, repo_id, licence, permission)
+        report.warnings.append(f"{CARD_NAME} was missing and has been written: read it")
+    card = (folder / CARD_NAME).read_text(encoding="utf-8")
+    report.problems += check_card(card, report.facts)
+    if (loads := re.findall(r'from_pretrained\("([^"]+)"\)', card)) and repo_id not in loads:
+        report.problems.append(f"{CARD_NAME}: it shows how to load {loads[0]}, not {repo_id}; write the card again")
+    _check_results(report)
+    _check_golden(report)
+    report.files = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return report
+
+
+def _check_files(report: Report) -> None:
+    for path in sorted(report.folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            report.warnings.append(f"{path.name}/ is a folder and is not uploaded")
+        elif path.suffix in PICKLES:
+            report.problems.append(f"{path.name} is a pickle, which can run code where it is loaded: remove it")
+        elif path.suffix == ".safetensors" and path.name != WEIGHTS_NAME:
+            report.problems.append(f"{path.name}: weights are published as {WEIGHTS_NAME} alone")
+        elif path.suffix not in (*SUFFIXES, ".safetensors"):
+            report.problems.append(f"{path.name} does not belong in a model repository: remove it")
+        elif path.suffix in TEXTS and (found := PRIVATE_PATH.search(path.read_text("utf-8", errors="replace"))):
+            report.problems.append(f"{path.name} mentions a path of your machine, {found[1]}: remove it")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (report.folder / name).is_file():
+            report.problems.append(f"there is no {name}: train or convert a model into this folder first")
+
+
+def _check_config(report: Report) -> None:
+    assert report.model is not None
+    config = report.model.config
+    if config.num_classes and config.labels == [f"class_{i}" for i in range(config.num_classes)]:
+        report.problems.append("the classes have no names: set id2label in config.json")
+    if not config.num_classes:
+        report.warnings.append("the model has no classifier")
+    if not config.training.get("dataset"):
+        report.problems.append("config.json does not say what the model was trained on: set training.dataset")
+    if CHECKSUM_KEY not in json.loads((report.folder / CONFIG_NAME).read_text(encoding="utf-8")):
+        report.problems.append(f"config.json has no {CHECKSUM_KEY}: save the model again with save_pretrained")
+
+
+def _check_licence(report: Report, private: bool) -> None:
+    assert report.facts is not None
+    if report.facts.terms.needs_permission:
+        what = "the authors of these weights stated no licence, so all rights are theirs"
+        if private:
+            report.warnings.append(f"{what}: keep the repository private until they agree")
+        else:
+            report.problems.append(
+                f"{what}. With their permission: --permission 'who gave it, and when'; without: --private, for yourself"
+            )
+
+
+def _check_results(report: Report) -> None:
+    facts = report.facts
+    assert facts is not None
+    if not facts.split:
+        if not facts.config.training.get("origin"):
+            report.problems.append(f"there is no results.json: medmamba evaluate {report.folder} --data ... --out ...")
+        return
+    if list(facts.evaluations[facts.split].classes) != facts.config.labels:
+        report.problems.append("results.json was measured with other classes than config.json has: evaluate again")
+    if facts.results.get("training", facts.config.training) != facts.config.training:
+        report.problems.append("results.json is of another training run than config.json: evaluate again")
+    if facts.results.get("calibration", facts.config.calibration) != facts.config.calibration:
+        report.problems.append(
+            "results.json was measured with another calibration than config.json has: evaluate again"
+        )
+    if facts.split != "test":
+        report.warnings.append(f"figures are of the {facts.split} split; there is no test split")
+    if not facts.evaluations[facts.split].resamples:
+        report.problems.append("the figures have no intervals: evaluate again with resamples")
+    for name in ("confusion.png", "reliability.png"):
+        if name not in facts.pictures and (name != "confusion.png" or facts.config.task == "multiclass"):
+            report.problems.append(f"there is no {name}: medmamba evaluate writes it")
+    if "attribution.png" not in facts.pictures:
+        report.warnings.append("the card has no attribution example: python -m hub.card FOLDER --example IMAGE")
+    if not facts.config.calibration:
+        report.warnings.append("the model is not calibrated")
+
+
+def _check_golden(report: Report) -> None:
+    model, path = report.model, report.folder / GOLDEN_NAME
+    assert model is not None
+    if not model.config.num_classes:
+        return
+    if not path.is_file():
+        report.golden = write_golden(model, report.folder)
+        return
+    try:
+        report.golden = json.loads(path.read_text(encoding="utf-8"))
+        check_golden(model, report.golden, str(path))
+    except (GoldenError, KeyError, ValueError) as error:
+        report.problems.append(str(error))
