@@ -7,6 +7,7 @@
 
 from .config import ConfigError, MedMambaConfig, PreprocessConfig
 from .convert import ConversionError, load_upstream
+from .images import ImageError, MedicalImage, load_image
 from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
 from .model import MedMamba, create_model
 from .pretrained import PretrainedError, bundled_models
@@ -18,16 +19,29 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "ConversionError",
+    "ImageError",
     "MedMamba",
     "MedMambaConfig",
+    "MedicalImage",
     "PreprocessConfig",
     "PretrainedError",
     "available_backends",
     "bundled_models",
     "create_model",
+    "load_image",
     "load_upstream",
     "selective_scan",
     "selective_scan_2d",
+    "train",
 ]
+
+
+def __getattr__(name: str):
+    if name == "train":  # imported when first used, with what it needs
+        from .training import train
+
+        return train
+    raise AttributeError(f"module 'medmamba' has no attribute {name!r}")
+
 
 _hook_timm()  # costs nothing without timm; with it, timm.create_model knows MedMamba, whichever is imported first

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import registry
 from .calibrate import to_probabilities
 from .config import MedMambaConfig
 from .data import CachedDataset, DatasetError, ImageDataset, cache_images, open_dataset
@@ -171,8 +172,11 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
         raise DatasetError(f"{dataset.name} is a {dataset.task} task and the model is {config.task}")
     if list(dataset.classes) == wanted:
         return dataset
+    entry = _entry_of(config)
     folded = {_fold(name): i for i, name in enumerate(wanted)}
     numbers = [folded.get(_fold(name)) for name in dataset.classes]
+    if entry and None in numbers:  # the data may have the short names, "NORM", of "normal colon mucosa"
+        numbers = [entry.class_index(name) for name in dataset.classes]
     unknown = [name for name, number in zip(dataset.classes, numbers, strict=True) if number is None]
     if unknown:
         raise DatasetError(
@@ -223,6 +227,15 @@ def figures(scored: Scored, title: str = "") -> dict[str, matplotlib.figure.Figu
     if task == "multiclass":
         found["confusion"] = confusion_matrix_figure(scored.evaluation, title=title)
     return found
+
+
+def _entry_of(config: MedMambaConfig) -> registry.DatasetEntry | None:
+    """The registry entry of the data the model was trained on, if its classes are the model's."""
+    name = config.training.get("dataset")
+    if not name or str(name) not in registry.names():
+        return None
+    entry = registry.get(str(name))
+    return entry if list(entry.id2label.values()) == config.labels else None
 
 
 def _fold(name: str) -> str:

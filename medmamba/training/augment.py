@@ -74,7 +74,7 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator) -> Draw:
         "gamma": np.exp(either_side(a.gamma)),
         "blur": rng.uniform(0.1, 1.0, count) * (rng.random(count) < a.blur),
         "noise": rng.uniform(0, a.noise, count),
-        "noise_seed": np.full(count, rng.integers(2**31)),
+        "noise_seed": rng.integers(2**31, size=count),
         "erase": rng.uniform(0.02, 0.2, count) * (rng.random(count) < a.erase),
         "erase_box": rng.random((count, 3)),  # ratio, x, y
     }
@@ -124,9 +124,7 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
             index = torch.from_numpy(chosen).to(device)
             images = images.index_copy(0, index, gaussian_blur(images[index], sigma))
     if a.noise:
-        # One generator for the batch on its device, seeded per batch; rows of a batch that is divided differ.
-        generator = torch.Generator(device).manual_seed(int(draw.values["noise_seed"][0]))
-        noise = torch.empty_like(images).normal_(generator=generator)
+        noise = torch.stack([_noise(images[0], int(seed)) for seed in draw.values["noise_seed"]])
         images = (images + noise * numbers("noise").view(n, 1, 1, 1)).clamp(0, 1)
     if a.erase:
         box = numbers("erase_box")
@@ -196,7 +194,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def rectangle(height: Tensor, width: Tensor, y: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) bool: inside a rectangle of this height and width, placed by y and x in the free space, all 0 to 1."""
+    """(B, 1, H, W) bool: inside a rectangle. Height, width and the place y, x in the free space are all 0 to 1."""
     rows = (torch.arange(size[0], device=y.device) + 0.5) / size[0]
     columns = (torch.arange(size[1], device=x.device) + 0.5) / size[1]
     height, width = height.clamp(max=1), width.clamp(max=1)
@@ -233,6 +231,10 @@ def mix(images: Tensor, targets: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     pasted = torch.where(inside, others, images)
     images = torch.where(cut.view(n, 1, 1, 1), pasted, blended)
     return images, torch.lerp(targets[partner], targets, share.view(n, 1))
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    return torch.empty_like(like).normal_(generator=torch.Generator(like.device).manual_seed(seed))
 
 
 def _sample(images: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:

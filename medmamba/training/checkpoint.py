@@ -27,15 +27,19 @@ class CheckpointStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def __bool__(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.folder / LAST).is_file()
+
     def load(self) -> dict[str, Any] | None:
         """The state of the run; None if there is none yet.
 
         Raises:
             ResumeError: damaged, or of another format.
         """
-        path = self.folder / LAST
-        if not path.is_file():
+        if not self:
             return None
+        path = self.folder / LAST
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:

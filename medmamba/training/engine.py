@@ -23,7 +23,7 @@ from . import augment, objective, sampling
 from .checkpoint import CheckpointStore, ResumeError
 from .log import RunLog
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +88,8 @@ class Trainer:
         self.model = model.to(accelerator.device)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
+        if recipe.balance == "sampling" and model.config.task == "multilabel":
+            raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
 
         labels = images("train", recipe.size_at(0)).index.labels
         self.labels, self.classes = labels, self.config.num_classes
@@ -108,6 +110,7 @@ class Trainer:
             ResumeError: the checkpoint is damaged or belongs to another run.
         """
         self._resume()
+        self.images("val", self.recipe.evaluated_at)  # what cannot be read is better known before the first epoch
         total = self.recipe.epochs * self.batches.steps
         with stop_on_sigterm() as stopping, self.log.bar(total * self.batches.size, self._global_step()) as bar:
             while not self.progress.finished(self.recipe):
@@ -196,7 +199,7 @@ class Trainer:
             "lr": recipe.lr * lr_factor((progress.epoch + 1) * plan.steps - 1, plan.steps, recipe),
             "size": recipe.size_at(progress.epoch),
             "loss": loss,
-            **{f"val_{name}": value for name, value in scores.items()},
+            **{f"val_{name}": None if np.isnan(value) else value for name, value in scores.items()},
             "best": is_best,
             "images_per_second": round(plan.steps * plan.size / max(progress.seconds, 1e-9), 2),
             "seconds": round(progress.seconds, 3),

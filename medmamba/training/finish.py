@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +44,13 @@ def finish(
     The weights are scored as they are stored: in float16 if `half`. `config.json` and the weights are written last, so
     a folder that loads is complete.
     """
-    weights = store.load_best(best)
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    dtype = torch.float16 if half else None
     model = MedMamba(model.config)
-    model.load_state_dict(weights)
-    if half:
-        with torch.no_grad():
-            for key, tensor in model.state_dict().items():
-                if tensor.is_floating_point():
-                    tensor.copy_(stored(key, tensor).float())
-    model.to(accelerator.device).eval()
+    model.load_state_dict(store.load_best(best))
+    with tempfile.TemporaryDirectory() as folder:
+        model = MedMamba.from_pretrained(model.save_pretrained(folder, dtype=dtype))
+    model.to(accelerator.device)
     size = model.config.preprocess.input_size[0]
     scored: dict[str, Scored] = {}
     for split in ("val", "test"):
@@ -66,16 +65,10 @@ def finish(
         scored[split] = score(logits, data.index, model.config, context=context)
     if accelerator.is_main_process:
         write_results(out, scored, training=record, calibration=model.config.calibration)
-        model.to("cpu").save_pretrained(out, dtype=torch.float16 if half else None)
+        model.to("cpu").save_pretrained(out, dtype=dtype)
         store.clear()
     accelerator.wait_for_everyone()
     return {split: result.evaluation for split, result in scored.items()}
-
-
-def stored(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as `save_pretrained(dtype=torch.float16)` stores it."""
-    shrink = tensor.ndim > 1 and not key.endswith(("A_log", "D", "dt_bias"))
-    return tensor.half() if shrink else tensor
 
 
 def training_record(

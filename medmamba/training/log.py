@@ -38,7 +38,7 @@ class RunLog:
 
                 self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=row["epoch"])
             for name, value in row.items():
-                if name not in ("epoch", "best"):
+                if name not in ("epoch", "best") and value is not None:
                     self._writer.add_scalar(name, value, row["epoch"])
             self._writer.flush()
 
@@ -92,5 +92,5 @@ class Bar:
         text = f"epoch {epoch + 1} loss {loss:.4f}"
         if history:
             row = history[-1]
-            text += f" | val accuracy {row['val_accuracy']:.4f} auroc {row['val_auroc']:.4f}"
+            text += f" | val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}"
         self._tqdm.set_postfix_str(text, refresh=False)

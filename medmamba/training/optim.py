@@ -56,7 +56,7 @@ def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
 
     A function of the step alone, so that there is no scheduler state to save.
     """
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    warmup = round(min(recipe.warmup_epochs, recipe.epochs / 5) * steps_per_epoch)
     if step < warmup:
         return max((step + 1) / warmup, 1e-3)
     if recipe.schedule == "step":

@@ -71,7 +71,7 @@ class Recipe:
     # Length and size
     epochs: int = 100
     batch_size: int = 64
-    size: int = 224  # side of the training images
+    size: int | None = 224  # side of the training images; None: that of the model to start from
     final_epochs: int = 0  # of the epochs, the last ones are trained at `final_size`
     final_size: int = 224
     eval_size: int | None = None  # side of the images in validation and use; None: that of the last epoch
@@ -89,7 +89,7 @@ class Recipe:
 
     # Learning rate over time, by optimiser step
     schedule: str = "cosine"  # "cosine", "step" or "constant"
-    warmup_epochs: float = 0.0  # linear, from lr / 1000
+    warmup_epochs: float = 0.0  # linear; at most a fifth of all epochs
     min_lr: float = 0.0  # end of the cosine, as a fraction of lr
     milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies by gamma
     gamma: float = 0.1
@@ -122,14 +122,13 @@ class Recipe:
         _check(self.lr > 0, f"lr must be positive, got {self.lr}")
         _check(all(0 <= b < 1 for b in self.betas), f"betas must be in [0, 1), got {self.betas}")
         _check(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")
-        _check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs must be between 0 and epochs")
         _check(0 <= self.min_lr <= 1, "min_lr is a fraction of lr, in [0, 1]")
         _check(list(self.milestones) == sorted(self.milestones), "milestones must be in ascending order")
         _check(0 <= self.freeze <= 4, f"freeze counts stages, 0 to 4, got {self.freeze}")
         for name in ("label_smoothing", "ema", "drop_path", "drop"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < 1, f"{name} must be in [0, 1), got {value}")
-        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "patience"):
+        for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "patience", "warmup_epochs"):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _check(0 <= self.mix_prob <= 1, f"mix_prob is a probability, got {self.mix_prob}")
         _check(len(self.select) >= 1, "select needs at least one metric")
@@ -138,7 +137,11 @@ class Recipe:
 
     def size_at(self, epoch: int) -> int:
         """Side of the training images in this epoch, counted from 0."""
-        return self.final_size if epoch >= self.epochs - self.final_epochs else self.size
+        if epoch >= self.epochs - self.final_epochs:
+            return self.final_size
+        if self.size is None:
+            raise RecipeError("the recipe leaves size to the model; set it with recipe.replace(size=...)")
+        return self.size
 
     @property
     def evaluated_at(self) -> int:

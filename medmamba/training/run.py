@@ -87,7 +87,8 @@ def train(
     Args:
         data: whatever `medmamba.data.open_dataset` takes: folder, CSV, `.npz`, zip; or an `ImageDataset`. Needs splits
             train and val, or `split`; test is used if there is one.
-        out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints while it runs.
+        out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints while it runs; with several
+            nodes, on storage that they share.
         recipe: name, `.json` file or `Recipe`.
         variant: size of a new model ("nano", "tiny", ...); ignored with `init`.
         init: pretrained model to start from: bundled name, "org/name", folder, or a model.
@@ -111,6 +112,9 @@ def train(
     """
     started = time.monotonic()
     chosen = load_recipe(recipe, **settings)
+    source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
+    if chosen.size is None:
+        chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
     accelerator = make_accelerator(device, precision)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,7 @@ def train(
 
     torch.manual_seed(seed)
     labels = entry.id2label if entry else dict(enumerate(index.classes))
-    model = build_model(chosen, index, variant, init, in_chans, labels)
+    model = build_model(chosen, index, variant, source, in_chans, labels)
     identity = {
         "recipe": {key: value for key, value in chosen.to_dict().items() if key not in ("name", "description")},
         "seed": seed,
@@ -137,7 +141,7 @@ def train(
     }
     if (done := _already_done(out, identity)) is not None:
         return done
-    if store.load() is None:  # else it was checked before
+    if not store and accelerator.is_main_process:  # else it was checked before
         check_leakage(index, allow=allow_leakage)
     images = ImageCache(index, model.config, accelerator, Path(cache) if cache else None, progress)
     log = RunLog(out, progress, tensorboard, accelerator.is_main_process)

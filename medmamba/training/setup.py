@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,15 +129,14 @@ def build_model(
     recipe: Recipe,
     index: ImageDataset,
     variant: str,
-    init: str | os.PathLike | MedMamba | None,
+    source: MedMamba | None,
     in_chans: int | None,
     labels: dict[int, str],
 ) -> MedMamba:
-    """A model for these classes: new, or with the weights of `init` wherever their shapes fit.
+    """A model for these classes: new, or with the weights of `source`, which is left as it is.
 
-    The classifier of `init` is kept if it has the same classes in the same order, else replaced by a new one.
+    The classifier of `source` is kept if it has the same classes in the same order, else replaced by a new one.
     """
-    source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
     base = source.config if source else variant_config(variant)
     channels = in_chans or base.in_chans
     config = base.replace(in_chans=channels, num_classes=len(labels), id2label=labels)
