@@ -5,6 +5,7 @@ The package does the work; this file shows it.
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class Predictor:
             image = load_image(path)
             prediction = self.model.predict(image)
         except (ImageError, ValueError) as error:
-            raise gr.Error(str(error)) from error
+            # The server's own path says nothing to the person who uploaded the file.
+            raise gr.Error(str(error).replace(path, Path(path).name), duration=None) from None
         milliseconds = 1e3 * (time.perf_counter() - start)
         seen = to_display(
             preprocess(image, self.model.config.preprocess, self.model.config.in_chans), self.model.config.preprocess
@@ -96,18 +98,22 @@ def build_demo(predictor: Predictor) -> gr.Blocks:
     return demo.queue(max_size=20)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Starts the server and waits; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo.app", description="The medmamba web app.")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)"
-    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    demo = build_demo(Predictor(args.model, args.device))
+    try:
+        predictor = Predictor(args.model, args.device)
+    except (ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    demo = build_demo(predictor)
     demo.launch(
         server_name=args.host,
         server_port=args.port,
@@ -116,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         max_file_size="64mb",
         allowed_paths=[str(EXAMPLES)],
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
