@@ -85,7 +85,7 @@ def decode_frame(ds: Dataset, index: int, n_frames: int) -> tuple[np.ndarray, st
         array, properties = decoder.as_array(ds, index=index)
     except Exception:
         message = f"the pixel data ({syntax.name}) cannot be decoded: damaged, truncated, or not as the header says"
-        if packages and not {"pylibjpeg", "gdcm", "pyjpegls"} & set(decoder.available_plugins):
+        if packages and not _better_plugins(syntax) & set(decoder.available_plugins):
             raise MissingDependencyError(
                 f"{message}. Perhaps a better plug-in reads it: pip install {packages}"
             ) from None
@@ -107,13 +107,22 @@ def transfer_syntax(ds: Dataset) -> UID:
 
 
 def _decoder_packages(syntax: UID) -> str:
-    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes
+    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGExtended12Bit, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes
 
     if syntax in JPEG2000TransferSyntaxes or "JPEG 2000" in syntax.name:
         return "pylibjpeg pylibjpeg-openjpeg"
+    if syntax == JPEGExtended12Bit:
+        return "pylibjpeg pylibjpeg-libjpeg (note that this one is GPL-3.0)"
     if syntax in JPEGTransferSyntaxes or syntax in JPEGLSTransferSyntaxes:
-        return "pylibjpeg pylibjpeg-libjpeg"
+        return "python-gdcm"
     return ""
+
+
+def _better_plugins(syntax: UID) -> set[str]:
+    """Plug-ins that read everything in this syntax; GDCM leaves out 12 bits of JPEG Extended."""
+    from pydicom.uid import JPEGExtended12Bit
+
+    return {"pylibjpeg"} if syntax == JPEGExtended12Bit else {"pylibjpeg", "gdcm", "pyjpegls"}
 
 
 def _check_codestream(ds: Dataset, index: int, n_frames: int) -> None:

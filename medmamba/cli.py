@@ -86,7 +86,7 @@ def _run_predict(args: argparse.Namespace) -> int:
                 scores = dict(result.top)
                 table.writerow([path, result.label, result.probability, *[scores[c] for c in model.config.labels], ""])
             elif isinstance(result, Failure):
-                bar.write(f"{path}: {result.error}", file=sys.stderr)
+                bar.write(result.error, file=sys.stderr)
             else:
                 top = "  ".join(f"{label} {probability:.1%}" for label, probability in result.top)
                 warnings = [note for note in result.image_notes if note.startswith("warning")]

@@ -71,7 +71,7 @@ def predict(model, images, top_k: int | None = None, batch_size: int = 16) -> Pr
     results = []
     for result in iter_predict(model, images, top_k, batch_size):
         if isinstance(result, Failure):
-            raise ImageError(f"{result.source}: {result.error}")
+            raise ImageError(result.error)
         results.append(result)
     return results
 

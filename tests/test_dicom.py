@@ -1,5 +1,6 @@
 import io
 import random
+import re
 import sys
 import traceback
 import zlib
@@ -209,7 +210,7 @@ def test_palette_file():
     assert image.notes == ("palette expanded to RGB",)
 
 
-@pytest.mark.parametrize("name", ["JPEG2000.dcm", "JPGExtended.dcm", "image_dfl.dcm", "liver_1frame.dcm"])
+@pytest.mark.parametrize("name", ["JPEG2000.dcm", "image_dfl.dcm", "liver_1frame.dcm"])
 def test_other_compressions(name):
     ds = pydicom.dcmread(shipped(name))
     low = -(2 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0
@@ -519,15 +520,15 @@ def test_deflated_bomb(monkeypatch):
     ("name", "package"),
     [
         ("JPEG2000.dcm", "pylibjpeg pylibjpeg-openjpeg"),
-        ("JPGExtended.dcm", "pylibjpeg pylibjpeg-libjpeg"),
-        ("MR_small_jpeg_ls_lossless.dcm", "pylibjpeg pylibjpeg-libjpeg"),
+        ("JPGExtended.dcm", "pylibjpeg pylibjpeg-libjpeg (note that this one is GPL-3.0)"),
+        ("MR_small_jpeg_ls_lossless.dcm", "python-gdcm"),
     ],
 )
 def test_missing_plug_in_is_named(monkeypatch, name, package):
     path = shipped(name)
     decoder = get_decoder(pydicom.dcmread(path).file_meta.TransferSyntaxUID)
     monkeypatch.setattr(decoder, "_available", {})
-    with pytest.raises(MissingDependencyError, match=f"needs a plug-in: pip install {package}$") as error:
+    with pytest.raises(MissingDependencyError, match=f"needs a plug-in: pip install {re.escape(package)}$") as error:
         load_image(path)
     assert isinstance(error.value, ImportError) and isinstance(error.value, ImageError)
 
