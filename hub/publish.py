@@ -115,7 +115,8 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
     if not token:
         raise PublishError("not logged in to the Hub: run `hf auth login` once, or set HF_TOKEN")
     api = HfApi(token=token, library_name="medmamba", library_version=__version__)
-    transport: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)  # of whichever HTTP library the client uses
+    # Of whichever HTTP library the client uses; it wraps what happens to a large file in a RuntimeError.
+    transport: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision != "main":
@@ -132,6 +133,8 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
             revision=revision,
             parent_commit=before.sha,  # refused if somebody else was faster
         )
+    except PublishError:
+        raise
     except HFValidationError as error:
         raise PublishError(f"{repo!r} is not a repository name such as medmamba/bloodmnist: {error}") from error
     except ValueError as error:  # the Hub found the card's metadata wrong
@@ -141,7 +144,9 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
     return Published(repo, commit.oid, str(commit.commit_url), bool(before.private), commit.oid == before.sha)
 
 
-def _refusal(error: Exception, repo: str, token: str) -> str:
+def _refusal(error: BaseException, repo: str, token: str) -> str:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     why = _hidden(next(iter(str(error).strip().splitlines()), type(error).__name__), token)
     if status in (401, 403):

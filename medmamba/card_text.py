@@ -184,7 +184,7 @@ def _attribution(facts: ModelFacts) -> str:
     return (
         "![Attribution example](attribution.png)\n\n"
         "One image by several methods of `medmamba.explain`. A map says what moved this model's output, not where a "
-        f"disease is.{' ' + facts.example if facts.example else ''}"
+        f"disease is.{f' Image: {facts.example}.' if facts.example else ''}"
     )
 
 
@@ -200,6 +200,8 @@ def _limits(facts: ModelFacts) -> str:
         )
     if facts.split:
         limits += list(facts.evaluations[facts.split].notes)
+        if facts.config.training.get("seed") is not None:
+            limits.append("The figures are those of one training run; other seeds give others.")
     if facts.terms.non_commercial:
         limits.append("The data exclude commercial use.")
     return "\n".join(f"- {limit}" for limit in limits)
@@ -218,10 +220,11 @@ def _reproduce(facts: ModelFacts) -> str:
     words += ["--seed", str(t.get("seed", 0))]
     if changed := _changed_settings(t):
         words += ["--set", *changed]
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(t.get("precision")), "unrecorded")
     versions = ", ".join(f"{name} {version}" for name, version in t.get("versions", {}).items())
     return (
         f"```bash\n{shlex.join(words)}\n```\n\n"
-        f"It was run on {t.get('device', 'an unrecorded device')} in {t.get('precision', 'unrecorded')} precision, "
+        f"It was run on {t.get('device', 'an unrecorded device')} in {precision} precision, "
         f"{t.get('seconds', 0) / 60:.0f} minutes, with {versions or 'unrecorded versions'}. Of "
         f"{t.get('epochs')} epochs, number {t.get('best_epoch')} was the best on validation, by "
         f"{' then '.join(t.get('selected_by', []))}. All settings are in `results.json`."

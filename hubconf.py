@@ -1,0 +1,35 @@
+"""MedMamba for torch.hub, without installing anything but the dependencies.
+
+>>> import torch
+>>> model = torch.hub.load("medmamba/medmamba", "pretrained", "medmamba/bloodmnist")
+>>> model.predict("cell.png")
+"""
+
+dependencies = ["torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"]
+
+
+def pretrained(name, **options):
+    """A trained model in eval mode.
+
+    Args:
+        name (str): a model that comes with the repository ("medmamba/bloodmnist"), one on the Hub
+            ("org/name@revision"), a folder, a zip, or an fsspec address.
+        options: of `MedMamba.from_pretrained`, such as `revision`, `cache_dir`, `token`, `local_files_only`.
+    """
+    from medmamba import MedMamba
+
+    return MedMamba.from_pretrained(name, **options)
+
+
+def new(name="tiny", num_classes=1000, in_chans=3, **config):
+    """A new model with random weights.
+
+    Args:
+        name (str): "nano", "tiny", "small", "base", "small-paper" or "base-paper".
+        num_classes (int): outputs; 0 for features.
+        in_chans (int): channels of the images.
+        config: any other field of `MedMambaConfig`.
+    """
+    from medmamba import create_model
+
+    return create_model(name, num_classes=num_classes, in_chans=in_chans, **config)
