@@ -3,6 +3,7 @@
 One node each for autograd, torch.compile and torch.export, whatever backend does the work.
 """
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -49,7 +50,8 @@ def selective_scan_2d(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-    name = resolve_backend(x.device, x.dtype, backend)
+    # An exported program chooses where it runs, not where it was made.
+    name = "auto" if torch.compiler.is_exporting() else resolve_backend(x.device, x.dtype, backend)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return torch.ops.medmamba.scan_2d(*tensors, name, needs_grad)[0]
@@ -57,7 +59,14 @@ def selective_scan_2d(
 
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args, return_last_state: Literal[False] = False, **kwargs
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *args,
+    return_last_state: Literal[False] = False,
+    **kwargs,
 ) -> Tensor: ...
 @overload
 def selective_scan(
@@ -92,7 +101,9 @@ def selective_scan(
         ValueError: complex A, or shapes that do not fit.
     """
     if u.ndim != 3 or delta.shape != u.shape:
-        raise ValueError(f"u and delta must both be (batch, channels, length); got {tuple(u.shape)}, {tuple(delta.shape)}")
+        raise ValueError(
+            f"u and delta must both be (batch, channels, length); got {tuple(u.shape)}, {tuple(delta.shape)}"
+        )
     if A.is_complex() or B.is_complex() or C.is_complex():
         raise ValueError("complex A, B or C are not supported; MedMamba, VMamba and VM-UNet use real ones")
     batch, channels, length = u.shape
@@ -136,6 +147,10 @@ def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, leng
 # --- scan_2d --------------------------------------------------------------------------------------------------------
 
 
+def _backend(name: str, x: Tensor) -> ModuleType:
+    return load_backend(resolve_backend(x.device, x.dtype) if name == "auto" else name)
+
+
 def _states_shape(x: Tensor, A: Tensor, chunk: int) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
     return (batch, A.shape[0], -(-(height * width) // chunk), A.shape[2], channels)
@@ -152,7 +167,7 @@ def _scan_2d(
     backend: str,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    module = load_backend(backend)
+    module = _backend(backend, x)
     shape = _states_shape(x, A, module.CHUNK) if save_states and module.CHUNK else (0,)
     states = x.new_empty(shape, dtype=torch.float32)
     return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
@@ -160,7 +175,7 @@ def _scan_2d(
 
 @_scan_2d.register_fake
 def _(x, proj, dt_weight, dt_bias, A, D, backend, save_states):
-    chunk = load_backend(backend).CHUNK
+    chunk = _backend(backend, x).CHUNK
     shape = _states_shape(x, A, chunk) if save_states and chunk else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
@@ -177,7 +192,7 @@ def _scan_2d_backward(
     states: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return load_backend(backend).scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
+    return _backend(backend, x).scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
 
 
 @_scan_2d_backward.register_fake

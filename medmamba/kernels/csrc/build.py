@@ -58,6 +58,7 @@ def build(name: str, target: str, variants: dict[str, str], output: Path) -> Non
             compile("scan.c", f"-mcpu={cpu}", f"-DVARIANT={variant}")
         compile("api.c", f'-DSOURCE_HASH="{source_hash()}"')
         compile("pool.c")
+        compile("onnxruntime.c")
         linked = Path(folder) / name
         zig("-target", target, "-shared", "-s", *objects, "-o", str(linked))
         output.mkdir(exist_ok=True)
