@@ -1,0 +1,37 @@
+"""Which pixels speak for a class, and whether the map that says so can be trusted.
+
+>>> from medmamba.explain import assess, compare, explain, scan_field
+>>> explanation = explain(model, "cell.png", "integrated_gradients", target="neutrophil")
+>>> explanation.save("cell.png")
+>>> print(assess(model, explanation).table())
+
+Built on captum: `pip install "medmamba[explain]"`.
+"""
+
+from .comparison import Comparison, compare
+from .explanation import Explanation, explain
+from .faithfulness import METRICS, Curves, Trust, assess
+from .methods import Method, layers, methods
+from .randomisation import Randomisation
+from .regions import BASELINES
+from .scan_field import ScanField, scan_field
+from .subject import ExplainCancelled
+
+__all__ = [
+    "BASELINES",
+    "METRICS",
+    "Comparison",
+    "Curves",
+    "ExplainCancelled",
+    "Explanation",
+    "Method",
+    "Randomisation",
+    "ScanField",
+    "Trust",
+    "assess",
+    "compare",
+    "explain",
+    "layers",
+    "methods",
+    "scan_field",
+]

@@ -1,0 +1,145 @@
+"""Several methods on one image, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..images import ImageSource, MedicalImage, load_image
+from ..model import MedMamba
+from .explanation import Explanation, explain
+from .faithfulness import METRICS, Trust, assess, text_table
+from .methods import METHODS
+from .randomisation import rank_correlation
+from .subject import Progress, sub_progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Explanations of one image and class by several methods.
+
+    Attributes:
+        explanations: in the order asked for.
+        trust: what the checks found of each; empty where they were not asked for.
+        agreement: float64 (n, n) rank correlation between the maps: where methods disagree, at most one is right.
+    """
+
+    explanations: tuple[Explanation, ...]
+    trust: tuple[Trust, ...]
+    agreement: np.ndarray = field(repr=False)
+
+    def figure(self) -> Figure:
+        """The image and all overlays, as a matplotlib `Figure`."""
+        from .render import comparison_figure
+
+        return comparison_figure(list(self.explanations))
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table."""
+        header = ["method", "seconds", "agreement"]
+        if self.trust:
+            header += [name for name, _, _ in self.trust[0].rows()]
+        rows = []
+        others = self.agreement.sum(1) - 1
+        for i, explanation in enumerate(self.explanations):
+            mean = f"{others[i] / (len(others) - 1):.2f}" if len(others) > 1 else "-"
+            row = [explanation.title, f"{explanation.seconds:.2f}", mean]
+            rows.append(row + [result for _, result, _ in self.trust[i].rows()] if self.trust else row)
+        return header, rows
+
+    def table(self) -> str:
+        """Aligned text: method, time, mean agreement with the other methods, and the checks."""
+        header, rows = self.rows()
+        return text_table(header, rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "explanations": [e.to_dict() for e in self.explanations],
+            "trust": [t.to_dict() for t in self.trust],
+            "agreement": self.agreement.tolist(),
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes .png (the figure), .npz (`maps` (n, H, W), `methods` (n,) and the record) or .json (the record)."""
+        path = Path(path)
+        if path.suffix == ".png":
+            self.figure().savefig(path)
+        elif path.suffix == ".npz":
+            maps = np.stack([e.attribution for e in self.explanations])
+            titles = np.array([e.title for e in self.explanations])
+            np.savez_compressed(path, maps=maps, methods=titles, record=np.array(json.dumps(self.to_dict())))
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            raise ValueError(f"cannot save a comparison as {path.name!r}: use .png, .npz or .json")
+        return path
+
+
+def compare(
+    model: MedMamba,
+    image: ImageSource | MedicalImage,
+    methods: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+    target: int | str | None = None,
+    *,
+    metrics: Sequence[str] | None = (),
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Explains one image by several methods: one figure, one table.
+
+    Args:
+        methods: names, "gradcam:stage3.scan" for a layer, or (name, options); None: every method, and Grad-CAM of the
+            two branches of the last stage but one.
+        metrics: checks to run on each, of `faithfulness.METRICS`; None: all.
+        target: class index or label, the same for all; None: the predicted class.
+
+    Raises:
+        As `explain` and `assess`.
+    """
+    picture = image if isinstance(image, MedicalImage) else load_image(image)
+    requests = [parse_method(m) for m in (default_methods(model) if methods is None else methods)]
+    if not requests:
+        raise ValueError("name at least one method to compare")
+    metrics = METRICS if metrics is None else tuple(metrics)
+    explanations: list[Explanation] = []
+    trust: list[Trust] = []
+    for i, (name, options) in enumerate(requests):
+        share = 0.3 if metrics else 1.0  # of the time that the explanation itself takes
+        begin, middle, end = (step / len(requests) for step in (i, i + share, i + 1))
+        part = sub_progress(progress, begin, middle)
+        e = explain(model, picture, name, target, seed=seed, batch_size=batch_size, progress=part, **options)
+        explanations.append(e)
+        target = e.target
+        if metrics:
+            part = sub_progress(progress, middle, end)
+            trust.append(assess(model, e, metrics, seed=seed, batch_size=batch_size, progress=part))
+    maps = [torch.from_numpy(e.attribution).double() for e in explanations]
+    agreement = np.array([[rank_correlation(a, b) for b in maps] for a in maps])
+    return Comparison(tuple(explanations), tuple(trust), agreement)
+
+
+def default_methods(model: MedMamba) -> list[str]:
+    """Every method, and Grad-CAM of the two branches of the last stage but one."""
+    stage = max(len(model.stages) - 1, 1)
+    return [*METHODS, f"gradcam:stage{stage}.conv", f"gradcam:stage{stage}.scan"]
+
+
+def parse_method(method: str | tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """A name and its options from "gradcam:stage3.scan" and the like."""
+    if not isinstance(method, str):
+        name, options = method
+        return name, dict(options)
+    name, _, layer = method.partition(":")
+    return name, {"layer": layer} if layer else {}

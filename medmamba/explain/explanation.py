@@ -1,0 +1,271 @@
+"""`explain`: one image, one class, one method, one map, with everything needed to judge and repeat it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MedMambaConfig, PreprocessConfig
+from ..images import ImageSource, MedicalImage, load_image
+from ..kernels import resolve_backend
+from ..model import MedMamba
+from ..predict import probabilities
+from ..preprocess import placement, preprocess
+from .methods import METHODS, Attribution, Method, check_options
+from .subject import Progress, Subject, blocks, controlled, frozen_view, resolve_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CustomMethod = Callable[[MedMamba, Tensor, int], Tensor]
+"""A method of your own: a frozen model, its input (1, C, H, W) and a class index, to a map (H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """An attribution map and what it is a map of.
+
+    Attributes:
+        method: its name.
+        attribution: float32 (H, W) at the size of the network's input; this is what the metrics are about. Positive:
+            evidence for the class. Negative, in signed methods: against it.
+        signed: whether negative values can occur.
+        target, label: the class explained.
+        logit: of that class, which is what is explained. probability: after softmax or sigmoid, for people.
+        parameters: every setting, seed and backend included: the same ones give the same map.
+        diagnostics: what the method measured about itself, such as the completeness error of integrated gradients.
+        seconds: wall-clock time.
+        notes: what a reader must know of the image and of the result.
+        image: the image explained.
+        preprocess: how it became the network's input.
+        request: the method as it was asked for, a name or a function, and its options; `assess` runs it again.
+    """
+
+    method: str
+    attribution: np.ndarray = field(repr=False)
+    signed: bool
+    target: int
+    label: str
+    logit: float
+    probability: float
+    parameters: dict[str, Any]
+    diagnostics: dict[str, Any]
+    seconds: float
+    notes: tuple[str, ...]
+    image: MedicalImage = field(repr=False)
+    preprocess: PreprocessConfig = field(repr=False)
+    request: tuple[str | CustomMethod, dict[str, Any]] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """Method and, where it has one, layer."""
+        layer = self.parameters.get("layer")
+        return f"{self.method} ({layer})" if layer else self.method
+
+    @cached_property
+    def attribution_full(self) -> np.ndarray:
+        """float32 (h, w) at the size of the original image, interpolated; 0 where the model did not look."""
+        return to_image_size(self.attribution, self.image.size, self.preprocess)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pixels and the map, in plain types, for JSON."""
+        return {
+            "source": self.image.source,
+            "image_size": list(self.image.size),
+            "input_size": list(self.attribution.shape),
+            **{
+                name: getattr(self, name)
+                for name in ("method", "signed", "target", "label", "logit", "probability", "parameters", "diagnostics")
+            },
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+    def overlay(self, alpha: float = 0.6) -> Figure:
+        """The map over the image at original resolution, with a colour bar, as a matplotlib `Figure`."""
+        from .render import overlay_figure
+
+        return overlay_figure(self, alpha)
+
+    def overlay_pixels(self, alpha: float = 0.6) -> np.ndarray:
+        """The same without bar and title: uint8 (h, w, 3)."""
+        from .render import overlay_pixels
+
+        return overlay_pixels(self, alpha)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes .png (the overlay), .npz (both maps, and the record as JSON text) or .json (the record).
+
+        Raises:
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix == ".png":
+            self.overlay().savefig(path)
+        elif path.suffix == ".npz":
+            record = json.dumps(self.to_dict(), ensure_ascii=False)
+            np.savez_compressed(
+                path, attribution=self.attribution, attribution_full=self.attribution_full, record=np.array(record)
+            )
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            raise ValueError(f"cannot save an explanation as {path.name!r}: use .png, .npz or .json")
+        return path
+
+
+def explain(
+    model: MedMamba,
+    image: ImageSource | MedicalImage,
+    method: str | CustomMethod = "integrated_gradients",
+    target: int | str | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Explanation:
+    """Which pixels speak for a class.
+
+    The model is explained in float32 and eval mode whatever it is in, and is left exactly as it was.
+
+    Args:
+        image: anything that `load_image` reads.
+        method: a name of `methods()`, or a function `(model, x, target) -> (H, W)`.
+        target: class index or label; None: the predicted class.
+        seed: of the methods that draw random numbers.
+        batch_size: the most copies of the image evaluated at once; bounds memory, does not change the result.
+        progress: called with the share done; return False to cancel.
+        options: of the method, such as `layer="stage3.scan"` for gradcam; `methods()[name].options` lists them.
+
+    Raises:
+        ValueError: unknown method, option, class or layer, or values out of range.
+        ImageError: the image cannot be read.
+        ImportError: captum is missing.
+        ExplainCancelled: `progress` returned False.
+    """
+    began = time.perf_counter()
+    chosen = find_method(method)
+    filled = check_options(chosen, options)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    view = frozen_view(model)
+    config = view.config
+    index = resolve_target(target, config)
+    picture = image if isinstance(image, MedicalImage) else load_image(image)
+    x = preprocess(picture, config.preprocess, config.in_chans).unsqueeze(0)
+    subject = Subject(view, x, index, batch_size, progress)
+    result = attribute(subject, chosen, filled, seed)
+    subject.report(1.0)
+    assert subject.logits is not None and subject.target is not None
+    device = subject.x.device
+    return Explanation(
+        method=chosen.name,
+        attribution=result.values.detach().cpu().float().numpy(),
+        signed=chosen.signed,
+        target=subject.target,
+        label=config.id2label[subject.target],
+        logit=subject.logits[subject.target].item(),
+        probability=probabilities(subject.logits, config)[subject.target].item(),
+        parameters={
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in filled.items()},
+            **result.parameters,
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": str(device),
+            "scan_backend": resolve_backend(device, torch.float32, blocks(view, 1)[0].ssm.scan_backend),
+        },
+        diagnostics=result.diagnostics,
+        seconds=time.perf_counter() - began,
+        notes=tuple(_notes(picture, config, model) + result.notes),
+        image=picture,
+        preprocess=config.preprocess,
+        request=(method, options),
+    )
+
+
+def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: int) -> Attribution:
+    """Runs a method under controlled conditions.
+
+    Raises:
+        ImportError: captum is missing.
+        ValueError: the method returned a map that is not finite, or of another shape.
+    """
+    with controlled(subject.x.device, seed):
+        try:
+            if not method.single_pass:
+                subject.planned += 1
+                subject.measure()
+            result = method.run(subject, **options)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "captum":
+                raise
+            raise ImportError('explanations need captum: pip install "medmamba[explain]"') from error
+    if tuple(result.values.shape) != tuple(subject.x.shape[2:]):
+        raise ValueError(
+            f"{method.name} returned a map of shape {tuple(result.values.shape)}, expected {tuple(subject.x.shape[2:])}"
+        )
+    if not result.values.isfinite().all():
+        raise ValueError(f"{method.name} returned values that are not finite; do the weights hold NaN or infinity?")
+    return result
+
+
+def to_image_size(map_: np.ndarray, size: tuple[int, int], config: PreprocessConfig) -> np.ndarray:
+    """A map (H, W) of the network's input, to the (height, width) of the image that it was made from; 0 outside."""
+    inner, (left, right, top, bottom) = placement(size, config)
+    placed = F.pad(torch.from_numpy(map_)[None, None], (-left, -right, -top, -bottom))
+    assert tuple(placed.shape[2:]) == inner
+    return F.interpolate(placed, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def find_method(method: str | CustomMethod) -> Method:
+    if callable(method):
+        return _custom(method)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}, or pass a function")
+    return METHODS[method]
+
+
+def _custom(function: CustomMethod) -> Method:
+    def run(subject: Subject) -> Attribution:
+        assert subject.target is not None
+        return Attribution(torch.as_tensor(function(subject.model, subject.x, subject.target)))
+
+    name = getattr(function, "__name__", type(function).__name__)
+    return Method(name, "a function of the caller", "its own", True, run)
+
+
+def _notes(image: MedicalImage, config: MedMambaConfig, model: MedMamba) -> list[str]:
+    notes = []
+    size, target = image.size, config.preprocess.input_size
+    if image.pixels.max() == image.pixels.min():
+        notes.append(
+            f"the image is constant (every value is {float(image.pixels.flat[0]):.3g}): it holds no evidence to "
+            "locate, and what the map shows is how the model treats borders"
+        )
+    if size[0] < target[0] or size[1] < target[1]:
+        notes.append(
+            f"the image, {size[0]}x{size[1]}, is smaller than the model's input, {target[0]}x{target[1]}: it was "
+            "enlarged, and the map cannot be finer than the image"
+        )
+    _, margins = placement(size, config.preprocess)
+    if min(margins) < 0:
+        notes.append("the model crops the image; the map is 0 where it did not look")
+    stretch = abs(math.log((size[1] / size[0]) / (target[1] / target[0])))
+    if config.preprocess.crop_mode == "squash" and stretch > math.log(1.5):
+        notes.append("the model sees this image with a visibly distorted aspect ratio")
+    if model.patch_embed.proj.weight.dtype != torch.float32:
+        notes.append(f"the weights are {str(model.patch_embed.proj.weight.dtype)[6:]}; explained in float32")
+    return notes

@@ -1,0 +1,184 @@
+"""What an attribution method sees: one image, one logit, and a model on which it can leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import MedMambaConfig
+from ..model import MedMamba, SSConvSSM, Stage
+
+Progress = Callable[[float], object]
+"""Called with the share done, 0 to 1, never falling. Return False (or raise) to stop."""
+
+
+class ExplainCancelled(RuntimeError):
+    """The progress callback returned False."""
+
+
+class Subject:
+    """A function from images (B, C, H, W) to the logit of one class (B,), for one image `x` (1, C, H, W).
+
+    Attributes:
+        target: class index; None until the first evaluation, which must then be of `x` and takes its highest logit.
+        logits: (num_classes,) of `x`, on the CPU; None before the first evaluation.
+        batch_size: the largest batch a method may evaluate, which bounds its memory.
+        planned: evaluations expected in all, for the progress callback; a method sets it before it begins.
+        evaluations: how many images have been evaluated so far.
+    """
+
+    def __init__(
+        self,
+        model: MedMamba,
+        x: Tensor,
+        target: int | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ):
+        self.model = model
+        self.x = x.to(model.patch_embed.proj.weight.device)
+        self.target = target
+        self.logits: Tensor | None = None
+        self.batch_size = batch_size
+        self.planned = 1
+        self.evaluations = 0
+        self._progress, self._reported = progress, 0.0
+
+    @property
+    def config(self) -> MedMambaConfig:
+        return self.model.config
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.report(self.evaluations / max(self.planned, 1))
+        self.evaluations += len(batch)
+        logits = self.model(batch)
+        if self.logits is None:
+            self.logits = logits[0].detach().cpu()
+            if self.target is None:
+                self.target = int(self.logits.argmax())
+        return logits[:, self.target]
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Evaluates `x`, and with that fixes the target."""
+        self(self.x)
+
+    def report(self, fraction: float) -> None:
+        """Passes the share done to the progress callback.
+
+        Raises:
+            ExplainCancelled: the callback returned False.
+        """
+        self._reported = max(self._reported, min(fraction, 1.0))
+        if self._progress is not None and self._progress(self._reported) is False:
+            raise ExplainCancelled("the explanation was cancelled by its progress callback")
+
+    def span(self, begin: float, end: float) -> Progress:
+        """A progress callback for a part of the work, from `begin` to `end` of the whole."""
+        return lambda fraction: self.report(begin + fraction * (end - begin))
+
+
+def sub_progress(progress: Progress | None, begin: float, end: float) -> Progress | None:
+    """A progress callback for a part of the work, from `begin` to `end` of the whole."""
+    return None if progress is None else lambda fraction: progress(begin + fraction * (end - begin))
+
+
+def frozen_view(model: MedMamba) -> MedMamba:
+    """A copy of the modules in eval mode that shares its weights with the original and is float32.
+
+    Hooks, gradients and modes set on it do not reach the original, not even when a method is interrupted. Weights of
+    another type than float32 are converted, so not shared.
+
+    Raises:
+        ValueError: not a MedMamba, or one without classifier.
+    """
+    if not isinstance(model, MedMamba):
+        raise ValueError(
+            f"explanations need a MedMamba, got {type(model).__name__}; of a compiled model pass model._orig_mod, "
+            "of a parallel one model.module"
+        )
+    if not model.config.num_classes:
+        raise ValueError(
+            "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
+        )
+    memo: dict[int, object] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        # Tensors made in inference mode cannot take part in autograd.
+        shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if is_parameter else shared
+    view = copy.deepcopy(model, memo).eval()
+    view.set_grad_checkpointing(False)  # would run each hooked block twice
+    return view.float()
+
+
+def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
+    """The blocks of a stage, 1 to 4.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if not 1 <= stage <= len(model.stages):
+        raise ValueError(f"no stage {stage}; this model has stages 1 to {len(model.stages)}")
+    return list(cast(Stage, model.stages[stage - 1]).blocks)  # type: ignore[arg-type]
+
+
+@contextmanager
+def controlled(device: torch.device, seed: int) -> Iterator[None]:
+    """Gradients on, autocast off, random numbers from `seed`; modes and generators are put back afterwards."""
+    numpy_state = np.random.get_state()  # noqa: NPY002  captum's GradientShap draws from it
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(np.random.set_state, numpy_state)
+        # Not torch.manual_seed, which seeds the generators of every device, and fork_rng puts back only these.
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+            torch.mps.manual_seed(seed)
+        yield
+
+
+def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | None:
+    """A class index from an index, a label, or a number as text; None stays None.
+
+    Labels match exactly, or else regardless of case where that is unambiguous.
+
+    Raises:
+        ValueError: no such class.
+    """
+    if target is None:
+        return None
+    labels = config.labels
+    if isinstance(target, str):
+        matches = [i for i, label in enumerate(labels) if label == target]
+        matches = matches or [i for i, label in enumerate(labels) if label.casefold() == target.strip().casefold()]
+        if len(matches) == 1:
+            return matches[0]
+        if not target.strip().isdecimal():
+            raise ValueError(f"no class is called {target!r}; the classes are {_listed(labels)}")
+        target = int(target)
+    if isinstance(target, bool) or not hasattr(target, "__index__"):
+        raise ValueError(f"target must be a class index or label, got {target!r}; the classes are {_listed(labels)}")
+    index = target.__index__()
+    if not 0 <= index < len(labels):
+        raise ValueError(f"target {index} is out of range; the classes are {_listed(labels)}")
+    return index
+
+
+def _listed(labels: list[str]) -> str:
+    shown = ", ".join(f"{i} {label!r}" for i, label in enumerate(labels[:30]))
+    return shown + (f" and {len(labels) - 30} more" if len(labels) > 30 else "")
