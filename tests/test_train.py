@@ -155,6 +155,9 @@ def test_cosine_with_warmup_is_the_closed_form():
     assert factors[30] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 20 / 40)))
     assert factors[10:] == sorted(factors[10:], reverse=True) and factors[-1] < 0.11
     assert lr_factor(49, 5, recipe.replace(schedule="constant")) == 1.0
+    phased = recipe.replace(final_epochs=2, final_lr=0.5)
+    assert lr_factor(39, 5, phased) < 0.11 and lr_factor(40, 5, phased) == pytest.approx(0.5)
+    assert lr_factor(45, 5, phased) == pytest.approx(0.1 + 0.4 * 0.5)
 
 
 def test_groups_hold_every_parameter_once_and_spare_norms_and_the_scan(tiny_model):
@@ -629,6 +632,7 @@ def test_fine_tuning_with_other_classes_channels_and_size(finished, tmp_path):
 def test_progressive_size_is_evaluated_at_the_last(folder, tmp_path):
     result = train(folder, tmp_path, "default", "test", **QUICK, final_epochs=1, final_size=48, **COMMON)
     assert [row["size"] for row in result.history] == [32, 32, 48]
+    assert result.best_epoch == 3  # the others were never seen at the size of use
     assert result.load().config.preprocess.input_size == (48, 48)
 
 

@@ -111,7 +111,7 @@ class Trainer:
             ResumeError: the checkpoint is damaged or belongs to another run.
         """
         self._resume()
-        self.images("val", self.recipe.evaluated_at)  # what cannot be read is better known before the first epoch
+        self.images("val", self.recipe.validated_at(self.progress.epoch))  # unreadable files are better known now
         total = self.recipe.epochs * self.batches.steps
         with stop_on_sigterm() as stopping, self.log.bar(total * self.batches.size, self._global_step()) as bar:
             while not self.progress.finished(self.recipe):
@@ -153,7 +153,7 @@ class Trainer:
         """One optimiser step; the mean loss of this process."""
         recipe, plan, process = self.recipe, self.batches, self.accelerator.process_index
         drawn = augment.draw(recipe, plan.size, sampling.augment_rng(self.seed, epoch, step))
-        count = epoch * plan.steps + step
+        count, switch = epoch * plan.steps + step, recipe.final_phase * plan.steps
         set_lr(self.optimizer, recipe.lr * lr_factor(count, plan.steps, recipe))
         total: Tensor | float = 0.0
         for turn in range(plan.accumulate):
@@ -173,7 +173,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.model, count)
+            # Weights and statistics of small images would linger in those for large ones.
+            self.average.update(self.model, count if epoch < recipe.final_phase else count - switch)
         return torch.as_tensor(total)
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
@@ -191,7 +192,9 @@ class Trainer:
         loss = self._mean_over_processes(progress.loss_sum / plan.steps)
         self._agree_on_statistics()
         shown = self.average.model if self.average else self.model
-        val = self.images("val", recipe.evaluated_at)
+        val = self.images("val", recipe.validated_at(progress.epoch))
+        if progress.epoch == recipe.final_phase:
+            progress.best = None  # of another size
         scores = validate(shown, val, self.accelerator, self._validation_batch())
         score = [selection_score(scores, metric) for metric in recipe.select]
         is_best = progress.best is None or score > progress.best["score"]

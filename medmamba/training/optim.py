@@ -61,11 +61,17 @@ def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
         return max((step + 1) / warmup, 1e-3)
     if recipe.schedule == "step":
         return recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
-    if recipe.schedule == "cosine":
-        total = recipe.epochs * steps_per_epoch
-        done = (step - warmup) / max(total - warmup, 1)
-        return recipe.min_lr + (1 - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0
+    if recipe.schedule == "constant":
+        return 1.0
+    switch, total = recipe.final_phase * steps_per_epoch, recipe.epochs * steps_per_epoch
+    if step < switch:
+        return cosine(1.0, recipe.min_lr, (step - warmup) / max(switch - warmup, 1))
+    return cosine(recipe.final_lr, recipe.min_lr, (step - switch) / (total - switch))
+
+
+def cosine(start: float, end: float, done: float) -> float:
+    """Half a wave from start to end; `done` from 0 to 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -99,7 +105,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: MedMamba, step: int) -> None:
-        """Takes in the weights after optimiser step `step`, counted from 0."""
+        """Takes in the weights after optimiser step `step`, counted from 0, or anew to forget what was before."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         theirs = list(model.state_dict().values())
         averaged = [t.is_floating_point() for t in theirs]

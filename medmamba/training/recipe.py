@@ -72,8 +72,9 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 64
     size: int | None = 224  # side of the training images; None: that of the model to start from
-    final_epochs: int = 0  # of the epochs, the last ones are trained at `final_size`
+    final_epochs: int = 0  # of the epochs, the last ones are trained at `final_size`; only these can be kept
     final_size: int = 224
+    final_lr: float = 0.3  # learning rate at their beginning, as a fraction of lr; falls to min_lr once more
     eval_size: int | None = None  # side of the images in validation and use; None: that of the last epoch
     crop_mode: str | None = None  # how images become square, see PreprocessConfig; None: that of the model
 
@@ -122,7 +123,8 @@ class Recipe:
         _check(self.lr > 0, f"lr must be positive, got {self.lr}")
         _check(all(0 <= b < 1 for b in self.betas), f"betas must be in [0, 1), got {self.betas}")
         _check(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")
-        _check(0 <= self.min_lr <= 1, "min_lr is a fraction of lr, in [0, 1]")
+        _check(0 <= self.min_lr <= 1 and 0 < self.final_lr <= 1, "min_lr and final_lr are fractions of lr, 0 to 1")
+        _check(not (self.patience and self.final_epochs), "patience would end the run before its final epochs")
         _check(list(self.milestones) == sorted(self.milestones), "milestones must be in ascending order")
         _check(0 <= self.freeze <= 4, f"freeze counts stages, 0 to 4, got {self.freeze}")
         for name in ("label_smoothing", "ema", "drop_path", "drop"):
@@ -137,11 +139,20 @@ class Recipe:
 
     def size_at(self, epoch: int) -> int:
         """Side of the training images in this epoch, counted from 0."""
-        if epoch >= self.epochs - self.final_epochs:
+        if epoch >= self.final_phase:
             return self.final_size
         if self.size is None:
             raise RecipeError("the recipe leaves size to the model; set it with recipe.replace(size=...)")
         return self.size
+
+    @property
+    def final_phase(self) -> int:
+        """First epoch, counted from 0, at the final size; `epochs` if there is none."""
+        return self.epochs - self.final_epochs
+
+    def validated_at(self, epoch: int) -> int:
+        """Side of the validation images after this epoch: as in use, but before the final phase as in training."""
+        return self.size_at(epoch) if self.final_epochs and epoch < self.final_phase else self.evaluated_at
 
     @property
     def evaluated_at(self) -> int:
