@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from medmamba import ConversionError, MedMamba, load_upstream, registry
-from medmamba.card import write_card
+from medmamba.card import default_repo, write_card
 from medmamba.convert import read_checkpoint, unwrap
 from medmamba.data import DatasetError, alphabetical_permutation, open_dataset
 from medmamba.licences import UPSTREAM_URL
@@ -270,7 +270,7 @@ def _write(model: MedMamba, out: Path, half: bool, repo: str | None) -> None:
         model.save_pretrained(folder, dtype=torch.float16 if half else None)
         stored = MedMamba.from_pretrained(folder)
         write_golden(stored, folder)
-        write_card(folder, repo or f"medmamba/{out.resolve().name}")
+        write_card(folder, repo or default_repo(out))
         for file in folder.iterdir():
             shutil.move(str(file), out / file.name)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba import MedMamba, __version__
+from medmamba.card import default_repo
 from medmamba.pretrained import ORGANISATION, PretrainedError
 from medmamba.sources import bundled_models
 
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = find_folder(args.model)
         publish(
             folder,
-            args.repo or f"{ORGANISATION}/{folder.name}",
+            args.repo or default_repo(folder),
             private=args.private,
             revision=args.revision,
             licence=args.license,

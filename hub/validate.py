@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.card import CARD_NAME, CardError, ModelFacts, check_card, read_facts, write_card
+from medmamba.card import (
+    CARD_NAME,
+    CardError,
+    ModelFacts,
+    check_card,
+    default_repo,
+    read_facts,
+    render_card,
+    write_card,
+)
 from medmamba.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
 from medmamba.config import ConfigError
 from medmamba.licences import LicenceError
@@ -63,9 +72,9 @@ def validate(
         return report
     _check_config(report)
     _check_licence(report, private)
-    if not (folder / CARD_NAME).is_file():
+    if not (folder / CARD_NAME).is_file() or _is_untouched(folder):
         write_card(folder, repo_id, licence, permission)
-        report.warnings.append(f"{CARD_NAME} was missing and has been written: read it")
+        report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
     card = (folder / CARD_NAME).read_text(encoding="utf-8")
     report.problems += check_card(card, report.facts)
     if (loads := re.findall(r'from_pretrained\("([^"]+)"\)', card)) and repo_id not in loads:
@@ -74,6 +83,15 @@ def validate(
     _check_golden(report)
     report.files = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return report
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether the card is the one that training or conversion wrote, for a repository it could only guess."""
+    try:
+        default = render_card(read_facts(folder), default_repo(folder))
+    except LicenceError:
+        return False
+    return (folder / CARD_NAME).read_text(encoding="utf-8") == default
 
 
 def _check_files(report: Report) -> None:

@@ -21,7 +21,7 @@ from .card_text import sections
 from .config import MedMambaConfig
 from .evaluation import Evaluation
 from .licences import HUB_LICENCES, Terms, terms_of
-from .pretrained import read_config
+from .pretrained import ORGANISATION, read_config
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -137,9 +137,14 @@ def write_card(
         repo_id: "org/name" under which the model is or will be loaded; default: "medmamba/" and the folder's name.
     """
     folder = Path(folder)
-    card = render_card(read_facts(folder, licence, permission), repo_id or f"medmamba/{folder.resolve().name}")
+    card = render_card(read_facts(folder, licence, permission), repo_id or default_repo(folder))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return folder / CARD_NAME
+
+
+def default_repo(folder: Path) -> str:
+    """Where a model is loaded from if nobody says otherwise."""
+    return f"{ORGANISATION}/{folder.resolve().name}"
 
 
 def render_card(facts: ModelFacts, repo_id: str) -> str:
@@ -228,8 +233,11 @@ def _check_metadata(data: Any, facts: ModelFacts) -> list[str]:
         problems.append(f"license must be an identifier the Hub knows, is {licence}")
     if licence == "other" and not (data.get("license_name") and data.get("license_link")):
         problems.append("license: other needs license_name and license_link")
-    if licence != facts.terms.licence:
-        problems.append(f"license is {licence}, and the weights are under {facts.terms.licence}: {facts.terms.reason}")
+    if (licence, data.get("license_name")) != (facts.terms.licence, facts.terms.name):
+        problems.append(
+            f"license is {data.get('license_name') or licence}, and the weights are under "
+            f"{facts.terms.name or facts.terms.licence}: {facts.terms.reason}"
+        )
     told = {result.metric_type: result.metric_value for result in data.get("eval_results") or []}
     if facts.split:
         overall = facts.evaluations[facts.split].overall

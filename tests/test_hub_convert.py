@@ -142,9 +142,11 @@ def test_publishing_them_needs_permission(saved, tmp_path):
     said = []
     publish(folder, "medmamba/kvasir", dry_run=True, private=True, say=said.append)
     assert any("keep the repository private" in line for line in said)
-    (folder / "README.md").unlink()
-    publish(folder, "medmamba/kvasir", dry_run=True, permission="Y. Yue by mail, 2026-01-05", say=said.append)
-    assert "published with permission: Y. Yue by mail, 2026-01-05" in (folder / "README.md").read_text()
+    publish(folder, "me/kvasir", dry_run=True, permission="Y. Yue by mail, 2026-01-05", say=said.append)
+    card = (folder / "README.md").read_text()  # nobody had edited it, so it was written again
+    assert "published with permission: Y. Yue by mail, 2026-01-05" in card and "me/kvasir" in card
+    with pytest.raises(PublishError, match=r"license is by-permission-of-the-authors, and.*no-licence-stated"):
+        publish(folder, "me/kvasir", dry_run=True, private=True, say=said.append)
 
 
 # --- class names and their order ---
