@@ -15,16 +15,6 @@ from .timm_compat import hook as _hook_timm
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str):
-    # `medmamba.train` needs packages of the extra `train`, so it is imported when it is first used.
-    if name == "train":
-        from .training import train
-
-        return train
-    raise AttributeError(f"module 'medmamba' has no attribute {name!r}")
-
-
 __all__ = [
     "BackendError",
     "ConfigError",

@@ -1,6 +1,7 @@
 """Batch norm folding for inference."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def fuse(model):
 
 
 def _fuse_branch(branch: nn.Sequential) -> None:
-    norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = branch
+    layers: Any = list(branch)
+    norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = layers
     for conv, norm in ((conv1, norm1), (conv2, norm2)):
         scale, shift = _scale_and_shift(norm)
         conv.weight.mul_(scale.view(-1, 1, 1, 1))

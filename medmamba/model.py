@@ -13,7 +13,8 @@ Written from the paper and the layout of the published weights; `convert.py` map
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -171,9 +172,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), _second_pass(b))
-                )
+                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
             else:
                 x = block(x)
         return self.map(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -263,8 +262,9 @@ class MedMamba(PretrainedMixin, nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass: less memory for about a third more time."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def set_scan_backend(self, name: str | None) -> None:
         """Fixes the scan backend of this model ("native", "triton", "mamba_ssm", "torch"); None: choose at run time.
@@ -318,6 +318,10 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _second_pass(block)
 
 
 @contextmanager
