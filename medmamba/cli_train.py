@@ -47,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(%(default)s)")
     machine.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, for less memory")
     machine.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds, to be continued")
+    machine.add_argument("--finish-early", action="store_true", help="stopped, keep the best epoch so far as the model")
     machine.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="(%(default)s)")
     machine.add_argument("--restart", action="store_true", help="forget what is in --out")
     machine.add_argument("--fp32-weights", action="store_true", help="store float32, not float16")
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         accumulate=args.accumulate,
         half=not args.fp32_weights,
         max_seconds=args.max_seconds,
+        finish_early=args.finish_early,
         checkpoint_seconds=args.checkpoint_seconds,
         cache=args.cache,
         restart=args.restart,

@@ -72,6 +72,7 @@ def train(
     accumulate: int = 1,
     half: bool = True,
     max_seconds: float | None = None,
+    finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
     cache: str | os.PathLike | None = None,
     restart: bool = False,
@@ -101,6 +102,7 @@ def train(
         accumulate: parts in which each process takes its share of a batch, for less memory.
         half: store the weights in float16.
         max_seconds: stop after about this long, to be continued by the same call.
+        finish_early: a run that is stopped is not continued later: the best epoch so far is the model.
         cache: folder for the decoded images, which makes the next start faster.
         restart: forget what is in `out`.
         settings: of the recipe, by name (`epochs=10`, `size=128`, `**{"augment.hflip": 0}`).
@@ -161,7 +163,8 @@ def train(
     state = trainer.fit()
     log.close()
     best = state.best["epoch"] if state.best else None
-    result = TrainResult(out, state.finished(chosen), state.epoch, None if best is None else best + 1, state.history)
+    finished = state.finished(chosen) or (finish_early and best is not None)
+    result = TrainResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
     if not result.finished or best is None:
         return result
     record = training_record(index, entry, chosen, identity, state, accelerator, _split_rule(index, split))
