@@ -394,19 +394,22 @@ def test_concurrent_loads_share_a_cache(hub, tiny_model):
     assert results == [True] * 6
 
 
-def test_a_mirror_by_environment_serves_two_processes_at_once(hub, tiny_model, tmp_path):
+def test_a_mirror_by_environment_and_two_processes_in_one_cache(hub, tiny_model, tmp_path):
     code = (
-        "import torch; from medmamba import MedMamba; m = MedMamba.from_pretrained('org/eye');"
-        "print(float(sum(p.double().abs().sum() for p in m.parameters())))"
+        "from medmamba import MedMamba; m = MedMamba.from_pretrained('org/eye');"
+        "print(float(sum(p.detach().double().abs().sum() for p in m.parameters())))"
     )
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "mirror"), "HF_HUB_DISABLE_XET": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    cache = tmp_path / "home" / "hub"  # of this process too
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    other = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    while other.poll() is None and not hub.log:
+        threading.Event().wait(0.01)  # it is still importing
+    for _ in range(8):  # replaces the files that the other process is reading
+        assert same(MedMamba.from_pretrained("org/eye", force_download=True), tiny_model)
+    other.wait(timeout=60)
     expected = float(sum(p.detach().double().abs().sum() for p in tiny_model.parameters()))
-    for process in processes:
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and float(out) == pytest.approx(expected, rel=1e-12)
+    assert other.returncode == 0 and float(other.stdout.read()) == pytest.approx(expected, rel=1e-12)
+    other.stdout.close()
 
 
 def test_push_to_hub_is_one_commit_and_loads_back(hub, tiny_model, monkeypatch):
