@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHUNK = 32  # tokens between the states that forward saves for backward
+CHUNK = 64  # tokens between the states that forward saves for backward
 
 LIBRARIES = Path(__file__).parent / "lib"
 VARIANTS = {"x86_64": ("x86_64", "x86_64_v3", "x86_64_v4"), "arm64": ("neon",), "aarch64": ("neon",)}
@@ -81,9 +81,13 @@ def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def best_variant() -> int:
+    """Index into `VARIANTS` of this machine: the widest instructions that the processor has."""
+    return load_library().medmamba_best_variant()
+
+
 def _call(function: str, arguments: ctypes.Structure) -> None:
-    library = load_library()
-    if getattr(library, f"medmamba_{function}")(library.medmamba_best_variant(), ctypes.byref(arguments)):
+    if getattr(load_library(), f"medmamba_{function}")(best_variant(), ctypes.byref(arguments)):
         raise MemoryError("the selective scan ran out of memory")
 
 

@@ -1,5 +1,7 @@
 // What the library exports. `variant` counts from 0, the plainest instruction set; medmamba_best_variant() is the highest
 // that this processor runs.
+#include <stdatomic.h>
+
 #include "scan.h"
 
 #if defined(_WIN32)
@@ -15,7 +17,7 @@ static const Variant *const variants[] = {&x86_64_base, &x86_64_v3, &x86_64_v4};
 #include <cpuid.h>
 
 // __builtin_cpu_supports needs a compiler runtime that not every target has; this is the part of it in use here.
-EXPORT int medmamba_best_variant(void) {
+static int find_best_variant(void) {
     unsigned a, b, c, d, b7;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     const unsigned fma = 1u << 12, movbe = 1u << 22, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
@@ -28,6 +30,13 @@ EXPORT int medmamba_best_variant(void) {
     if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || ~c & (1u << 5)) return 0;  // lzcnt
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F, DQ, CD, BW, VL
     return ((b7 & avx512) == avx512 && (low & 0xe6) == 0xe6) ? 2 : 1;
+}
+
+EXPORT int medmamba_best_variant(void) {
+    static atomic_int found = -1;  // a virtual machine takes microseconds for each cpuid
+    int best = atomic_load_explicit(&found, memory_order_relaxed);
+    if (best < 0) atomic_store_explicit(&found, best = find_best_variant(), memory_order_relaxed);
+    return best;
 }
 #else
 extern const Variant neon;

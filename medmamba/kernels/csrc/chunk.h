@@ -5,8 +5,8 @@
 #pragma once
 #include "vec.h"
 
-// States held in registers at a time: AVX-512 and NEON have 32 vector registers, the others 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// States held in registers at a time. AVX-512 has 32 registers, the others 16 (NEON 32, but it needs more to work with).
+#if defined(__AVX512F__)
 enum { STATES = 16 };
 #else
 enum { STATES = 8 };
@@ -63,12 +63,12 @@ INLINE void forward_states(
     UNROLL for (int n = 0; n < count; n++) s[n] = h[n];
     for (int t = 0; t < T; t++) {
         const float *b = Bs + t * stride, *c = Cs + t * stride;
-        vf dt_t = dt[t], u_t = u[t], sum[2] = {y[t], {0}};
+        vf dt_t = dt[t], u_t = u[t], sum[2] = {0};  // not y[t]: it is larger, and each addition rounds
         UNROLL for (int n = 0; n < count; n++) {
-            s[n] = exp2v(dt_t * A2[n], in_range) * s[n] + u_t * b[n];
+            s[n] = exp2_product(dt_t, A2[n], in_range) * s[n] + u_t * b[n];
             sum[n & 1] += s[n] * c[n];
         }
-        y[t] = sum[0] + sum[1];
+        y[t] += sum[0] + sum[1];
     }
     UNROLL for (int n = 0; n < count; n++) h[n] = s[n];
 }
@@ -99,7 +99,7 @@ INLINE void replay_states(
         const float *b = Bs + t * stride;
         vf dt_t = dt[t], u_t = u[t];
         UNROLL for (int n = 0; n < count; n++) {
-            vf e = exp2v(dt_t * A2[n], in_range);
+            vf e = exp2_product(dt_t, A2[n], in_range);
             s[n] = e * s[n] + u_t * b[n];
             decay[t * N + n] = e;
             before[(t + 1) * N + n] = s[n];

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #if defined(_WIN32)
 #include <windows.h>
@@ -24,6 +25,54 @@ static void release(void) { pthread_mutex_unlock(&lock); }
 static void wait_for(pthread_cond_t *event) { pthread_cond_wait(event, &lock); }
 static void notify(pthread_cond_t *event) { pthread_cond_broadcast(event); }
 #endif
+
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+enum { KEPT = 8, HEADER = 64 };
+static const size_t KEPT_BYTES = (size_t)128 << 20;
+// Guarded by `lock`. A block begins with its size.
+static void *kept[KEPT];
+static size_t kept_bytes;
+
+static size_t size_of(void *block) { return *(size_t *)block; }
+
+void *memory_take(size_t bytes) {
+    int best = -1;
+    acquire();
+    for (int i = 0; i < KEPT; i++)
+        if (kept[i] && size_of(kept[i]) >= bytes && (best < 0 || size_of(kept[i]) < size_of(kept[best]))) best = i;
+    void *block = best < 0 ? NULL : kept[best];
+    if (block) {
+        kept_bytes -= size_of(block);
+        kept[best] = NULL;
+    }
+    release();
+    if (!block) {
+        if (bytes > PTRDIFF_MAX - HEADER || !(block = malloc(bytes + HEADER))) return NULL;
+        *(size_t *)block = bytes;
+    }
+    return (char *)block + HEADER;
+}
+
+void memory_give(void *memory) {
+    if (!memory) return;
+    void *block = (char *)memory - HEADER;
+    acquire();
+    int smallest = 0;  // an empty place, if there is one
+    for (int i = 1; i < KEPT && kept[smallest]; i++)
+        if (!kept[i] || size_of(kept[i]) < size_of(kept[smallest])) smallest = i;
+    size_t place = kept[smallest] ? size_of(kept[smallest]) : 0;
+    if (size_of(block) > place && size_of(block) <= KEPT_BYTES - (kept_bytes - place)) {
+        void *replaced = kept[smallest];
+        kept[smallest] = block;
+        kept_bytes += size_of(block) - place;
+        block = replaced;
+    }
+    release();
+    free(block);
+}
+
+// --- threads --------------------------------------------------------------------------------------------------------
 
 enum { MAX_WORKERS = 255 };
 
@@ -94,18 +143,32 @@ static void after_fork(void) {
     wake = done = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     job = NULL;
     seats = active = workers = 0;
+    memset(kept, 0, sizeof kept);  // lost, but another thread may have been at the list
+    kept_bytes = 0;
     atomic_flag_clear(&taken);
 }
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
 #endif
 
+// Another pool that this thread works in.
+static _Thread_local host_fn *host_run;
+static _Thread_local void *host;
+
+void pool_borrow(host_fn *run, void *h) {
+    host_run = run;
+    host = h;
+}
+
+static void work_in_host(void *j, size_t seat) { work(j, (ptrdiff_t)seat); }
+
 int pool_run(task_fn *task, const void *context, ptrdiff_t count, ptrdiff_t threads, size_t scratch_bytes) {
     if (threads > count) threads = count;
     if (threads > MAX_WORKERS + 1) threads = MAX_WORKERS + 1;
-    int alone = threads < 2 || atomic_flag_test_and_set_explicit(&taken, memory_order_acquire);
-    if (alone) threads = 1;
+    int hosted = host_run && threads > 1;
+    int alone = hosted || threads < 2 || atomic_flag_test_and_set_explicit(&taken, memory_order_acquire);
+    if (alone && !hosted) threads = 1;
     scratch_bytes = (scratch_bytes + 63) / 64 * 64;
-    char *memory = malloc((size_t)threads * scratch_bytes + 64);
+    char *memory = memory_take((size_t)threads * scratch_bytes + 64);
     int failed = !memory;
     if (!failed) {
         char *aligned = (char *)(((uintptr_t)memory + 63) / 64 * 64);
@@ -118,14 +181,17 @@ int pool_run(task_fn *task, const void *context, ptrdiff_t count, ptrdiff_t thre
             notify(&wake);
             release();
         }
-        work(&j, 0);
+        if (hosted)
+            host_run(host, work_in_host, (size_t)threads, &j);
+        else
+            work(&j, 0);
         if (!alone) {
             acquire();
             job = NULL;
             while (active) wait_for(&done);
             release();
         }
-        free(memory);
+        memory_give(memory);
     }
     if (!alone) atomic_flag_clear_explicit(&taken, memory_order_release);
     return failed;

@@ -6,7 +6,7 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-enum { CHUNK = 32 };  // tokens between two saved states
+enum { CHUNK = 64 };  // tokens between two saved states
 
 typedef struct {
     int64_t B, H, W, C, R, N;

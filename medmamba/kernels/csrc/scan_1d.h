@@ -193,13 +193,16 @@ static void backward_1d_sequence(Memory1d *m, const Plan1d *p, const Task1d *tas
             backward_chunk(
                 block->A2, block->h, m->Bs, m->Cs, p->stride, m->dt, m->u, m->dy, m->before, m->decay, m->dinput,
                 m->dexponent, block->dA, m->dBs, m->dCs, p->stride, T, (int)N);
+            vf dbias = {0}, dD = {0};  // sums of sums round far less than one long sum
             for (int t = 0; t < T; t++) {
                 vf ddelta = (m->x[t] * m->dinput[t] + m->dexponent[t] * LN2) * m->slope[t];
-                block->dbias += ddelta;
-                block->dD += m->dy[t] * m->x[t];
+                dbias += ddelta;
+                dD += m->dy[t] * m->x[t];
                 m->y[t] = m->dt[t] * m->dinput[t] + m->dy[t] * block->D;
                 m->dexponent[t] = ddelta;
             }
+            block->dbias += dbias;
+            block->dD += dD;
             store_transposed(m->y, a->du, a->u_type, at, a->L, lanes, T);
             store_transposed(m->dexponent, a->ddelta, a->delta_type, at, a->L, lanes, T);
         }
@@ -243,9 +246,9 @@ static int scan_1d_backward(const Scan1d *a) {
     ptrdiff_t per_slot = part_size_1d(a), proj_size = a->B * a->G * a->N * a->L;
     Scratch size = {0};
     take_1d(&size, &p, ceil_div(p.blocks, p.splits), 1);
-    float *sums = malloc((size_t)(per_slot * (p.slots + 1)) * sizeof(float));
+    float *sums = memory_take((size_t)(per_slot * (p.slots + 1)) * sizeof(float));
     p.parts = sums + per_slot;
-    p.proj_parts = p.splits > 1 ? malloc((size_t)(2 * p.splits * proj_size) * sizeof(float)) : NULL;
+    p.proj_parts = p.splits > 1 ? memory_take((size_t)(2 * p.splits * proj_size) * sizeof(float)) : NULL;
     int failed = !sums || (p.splits > 1 && !p.proj_parts);
     failed = failed || pool_run(backward_1d_task, &p, p.slots * a->G * p.splits, a->threads, size.used);
     if (p.splits > 1) {
@@ -261,7 +264,7 @@ static int scan_1d_backward(const Scan1d *a) {
         memcpy(a->dD, sums + a->C * a->N, C);
         memcpy(a->ddelta_bias, sums + a->C * (a->N + 1), C);
     }
-    free(p.proj_parts);
-    free(sums);
+    memory_give(p.proj_parts);
+    memory_give(sums);
     return failed;
 }

@@ -52,10 +52,12 @@ static Block2d *take_blocks(Scratch *s, const Scan2d *a, ptrdiff_t count) {
 
 // What the tokens project in direction k, as rows of floats.
 static void load_proj(float *P, const Plan2d *p, ptrdiff_t b, int k, const int32_t *pixels, int T) {
+    ptrdiff_t end = p->a->B * p->L * 4 * p->S;
     for (int t = 0; t < T; t++) {
         ptrdiff_t first = ((b * p->L + pixels[t]) * 4 + k) * p->S;
+        // The last vector of a row may hold the start of the next one.
         for (ptrdiff_t i = 0; i < p->S; i += V)
-            store(P + t * p->stride + i, load_some(p->a->proj, p->a->proj_type, first + i, p->S - i));
+            store(P + t * p->stride + i, load_some(p->a->proj, p->a->proj_type, first + i, end - first - i));
     }
 }
 
@@ -204,13 +206,14 @@ static Backward2d take_backward_2d(Scratch *s, const Plan2d *p, ptrdiff_t count)
 static void project_backward(
     Backward2d *m, const Plan2d *p, const vf *dpre, Grads2d *grads, const float *weight, ptrdiff_t lanes, int T) {
     ptrdiff_t R = p->a->R;
-    vf dbias = grads->dbias;
+    // Sums of sums round far less than one long sum.
+    vf dbias = {0};
     for (int t = 0; t < T; t++) dbias += dpre[t];
-    grads->dbias = dbias;
+    grads->dbias += dbias;
     for (ptrdiff_t r = 0; r < R; r++) {
-        vf sum = grads->dweight[r];
+        vf sum = {0};
         for (int t = 0; t < T; t++) sum += dpre[t] * m->P[t * p->stride + r];
-        grads->dweight[r] = sum;
+        grads->dweight[r] += sum;
     }
     for (int tile = 0; tile * V < T; tile++) {
         vf by_token[V];
@@ -230,7 +233,7 @@ static void backward_2d_image(Backward2d *m, const Plan2d *p, ptrdiff_t b, ptrdi
     ptrdiff_t first = group * p->blocks / p->groups, count = (group + 1) * p->blocks / p->groups - first;
     for (ptrdiff_t j = 0; j < count; j++) {
         ptrdiff_t c = (first + j) * V;
-        vf skip = skip_sum(a, c), dD = m->dD[j];
+        vf skip = skip_sum(a, c), dD = {0};
         for (ptrdiff_t l = 0; l < L; l++) {
             ptrdiff_t i = (b * L + l) * a->C + c;
             vf x = load_some(a->x, a->x_type, i, a->C - c), dy = load_some(a->dy, a->x_type, i, a->C - c);
@@ -238,8 +241,11 @@ static void backward_2d_image(Backward2d *m, const Plan2d *p, ptrdiff_t b, ptrdi
             m->dy[j * L + l] = dy;
             m->dx[j * L + l] = dy * skip;
             dD += dy * x;
+            if (l % CHUNK == CHUNK - 1 || l == L - 1) {
+                m->dD[j] += dD;
+                dD = (vf){0};
+            }
         }
-        m->dD[j] = dD;
     }
     for (int k = 0; k < 4; k++) {
         for (ptrdiff_t j = 0; j < count; j++) load_block(&m->blocks[j], a, k, (first + j) * V);
@@ -331,9 +337,9 @@ static int scan_2d_backward(const Scan2d *a) {
     ptrdiff_t count = p.slots * p.groups, per_slot = part_size_2d(a), proj_size = a->B * p.L * 4 * p.S;
     Scratch size = {0};
     take_backward_2d(&size, &p, ceil_div(p.blocks, p.groups));
-    float *sums = malloc((size_t)(per_slot * (p.slots + 1)) * sizeof(float));
+    float *sums = memory_take((size_t)(per_slot * (p.slots + 1)) * sizeof(float));
     p.parts = sums + per_slot;
-    p.dproj_parts = p.groups > 1 ? malloc((size_t)(p.groups * proj_size) * sizeof(float)) : NULL;
+    p.dproj_parts = p.groups > 1 ? memory_take((size_t)(p.groups * proj_size) * sizeof(float)) : NULL;
     int failed = !sums || (p.groups > 1 && !p.dproj_parts);
     failed = failed || pool_run(backward_2d_task, &p, count, a->threads, size.used);
     if (p.groups > 1) failed = failed || sum_parts(p.dproj_parts, p.groups, proj_size, a->dproj, a->proj_type, a->threads);
@@ -347,7 +353,7 @@ static int scan_2d_backward(const Scan2d *a) {
         from += 4 * a->C;
         for (int k = 0; k < 4; k++) memcpy(a->dD + k * a->C, from, C / 4);
     }
-    free(p.dproj_parts);
-    free(sums);
+    memory_give(p.dproj_parts);
+    memory_give(sums);
     return failed;
 }

@@ -69,26 +69,43 @@ INLINE void store_full(void *p, int64_t type, vf v) {
     }
 }
 
-// `lanes` elements from element i on; the other lanes are 0.
-INLINE vf load_some(const void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes) {
-    size_t size = element_size(type);
-    const char *from = (const char *)p + (size_t)i * size;
-    if (lanes >= V) return load_full(from, type);
-    char padded[4 * V] = {0};
-    for (size_t j = 0; j < (size_t)lanes * size; j++) padded[j] = from[j];
-    return load_full(padded, type);
+// Copies count < 16 elements; far quicker than memcpy of a size that is not a constant.
+INLINE void copy_few(char *to, const char *from, size_t size, ptrdiff_t count) {
+    for (ptrdiff_t part = 8; part; part /= 2) {
+        if (!(count & part)) continue;
+        size_t bytes = (size_t)part * size;
+        if (bytes == 32) memcpy(to, from, 32);
+        if (bytes == 16) memcpy(to, from, 16);
+        if (bytes == 8) memcpy(to, from, 8);
+        if (bytes == 4) memcpy(to, from, 4);
+        if (bytes == 2) memcpy(to, from, 2);
+        to += bytes;
+        from += bytes;
+    }
 }
 
-INLINE void store_some(void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes, vf v) {
-    size_t size = element_size(type);
-    char *to = (char *)p + (size_t)i * size;
-    if (lanes >= V) {
-        store_full(to, type, v);
-        return;
-    }
+// `lanes` elements from element i on; the other lanes are 0.
+static __attribute__((noinline)) vf load_part(const char *from, int64_t type, ptrdiff_t lanes) {
+    char padded[4 * V] = {0};
+    copy_few(padded, from, element_size(type), lanes);
+    return load_full(padded, type);
+}
+INLINE vf load_some(const void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes) {
+    const char *from = (const char *)p + (size_t)i * element_size(type);
+    return lanes < V ? load_part(from, type, lanes) : load_full(from, type);
+}
+
+static __attribute__((noinline)) void store_part(char *to, int64_t type, ptrdiff_t lanes, vf v) {
     char padded[4 * V];
     store_full(padded, type, v);
-    for (size_t j = 0; j < (size_t)lanes * size; j++) to[j] = padded[j];
+    copy_few(to, padded, element_size(type), lanes);
+}
+INLINE void store_some(void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes, vf v) {
+    char *to = (char *)p + (size_t)i * element_size(type);
+    if (lanes < V)
+        store_part(to, type, lanes, v);
+    else
+        store_full(to, type, v);
 }
 
 // --- across lanes ---------------------------------------------------------------------------------------------------
@@ -138,26 +155,25 @@ INLINE void transpose(vf r[V]) {
 }
 
 // out[j] lane i = element (i, j) of a matrix with rows `stride` elements apart; `lanes` rows, `columns` columns.
-INLINE void load_transposed(
+static __attribute__((noinline)) void load_transposed(
     vf *out, const void *p, int64_t type, ptrdiff_t first, ptrdiff_t stride, ptrdiff_t lanes, ptrdiff_t columns) {
     for (ptrdiff_t j = 0; j < columns; j += V) {
         vf r[V];
-        UNROLL for (int i = 0; i < V; i++)
+        for (int i = 0; i < V; i++)
             r[i] = i < lanes ? load_some(p, type, first + i * stride + j, columns - j) : (vf){0};
         transpose(r);
-        UNROLL for (int i = 0; i < V; i++) if (j + i < columns) out[j + i] = r[i];
+        for (int i = 0; i < V && j + i < columns; i++) out[j + i] = r[i];
     }
 }
 
 // The inverse.
-INLINE void store_transposed(
+static __attribute__((noinline)) void store_transposed(
     const vf *in, void *p, int64_t type, ptrdiff_t first, ptrdiff_t stride, ptrdiff_t lanes, ptrdiff_t columns) {
     for (ptrdiff_t j = 0; j < columns; j += V) {
         vf r[V];
-        UNROLL for (int i = 0; i < V; i++) r[i] = j + i < columns ? in[j + i] : (vf){0};
+        for (int i = 0; i < V; i++) r[i] = j + i < columns ? in[j + i] : (vf){0};
         transpose(r);
-        UNROLL for (int i = 0; i < V; i++)
-            if (i < lanes) store_some(p, type, first + i * stride + j, columns - j, r[i]);
+        for (int i = 0; i < V && i < lanes; i++) store_some(p, type, first + i * stride + j, columns - j, r[i]);
     }
 }
 
@@ -170,13 +186,14 @@ static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
     UNROLL for (int i_ = (int)(sizeof(c) / sizeof *(c)) - 2; i_ >= 0; i_--) p_ = p_ * (x) + (c)[i_]; \
     p_; })
 
-// Minimax fits (relative error 9e-8) that are exact at 0. Most decays are close to 1, where a constant error would add up
-// over the tokens that a state remembers.
+// 2^(a b). Minimax fits (relative error 9e-8) that are exact at 0: most decays are close to 1, where a constant error would
+// add up over the tokens that a state remembers.
 #if defined(__AVX512F__)
 // 2^x = 2^floor(x) p(x - floor(x)); exact at 0 and 1.
 static const float EXP2[] = {1.f, .693151741f, .240159266f, .055818683f, .008990997f, .001879312f};
-INLINE vf exp2v(vf x, int in_range) {
+INLINE vf exp2_product(vf a, vf b, int in_range) {
     (void)in_range;
+    vf x = a * b;
     vf fraction = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
     return _mm512_scalef_ps(HORNER(EXP2, fraction), x);
 }
@@ -184,13 +201,20 @@ INLINE vf exp2v(vf x, int in_range) {
 // 2^x = 2^n p(x - n), n = round(x), which adding and subtracting 1.5 2^23 finds. `in_range`: |x| <= 126 is known.
 static const float EXP2[] = {1.f, .693146977f, .240222415f, .055507343f, .009671508f, .001326466f};
 static const float ROUND = 12582912.f;
-INLINE vf exp2v(vf x, int in_range) {
+#if defined(__FMA__) || defined(__aarch64__)
+#define FMA(a, b, c) __builtin_elementwise_fma(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+INLINE vf exp2_product(vf a, vf b, int in_range) {
     if (!in_range) {
-        x = choose(x < -126.f, splat(-126.f), x);
-        x = choose(x > 128.f, splat(128.f), x);
+        a *= b;
+        a = choose(a < -126.f, splat(-126.f), a);
+        a = choose(a > 128.f, splat(128.f), a);
+        b = splat(1.f);
     }
-    vf shifted = x + ROUND;
-    vf p = HORNER(EXP2, x - (shifted - ROUND));
+    vf shifted = FMA(a, b, splat(ROUND));
+    vf p = HORNER(EXP2, FMA(a, b, ROUND - shifted));
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 #endif
