@@ -189,13 +189,13 @@ static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 // 2^(a b). Minimax fits (relative error 9e-8) that are exact at 0: most decays are close to 1, where a constant error would
 // add up over the tokens that a state remembers.
 #if defined(__AVX512F__)
-// 2^x = 2^floor(x) p(x - floor(x)); exact at 0 and 1.
-static const float EXP2[] = {1.f, .693151741f, .240159266f, .055818683f, .008990997f, .001879312f};
+// 2^x = 2^floor(s) p(s - floor(s)), s = x + 1/2
+static const float EXP2[] = {.707106709f, .490133852f, .169810593f, .0394804962f, .006355335f, .00132647005f};
 INLINE vf exp2_product(vf a, vf b, int in_range) {
     (void)in_range;
-    vf x = a * b;
-    vf fraction = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
-    return _mm512_scalef_ps(HORNER(EXP2, fraction), x);
+    vf s = a * b + .5f;
+    vf fraction = _mm512_reduce_ps(s, 0x09);  // s - floor(s)
+    return _mm512_scalef_ps(HORNER(EXP2, fraction), s);
 }
 #else
 // 2^x = 2^n p(x - n), n = round(x), which adding and subtracting 1.5 2^23 finds. `in_range`: |x| <= 126 is known.
