@@ -1,0 +1,85 @@
+"""MedMamba as a torch.export program."""
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from ..model import MIN_SIZE
+from .check import TOLERANCE, ExportError, ExportReport, check_batches, compare, written_whole
+
+CONFIG_FILE = "config.json"  # in the file, beside the program
+
+
+def to_torch_export(
+    model, path: str | os.PathLike[str], *, images: Sequence[Any] = (), tolerance: float = TOLERANCE
+) -> ExportReport:
+    """Writes a `.pt2` file for any batch size and any image of at least 32x32 pixels, on the CPU or a GPU.
+
+    The scan stays one operator, `torch.ops.medmamba.scan_2d`, which chooses its backend where the program runs: loading
+    needs `import medmamba`, and `load_torch_export` does that. Batch norms are folded away. The model's configuration
+    is in the file, as the extra file `config.json`.
+
+    The file only appears after it was loaded again and gave the outputs of the model.
+
+    Args:
+        model: a `MedMamba`; it is not changed.
+        images: for the comparison, what `load_image` reads; none: drawn pictures.
+        tolerance: of the comparison.
+
+    Raises:
+        ExportError: the program's outputs are not the model's, or there is no such folder. ImageError: an image
+            cannot be read.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ExportError(f"the name of a torch.export program ends in .pt2, not {os.fspath(path)}")
+    model = copy.deepcopy(model).eval().float().cpu()
+    batches = check_batches(model.config, images)
+    # Neither 1 nor equal to each other: torch.export takes such sizes for fixed ones.
+    example = torch.zeros(2, model.config.in_chans, 64, 96)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(model.fuse(), (example,), dynamic_shapes=(sizes,))
+    _allow_all_sizes(program)
+    with written_whole(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights whose memory is channels-last
+            torch.export.save(program, temporary, extra_files={CONFIG_FILE: json.dumps(model.config.to_dict())})
+        loaded, _ = load_torch_export(temporary)
+
+        @torch.inference_mode()
+        def run(images: np.ndarray) -> np.ndarray:
+            return loaded(torch.from_numpy(images)).numpy()
+
+        difference = compare(run, model, batches, tolerance)
+        size = temporary.stat().st_size
+    return ExportReport(Path(path), size, "fp32", [tuple(batch.shape) for batch in batches], difference)
+
+
+def _allow_all_sizes(program: torch.export.ExportedProgram) -> None:
+    """Tracing notes every comparison of sizes that PyTorch makes to pick a memory layout, as if the program were wrong
+    for sizes that compare otherwise, such as a last feature map of one pixel. It is not, as the check shows."""
+    (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    for size, least in zip(image.meta["val"].shape, (1, None, MIN_SIZE, MIN_SIZE), strict=True):
+        if least is not None:
+            program.range_constraints[size.node.expr] = ValueRanges(least, int_oo)
+    if hasattr(program, "_guards_code"):  # since torch 2.10
+        program._guards_code = []
+
+
+def load_torch_export(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The program as a module, and the configuration of the model, as in its `config.json`.
+
+    A program is code: load files that you made or trust.
+    """
+    extra = {CONFIG_FILE: ""}
+    program = torch.export.load(os.fspath(path), extra_files=extra)
+    return program.module(), json.loads(extra[CONFIG_FILE])
