@@ -1,128 +1,128 @@
 """The medmamba web app: `python -m demo.app`, or `make demo`.
 
-The package does the work; this file shows it.
+The package does the work; this shows it. One module per tab in `tabs/`, endpoints for programs in `api.py`.
 """
 
+from __future__ import annotations
+
 import argparse
+import logging
 import os
 import sys
-import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 import medmamba
-from medmamba import MedMamba
-from medmamba.cli import DEFAULT_MODEL, pick_device
-from medmamba.images import ImageError, load_image
-from medmamba.kernels import resolve_backend
-from medmamba.preprocess import preprocess, to_display
+from medmamba.cli import DEFAULT_MODEL
 
-EXAMPLES = Path(__file__).parent / "examples"
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".dcm"]
-NOTICE = (
-    "**For research and teaching only.** Not a medical device: do not use it for diagnosis or treatment. "
-    "Do not upload images that identify a person."
-)
+from . import api, html, theme
+from .context import Context
+from .guard import Guard
+from .options import Limits, Options
+from .sessions import Sessions
+from .store import ModelStore
+from .tabs import classify, explain, finetune, models
 
-
-class Predictor:
-    """A model on a device, answering one image at a time."""
-
-    def __init__(self, name: str = DEFAULT_MODEL, device: str = "auto"):
-        self.name = name
-        self.device = pick_device(device)
-        self.model = MedMamba.from_pretrained(name).fuse().to(self.device)
-
-    def classify(self, path: str | None):
-        """Classify one medical image.
-
-        Args:
-            path: PNG, JPEG, WebP, TIFF, BMP (8 or 16 bit) or DICOM file.
-
-        Returns:
-            Calibrated probability of each class, the image as the model sees it, and what was done to get there.
-        """
-        if not path:
-            raise gr.Error("Choose an image first: upload one or pick an example.")
-        start = time.perf_counter()
-        try:
-            image = load_image(path)
-            prediction = self.model.predict(image)
-        except (ImageError, ValueError) as error:
-            # The server's own path says nothing to the person who uploaded the file.
-            raise gr.Error(str(error).replace(path, Path(path).name), duration=None) from None
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        seen = to_display(
-            preprocess(image, self.model.config.preprocess, self.model.config.in_chans), self.model.config.preprocess
-        )
-        notes = "".join(f"\n- {note}" for note in prediction.image_notes)
-        backend = resolve_backend(self.device, next(self.model.parameters()).dtype)
-        footer = (
-            f"Answered by **{self.name}** (MedMamba-{self.model.config.architecture}, "
-            f"{self.model.config.num_classes} classes) in {milliseconds:.0f} ms on {self.device}, "
-            f"scan backend *{backend}*, medmamba {medmamba.__version__}.\n{notes}"
-        )
-        return dict(prediction.top), seen, footer
+HERE = Path(__file__).parent
 
 
-def build_demo(predictor: Predictor) -> gr.Blocks:
-    """The app for one predictor; nothing is loaded or computed while building it."""
-    config = predictor.model.config
-    dataset = config.training.get("title") or config.training.get("dataset") or "images"
-    with gr.Blocks(title="medmamba", delete_cache=(3600, 3600), analytics_enabled=False) as demo:
-        gr.Markdown(f"# medmamba\nClassifies {dataset}: {', '.join(config.labels)}.")
-        gr.Markdown(NOTICE, elem_id="notice")
-        with gr.Row():
-            with gr.Column():
-                file = gr.File(label="Image (PNG, JPEG, TIFF, DICOM, …)", file_types=FILE_TYPES, type="filepath")
-                button = gr.Button("Classify", variant="primary")
-                examples = sorted(str(p) for p in EXAMPLES.glob("blood_*"))
-                gallery = gr.Gallery(
-                    examples, label="Examples: click one", columns=4, height="auto", allow_preview=False, format="png"
-                )
-            with gr.Column():
-                label = gr.Label(label="Probability")
-                seen = gr.Image(label="The image as the model sees it", format="png", interactive=False)
-                footer = gr.Markdown()
-        outputs = [label, seen, footer]
-        button.click(predictor.classify, file, outputs, api_name="classify", concurrency_id="model")
-        file.upload(predictor.classify, file, outputs, api_visibility="private", concurrency_id="model")
+def build_demo(options: Options, root: Path | None = None) -> gr.Blocks:
+    """The app, its default model loaded.
 
-        def choose(event: gr.SelectData):
-            return examples[event.index]
+    Args:
+        root: folder for uploads and sessions; None: a new temporary one.
 
-        gallery.select(choose, None, file, api_visibility="private").then(
-            predictor.classify, file, outputs, api_visibility="private", concurrency_id="model"
-        )
-    return demo.queue(max_size=20)
+    Raises:
+        PretrainedError, ConfigError, ValueError: the default model cannot be loaded, or there is no such device.
+    """
+    sessions = Sessions(options.limits, root)
+    # Gradio reads this whenever a component is made and a file arrives.
+    os.environ["GRADIO_TEMP_DIR"] = str(sessions.uploads)
+    context = Context(options, ModelStore(options.models, options.device), sessions)
+    with gr.Blocks(title="medmamba", analytics_enabled=False) as demo:
+        theme.Html(html.header(medmamba.__version__))
+        theme.Html(html.notice())
+        with gr.Tabs(elem_classes="mm-tabs") as tabs:
+            with gr.Tab("Classify", id="classify"):
+                classified = classify.build(context)
+            with gr.Tab("Explain", id="explain") as tab:
+                explain.build(context, classified, tab, tabs)
+            with gr.Tab("Fine-tune", id="finetune"):
+                finetune.build(context, classified, tabs)
+            with gr.Tab("Models", id="models"):
+                models.build(context)
+
+        api.build(context)
+
+        def leave(request: gr.Request) -> None:
+            sessions.close(request)
+
+        demo.unload(leave)
+    return demo.queue(max_size=options.limits.queue, default_concurrency_limit=1)
+
+
+def launch_options(limits: Limits) -> dict[str, Any]:
+    """What `launch` is called with, wherever the app runs."""
+    from starlette.middleware import Middleware
+
+    on_space = "SPACE_ID" in os.environ
+    guard = Middleware(Guard, per_minute=limits.requests_per_minute, behind_proxy=on_space)
+    return {
+        "app_kwargs": {"middleware": [guard]},
+        "theme": theme.theme(),
+        "css_paths": [HERE / "style.css"],
+        "js": (HERE / "page.js").read_text(encoding="utf-8"),
+        "favicon_path": HERE / "favicon.png",
+        "footer_links": ["api"],
+        "run_history": False,  # would keep what was uploaded in the browser
+        "max_file_size": f"{max(limits.image_mb, limits.zip_mb)}mb",
+        "state_session_capacity": limits.sessions,
+        "share": False,
+        "ssr_mode": False,
+        "enable_monitoring": False,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the server and waits; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo.app", description="The medmamba web app.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"models on offer, the default first: name, org/name[@revision] or folder ({DEFAULT_MODEL} and all others "
+        "that come with medmamba)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    quiet()
+    options = Options(tuple(args.model or default_models()), args.device)
     try:
-        predictor = Predictor(args.model, args.device)
+        demo = build_demo(options)
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    demo = build_demo(predictor)
-    demo.launch(
-        server_name=args.host,
-        server_port=args.port,
-        inbrowser=args.open,
-        share=False,
-        max_file_size="64mb",
-        allowed_paths=[str(EXAMPLES)],
-    )
+    demo.launch(server_name=args.host, server_port=args.port, inbrowser=args.open, **launch_options(options.limits))
     return 0
+
+
+def default_models() -> list[str]:
+    """The default model, then whatever else comes with this copy of medmamba."""
+    return [DEFAULT_MODEL, *(name for name in medmamba.bundled_models() if name != DEFAULT_MODEL)]
+
+
+def quiet() -> None:
+    """No reports to anybody, and no warnings of pydicom's, which quote values of patients' headers."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,48 @@
-"""The web app from outside: its API through gradio_client, its pages in a real browser."""
+"""The web app without a browser: endpoints through gradio_client, safety, sessions, pieces of pages."""
 
+import io
+import json
 import os
-import shutil
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from demo_helpers import save_model, serving
 from PIL import Image
 
 import medmamba
-from medmamba import registry
+from medmamba.kernels import resolve_backend
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
+httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
-from demo import app as demo_app  # noqa: E402
+from demo import app, charts, guard, html, jobs, options, sessions  # noqa: E402
+from demo.options import EXAMPLES, Limits  # noqa: E402
+from demo.service import inspect, reduced  # noqa: E402
+from demo.tabs import answers, models  # noqa: E402
 
-EXAMPLES = Path(demo_app.__file__).parent / "examples"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+NEUTROPHIL = EXAMPLES / "blood_neutrophil.webp"
+SECRET = "DOE^JANE-4711"
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    entry = registry.get("bloodmnist")
-    model = medmamba.create_model("test", entry.num_classes, id2label=entry.id2label, training={"dataset": entry.name})
-    return model.save_pretrained(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model") / "blood")
 
 
 @pytest.fixture(scope="module")
-def url(model_folder):
-    demo = demo_app.build_demo(demo_app.Predictor(str(model_folder), "cpu"))
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(EXAMPLES)])
-    yield address
-    demo.close()
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def url(model_folder, root):
+    with serving([model_folder], root, batch_files=4, image_mb=1) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -42,101 +50,353 @@ def client(url):
     return gradio_client.Client(url, verbose=False)
 
 
-def classify(client, path):
-    return client.predict(gradio_client.handle_file(str(path)), api_name="/classify")
+def classify(client, path, *arguments):
+    return client.predict(gradio_client.handle_file(str(path)), *arguments, api_name="/classify")
+
+
+@pytest.fixture
+def dicom_with_patient(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    ds = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm", download=False))
+    ds.PatientName, ds.PatientID = SECRET, "ID-" + SECRET
+    path = tmp_path / "scan.dcm"
+    ds.save_as(path)
+    return path
+
+
+# --- endpoints ---
+
+
+def test_the_endpoints_are_these_and_documented(client, url):
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(named) == {"/models", "/classify", "/classify_batch", "/explain"}
+    names = [p["parameter_name"] for p in named["/classify"]["parameters"]]
+    assert names == ["file", "model", "frame", "window_center", "window_width"]
+    info = httpx.get(f"{url}gradio_api/info").text
+    assert "not a medical device" in info and "Hounsfield" in info
 
 
 def test_the_answer_is_that_of_the_package(client, model_folder):
-    image = EXAMPLES / "blood_neutrophil.webp"
-    label, seen, footer = classify(client, image)
-    expected = dict(medmamba.MedMamba.from_pretrained(model_folder).predict(image).top)
-    assert {c["label"]: c["confidence"] for c in label["confidences"]} == pytest.approx(expected, abs=1e-5)
-    assert Image.open(seen).size == (32, 32)
-    assert "MedMamba-test" in footer and "backend" in footer and str(model_folder) in footer
+    found = classify(client, NEUTROPHIL)
+    expected = dict(medmamba.MedMamba.from_pretrained(model_folder).predict(NEUTROPHIL).top)
+    assert found["probabilities"] == pytest.approx(expected, abs=1e-5)
+    assert found["label"] == max(expected, key=expected.get)
+    assert found["model"] == "blood" and found["architecture"] == "test" and found["calibrated"] is True
+    assert (
+        found["backend"] == resolve_backend(torch.device("cpu"), torch.float32)
+        and "Not a medical device" in found["notice"]
+    )
+    assert isinstance(found["unsure"], bool) and isinstance(found["unusual"], bool) and found["milliseconds"] > 0
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp"])
 def test_every_format(client, tmp_path, suffix):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / f"image.{suffix}")
-    assert len(classify(client, tmp_path / f"image.{suffix}")[0]["confidences"]) == 8
+    assert len(classify(client, tmp_path / f"image.{suffix}")["probabilities"]) == 8
 
 
-def test_sixteen_bits_are_not_cut_off(client, tmp_path):
+def test_sixteen_bits_and_their_window(client, tmp_path, model_folder):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    seen = np.asarray(Image.open(classify(client, tmp_path / "deep.png")[1]))
-    assert len(np.unique(seen)) > 30 and (seen == 255).mean() < 0.1
+    whole, narrow = classify(client, tmp_path / "deep.png"), classify(client, tmp_path / "deep.png", "", None, 900, 500)
+    image = medmamba.images.load_image(tmp_path / "deep.png", window=(900, 500))
+    expected = dict(medmamba.MedMamba.from_pretrained(model_folder).predict(image).top)
+    assert narrow["probabilities"] == pytest.approx(expected, abs=1e-5)
+    assert whole["probabilities"] != narrow["probabilities"]
 
 
-def test_dicom(client, tmp_path):
-    pydicom = pytest.importorskip("pydicom")
-    path = pydicom.data.get_testdata_file("CT_small.dcm", download=False)
-    _, _, footer = classify(client, path)
-    assert "CompressedSamples" not in footer, "the name of the patient"
-    assert "window" in footer
+def test_dicom_gives_an_answer_and_nothing_of_the_patient(client, dicom_with_patient, root, capfd):
+    found = classify(client, dicom_with_patient, "", None, 40, 400)
+    assert "window 40/400 applied" in " ".join(found["notes"])
+    record = client.predict(gradio_client.handle_file(str(dicom_with_patient)), method="gradcam", api_name="/explain")[
+        0
+    ]
+    output = capfd.readouterr()
+    for text in (json.dumps(found), json.dumps(record), output.out, output.err):
+        assert "DOE" not in text and "4711" not in text
+    written = [p for p in root.rglob("*") if p.is_file() and p.suffix in (".json", ".txt", ".csv")]
+    assert all(b"4711" not in p.read_bytes() for p in written)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.png", b"no image"), ("b.txt", b"text"), ("c.jpg", b"")])
-def test_bad_files_say_why(client, tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.png", b"no image", "text file"),
+        ("b.txt", b"text", "Invalid file type"),
+        ("c.jpg", b"", "empty"),
+        ("d.png", b"PK\x03\x04" + bytes(600), "ZIP"),
+        ("e.png", b"\x80\x04\x95" + bytes(600), "not a supported image"),  # a pickle
+        ("f.png", bytes(2 * 2**20), None),
+    ],
+)
+def test_bad_files_say_why_without_the_servers_paths(client, tmp_path, root, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Exception) as error:
         classify(client, tmp_path / name)
-    assert "/tmp/" not in str(error.value) and "Traceback" not in str(error.value)
+    assert says is None or says in str(error.value)
+    assert str(root) not in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_a_bomb_of_pixels_is_refused_before_it_is_decoded(client, tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    began = time.monotonic()
+    with pytest.raises(Exception, match="limit of 67 million"):
+        classify(client, tmp_path / "bomb.png")
+    assert time.monotonic() - began < 10
+
+
+def test_wrong_arguments_are_explained(client):
+    for arguments, says in (
+        (("nobody/knows",), "no model 'nobody/knows'"),
+        (("", None, 40), "or neither"),
+        (("", 3), "frame"),
+        (("/etc",), "no model '/etc'"),
+    ):
+        with pytest.raises(Exception, match=says):
+            classify(client, NEUTROPHIL, *arguments)
+
+
+def test_paths_of_the_server_cannot_be_read(url, client, model_folder):
+    for path in ("/etc/passwd", str(model_folder / "config.json"), str(Path(app.__file__))):
+        assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+        body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "", None, None, None]}
+        event = httpx.post(f"{url}gradio_api/call/classify", json=body).json()["event_id"]
+        text = httpx.get(f"{url}gradio_api/call/classify/{event}", timeout=30).text
+        assert "event: error" in text and "root:" not in text
+
+
+def test_batch(client, tmp_path, model_folder):
+    (tmp_path / "=1+1.png").write_bytes(NEUTROPHIL.read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    files = [gradio_client.handle_file(str(p)) for p in (NEUTROPHIL, tmp_path / "bad.png", tmp_path / "=1+1.png")]
+    records, text = client.predict(files, api_name="/classify_batch")
+    assert records[0]["label"] == records[2]["label"] and "error" in records[1]
+    rows = text.splitlines()
+    assert len(rows) == 4 and rows[0].startswith("image,label,probability,unsure,unusual,basophil")
+    assert not any(row.startswith(("=", "+", "-", "@")) for row in rows), "spreadsheets would run these"
+    with pytest.raises(Exception, match="4 are taken"):
+        client.predict(files[:1] * 5, api_name="/classify_batch")
+
+
+def test_explain(client, model_folder):
+    handle = gradio_client.handle_file(str(NEUTROPHIL))
+    record, picture, maps = client.predict(
+        handle, method="occlusion", target="monocyte", check=True, api_name="/explain"
+    )
+    assert record["explanations"][0]["label"] == "monocyte" and record["trust"][0]["curves"]["deletion"]
+    assert Image.open(picture).format == "PNG"
+    expected = medmamba.explain.explain(medmamba.MedMamba.from_pretrained(model_folder), NEUTROPHIL, "occlusion", 5)
+    np.testing.assert_allclose(np.load(maps)["attribution"], expected.attribution, atol=1e-5)
+    with pytest.raises(Exception, match="unknown method"):
+        client.predict(handle, method="magic", api_name="/explain")
+
+
+def test_models_endpoint(client):
+    (record,) = client.predict(api_name="/models")
+    assert record["name"] == "blood" and record["dataset"] == "BloodMNIST" and len(record["classes"]) == 8
+
+
+# --- the server ---
+
+
+def test_pages_are_kept_to_this_server(url):
+    response = httpx.get(url)
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert response.headers["referrer-policy"] == "no-referrer"
+    config = httpx.get(f"{url}config").json()
+    assert config["analytics_enabled"] is False and config["run_history"] is False
+
+
+def test_defaults_are_private(monkeypatch):
+    launched = {}
+    monkeypatch.setattr(
+        app, "build_demo", lambda options: type("Demo", (), {"launch": lambda _, **k: launched.update(k)})()
+    )
+    assert app.main(["--model", "anything"]) == 0
+    assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
 def test_an_unknown_model_is_explained(capsys):
-    assert demo_app.main(["--model", "/nowhere/at/all"]) == 2
+    assert app.main(["--model", "/nowhere/at/all"]) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not CHROMIUM:
-        pytest.skip("needs Chromium: apt install chromium, or the environment variable CHROMIUM")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
+def test_requests_of_one_address_are_limited(model_folder, tmp_path):
+    with serving([model_folder], tmp_path, requests_per_minute=3) as url:
+        codes = [httpx.post(f"{url}gradio_api/call/models", json={"data": []}).status_code for _ in range(5)]
+        assert codes == [200, 200, 200, 429, 429]
+        assert httpx.get(url).status_code == 200, "pages still open"
 
 
-def drive(browser, url: str, image: Path) -> str:
-    """Uploads an image and waits for the answer; returns the text of the page."""
-    page = browser.new_page()
-    outside: list[str] = []
-    page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
-    page.get_by_text("Not a medical device").wait_for()
-    page.locator("input[type=file]").first.set_input_files(image)
-    page.get_by_test_id("label-output-value").wait_for(timeout=30_000)
-    page.get_by_text("Answered by").wait_for()
-    text = page.inner_text("body")
-    assert outside == [] and errors == []
-    page.close()
-    return text
+def test_the_address_behind_a_proxy_is_the_one_it_wrote():
+    scope = {"headers": [(b"x-forwarded-for", b"6.6.6.6, 1.2.3.4")], "client": ("10.0.0.1", 1)}
+    assert guard.Guard(None, 1, behind_proxy=True)._address(scope) == "1.2.3.4"
+    assert guard.Guard(None, 1)._address(scope) == "10.0.0.1"
 
 
-@pytest.mark.browser
-def test_a_person_classifies_an_image(browser, url):
-    text = drive(browser, url, EXAMPLES / "blood_neutrophil.webp")
-    assert "neutrophil" in text and "%" in text
+# --- sessions ---
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not medmamba.bundled_models(), reason="no model comes with this copy")
-def test_the_bundled_model_recognises_its_example(browser):
-    name = next(iter(medmamba.bundled_models()))
-    if "bloodmnist" not in name:
-        pytest.skip("the examples are blood cells")
-    demo = demo_app.build_demo(demo_app.Predictor(name, "cpu"))
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(EXAMPLES)])
+class Request:
+    def __init__(self, session_hash):
+        self.session_hash = session_hash
+
+
+def test_a_visitors_files_go_with_the_visitor(tmp_path):
+    kept = sessions.Sessions(Limits(), tmp_path / "root")
+    upload = tmp_path / "a.png"
+    upload.write_bytes(b"pixels")
+    one, two = kept.of(Request("one")), kept.of(Request("two"))
+    one.keep_images([str(upload)])
+    two.keep_images([str(upload)])
+    assert one is kept.of(Request("one")) and one.images[0] != two.images[0]
+    first = one.images[0]
+    one.keep_images([str(upload)])
+    assert not first.exists() and one.images[0].exists(), "an image that was replaced is deleted"
+    kept.close(Request("one"))
+    assert one.stop.is_set() and not one.folder.exists() and two.images[0].exists() and upload.exists()
+    kept.close_all()
+    assert not (tmp_path / "root").exists()
+
+
+def test_idle_and_surplus_visitors_are_forgotten(tmp_path, monkeypatch):
+    kept = sessions.Sessions(Limits(sessions=2, idle_minutes=1, upload_minutes=1), tmp_path / "root")
+    old = kept.uploads / "hash" / "a.png"
+    old.parent.mkdir()
+    old.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    first = kept.of(Request("1"))
+    folder = first.new_folder()
+    kept.of(Request("2")), kept.of(Request("3"))
+    assert len(kept) == 2 and not folder.exists()
+    later = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    kept.of(Request("4"))
+    assert len(kept) == 1 and not old.parent.exists()
+    kept.close_all()
+
+
+# --- fine-tuning: what is let in ---
+
+
+def make_zip(path: Path, names: list[str], content: bytes | None = None) -> Path:
+    buffer = io.BytesIO()
+    Image.new("L", (32, 32), 90).save(buffer, "PNG")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, buffer.getvalue() if content is None else content)
+    return path
+
+
+GOOD = [f"{c}/{i}.png" for c in "ab" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("names", "content", "limits", "says"),
+    [
+        (["../evil.png", *GOOD], None, {}, "leads out of the archive"),
+        (["/etc/evil.png", *GOOD], None, {}, "leads out of the archive"),
+        (["a/inner.zip", *GOOD], None, {}, "is an archive itself"),
+        (["a/bomb.png", *GOOD], bytes(8 * 2**20), {}, "zip bomb"),
+        (GOOD, bytes(2**20), {"zip_unpacked_mb": 4}, "unpacks to more than"),
+        (GOOD, None, {"zip_images": 5}, "limit here is 5"),
+        (GOOD, None, {"zip_classes": 1}, "limit here is 1"),
+        (["a/1.png", "a/2.png"], None, {}, "only one class"),
+        (["a/1.png", "b/2.png"], None, {}, "only 1 images"),
+        (["1.png"], None, {}, "class folder"),
+        ([f"train/{name}" for name in GOOD], None, {}, "called 'val'"),
+    ],
+)
+def test_zips_that_are_refused(tmp_path, names, content, limits, says):
+    path = make_zip(tmp_path / "set.zip", names, content)
+    with pytest.raises(medmamba.data.DatasetError, match=says):
+        jobs.plan(path, Limits(**limits))
+
+
+def test_the_sample_set_is_taken():
+    found = jobs.plan(options.SAMPLE_SET, Limits())
+    assert found.index.classes == ("normal", "pneumonia") and found.made and len(found.index) == 64
+    assert b"CC BY 4.0" in zipfile.ZipFile(options.SAMPLE_SET).read("CREDITS.txt")
+
+
+def test_a_job_ends_in_a_model(tmp_path, model_folder):
+    path = make_zip(tmp_path / "set.zip", [])
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for label, level in (("dark", 40), ("light", 210)):
+            for i in range(10):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.normal(level, 12, (32, 32)).clip(0, 255).astype("uint8")).save(buffer, "PNG")
+                archive.writestr(f"{label}/{i}.png", buffer.getvalue())
+    job = jobs.Job(jobs.plan(path, Limits()), str(model_folder), 2, tmp_path, Limits(), "cpu")
     try:
-        text = drive(browser, address, EXAMPLES / "blood_eosinophil.webp")
+        found = job.result()
+        progress = job.progress()
     finally:
-        demo.close()
-    assert text.index("eosinophil", text.index("Probability")) < text.index("basophil", text.index("Probability"))
+        job.stop()
+    assert found["test"].n_images == 4 and len(progress.history) == 2
+    model = medmamba.MedMamba.from_pretrained(job.out)
+    assert model.config.labels == ["dark", "light"]
+
+
+def test_a_job_that_fails_says_why_without_paths(tmp_path, model_folder):
+    path = make_zip(tmp_path / "set.zip", GOOD)  # all images are the same: duplicates between the splits
+    job = jobs.Job(jobs.plan(path, Limits()), str(model_folder), 1, tmp_path, Limits(), "cpu")
+    with pytest.raises(jobs.JobError) as error:
+        job.result()
+    assert "set.zip" in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_a_job_can_be_ended(tmp_path, model_folder):
+    job = jobs.Job(jobs.plan(options.SAMPLE_SET, Limits()), str(model_folder), 30, tmp_path, Limits(), "cpu")
+    assert job.running
+    job.stop()
+    assert not job.running
+    with pytest.raises(jobs.JobError):
+        job.result()
+
+
+# --- pieces of pages ---
+
+
+def test_text_of_visitors_is_escaped(tmp_path):
+    evil = '<img src=x onerror="alert(1)">'
+    path = tmp_path / "x.png"
+    pieces = [
+        html.error(evil, evil),
+        html.bars([(evil, 0.5)], evil),
+        html.table([evil], [[html.esc(evil)]], evil, sort=True),
+        charts.chart([charts.Line(evil, [0, 1], [0, 1])], evil, evil, evil),
+        answers.failure_html(evil, path),
+    ]
+    for piece in pieces:
+        assert "<img src=x" not in piece
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.5, "50.0%"), (1.0, "100%"), (0.99996, "&gt;99.9%"), (0.0001, "&lt;0.1%"), (0.0, "0.0%")]
+)
+def test_percent(value, shown):
+    assert html.percent(value) == shown
+
+
+def test_charts_are_drawn_inside_their_frame():
+    drawing = charts.chart([charts.Line("a", [1, 2, 3], [0.1, float("nan"), 5.0])], "Title", "x", "y")
+    points = [tuple(map(float, p.split(","))) for p in drawing.split('points="')[1].split('"')[0].split()]
+    assert len(points) == 2 and all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in points)
+    assert charts.ticks(0, 1) == [0, 0.5, 1] or len(charts.ticks(0, 1)) >= 3
+
+
+def test_inspect_and_reduce(tmp_path, dicom_with_patient):
+    found = inspect(dicom_with_patient)
+    assert found.windows is not None and found.windows.value_range == (-896.0, 1167.0)
+    assert inspect(NEUTROPHIL).windows is None
+    large = medmamba.images.load_image(np.zeros((300, 2000, 3), np.uint8))
+    assert reduced(large).size == (154, 1024) and reduced(large, 4000) is large
+
+
+def test_all_sixteen_datasets_are_listed(model_folder):
+    page = models.models_html(models.local_facts((str(model_folder),)))
+    assert page.count("<tr>") == 17 and "0.978" in page and "blood" in page

@@ -1,0 +1,63 @@
+// What a page needs beyond Gradio: pasted files, sortable tables, the strength of an overlay, light and dark.
+() => {
+  const later = (search, then, tries = 40) => {
+    const found = document.querySelector(search);
+    if (found) then(found);
+    else if (tries) setTimeout(() => later(search, then, tries - 1), 100);
+  };
+
+  // Pasted images go where dropped ones go.
+  document.addEventListener("paste", (event) => {
+    const files = [...(event.clipboardData?.files ?? [])];
+    const input = document.querySelector("#mm-drop input[type=file]");
+    if (!files.length || !input || !input.offsetParent && !input.closest("#mm-drop")?.offsetParent) return;
+    event.preventDefault();
+    const transfer = new DataTransfer();
+    files.forEach((file) => transfer.items.add(file));
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("[data-mm-theme]")) {
+      const dark = document.body.classList.toggle("dark");
+      try { localStorage.setItem("mm-theme", dark ? "dark" : "light"); } catch { /* private windows */ }
+    }
+    const sorter = event.target.closest("[data-mm-sort]");
+    if (sorter) sort(sorter.closest("th"));
+  });
+  try {
+    const kept = localStorage.getItem("mm-theme");
+    if (kept) document.body.classList.toggle("dark", kept === "dark");
+  } catch { /* private windows */ }
+
+  const sort = (head) => {
+    const table = head.closest("table");
+    const column = [...head.parentNode.children].indexOf(head);
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentNode.children) if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const value = (row) => {
+      const cell = row.children[column];
+      return cell.querySelector("[data-mm-value]")?.dataset.mmValue ?? cell.textContent.trim();
+    };
+    const order = new Intl.Collator(undefined, { numeric: true });
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      const numbers = x !== "" && y !== "" && !isNaN(x) && !isNaN(y);
+      return (up ? 1 : -1) * (numbers ? x - y : order.compare(x, y));
+    };
+    const body = table.tBodies[0];
+    [...body.rows].sort(compare).forEach((row) => body.append(row));
+  };
+
+  // The strength of the overlays is a matter of style: nothing is asked of the server.
+  document.addEventListener("input", (event) => {
+    if (!event.target.matches("[data-mm-opacity]")) return;
+    const root = event.target.closest(".mm-maps");
+    root.style.setProperty("--mm-opacity", event.target.value / 100);
+    event.target.nextElementSibling.value = `${event.target.value} %`;
+  });
+
+  later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
+}

@@ -1,0 +1,209 @@
+"""From a file to an answer: the package does the work, this puts its parts together for the pages and the API."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medmamba.dicom import DicomWindows, dicom_window_presets
+from medmamba.explain import Comparison, assess, compare
+from medmamba.explain.subject import sub_progress
+from medmamba.images import ImageError, MedicalImage, load_image
+from medmamba.predict import Failure, Prediction, iter_predict
+from medmamba.preprocess import preprocess, to_display
+
+from .gpu import ZERO_GPU, on_gpu
+from .store import Loaded, ModelStore
+
+UNSURE = 0.6
+"""Below this calibrated probability of the best class, the model is called unsure."""
+LARGEST_SHOWN = 1024
+"""Longest side in pixels of an image in a page."""
+
+Window = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class View:
+    """How to read a file: which frame, and which window (center, width) instead of its own."""
+
+    frame: int | None = None
+    window: Window | None = None
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a window control and a preview need.
+
+    Attributes:
+        image: read with the file's own window.
+        windows: declared in the file; None where no window applies (8 bits, colour).
+    """
+
+    image: MedicalImage
+    windows: DicomWindows | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one image.
+
+    Attributes:
+        unsure: the best class is below `UNSURE`; for several labels, none reaches a half.
+        unusual: unlike the validation images; None where the model has no threshold for that.
+        seen: (H, W, 3) uint8, the image as the model sees it.
+        milliseconds: from the file to the answer.
+    """
+
+    prediction: Prediction
+    unsure: bool
+    unusual: bool | None
+    seen: np.ndarray
+    milliseconds: float
+
+
+def inspect(path: Path, frame: int | None = None) -> FileFacts:
+    """Reads a file; of several frames the first where none is chosen.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        image = load_image(path, frame=frame)
+    except ImageError:
+        if frame is not None:
+            raise
+        image = load_image(path, frame=0)  # raises the first error again, unless a frame was all that was missing
+    windows = None
+    if image.value_range is not None and image.value_range[0] < image.value_range[1]:
+        if image.format == "DICOM":
+            windows = dicom_window_presets(path, frame=image.frame)
+        elif image.bit_depth > 8:
+            windows = DicomWindows((), image.value_range)
+    return FileFacts(image, windows)
+
+
+class Service:
+    """Answers for the pages and the API."""
+
+    def __init__(self, store: ModelStore):
+        self.store = store
+        self._forward = on_gpu(20)(self._predict)
+        self._explain = on_gpu(_explain_seconds)(self._explained)
+
+    def classify(self, source: str, path: Path, view: View | None = None, title: str | None = None) -> Answer:
+        """
+        Args:
+            source: name or folder of the model.
+
+        Raises:
+            ImageError: the file cannot be read.
+            PretrainedError, ConfigError: the model cannot be loaded.
+        """
+        loaded = self.store.get(source, title)
+        began = time.perf_counter()
+        view = view or View()
+        image = load_image(path, frame=view.frame, window=view.window)
+        (result,) = self._forward(source, [image])
+        if isinstance(result, Failure):
+            raise ImageError(result.error)
+        seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
+        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began))
+
+    def classify_files(self, source: str, paths: list[Path], title: str | None = None) -> list[Answer | Failure]:
+        """One entry per file, in order; files with several frames are failures that say so."""
+        loaded = self.store.get(source, title)
+        began = time.perf_counter()
+        results = self._forward(source, paths)
+        each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
+        nothing = np.zeros((1, 1, 3), np.uint8)
+        return [r if isinstance(r, Failure) else answer(loaded, r, nothing, each) for r in results]
+
+    def explain(
+        self,
+        source: str,
+        path: Path,
+        view: View,
+        methods: list[str],
+        target: str | None,
+        checks: bool,
+        report: Callable[[float], object] | None = None,
+        title: str | None = None,
+    ) -> Iterator[Comparison]:
+        """All maps, then, with `checks`, the same with the trust of one more method at a time.
+
+        Args:
+            target: label; None: the model's answer.
+            report: called with the share done; returns False to stop.
+
+        Raises:
+            ImageError, PretrainedError, ConfigError, ValueError; ExplainCancelled.
+        """
+        self.store.get(source, title)
+        # A function cannot travel to the process that has the GPU.
+        yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
+
+    def _predict(self, source: str, images: list) -> list[Prediction | Failure]:
+        return list(iter_predict(self.store.get(source).fused, images))
+
+    def _explained(
+        self,
+        source: str,
+        path: Path,
+        view: View,
+        methods: list[str],
+        target: str | None,
+        checks: bool,
+        report: Callable[[float], object] | None = None,
+    ) -> Iterator[Comparison]:
+        model = self.store.get(source).model
+        image = load_image(path, frame=view.frame, window=view.window)
+        share = 0.3 if checks else 1.0
+        found = compare(model, image, methods, target, progress=sub_progress(report, 0, share))
+        yield small(found)
+        if not checks:
+            return
+        trust = []
+        for i, explanation in enumerate(found.explanations):
+            step = (1 - share) / len(found.explanations)
+            part = sub_progress(report, share + i * step, share + (i + 1) * step)
+            trust.append(assess(model, explanation, progress=part))
+            yield small(dataclasses.replace(found, trust=tuple(trust)))
+
+
+def answer(loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float) -> Answer:
+    """A prediction, and what the model's calibration says of how far to believe it."""
+    calibration = loaded.calibration
+    unusual = None
+    if calibration and calibration.ood:
+        unusual = bool(calibration.ood.is_unusual(np.array([prediction.logits]), loaded.config.task)[0])
+    limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
+    return Answer(prediction, prediction.probability < limit, unusual, seen, milliseconds)
+
+
+def small(comparison: Comparison) -> Comparison:
+    """The same with the image no larger than a page shows it: drawing a map over 60 million pixels takes gigabytes."""
+    image = reduced(comparison.explanations[0].image)
+    explanations = tuple(dataclasses.replace(e, image=image) for e in comparison.explanations)
+    return dataclasses.replace(comparison, explanations=explanations)
+
+
+def reduced(image: MedicalImage, longest: int = LARGEST_SHOWN) -> MedicalImage:
+    """The image, made smaller if its longest side is above this many pixels."""
+    if max(image.size) <= longest:
+        return image
+    picture = image.to_pil()
+    picture.thumbnail((longest, longest))
+    pixels = np.asarray(picture, np.float32) / 255
+    return dataclasses.replace(image, pixels=pixels if pixels.ndim == 3 else pixels[..., None])
+
+
+def _explain_seconds(source: str, path: Path, view: View, methods: list[str], *rest: object) -> int:
+    """The GPU time to ask a ZeroGPU Space for."""
+    checks = len(rest) > 1 and bool(rest[1])
+    return min(20 + len(methods) * (30 if checks else 8), 180)

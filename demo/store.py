@@ -1,0 +1,126 @@
+"""The models on offer, loaded when first asked for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medmamba import MedMamba
+from medmamba.calibrate import Calibration
+from medmamba.card import ModelFacts, read_facts
+from medmamba.cli import pick_device
+from medmamba.config import MedMambaConfig
+from medmamba.kernels import resolve_backend
+from medmamba.licences import LicenceError
+from medmamba.pretrained import fetch
+
+MAX_LOADED = 4
+UNUSUAL_NAME = "unusual.json"
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        source: name or folder it was loaded from.
+        title: what people read.
+        folder: where its files are.
+        model: as loaded, for explaining. fused: for predicting.
+        facts: what its folder says of it.
+        licence_known: False where nobody stated a licence.
+    """
+
+    source: str
+    title: str
+    folder: Path
+    model: MedMamba
+    fused: MedMamba
+    facts: ModelFacts
+    licence_known: bool
+
+    @property
+    def config(self) -> MedMambaConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embed.proj.weight.device
+
+    @property
+    def backend(self) -> str:
+        """The scan backend that answers."""
+        return resolve_backend(self.device, self.model.patch_embed.proj.weight.dtype)
+
+    @cached_property
+    def unusual(self) -> dict[str, Any]:
+        """How well the warning for unusual images works, by `benchmarks/unusual.py`; {} where it was not measured."""
+        path = self.folder / UNUSUAL_NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """None where the model was not calibrated."""
+        return Calibration.from_dict(self.config.calibration, self.config.task) if self.config.calibration else None
+
+
+class ModelStore:
+    """Loads by name or folder and keeps the models used last.
+
+    Args:
+        names: on offer to everybody, the default first.
+        device: "auto" or a torch device.
+
+    Raises:
+        PretrainedError, ConfigError: the default model cannot be loaded.
+        ValueError: no such device.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: str = "auto"):
+        self.names = names
+        self.device = pick_device(device)
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._lock = threading.Lock()
+        self.default = self.get(names[0])
+
+    def get(self, source: str, title: str | None = None) -> Loaded:
+        """The model, from memory where it is there.
+
+        Raises:
+            PretrainedError, ConfigError: it cannot be loaded.
+        """
+        with self._lock:  # two visitors who ask for the same model wait for one load
+            if source in self._loaded:
+                self._loaded.move_to_end(source)
+                return self._loaded[source]
+            loaded = self._load(source, title or display_name(source))
+            self._loaded[source] = loaded
+            while len(self._loaded) > MAX_LOADED:
+                self._loaded.popitem(last=False)
+            return loaded
+
+    def forget(self, source: str) -> None:
+        """Frees a model that will not be asked for again."""
+        with self._lock:
+            self._loaded.pop(source, None)
+
+    def _load(self, source: str, title: str) -> Loaded:
+        folder = fetch(source)
+        model = MedMamba.from_pretrained(folder).to(self.device)
+        try:
+            facts, known = read_facts(folder), True
+        except LicenceError:
+            facts, known = read_facts(folder, licence="other"), False
+        return Loaded(source, title, folder, model, model.fuse(), facts, known)
+
+
+def display_name(source: str) -> str:
+    """The name of a model as people read it: without the path of a folder."""
+    return Path(source).name if Path(source).is_dir() else source

@@ -1,0 +1,267 @@
+"""What the Classify tab shows, as HTML: an answer, a table of answers, the card of a model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from gradio.utils import sanitize_value_for_csv
+
+from medmamba.evaluation import PAPER_COLUMNS
+from medmamba.evaluation.result import TITLES
+from medmamba.predict import Failure
+
+from ..html import bars, callout, card, data_uri, error, esc, facts, percent, table
+from ..service import Answer, FileFacts, reduced
+from ..store import Loaded
+
+EMPTY_TITLE = "No image yet"
+EMPTY_TEXT = "Drop one on the left, paste it, or pick an example. The answer appears here in a second."
+_WARNING = "warning: "
+_NO_WINDOW = "no usable window in the file"
+SURE = 0.8
+"""From this calibrated probability on, an answer gets a tick."""
+
+
+def answer_html(found: Answer, loaded: Loaded) -> str:
+    """One image: what the model saw, how probable each class is, how far to believe it, how it came about."""
+    prediction, config = found.prediction, loaded.config
+    height, width = config.preprocess.input_size
+    if config.task == "multilabel":
+        above = [label for label, p in prediction.top if p >= 0.5]
+        kicker, title = "The model sees", ", ".join(above) or "none of the labels"
+        caption = "Calibrated probability of each label" if loaded.calibration else "Score of each label"
+    else:
+        kicker, title = "The model’s answer", prediction.label
+        caption = "Calibrated probability" if loaded.calibration else "Score, not calibrated"
+    remarks = "".join(callout(*remark) for remark in remarks_of(found, loaded))
+    made = facts(
+        [
+            ("Model", f"{esc(loaded.title)}<span>MedMamba-{esc(config.architecture)}</span>"),
+            ("Time", f"{found.milliseconds:.0f} ms"),
+            ("Backend", f"{esc(loaded.backend)} on {esc(loaded.device)}"),
+        ]
+    )
+    notes = "".join(f"<li>{esc(note)}</li>" for note in prediction.image_notes if not note.startswith(_WARNING))
+    return (
+        f'<section class="mm-card mm-answer" aria-live="polite" aria-label="Answer">'
+        f'<div class="mm-answer-top"><figure class="mm-seen"><img src="{data_uri(found.seen)}" '
+        f'alt="The image at the size and contrast that the model sees"><figcaption>As the model sees it, '
+        f'{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
+        f"<h2>{esc(title)}</h2>{bars(prediction.top, caption)}</div></div>"
+        f'<div class="mm-remarks">{remarks}</div>{made}'
+        f'<details class="mm-notes"><summary>What was done to the file</summary><ul>{notes}</ul></details></section>'
+    )
+
+
+def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
+    """(kind, title, text) in plain language, the most important first."""
+    prediction, remarks = found.prediction, []
+    ood = loaded.calibration.ood if loaded.calibration else None
+    if found.unusual and ood:
+        remarks.append(
+            (
+                "warn",
+                "This does not look like what the model was trained on",
+                f"Only {1 - ood.coverage:.0%} of its validation images looked this unusual. The probabilities mean "
+                f"little here, whatever they say.{_auroc_text(loaded)}",
+            )
+        )
+    for note in prediction.image_notes:
+        if note.startswith(_WARNING):
+            text = note.removeprefix(_WARNING)
+            remarks.append(("warn", text[:1].upper() + text[1:], ""))
+    if any(note.startswith(_NO_WINDOW) for note in prediction.image_notes):
+        text = "All values are shown, so the contrast is low. Set level and width on the left to what matters."
+        remarks.append(("info", "The file declares no window", text))
+    right = f"about {100 * prediction.probability:.0f} of 100"
+    if loaded.config.task == "multilabel":
+        if found.unsure:
+            remarks.append(("info", "No label reaches an even chance", "The model sees none of what it knows."))
+    elif found.unsure:
+        second = prediction.top[1][0] if len(prediction.top) > 1 else ""
+        says = f"It is right in {right} such cases." if loaded.calibration else "Its scores are not calibrated."
+        remarks.append(("warn", "The model is unsure", f"{says} The runner-up is {second}." if second else says))
+    elif not found.unusual and loaded.calibration:
+        remarks.append(
+            (
+                "good" if prediction.probability >= SURE else "info",
+                f"Answers this sure are right in {right} cases",
+                "On images like those it was trained on. Another hospital, device or population can change that.",
+            )
+        )
+    if not loaded.calibration:
+        remarks.append(
+            (
+                "info",
+                "This model was never calibrated",
+                "Read the scores as a ranking of the classes, not as probabilities. It cannot tell unusual images.",
+            )
+        )
+    return remarks
+
+
+def _auroc_text(loaded: Loaded) -> str:
+    """How well the warning works, where that was measured."""
+    measured = loaded.unusual.get("auroc", {})
+    values = [row["auroc"] for row in measured.values()]
+    if not values:
+        return ""
+    return (
+        f" The warning is a heuristic: it told the model’s own test images from those of {len(values)} other "
+        f"datasets with an AUROC of {min(values):.2f} to {max(values):.2f}."
+    )
+
+
+def preview_html(path: Path, found: FileFacts, shown: str | None = None) -> str:
+    """The current file: what it looks like and what it is."""
+    image = found.image
+    height, width = image.size
+    large = " mm-large" if found.windows else ""
+    kind = f"{image.format}, {image.bit_depth} bit, {width}×{height}"
+    if image.n_frames > 1:
+        kind += f", frame {image.frame + 1} of {image.n_frames}"
+    return (
+        f'<figure class="mm-current{large}"><img src="{shown or data_uri(squeeze(reduced(image, 384).to_uint8()))}" '
+        f'alt="The image as it is read from the file"><figcaption><strong>{esc(path.name)}</strong>'
+        f"<span>{esc(kind)}</span></figcaption></figure>"
+    )
+
+
+def squeeze(pixels):
+    """(H, W, 1) to (H, W)."""
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+BATCH_COLUMNS = ["Image", "Answer", "Probability", "Remarks"]
+
+
+def batch_html(paths: list[Path], results: list[Answer | Failure]) -> str:
+    """A table that sorts; each image opens by a button."""
+    rows = []
+    for i, (path, result) in enumerate(zip(paths, results, strict=True)):
+        name = esc(path.name)
+        if isinstance(result, Failure):
+            rows.append([name, "", "", f'<span class="mm-tag mm-error">{esc(reason(result.error, path))}</span>'])
+            continue
+        prediction = result.prediction
+        tags = ['<span class="mm-tag mm-warn">unusual</span>'] if result.unusual else []
+        tags += ['<span class="mm-tag mm-warn">unsure</span>'] if result.unsure else []
+        rows.append(
+            [
+                f'<button type="button" class="mm-link" data-mm-index="{i}">{name}</button>',
+                esc(prediction.label),
+                f'<span data-mm-value="{prediction.probability:.6f}">{percent(prediction.probability)}</span>',
+                " ".join(tags),
+            ]
+        )
+    failed = sum(isinstance(result, Failure) for result in results)
+    done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
+    text = "Select an image for the full answer. Headers sort."
+    return card(table(BATCH_COLUMNS, rows, "Answers", sort=True, css="mm-batch"), done, text)
+
+
+def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str]) -> str:
+    """The table with every class, safe to open in a spreadsheet."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["image", "label", "probability", "unsure", "unusual", *map(sanitize_value_for_csv, labels), "error"]
+    )
+    for path, result in zip(paths, results, strict=True):
+        name = sanitize_value_for_csv(path.name)
+        if isinstance(result, Failure):
+            writer.writerow([name, *[""] * (4 + len(labels)), sanitize_value_for_csv(plain(result.error, path))])
+            continue
+        prediction = result.prediction
+        scores = dict(prediction.top)
+        unusual = "" if result.unusual is None else result.unusual
+        label = sanitize_value_for_csv(prediction.label)
+        values = [f"{scores[name]:.6f}" for name in labels]
+        writer.writerow([name, label, f"{prediction.probability:.6f}", result.unsure, unusual, *values, ""])
+    return text.getvalue()
+
+
+def plain(message: object, *paths: Path) -> str:
+    """An error text without the server's own paths."""
+    text = str(message)
+    for path in paths:
+        text = text.replace(str(path), path.name)
+    return text
+
+
+def reason(message: object, path: Path) -> str:
+    """Why a file could not be read, as a sentence that does not name it again."""
+    text = plain(message, path).removeprefix(f"{path.name}: ")
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def failure_html(message: object, path: Path) -> str:
+    """An image that could not be classified."""
+    return error(f"{path.name} could not be read", reason(message, path))
+
+
+def card_html(loaded: Loaded) -> str:
+    """What a model is, from its folder: data, classes, licence, figures with intervals, calibration."""
+    entry, config, terms = loaded.facts.entry, loaded.config, loaded.facts.terms
+    training = config.training
+    dataset = entry.title if entry else str(training.get("dataset") or "not stated")
+    if entry:
+        dataset = f"{esc(dataset)}<span>{esc(entry.modality)}</span>"
+    licence = f"{esc(terms.licence if not terms.name else terms.name)}<span>{esc(terms.reason)}</span>"
+    if not loaded.licence_known:
+        licence = "not stated<span>ask whoever made the model before you use it elsewhere</span>"
+    labels = "".join(f"<li>{esc(label)}</li>" for label in config.labels)
+    rows = [
+        ("Trained on", dataset),
+        (f"{config.num_classes} classes", f'<ul class="mm-classes">{labels}</ul>'),
+        ("Licence of the weights", licence),
+        ("Calibration", _calibration(loaded)),
+        ("Unusual images", _unusual(loaded)),
+    ]
+    title = f"MedMamba-{config.architecture}, {_parameters(loaded)}"
+    return card(facts(rows) + _figures(loaded), loaded.title, title, css="mm-model")
+
+
+def _figures(loaded: Loaded) -> str:
+    split = loaded.facts.split
+    if not split:
+        return callout("info", "No test figures come with this model", "Nothing is known of how often it is right.")
+    evaluation = loaded.facts.evaluations[split]
+    names = ["accuracy", "balanced_accuracy", *(n for n in PAPER_COLUMNS if n != "accuracy"), "ece"]
+    rows = []
+    for name in names:
+        estimate = evaluation.overall.get(name)
+        if estimate is None or math.isnan(estimate.value):
+            continue
+        interval = "" if math.isnan(estimate.low) else f"{estimate.low:.3f} – {estimate.high:.3f}"
+        rows.append([esc(TITLES[name]), f"{estimate.value:.3f}", interval])
+    by = f"{evaluation.n_images} images" + (f" of {evaluation.n_patients} patients" if evaluation.n_patients else "")
+    caption = f"On the {split} split, {by}"
+    return table(["Figure", "Value", f"{evaluation.level:.0%} interval"], rows, caption, css="mm-figures")
+
+
+def _calibration(loaded: Loaded) -> str:
+    found = loaded.calibration
+    if found is None:
+        return "none<span>scores are not probabilities</span>"
+    change = f"calibration error {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n} images"
+    title = f"temperature {found.temperature:.2f}" if found.method == "temperature" else "not needed"
+    return f"{title}<span>{esc(change)}</span>"
+
+
+def _unusual(loaded: Loaded) -> str:
+    ood = loaded.calibration.ood if loaded.calibration else None
+    if ood is None:
+        return "no warning<span>the model has no threshold for it</span>"
+    measured = loaded.unusual.get("auroc", {})
+    each = "; ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.items())
+    rest = f"AUROC against {each}" if each else "how well it works was not measured for this model"
+    text = f"{ood.coverage:.0%} of validation images pass; {rest}"
+    return f"{esc(ood.score)} score above {ood.threshold:.2f}<span>{esc(text)}</span>"
+
+
+def _parameters(loaded: Loaded) -> str:
+    return f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f}M parameters"

@@ -1,0 +1,292 @@
+"""Classify: images in, calibrated probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from medmamba.config import ConfigError
+from medmamba.images import ImageError
+from medmamba.pretrained import PretrainedError
+
+from ..context import Context
+from ..html import data_uri, empty, error, esc
+from ..options import EXAMPLES, IMAGE_TYPES
+from ..service import FileFacts, View, Window, inspect, reduced
+from ..sessions import Session
+from ..theme import Html
+from . import answers
+
+AS_FILE = "As the file says"
+CUSTOM = "Set by hand"
+Updates = dict[Any, Any]
+
+
+@dataclass
+class ClassifyTab:
+    """The components that other tabs use."""
+
+    model: gr.Dropdown
+    view: list[Any]
+    explain: gr.Button
+    rerun: Callable[..., Any]
+    outputs: list[Any]
+
+
+def build(context: Context) -> ClassifyTab:
+    """Lays the tab out and connects it; to be called inside `gr.Blocks`."""
+    limits, store = context.options.limits, context.store
+    with gr.Row(elem_classes="mm-columns"):
+        with gr.Column(scale=5, min_width=320):
+            model = gr.Dropdown(
+                context.titles(None),
+                value=context.default_title,
+                label="Model",
+                elem_id="mm-model",
+                filterable=False,
+            )
+            file = gr.File(
+                label="Images",
+                show_label=False,
+                file_count="multiple",
+                file_types=IMAGE_TYPES,
+                type="filepath",
+                height=132,
+                elem_id="mm-drop",
+            )
+            Html(
+                f'<p class="mm-hint">PNG, JPEG, WebP, TIFF, BMP or DICOM, 8 or 16 bit, up to {limits.image_mb} MB each '
+                f"and {limits.batch_files} at once. Paste works too.</p>"
+            )
+            current = Html("", visible=False, elem_id="mm-current")
+            with gr.Group(visible=False, elem_id="mm-reading") as reading:
+                preset = gr.Dropdown([AS_FILE, CUSTOM], value=AS_FILE, label="Window", filterable=False)
+                with gr.Row(equal_height=True):
+                    center = gr.Slider(0, 1, 0.5, label="Level (centre)", min_width=140, buttons=[])
+                    width = gr.Slider(0, 1, 1, label="Window width", min_width=140, buttons=[])
+            frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, buttons=[])
+            button = gr.Button("Classify", variant="primary", size="lg", elem_id="mm-classify")
+            examples = example_files()
+            picker = Html(
+                examples_html(examples),
+                elem_id="mm-examples",
+                js_on_load=pick_js("mm-example", "click"),
+            )
+        with gr.Column(scale=7, min_width=320):
+            batch = Html(visible=False, js_on_load=pick_js("mm-index", "click"), elem_id="mm-batch")
+            table_file = gr.DownloadButton("Download the table (CSV)", visible=False, size="sm")
+            result = Html(empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT), elem_id="mm-result")
+            explain = gr.Button("Explain this answer", visible=False, elem_id="mm-explain-this")
+            with gr.Accordion("About this model", open=True, elem_id="mm-about"):
+                card = Html(answers.card_html(store.default))
+
+    view = [preset, center, width, frame]
+    shown = [current, reading, *view, batch, table_file, result, explain, card]
+
+    def controls(session: Session) -> Updates:
+        """Preview and window control of a new image; of several, none."""
+        hidden: Updates = {
+            current: gr.update(visible=False),
+            reading: gr.update(visible=False),
+            preset: gr.update(value=AS_FILE),
+            frame: gr.update(visible=False, value=1),
+        }
+        if len(session.images) != 1:
+            return hidden
+        path = session.images[0]
+        try:
+            found = inspect(path)
+        except (ImageError, ValueError):
+            return hidden  # classifying it says why
+        updates = {**hidden, current: gr.update(value=answers.preview_html(path, found), visible=True)}
+        if found.image.n_frames > 1:
+            updates[frame] = gr.update(visible=True, maximum=found.image.n_frames, value=1)
+        return {**updates, **window_controls(found)}
+
+    def window_controls(found: FileFacts) -> Updates:
+        if found.windows is None or found.windows.value_range is None:
+            return {}
+        low, high = found.windows.value_range
+        (c, w), unit = default_window(found), f" ({found.windows.unit})" if found.windows.unit else ""
+        step = 1 if high - low > 64 else (high - low) / 256
+        names = [name for name, _ in presets(found)]
+        # The window of a file may lie outside the values that this image has.
+        return {
+            reading: gr.update(visible=True),
+            preset: gr.update(choices=[AS_FILE, *names, CUSTOM], value=AS_FILE),
+            center: gr.update(
+                minimum=min(low, c), maximum=max(high, c), value=c, step=step, label=f"Level (centre){unit}"
+            ),
+            width: gr.update(minimum=step, maximum=max(high - low, w), value=w, step=step, label=f"Window width{unit}"),
+        }
+
+    def answer(session: Session, title: str, view: View) -> Updates:
+        """The result side, for whatever the session holds now."""
+        nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False)}
+        try:
+            loaded = context.load(session, title)
+        except (PretrainedError, ConfigError, OSError, ValueError) as problem:
+            return {**nothing, result: error("The model could not be loaded", str(problem)), card: ""}
+        about = {card: answers.card_html(loaded)}
+        if not session.images:
+            start = empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT)
+            return {**nothing, **about, result: start, explain: gr.update(visible=False)}
+        if len(session.images) == 1:
+            return {**nothing, **about, **single(session, loaded, view)}
+        results = context.service.classify_files(loaded.source, session.images)
+        text = answers.batch_csv(session.images, results, loaded.config.labels)
+        path = session.new_folder() / "medmamba.csv"
+        path.write_text(text, encoding="utf-8")
+        return {
+            **about,
+            batch: gr.update(value=answers.batch_html(session.images, results), visible=True),
+            table_file: gr.update(value=str(path), visible=True),
+            result: "",
+            explain: gr.update(visible=False),
+        }
+
+    def single(session: Session, loaded: Any, view: View) -> Updates:
+        path = session.images[session.current]
+        try:
+            found = context.service.classify(loaded.source, path, view)
+        except (ImageError, ValueError) as problem:
+            return {result: answers.failure_html(problem, path), explain: gr.update(visible=False)}
+        return {result: answers.answer_html(found, loaded), explain: gr.update(visible=True)}
+
+    def take(files: list[str], title: str, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        if problem := refuse(files or [], limits.batch_files, limits.image_mb):
+            return {file: None, result: error("Too much at once", problem)}
+        session.keep_images(list(files or []))
+        return {file: None, **controls(session), **answer(session, title, View())}
+
+    def choose(event: gr.EventData, title: str, request: gr.Request) -> Updates:
+        index = int(event.index)
+        return take([str(examples[index][1])], title, request)
+
+    def open_row(event: gr.EventData, title: str, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        session.current = min(max(int(event.index), 0), len(session.images) - 1)
+        return single(session, context.load(session, title), View())
+
+    def rerun(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        return answer(session, title, view_of(preset_, c, w, f))
+
+    def look(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        """After a change of the window: preview and answer."""
+        session = context.sessions.of(request)
+        updates = rerun(title, preset_, c, w, f, request)
+        view = view_of(preset_, c, w, f)
+        if len(session.images) == 1:
+            found = inspect(session.images[0], view.frame)
+            if view.window:
+                pixels = reduced(windowed(session.images[0], view), 384).to_uint8()
+                updates[current] = answers.preview_html(session.images[0], found, data_uri(answers.squeeze(pixels)))
+            else:
+                updates[current] = answers.preview_html(session.images[0], found)
+        return updates
+
+    def use_preset(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        found = inspect(session.images[0], view_of(preset_, c, w, f).frame)
+        chosen = dict(presets(found)).get(preset_, (c, w)) if preset_ != AS_FILE else default_window(found)
+        return {center: chosen[0], width: chosen[1], **look(title, preset_, *chosen, f, request)}
+
+    def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        return {preset: CUSTOM, **look(title, CUSTOM, c, w, f, request)}
+
+    shared: dict[str, Any] = dict(
+        api_visibility="private", concurrency_id="classify", show_progress_on=[result], show_progress="minimal"
+    )
+    gr.on([file.upload], take, [file, model], [file, *shown], **shared)
+    picker.click(choose, [model], [file, *shown], **shared)
+    batch.click(open_row, [model], [result, explain], **shared)
+    gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
+    preset.input(use_preset, [model, *view], shown, **shared)
+    moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
+    gr.on([center.release, width.release], by_hand, [model, center, width, frame], shown, **moved)
+    frame.release(look, [model, *view], shown, **moved)
+    return ClassifyTab(model, view, explain, rerun, shown)
+
+
+def view_of(preset: str, center: float, width: float, frame: float) -> View:
+    """From the controls; frames are counted from 1 there."""
+    window = None if preset == AS_FILE else (float(center), float(width))
+    return View(int(frame) - 1 if frame and frame > 1 else None, window)
+
+
+def windowed(path: Path, view: View):
+    from medmamba.images import load_image
+
+    return load_image(path, frame=view.frame, window=view.window)
+
+
+def presets(found: FileFacts) -> list[tuple[str, Window]]:
+    """Windows that the file declares, by a name for people."""
+    declared = found.windows.presets if found.windows else ()
+    return [(f"{p.explanation or 'Window'} ({p.center:g} / {p.width:g})", (p.center, p.width)) for p in declared]
+
+
+def default_window(found: FileFacts) -> Window:
+    """The file's first window, else the range of its values."""
+    declared = presets(found)
+    if declared:
+        return declared[0][1]
+    assert found.windows is not None and found.windows.value_range is not None
+    low, high = found.windows.value_range
+    return (low + high) / 2, high - low
+
+
+def refuse(files: list[str], most: int, megabytes: int) -> str:
+    """Why these files are not taken; empty if they are."""
+    if len(files) > most:
+        return f"{len(files)} images were chosen and {most} are taken at once. Choose fewer, or use `medmamba predict`."
+    for name in files:
+        if Path(name).stat().st_size > megabytes * 2**20:
+            return f"{Path(name).name} is larger than {megabytes} MB. Crop it or save a smaller version first."
+    return ""
+
+
+def example_files() -> list[tuple[str, Path]]:
+    """(what it shows, file) of the example images."""
+    names = {"blood": "blood cell", "breast": "breast ultrasound", "chest": "chest X-ray"}
+    found = []
+    for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in (".webp", ".jpg", ".jpeg", ".png")):
+        kind, _, what = path.stem.partition("_")
+        found.append((f"{what.replace('_', ' ')}, {names.get(kind, kind)}", path))
+    return found
+
+
+def examples_html(examples: list[tuple[str, Path]]) -> str:
+    """Thumbnails that are buttons."""
+    import numpy as np
+    from PIL import Image
+
+    cells = []
+    for i, (what, path) in enumerate(examples):
+        picture = Image.open(path).convert("RGB")
+        picture.thumbnail((96, 96))
+        cells.append(
+            f'<li><button type="button" data-mm-example="{i}" title="{esc(what)}">'
+            f'<img src="{data_uri(np.asarray(picture))}" alt="{esc(what)}" width="96" height="96"></button></li>'
+        )
+    return f'<div class="mm-examples"><h3>Or try an example</h3><ul>{"".join(cells)}</ul></div>'
+
+
+def pick_js(attribute: str, event: str) -> str:
+    """JavaScript for a `gr.HTML`: a click on a button with `data-<attribute>` sends its value as `index`."""
+    return (
+        f"element.addEventListener('click', (e) => {{ const b = e.target.closest('[data-{attribute}]');"
+        f" if (b) trigger('{event}', {{index: b.dataset.{camel(attribute)}}}); }});"
+    )
+
+
+def camel(attribute: str) -> str:
+    """mm-example to mmExample, as `dataset` spells it."""
+    first, *rest = attribute.split("-")
+    return first + "".join(word.capitalize() for word in rest)

@@ -1,0 +1,176 @@
+"""Explain: which pixels speak for the answer, and whether the maps can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from medmamba.config import ConfigError
+from medmamba.explain import Comparison, ExplainCancelled, methods
+from medmamba.images import ImageError
+from medmamba.pretrained import PretrainedError
+
+from ..context import Context
+from ..html import card, empty, error, esc
+from ..service import inspect
+from ..theme import Html
+from . import answers, maps
+from .classify import ClassifyTab, view_of
+
+BEST = "The model’s answer"
+DEFAULT = ["gradcam", "integrated_gradients", "occlusion"]
+NO_IMAGE = empty("Nothing to explain yet", "Choose an image in Classify, then come back for the maps.")
+READY = empty("Ready", "Choose methods on the left and press Explain. Maps of several methods appear side by side.")
+Updates = dict[Any, Any]
+
+
+def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -> None:
+    """Lays the tab out and connects it; to be called inside `tab`."""
+    with gr.Row(elem_classes="mm-columns"):
+        with gr.Column(scale=4, min_width=300):
+            current = Html(_no_current(), elem_id="mm-explain-current")
+            target = gr.Dropdown([BEST], value=BEST, label="Explain which class", filterable=False)
+            chosen = gr.CheckboxGroup(
+                [(maps.method_title(name), name) for name in methods()],
+                value=DEFAULT,
+                label="Methods",
+                elem_id="mm-methods",
+            )
+            checks = gr.Checkbox(
+                label="Check the maps",
+                info="Four tests of whether a map says what the model does. Takes several times as long.",
+            )
+            run = gr.Button("Explain", variant="primary", size="lg", elem_id="mm-run-explain")
+            stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-explain")
+        with gr.Column(scale=8, min_width=320):
+            picture = Html(NO_IMAGE, elem_id="mm-maps")
+            trust = Html(visible=False, elem_id="mm-trust")
+            with gr.Row(visible=False, elem_id="mm-downloads") as downloads:
+                files = [
+                    gr.DownloadButton(label, size="sm") for label in ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)")
+                ]
+    panel = [picture, trust, downloads, *files, run, stop]
+
+    def enter(title: str, preset: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        """The image and the classes, when the tab is opened."""
+        session = context.sessions.of(request)
+        if not session.images:
+            return {current: _no_current(), picture: NO_IMAGE, trust: gr.update(visible=False)}
+        try:
+            loaded = context.load(session, title)
+            path = session.images[session.current]
+            shown = answers.preview_html(path, inspect(path, view_of(preset, c, w, f).frame))
+        except (ImageError, PretrainedError, ConfigError, OSError, ValueError) as problem:
+            return {current: _no_current(), picture: error("This cannot be explained", str(problem))}
+        return {
+            current: shown,
+            target: gr.update(choices=[BEST, *loaded.config.labels], value=BEST),
+            picture: READY,
+            trust: gr.update(visible=False),
+            downloads: gr.update(visible=False),
+        }
+
+    def draw(
+        title: str,
+        preset: str,
+        c: float,
+        w: float,
+        f: float,
+        label: str,
+        names: list[str],
+        check: bool,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  how Gradio finds out that progress is shown
+    ) -> Iterator[Updates]:
+        session = context.sessions.of(request)
+        session.stop.clear()
+        idle = {run: gr.update(visible=True), stop: gr.update(visible=False)}
+        if not session.images:
+            yield {picture: NO_IMAGE}
+            return
+        if not names:
+            yield {picture: error("No method chosen", "Tick at least one method on the left.")}
+            return
+        path = session.images[session.current]
+        yield {
+            run: gr.update(visible=False),
+            stop: gr.update(visible=True),
+            picture: _working(names),
+            trust: gr.update(visible=False),
+            downloads: gr.update(visible=False),
+        }
+
+        def report(share: float) -> bool:
+            progress(share, desc="Explaining")
+            return not session.stop.is_set()
+
+        found: Comparison | None = None
+        try:
+            source = context.source(session, title)
+            wanted = None if label == BEST else label
+            view = view_of(preset, c, w, f)
+            for found in context.service.explain(source, path, view, names, wanted, check, report):
+                first = not found.trust
+                update: Updates = {trust: gr.update(value=maps.trust_html(found, len(names)), visible=True)}
+                if first:
+                    update[picture] = maps.maps_html(found)
+                    if check:
+                        update[trust] = gr.update(value=_checking(len(names)), visible=True)
+                yield update
+        except ExplainCancelled:
+            if found is None:
+                yield {picture: empty("Cancelled", "Nothing was changed. Press Explain to start again."), **idle}
+                return
+        except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
+            yield {picture: error("This could not be explained", answers.plain(problem, path)), **idle}
+            return
+        assert found is not None
+        folder = session.new_folder()
+        saved = [str(found.save(folder / f"explanation.{suffix}")) for suffix in ("png", "npz", "json")]
+        yield {
+            trust: gr.update(value=maps.trust_html(found), visible=True),
+            downloads: gr.update(visible=True),
+            **dict(zip(files, saved, strict=True)),
+            **idle,
+        }
+
+    def cancel(request: gr.Request) -> Any:
+        context.sessions.of(request).stop.set()
+        return gr.update(value="Cancelling…", interactive=False)
+
+    inputs = [classify.model, *classify.view]
+    entered = [current, target, *panel]
+    tab.select(enter, inputs, entered, api_visibility="private", show_progress="hidden")
+    classify.explain.click(lambda: gr.Tabs(selected="explain"), None, tabs, api_visibility="private").then(
+        enter, inputs, entered, api_visibility="private", show_progress="hidden"
+    )
+    run.click(lambda: gr.update(value="Cancel", interactive=True), None, stop, queue=False, api_visibility="private")
+    run.click(
+        draw,
+        [*inputs, target, chosen, checks],
+        panel,
+        api_visibility="private",
+        concurrency_id="explain",
+        show_progress_on=[picture],
+    )
+    stop.click(cancel, None, stop, queue=False, api_visibility="private")
+
+
+def _no_current() -> str:
+    return '<p class="mm-hint">The image chosen in Classify is explained here.</p>'
+
+
+def _working(names: list[str]) -> str:
+    """Placeholders in the shape of what comes."""
+    cells = "".join(
+        f'<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>'
+        f"{esc(maps.method_title(name))}</strong><span>waiting</span></figcaption></figure>"
+        for name in names
+    )
+    return card(f'<div class="mm-map-grid">{cells}</div>', attributes='role="status" aria-label="Explaining"')
+
+
+def _checking(count: int) -> str:
+    return card(f'<p class="mm-wait" role="status">Checking 1 of {count}…</p>')

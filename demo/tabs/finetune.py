@@ -1,0 +1,279 @@
+"""Fine-tune: a zip of class folders becomes a model, watched while it learns."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from medmamba.card import read_facts
+from medmamba.config import ConfigError
+from medmamba.data import DatasetError
+from medmamba.evaluation import Evaluation
+from medmamba.evaluation.result import TITLES
+from medmamba.images import ImageError
+from medmamba.pretrained import PretrainedError
+
+from ..charts import Line, chart
+from ..context import Context
+from ..html import callout, card, empty, error, esc, facts, table
+from ..jobs import Job, JobError, Plan, Progress, plan
+from ..options import SAMPLE_SET
+from ..sessions import Session
+from ..theme import Html
+from .classify import ClassifyTab
+
+EMPTY = empty(
+    "A model for your own classes",
+    "Zip a folder that holds one folder of images per class, or take the sample set, and watch the model learn it.",
+)
+POLL_SECONDS = 0.7
+Updates = dict[Any, Any]
+
+
+def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
+    """Lays the tab out and connects it; to be called inside `gr.Tab`."""
+    limits = context.options.limits
+    with gr.Row(elem_classes="mm-columns"):
+        with gr.Column(scale=4, min_width=300):
+            file = gr.File(
+                label="Zip of class folders", show_label=False, file_types=[".zip"], type="filepath", height=132,
+                elem_id="mm-zip",
+            )  # fmt: skip
+            Html(
+                f'<p class="mm-hint">A .zip with one folder per class, or with train, val and test folders around '
+                f"those. Up to {limits.zip_mb} MB and {limits.zip_images:,} images. Deleted when you leave.</p>"
+            )
+            sample = gr.Button("Use the sample set: 64 chest X-rays", size="sm", elem_id="mm-sample")
+            seen = Html(visible=False, elem_id="mm-set")
+            base = gr.Dropdown(context.titles(None), value=context.default_title, label="Start from", filterable=False)
+            epochs = gr.Slider(
+                1, limits.epochs, min(10, limits.epochs), step=1, label="Epochs", buttons=[],
+                info=f"Ends after {limits.train_minutes:g} minutes at the latest, with the best epoch so far.",
+            )  # fmt: skip
+            run = gr.Button("Fine-tune", variant="primary", size="lg", interactive=False, elem_id="mm-run-train")
+            stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-train")
+        with gr.Column(scale=8, min_width=320):
+            picture = Html(EMPTY, elem_id="mm-training")
+            with gr.Row(visible=False) as done:
+                use = gr.Button("Try it in Classify", variant="primary", elem_id="mm-try")
+                download = gr.DownloadButton("Download the model", elem_id="mm-download-model")
+
+    def take(path: str | None, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        hidden = {seen: gr.update(visible=False), run: gr.update(interactive=False)}
+        if not path:
+            return hidden
+        session.data = None
+        target = session.new_folder() / Path(path).name
+        shutil.copyfile(path, target)
+        try:
+            found = plan(target, limits)
+        except (DatasetError, ImageError, OSError, ValueError) as problem:
+            shutil.rmtree(target.parent, ignore_errors=True)
+            text = str(problem).replace(str(target), target.name)
+            return {**hidden, picture: error("This set cannot be used", text), done: gr.update(visible=False)}
+        session.data = found
+        return {
+            seen: gr.update(value=set_html(found), visible=True),
+            run: gr.update(interactive=True),
+            picture: EMPTY,
+            done: gr.update(visible=False),
+        }
+
+    def take_sample(request: gr.Request) -> Updates:
+        return take(str(SAMPLE_SET), request)
+
+    def train(title: str, count: float, request: gr.Request) -> Iterator[Updates]:
+        session = context.sessions.of(request)
+        session.stop.clear()
+        idle = {run: gr.update(visible=True), stop: gr.update(visible=False)}
+        if session.data is None:
+            yield {picture: error("No set yet", "Upload a zip file or take the sample set first."), **idle}
+            return
+        folder = session.new_folder()
+        yield {
+            picture: progress_html(Progress(), int(count)),
+            run: gr.update(visible=False),
+            stop: gr.update(visible=True, interactive=True, value="Cancel"),
+            done: gr.update(visible=False),
+        }
+        job = None
+        try:
+            source = context.source(None, title)
+            device = context.store.device.type
+            job = Job(session.data, source, int(count), folder, limits, device)
+            while job.running:
+                if session.stop.wait(POLL_SECONDS):
+                    yield {picture: empty("Cancelled", "Nothing was kept. Press Fine-tune to start again."), **idle}
+                    return
+                session.used = time.monotonic()  # watching is not idling
+                yield {picture: progress_html(job.progress(), int(count))}
+            found = job.result()
+            name = own_name(session)
+            session.models[name] = job.out
+            yield {
+                picture: result_html(found, job, name),
+                done: gr.update(visible=True),
+                download: packed(job.out, folder),
+                **idle,
+            }
+        except (JobError, DatasetError, PretrainedError, ConfigError, OSError, ValueError) as problem:
+            yield {picture: error("Training ended early", str(problem)), **idle}
+        finally:  # also when the visitor leaves
+            if job:
+                job.stop()
+
+    def cancel(request: gr.Request) -> Any:
+        context.sessions.of(request).stop.set()
+        return gr.update(value="Cancelling…", interactive=False)
+
+    def try_it(request: gr.Request) -> tuple[Any, Any]:
+        session = context.sessions.of(request)
+        titles = context.titles(session)
+        newest = list(session.models)[-1] if session.models else context.default_title
+        return gr.update(choices=titles, value=newest), gr.Tabs(selected="classify")
+
+    private: dict[str, Any] = dict(api_visibility="private")
+    taken = [seen, run, picture, done]
+    file.upload(take, file, taken, show_progress_on=[picture], **private)
+    file.clear(take, file, taken, **private)
+    sample.click(take_sample, None, taken, show_progress_on=[picture], **private)
+    run.click(
+        train,
+        [base, epochs],
+        [picture, done, download, run, stop],
+        concurrency_id="train",
+        concurrency_limit=1,
+        show_progress="hidden",
+        **private,
+    )
+    stop.click(cancel, None, stop, queue=False, **private)
+    use.click(try_it, None, [classify.model, tabs], **private).then(
+        classify.rerun, [classify.model, *classify.view], classify.outputs, **private
+    )
+
+
+def own_name(session: Session) -> str:
+    """The name under which a visitor's new model is offered."""
+    assert session.data is not None
+    name = f"Yours: {session.data.data.stem[:40]}"
+    number = 2
+    while name in session.models:
+        name = f"Yours: {session.data.data.stem[:40]} ({number})"
+        number += 1
+    return name
+
+
+def packed(model: Path, folder: Path) -> str:
+    """The model folder as a zip, which `MedMamba.from_pretrained` loads as it is."""
+    target = folder / "medmamba-model"
+    return shutil.make_archive(str(target), "zip", model.parent, model.name)
+
+
+def set_html(found: Plan) -> str:
+    """What is in the set and how it will be divided."""
+    index = found.index
+    counts = zip(index.classes, index.class_counts, strict=True)
+    classes = "".join(f"<li>{esc(name)} · {count}</li>" for name, count in counts)
+    sizes = ", ".join(f"{size} {split}" for split, size in index.split_sizes.items())
+    how = "divided at random within each class" if found.made else "as the folders say"
+    rows = [
+        (f"{len(index)} images, {len(index.classes)} classes", f'<ul class="mm-classes">{classes}</ul>'),
+        ("Split", f"{sizes}<span>{how}</span>"),
+    ]
+    return card(facts(rows), found.data.name, css="mm-tight")
+
+
+def progress_html(found: Progress, epochs: int) -> str:
+    """The curves so far, and how long it will take."""
+    if found.history or found.losses:
+        title = f"Epoch {min(len(found.history) + 1, epochs)} of {epochs}"
+    else:
+        title = "Reading the images"
+    left = f"about {duration(found.left)} left" if found.left is not None else "estimating the time"
+    share = 100 * found.share
+    bar = (
+        f'<div class="mm-progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{share:.0f}"><span style="width:{share:.1f}%"></span></div>'
+    )
+    text = f"{duration(found.seconds)} so far, {left}"
+    return card(bar + curves_html(found, epochs), title, text, attributes='aria-live="off"')
+
+
+def curves_html(found: Progress, epochs: int) -> str:
+    """Loss and accuracy over epochs."""
+
+    def column(name: str) -> list[float]:
+        return [math.nan if row[name] is None else row[name] for row in found.history]
+
+    x = column("epoch")
+    loss = [Line("training", [p[0] for p in found.losses], [p[1] for p in found.losses], "faint")]
+    if found.history:
+        loss = [Line("training", x, column("loss"), "b"), Line("validation", x, column("val_loss"), "a")]
+    scores = [
+        Line("accuracy", x, column("val_accuracy"), "a"),
+        Line("balanced accuracy", x, column("val_balanced_accuracy"), "b"),
+    ]
+    limit = (0.0, float(epochs))
+    return (
+        f'<div class="mm-chart-grid">{chart(loss, "Loss", "epoch", "lower is better", limit)}'
+        f"{chart(scores, 'On validation images', 'epoch', 'share right, higher is better', limit, (0, 1))}</div>"
+    )
+
+
+def result_html(found: dict[str, Evaluation], job: Job, name: str) -> str:
+    """Scores, confusion matrix and curves of the finished model."""
+    split = "test" if "test" in found else "val"
+    evaluation = found[split]
+    progress = job.progress()
+    best = read_facts(job.out, licence="other").config.training.get("best_epoch")
+    rows = [
+        [esc(TITLES[key]), f"{estimate.value:.3f}", _interval(estimate.low, estimate.high)]
+        for key in ("accuracy", "balanced_accuracy", "auroc")
+        if (estimate := evaluation.overall.get(key)) is not None and not math.isnan(estimate.value)
+    ]
+    few = ""
+    if evaluation.n_images < 100:
+        text = f"These figures come from {evaluation.n_images} images: the intervals say how little that is."
+        few = callout("warn", "Few images", text)
+    figures = table(["Figure", "Value", f"{evaluation.level:.0%} interval"], rows, f"On the {split} images")
+    ended = f"Epoch {best} of {len(progress.history)} was best on validation. {duration(progress.seconds)} in all."
+    text = f"{ended} It stays here until you leave the page."
+    both = f'<div class="mm-result-grid"><div>{figures}</div><div>{confusion_html(evaluation)}</div></div>'
+    return card(both + few, f"{name} is ready", text) + card(curves_html(progress, len(progress.history)))
+
+
+def confusion_html(evaluation: Evaluation) -> str:
+    """Counts, shaded by their share of the true class."""
+    if evaluation.task != "multiclass":
+        return ""
+    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in evaluation.classes)
+    body = ""
+    for name, row in zip(evaluation.classes, evaluation.confusion, strict=True):
+        total = sum(row) or 1
+        cells = "".join(
+            f'<td style="--share:{count / total:.3f}"{" class=mm-strong" if count / total > 0.55 else ""}>{count}</td>'
+            for count in row
+        )
+        body += f'<tr><th scope="row">{esc(name)}</th>{cells}</tr>'
+    return (
+        f'<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'
+        f"<caption>Rows: true class. Columns: what the model says.</caption>"
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min 20 s."""
+    whole = max(round(seconds), 0)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:.3f} – {high:.3f}"

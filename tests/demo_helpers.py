@@ -1,0 +1,47 @@
+"""What the tests of the web app share."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import medmamba
+from medmamba import registry
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CALIBRATION = {
+    "method": "temperature",
+    "temperature": 0.1,
+    "n": 100,
+    "ece_before": 0.1,
+    "ece_after": 0.02,
+    "ood": {"score": "energy", "threshold": 5.0, "coverage": 0.95},
+}
+
+
+def save_model(folder: Path, **config) -> Path:
+    """A small random model of the eight blood cells, calibrated, as a folder."""
+    torch.manual_seed(0)
+    entry = registry.get("bloodmnist")
+    training = {"dataset": entry.name}
+    settings = {"id2label": entry.id2label, "training": training, "calibration": CALIBRATION, **config}
+    return medmamba.create_model("test", entry.num_classes, **settings).save_pretrained(folder)
+
+
+@contextmanager
+def serving(models: list[Path], root: Path, **limits):
+    """The address of a running app; `root` gets its uploads and sessions."""
+    from demo import app
+    from demo.options import Limits, Options
+
+    options = Options(tuple(map(str, models)), "cpu", Limits(**limits))
+    demo = app.build_demo(options, root)
+    try:
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options(options.limits))
+        yield url
+    finally:
+        demo.close(verbose=False)
