@@ -62,7 +62,10 @@ def build(name: str, target: str, variants: dict[str, str], output: Path) -> Non
         linked = Path(folder) / name
         zig("-target", target, "-shared", "-s", *objects, "-o", str(linked))
         output.mkdir(exist_ok=True)
-        (output / name).write_bytes(linked.read_bytes())
+        # Processes that have the old file in memory keep it; writing into it would crash them.
+        new = output / f"{name}.new"
+        new.write_bytes(linked.read_bytes())
+        new.replace(output / name)
 
 
 def main() -> None:
