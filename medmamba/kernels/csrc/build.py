@@ -6,13 +6,14 @@ users need no compiler. Run it after any change to the C sources; a test compare
 
 import argparse
 import hashlib
+import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ZIG_VERSION = "0.17.1"
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).resolve().parent
 LIBRARIES = SOURCES.parent / "lib"
 
 # Variant name to the compiler's -mcpu, the psABI's levels: SSE2, AVX2 + FMA, AVX-512.
@@ -41,8 +42,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def zig(*arguments: str) -> None:
-    subprocess.run((sys.executable, "-m", "ziglang", "cc", *arguments), check=True)
+def zig(folder: str, *arguments: str) -> None:
+    subprocess.run((sys.executable, "-m", "ziglang", "cc", *arguments), check=True, cwd=folder)
 
 
 def build(name: str, target: str, variants: dict[str, str], output: Path) -> None:
@@ -50,21 +51,24 @@ def build(name: str, target: str, variants: dict[str, str], output: Path) -> Non
         objects = []
 
         def compile(source: str, *flags: str) -> None:
-            objects.append(f"{folder}/{len(objects)}.o")
+            objects.append(f"{len(objects)}.o")
             pic = () if "windows" in target else ("-fPIC",)
-            zig("-target", target, *FLAGS, *pic, *flags, "-c", str(SOURCES / source), "-o", objects[-1])
+            zig(folder, "-target", target, *FLAGS, *pic, *flags, "-c", str(SOURCES / source), "-o", objects[-1])
 
         for variant, cpu in variants.items():
             compile("scan.c", f"-mcpu={cpu}", f"-DVARIANT={variant}")
         compile("api.c", f'-DSOURCE_HASH="{source_hash()}"')
         compile("pool.c")
         compile("onnxruntime.c")
-        linked = Path(folder) / name
-        zig("-target", target, "-shared", "-s", *objects, "-o", str(linked))
+        zig(folder, "-target", target, "-shared", "-s", *objects, "-o", name)
+        library = bytearray((Path(folder) / name).read_bytes())
+        if "windows" in target:  # the same sources shall give the same bytes: no time of the build in the header
+            (header,) = struct.unpack_from("<I", library, 0x3C)
+            struct.pack_into("<I", library, header + 8, 0)
         output.mkdir(exist_ok=True)
         # Processes that have the old file in memory keep it; writing into it would crash them.
         new = output / f"{name}.new"
-        new.write_bytes(linked.read_bytes())
+        new.write_bytes(library)
         new.replace(output / name)
 
 

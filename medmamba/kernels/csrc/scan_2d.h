@@ -202,29 +202,41 @@ static Backward2d take_backward_2d(Scratch *s, const Plan2d *p, ptrdiff_t count)
     return m;
 }
 
+// `count` columns of the projection from code to step size, from r on (a constant after inlining: one addition has to wait
+// for the last, so several sums go on side by side).
+INLINE void project_backward_columns(
+    int count, Backward2d *m, const Plan2d *p, const vf *dpre, const vf *by_token, Grads2d *grads, const float *weight,
+    ptrdiff_t lanes, ptrdiff_t r, int T) {
+    ptrdiff_t R = p->a->R;
+    vf sum[4];
+    UNROLL for (int i = 0; i < count; i++) sum[i] = (vf){0};
+    for (int t = 0; t < T; t++)
+        UNROLL for (int i = 0; i < count; i++) sum[i] += dpre[t] * m->P[t * p->stride + r + i];
+    UNROLL for (int i = 0; i < count; i++) grads->dweight[r + i] += sum[i];  // sums of sums round far less than a long one
+    for (int tile = 0; tile * V < T; tile++) {
+        UNROLL for (int i = 0; i < count; i++) sum[i] = m->dcode[(r + i) * (CHUNK / V) + tile];
+        for (ptrdiff_t c = 0; c < lanes; c++)
+            UNROLL for (int i = 0; i < count; i++) sum[i] += by_token[tile * V + c] * weight[c * R + r + i];
+        UNROLL for (int i = 0; i < count; i++) m->dcode[(r + i) * (CHUNK / V) + tile] = sum[i];
+    }
+}
+
 // From dpre [T], the gradient of a block's step sizes before the softplus, to those of the code, the weight and the bias.
 static void project_backward(
     Backward2d *m, const Plan2d *p, const vf *dpre, Grads2d *grads, const float *weight, ptrdiff_t lanes, int T) {
-    ptrdiff_t R = p->a->R;
-    // Sums of sums round far less than one long sum.
-    vf dbias = {0};
+    vf dbias = {0}, by_token[CHUNK];  // [tile of V tokens][channel]: lane = token
     for (int t = 0; t < T; t++) dbias += dpre[t];
     grads->dbias += dbias;
-    for (ptrdiff_t r = 0; r < R; r++) {
-        vf sum = {0};
-        for (int t = 0; t < T; t++) sum += dpre[t] * m->P[t * p->stride + r];
-        grads->dweight[r] += sum;
+    for (int tile = 0; tile < T; tile += V) {
+        for (int i = 0; i < V; i++) by_token[tile + i] = tile + i < T ? dpre[tile + i] : (vf){0};
+        transpose(by_token + tile);
     }
-    for (int tile = 0; tile * V < T; tile++) {
-        vf by_token[V];
-        for (int i = 0; i < V; i++) by_token[i] = tile * V + i < T ? dpre[tile * V + i] : (vf){0};
-        transpose(by_token);
-        for (ptrdiff_t r = 0; r < R; r++) {
-            vf sum = m->dcode[r * (CHUNK / V) + tile];
-            for (ptrdiff_t c = 0; c < at_most(lanes, V); c++) sum += by_token[c] * weight[c * R + r];
-            m->dcode[r * (CHUNK / V) + tile] = sum;
-        }
-    }
+    ptrdiff_t r = 0, R = p->a->R;
+    lanes = at_most(lanes, V);
+    for (; r + 4 <= R; r += 4) project_backward_columns(4, m, p, dpre, by_token, grads, weight, lanes, r, T);
+    if (R - r == 3) project_backward_columns(3, m, p, dpre, by_token, grads, weight, lanes, r, T);
+    if (R - r == 2) project_backward_columns(2, m, p, dpre, by_token, grads, weight, lanes, r, T);
+    if (R - r == 1) project_backward_columns(1, m, p, dpre, by_token, grads, weight, lanes, r, T);
 }
 
 static void backward_2d_image(Backward2d *m, const Plan2d *p, ptrdiff_t b, ptrdiff_t group) {
