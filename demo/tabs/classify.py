@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from medmamba.config import ConfigError
-from medmamba.images import ImageError
+from medmamba.images import ImageError, load_image
 from medmamba.pretrained import PretrainedError
 
 from ..context import Context
@@ -182,14 +183,17 @@ def build(context: Context) -> ClassifyTab:
         session = context.sessions.of(request)
         updates = rerun(title, preset_, c, w, f, request)
         view = view_of(preset_, c, w, f)
-        if len(session.images) == 1:
-            found = inspect(session.images[0], view.frame)
-            if view.window:
-                pixels = reduced(windowed(session.images[0], view), 384).to_uint8()
-                updates[current] = answers.preview_html(session.images[0], found, data_uri(answers.squeeze(pixels)))
-            else:
-                updates[current] = answers.preview_html(session.images[0], found)
+        with contextlib.suppress(ImageError):  # rerun has said why
+            if len(session.images) == 1:
+                updates[current] = preview(session.images[0], view)
         return updates
+
+    def preview(path: Path, view: View) -> str:
+        found = inspect(path, view.frame)
+        if view.window is None:
+            return answers.preview_html(path, found)
+        image = load_image(path, frame=view.frame, window=view.window)
+        return answers.preview_html(path, found, data_uri(answers.squeeze(reduced(image, 384).to_uint8())))
 
     def use_preset(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
@@ -209,7 +213,7 @@ def build(context: Context) -> ClassifyTab:
     gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
     preset.input(use_preset, [model, *view], shown, **shared)
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
-    gr.on([center.release, width.release], by_hand, [model, center, width, frame], shown, **moved)
+    gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
     frame.release(look, [model, *view], shown, **moved)
     return ClassifyTab(model, view, explain, rerun, shown)
 
@@ -218,12 +222,6 @@ def view_of(preset: str, center: float, width: float, frame: float) -> View:
     """From the controls; frames are counted from 1 there."""
     window = None if preset == AS_FILE else (float(center), float(width))
     return View(int(frame) - 1 if frame and frame > 1 else None, window)
-
-
-def windowed(path: Path, view: View):
-    from medmamba.images import load_image
-
-    return load_image(path, frame=view.frame, window=view.window)
 
 
 def presets(found: FileFacts) -> list[tuple[str, Window]]:

@@ -1,0 +1,310 @@
+"""The web app in a real Chromium: every tab, with its errors, on a desk and on a phone, and by axe's rules."""
+
+import base64
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from demo_helpers import CHROMIUM, FLAGS, save_model, serving
+
+import medmamba
+
+pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+
+from demo.options import EXAMPLES  # noqa: E402
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM"),
+]
+NEUTROPHIL = EXAMPLES / "blood_neutrophil.webp"
+TABS = ("Classify", "Explain", "Fine-tune", "Models")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, root):
+    folders = [save_model(tmp_path_factory.mktemp("models") / name) for name in ("blood", "other")]
+    with serving(folders, root) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens the app; at the end no page may have asked another server or thrown an error."""
+    pages, outside, problems = [], [], []
+
+    def open_(address=url, width=1280, dark=False):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+        page.set_default_timeout(30_000)
+        own = (address, "data:", "blob:")
+        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith(own) else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.goto(address)
+        page.get_by_text("No image yet").wait_for()
+        pages.append(page)
+        return page
+
+    yield open_
+    for page in pages:
+        page.close()
+    assert outside == [] and problems == []
+
+
+def give(page, *paths):
+    page.locator("#mm-drop input[type=file]").set_input_files([str(p) for p in paths])
+
+
+def answer_of(page, *paths) -> str:
+    """Uploads an image and waits for its answer."""
+    give(page, *paths)
+    page.get_by_text(Path(paths[0]).name).first.wait_for()
+    page.locator(".mm-answer").wait_for()
+    return page.locator(".mm-answer").inner_text()
+
+
+def to_tab(page, name):
+    page.get_by_role("tab", name=name).click()
+    page.wait_for_timeout(300)
+
+
+# --- Classify ---
+
+
+def test_a_person_classifies_an_image(open_page):
+    page = open_page()
+    assert page.get_by_text("Not a medical device").is_visible()
+    text = answer_of(page, NEUTROPHIL)
+    for expected in ("neutrophil", "%", "Calibrated probability", "ms", "blood", "on cpu", "32×32"):
+        assert expected in text
+    seen = page.locator(".mm-seen img").get_attribute("src")
+    assert seen.startswith("data:image/png;base64,")
+
+
+def test_examples_paste_and_another_model(open_page):
+    page = open_page()
+    page.get_by_role("button", name="platelet, blood cell").click()
+    page.get_by_text("blood_platelet.webp").wait_for()
+    page.evaluate(
+        """(text) => {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "pasted.webp", {type: "image/webp"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
+        }""",
+        base64.b64encode(NEUTROPHIL.read_bytes()).decode(),
+    )
+    page.get_by_text("pasted.webp").wait_for()
+    page.locator("#mm-model input").click()
+    page.get_by_role("option", name="other").click()
+    page.locator(".mm-answer .mm-facts", has_text="other").wait_for()
+    assert page.locator(".mm-model h2").inner_text() == "other"
+
+
+def test_a_window_by_hand(open_page):
+    pydicom = pytest.importorskip("pydicom")
+    page = open_page()
+    answer_of(page, pydicom.data.get_testdata_file("CT_small.dcm", download=False))
+    before = page.locator(".mm-current img").get_attribute("src")
+    assert "The file declares no window" in page.locator(".mm-answer").inner_text()
+    level = page.get_by_label("number input for Level (centre) (HU)")
+    level.fill("40")
+    level.press("Enter")
+    page.get_by_label("number input for Window width (HU)").fill("400")
+    page.get_by_label("number input for Window width (HU)").press("Enter")
+    page.locator(".mm-notes", has_text="window 40/400 applied").wait_for(state="attached")
+    assert page.locator(".mm-current img").get_attribute("src") != before
+
+
+def test_many_files_become_a_table_and_a_csv(open_page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    page = open_page()
+    give(page, *sorted(EXAMPLES.glob("*.webp"))[:3], tmp_path / "broken.png")
+    page.locator(".mm-batch").wait_for()
+    assert "1 could not be read" in page.locator("#mm-batch").inner_text()
+    page.locator(".mm-batch").get_by_role("button", name="Probability").click()
+    values = [float(v.get_attribute("data-mm-value")) for v in page.locator(".mm-batch [data-mm-value]").all()]
+    assert values == sorted(values) and len(values) == 3
+    page.get_by_role("button", name="blood_eosinophil.webp").click()
+    page.locator(".mm-answer").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the table").click()
+    text = Path(download.value.path()).read_text()
+    assert text.count("\n") == 5 and "broken.png" in text
+
+
+def test_errors_are_shown_in_place_with_a_way_out(open_page, tmp_path):
+    (tmp_path / "scan.png").write_bytes(b"%PDF-1.4 not an image")
+    page = open_page()
+    give(page, tmp_path / "scan.png")
+    alert = page.get_by_role("alert").filter(has_text="scan.png could not be read")
+    alert.wait_for()
+    assert "export its pages as PNG" in alert.inner_text()
+    answer_of(page, NEUTROPHIL)  # and on it goes
+
+
+# --- Explain ---
+
+
+def test_explaining_an_answer(open_page):
+    page = open_page()
+    to_tab(page, "Explain")
+    page.get_by_text("Nothing to explain yet").wait_for()
+    to_tab(page, "Classify")
+    answer_of(page, NEUTROPHIL)
+    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_text("Ready", exact=True).wait_for()
+    page.get_by_label("Occlusion").uncheck()
+    page.get_by_label("Check the maps").check()
+    page.locator("#mm-run-explain").click()
+    page.get_by_text("Can these maps be trusted?").wait_for()
+    page.locator("#mm-downloads button").first.wait_for()
+    assert page.locator(".mm-map").count() == 2 and page.locator("#mm-trust .mm-chart").count() == 2
+    trust = page.locator(".mm-trust").inner_text()
+    assert "Deletion AUC" in trust and "Same map with random weights" in trust
+    slider = page.locator("[data-mm-opacity]")
+    slider.fill("10")
+    assert page.locator(".mm-over").first.evaluate("e => getComputedStyle(e).opacity") == "0.1"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Maps (NumPy)").click()
+    assert len(np.load(download.value.path()).files) == 3
+    for method in page.locator("#mm-methods input").all():
+        method.uncheck()
+    page.locator("#mm-run-explain").click()
+    page.get_by_text("No method chosen").wait_for()
+
+
+def test_an_explanation_can_be_cancelled(open_page):
+    page = open_page()
+    answer_of(page, NEUTROPHIL)
+    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_text("Ready", exact=True).wait_for()
+    for method in page.locator("#mm-methods input").all():
+        method.check()
+    page.get_by_label("Check the maps").check()
+    page.locator("#mm-run-explain").click()
+    page.locator("#mm-stop-explain").click()
+    page.locator("#mm-run-explain").wait_for()
+    assert page.locator(".mm-trust tbody tr").count() < 8
+
+
+# --- Fine-tune ---
+
+
+def test_fine_tuning_and_trying_the_new_model(open_page):
+    page = open_page()
+    to_tab(page, "Fine-tune")
+    assert page.locator("#mm-run-train").is_disabled()
+    page.locator("#mm-sample").click()
+    page.locator("#mm-set").get_by_text("64 images, 2 classes").wait_for()
+    epochs = page.get_by_label("number input for Epochs")
+    epochs.fill("2")
+    epochs.press("Tab")
+    page.locator("#mm-run-train").click()
+    page.get_by_role("progressbar", name="Training").wait_for()
+    page.locator("#mm-try").wait_for(timeout=90_000)
+    assert page.locator(".mm-confusion td[style]").count() == 4
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the model").click()
+    path = Path(download.value.path()).rename(Path(download.value.path()).with_suffix(".zip"))
+    assert {"model/config.json", "model/model.safetensors"} <= set(zipfile.ZipFile(path).namelist())
+    assert medmamba.MedMamba.from_pretrained(path).config.labels == ["normal", "pneumonia"]
+    page.locator("#mm-try").click()
+    page.get_by_role("button", name="pneumonia, chest X-ray").click()
+    page.locator(".mm-answer").wait_for()
+    assert "Yours: chest_xray_sample" in page.locator(".mm-answer").inner_text()
+
+
+def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_path):
+    page = open_page()
+    to_tab(page, "Fine-tune")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("../../a/1.png", b"x")
+    page.locator("#mm-zip input[type=file]").set_input_files(tmp_path / "evil.zip")
+    page.get_by_text("leads out of the archive").wait_for()
+    page.locator("#mm-sample").click()
+    page.locator("#mm-set .mm-card").wait_for()
+    page.locator("#mm-run-train").click()
+    page.locator("#mm-stop-train").click()
+    page.get_by_text("Nothing was kept").wait_for()
+
+
+# --- everywhere ---
+
+
+def test_what_was_uploaded_is_gone_with_the_page(open_page, root):
+    page = open_page()
+    answer_of(page, NEUTROPHIL)
+    folders = {p for p in root.iterdir() if p.name != "uploads"}
+    assert any(p.name == NEUTROPHIL.name for f in folders for p in f.rglob("*"))
+    page.goto("about:blank")
+    until = time.monotonic() + 20
+    while time.monotonic() < until and any(p.name != "uploads" and p.name[0] != "." for p in root.iterdir()):
+        time.sleep(0.3)
+    assert [p.name for p in root.iterdir()] == ["uploads"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_sticks_out_on_a_phone(open_page, dark):
+    page = open_page(width=390, dark=dark)
+    answer_of(page, NEUTROPHIL)
+    for tab in TABS:
+        button = page.get_by_role("tab", name=tab)
+        if button.is_visible():
+            button.click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_serious(open_page, dark):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    page = open_page(dark=dark)
+    answer_of(page, NEUTROPHIL)
+    found = []
+    for tab in TABS:
+        to_tab(page, tab)
+        report = axe.run(page).response
+        assert len(report["passes"]) > 10, "the rules were applied"
+        for violation in report["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                where = [node["html"][:160] for node in violation["nodes"]][:4]
+                found.append((tab, violation["id"], len(violation["nodes"]), where))
+    assert found == []
+
+
+def test_light_and_dark_by_hand(open_page):
+    page = open_page()
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.get_by_role("button", name="Switch between light and dark").click()
+    page.wait_for_function(f"{background} !== '{light}'")
+    page.reload()
+    page.get_by_text("No image yet").wait_for()
+    page.wait_for_function(f"{background} !== '{light}'")  # the choice is kept
+
+
+@pytest.mark.skipif("medmamba/bloodmnist" not in medmamba.bundled_models(), reason="no such model in this copy")
+def test_the_bundled_model_knows_its_examples(open_page, tmp_path):
+    with serving([Path("medmamba/bloodmnist")], tmp_path) as address:
+        page = open_page(address)
+        for name in ("eosinophil", "lymphocyte", "platelet"):
+            text = answer_of(page, EXAMPLES / f"blood_{name}.webp")
+            assert text.split("answer")[1].split()[0].lower() == name
+        page.close()
