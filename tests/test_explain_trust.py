@@ -132,6 +132,8 @@ def test_assess_refuses_and_cancels(trained):  # noqa: F811
     e = explain(trained, picture(), "saliency")
     with pytest.raises(ValueError, match="unknown metric 'accuracy'; choose from infidelity"):
         assess(trained, e, ["accuracy"])
+    with pytest.raises(ValueError, match="made with other weights"):
+        assess(medmamba.create_model("test", num_classes=2), e)
     with pytest.raises(ExplainCancelled):
         assess(trained, e, progress=lambda fraction: fraction < 0.5)
     assert assess(trained, e, []).rows() == []

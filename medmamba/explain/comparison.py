@@ -124,7 +124,9 @@ def compare(
         target = e.target
         if metrics:
             part = sub_progress(progress, middle, end)
-            trust.append(assess(model, e, metrics, seed=seed, batch_size=batch_size, progress=part))
+            known = trust[0].curves if trust else None
+            found = assess(model, e, metrics, known=known, seed=seed, batch_size=batch_size, progress=part)
+            trust.append(found)
     maps = [torch.from_numpy(e.attribution).double() for e in explanations]
     agreement = np.array([[rank_correlation(a, b) for b in maps] for a in maps])
     return Comparison(tuple(explanations), tuple(trust), agreement)

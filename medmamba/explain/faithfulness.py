@@ -144,6 +144,7 @@ def assess(
     random_orders: int = 5,
     steps: int = 20,
     cascade: bool = False,
+    known: Curves | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -160,9 +161,12 @@ def assess(
         radius, repeats: of the perturbations for the sensitivity.
         random_orders, steps: of the deletion and insertion curves.
         cascade: randomise the weights from the classifier down, a stage at a time, rather than all at once.
+        known: curves of another explanation of the same image and class, whose random orders are taken over.
 
     Raises:
-        ValueError: unknown metric or removal. ImportError: captum is missing. ExplainCancelled.
+        ValueError: unknown metric or removal, or an explanation of another model.
+        ImportError: captum is missing.
+        ExplainCancelled: `progress` returned False.
     """
     began = time.perf_counter()
     if unknown := [name for name in metrics if name not in METRICS]:
@@ -173,6 +177,15 @@ def assess(
     view = frozen_view(model)
     x = preprocess(explanation.image, view.config.preprocess, view.config.in_chans).unsqueeze(0)
     whole = Subject(view, x, explanation.target, batch_size, progress)
+    with controlled(whole.x.device, seed):
+        whole.measure()
+    assert whole.logits is not None
+    logit = whole.logits[explanation.target].item()
+    if abs(logit - explanation.logit) > 0.01 * max(abs(logit), 1):
+        raise ValueError(
+            f"this explanation is of a logit of {explanation.logit:.3f}, for which this model gives {logit:.3f}: it "
+            "was made with other weights; explain the image with this model first"
+        )
     found: dict[str, Any] = {}
     chosen = [name for name in METRICS if name in metrics]
     for i, name in enumerate(chosen):
@@ -191,7 +204,7 @@ def assess(
 
                 found["sensitivity"] = sensitivity(run, part.x, radius, repeats)
             elif name == "removal":
-                found["curves"] = removal_curves(part, map_, removal, random_orders, steps, seed)
+                found["curves"] = removal_curves(part, map_, removal, random_orders, steps, seed, known)
             else:
                 found["randomisation"] = randomisation_check(part, method, filled, map_, cascade, seed)
     whole.report(1.0)
