@@ -42,3 +42,19 @@ class Options:
     models: tuple[str, ...]
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+
+
+PUBLIC = Limits(
+    image_mb=32,
+    batch_files=32,
+    zip_mb=64,
+    zip_unpacked_mb=256,
+    zip_images=800,
+    zip_classes=20,
+    epochs=15,
+    train_minutes=5,
+    idle_minutes=20,
+    upload_minutes=5,
+    requests_per_minute=120,
+)
+"""Of a server that anybody can reach."""
