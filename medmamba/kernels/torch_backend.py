@@ -53,7 +53,7 @@ def scan_2d_backward(
     dxs, ddt, dA, dBs, dCs = scan_tokens_backward(dys, xs, F.softplus(pre), A, Bs, Cs)
     dpre = ddt * torch.sigmoid(pre)
     dx = from_directions(dxs + dys * D.unsqueeze(1), H, W)
-    dproj = _directions_to_maps(torch.cat((dpre @ dt_weight, dBs, dCs), dim=-1), H, W)
+    dproj = directions_to_maps(torch.cat((dpre @ dt_weight, dBs, dCs), dim=-1), H, W)
     ddt_weight = torch.einsum("bklc,bklr->kcr", dpre, code)
     grads = (dx, dproj, ddt_weight, dpre.sum((0, 2)), dA.sum(0), (dys * xs).sum((0, 2)))
     return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
@@ -128,7 +128,7 @@ def scan_tokens_backward(
     return dx, ddt, dA, dB, dC
 
 
-def _directions_to_maps(seqs: Tensor, height: int, width: int) -> Tensor:
+def directions_to_maps(seqs: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `reference.to_directions`: (B, K, L, P) to (B, H, W, K, P)."""
     rows, cols = (height, width), (width, height)
     return torch.stack(
