@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 
+SCAN_PARAMETERS = (".dt_weight", ".dt_bias", ".A_log", ".D")
+
+
 class ChannelAffine(nn.Module):
     """x * scale + shift per channel of (B, C, H, W).
 
@@ -33,9 +36,13 @@ class Pointwise(nn.Linear):
 
 
 @torch.no_grad()
-def fuse(model):
+def fuse(model, dtype: torch.dtype | None = None):
     """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
     input, but not be trained or saved.
+
+    Args:
+        dtype: of weights and activations, e.g. torch.bfloat16, which spares autocast its conversions of every weight at
+            every call. The scan and its parameters stay in float32.
 
     Raises:
         ValueError: the model is in training mode, where its batch norms depend on the batch.
@@ -48,6 +55,10 @@ def fuse(model):
     for module in fused.modules():
         if isinstance(module, ConvBranch) and isinstance(module[0], nn.BatchNorm2d):
             _fuse_branch(module)
+    if dtype is not None:
+        for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
+            if not name.endswith(SCAN_PARAMETERS):
+                parameter.data = parameter.data.to(dtype)
     return fused
 
 

@@ -242,11 +242,12 @@ class MedMamba(PretrainedMixin, nn.Module):
 
         return predict(self, images, top_k=top_k, batch_size=batch_size)
 
-    def fuse(self) -> "MedMamba":
-        """A copy for inference with the batch norms folded into the convolutions; same outputs to float accuracy."""
+    def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
+        """A copy for inference with the batch norms folded into the convolutions; same outputs to float accuracy, or to
+        that of `dtype` (torch.bfloat16), in which it then computes all but the scan."""
         from .fuse import fuse
 
-        return fuse(self)
+        return fuse(self, dtype)
 
     # --- configuration ---
 

@@ -257,3 +257,14 @@ def test_unknown_variant_lists_the_known():
         create_model("huge")
     with pytest.raises(ConfigError, match="unknown fields"):
         create_model("tiny", dropout=0.5)
+
+
+def test_fused_bfloat16_copy_keeps_the_scan_in_float32(tiny_model):
+    image = torch.randn(2, 3, 64, 64)
+    fused = tiny_model.fuse(torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in fused.named_parameters()}
+    assert dtypes["stages.0.blocks.0.ssm.A_log"] == torch.float32
+    assert dtypes["stages.0.blocks.0.ssm.in_proj.weight"] == torch.bfloat16
+    expected, actual = tiny_model(image), fused(image.bfloat16()).float()
+    assert 0 < (actual - expected).abs().max() < 0.05 * expected.abs().max() + 0.02
+    assert fused.predict(image[0].permute(1, 2, 0).sigmoid().numpy()).label in tiny_model.config.labels
