@@ -13,6 +13,9 @@ from .images import ImageError, MedicalImage, load_image
 from .preprocess import preprocess
 
 
+UNUSUAL = "warning: this does not look like the images the model was trained on; its answer may mean nothing"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model says of one image.
@@ -21,8 +24,11 @@ class Prediction:
         source: file name, or what kind of object it was.
         label, probability: of the most probable class.
         top: (label, probability) pairs, most probable first; `top_k` of them.
-        image_notes: what was done to the file to get pixels, and to those to get the network's input.
+        image_notes: what was done to the file to get pixels, and to those to get the network's input; what in this
+            deserves attention begins with "warning".
         logits: raw outputs in class order, before temperature and softmax.
+        unusual: the image scores unlike the validation images (a heuristic, see `calibrate.OutOfDistribution`); None
+            where the model has no threshold for that.
     """
 
     source: str
@@ -31,6 +37,7 @@ class Prediction:
     top: list[tuple[str, float]]
     image_notes: list[str]
     logits: list[float]
+    unusual: bool | None = None
 
     def __str__(self) -> str:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in self.top)
@@ -137,14 +144,25 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
         row_logits, row = next(rows)
         order = row.argsort(descending=True, stable=True).tolist()[: top_k or len(row)]
         top = [(model.config.id2label[i], row[i].item()) for i in order]
+        unusual = _is_unusual(row_logits, model.config)
         yield Prediction(
             source=item[0].source,
             label=top[0][0],
             probability=top[0][1],
             top=top,
-            image_notes=[*item[0].notes, *_input_notes(item[0], model.config)],
+            image_notes=[*item[0].notes, *_input_notes(item[0], model.config), *([UNUSUAL] if unusual else [])],
             logits=row_logits.tolist(),
+            unusual=unusual,
         )
+
+
+def _is_unusual(logits: Tensor, config) -> bool | None:
+    from .calibrate import Calibration
+
+    if not config.calibration.get("ood"):
+        return None
+    ood = Calibration.from_dict(config.calibration, config.task).ood
+    return None if ood is None else bool(ood.is_unusual(logits.unsqueeze(0).numpy(), config.task)[0])
 
 
 def _input_notes(image: MedicalImage, config) -> list[str]:

@@ -140,3 +140,14 @@ def test_normalise_and_back():
     shown = to_display(normalise(pixels, options), options)
     assert shown.shape == (8, 8, 3) and shown.dtype == np.uint8
     assert np.abs(shown / 255 - pixels.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_unusual_images_are_flagged_by_the_threshold_of_the_model(tiny_model):
+    assert tiny_model.predict(picture()).unusual is None
+    record = {"method": "temperature", "temperature": 1.0, "n": 9, "ece_before": 0.1, "ece_after": 0.1}
+    for threshold, unusual in ((1e9, False), (-1e9, True)):
+        ood = {"score": "energy", "threshold": threshold, "coverage": 0.95}
+        tiny_model.config.calibration = {**record, "ood": ood}
+        prediction = tiny_model.predict(picture())
+        assert prediction.unusual is unusual
+        assert any("does not look like" in note for note in prediction.image_notes) is unusual
