@@ -238,21 +238,22 @@ def test_compiles_as_one_node():
 def test_same_bits_every_time(batch):
     tensors = inputs_2d(batch, 7, 9, 40, 3, 16)
     dy = torch.randn_like(tensors[0])
-    forward = None
-    for threads in (1, 2, 3):
+    alone = None
+    for threads in (1, 2, 3, 7, 64):  # few images are cut up further, into groups of channels and directions
         torch.set_num_threads(threads)
         first = run_2d(native, tensors, dy)
         for _ in range(5):
             for name, a, b in zip(NAMES_2D, run_2d(native, tensors, dy), first, strict=True):
                 assert torch.equal(a, b), (name, threads)
-        forward = first[0] if forward is None else forward
-        assert torch.equal(first[0], forward), threads
+        alone = alone or first
+        for name, a, b in zip(NAMES_2D, first, alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=f"{name}, {threads}")
 
 
 def test_1d_same_bits_every_time():
     tensors = inputs_1d(2, 80, 2, 16, 100)
     dy = torch.randn_like(tensors[0])
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         first = run_1d(native, tensors, dy, True)
         for a, b in zip(run_1d(native, tensors, dy, True), first, strict=True):
@@ -270,13 +271,9 @@ def test_calls_from_several_python_threads():
     def work(tensors, expected):
         torch.set_num_threads(2)
         for _ in range(20):
-            # Gradients that are summed over threads depend on how many the call got; y does not.
-            actual = run_2d(native, tensors, tensors[0])
-            if not torch.equal(actual[0], expected[0]):
-                wrong.append("y")
-            for a, e in zip(actual, expected, strict=True):
-                if not torch.allclose(a, e, rtol=1e-4, atol=1e-4):
-                    wrong.append("gradient")
+            for name, a, e in zip(NAMES_2D, run_2d(native, tensors, tensors[0]), expected, strict=True):
+                if not torch.equal(a, e):
+                    wrong.append(name)
 
     threads = [threading.Thread(target=work, args=case) for case in cases]
     for thread in threads:

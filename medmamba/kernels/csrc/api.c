@@ -1,5 +1,5 @@
-// What the library exports. `variant` counts from 0, the plainest instruction set; medmamba_best_variant() is the highest
-// that this processor runs.
+// What the library exports. `variant` counts from 0, the plainest instruction set; medmamba_best_variant() is the
+// highest that this processor runs.
 #include <stdatomic.h>
 
 #include "scan.h"

@@ -48,18 +48,18 @@ def zig(folder: str, *arguments: str) -> None:
 
 def build(name: str, target: str, variants: dict[str, str], output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
+        objects: list[str] = []
 
-        def compile(source: str, *flags: str) -> None:
+        def add(source: str, *flags: str) -> None:
             objects.append(f"{len(objects)}.o")
             pic = () if "windows" in target else ("-fPIC",)
             zig(folder, "-target", target, *FLAGS, *pic, *flags, "-c", str(SOURCES / source), "-o", objects[-1])
 
         for variant, cpu in variants.items():
-            compile("scan.c", f"-mcpu={cpu}", f"-DVARIANT={variant}")
-        compile("api.c", f'-DSOURCE_HASH="{source_hash()}"')
-        compile("pool.c")
-        compile("onnxruntime.c")
+            add("scan.c", f"-mcpu={cpu}", f"-DVARIANT={variant}")
+        add("api.c", f'-DSOURCE_HASH="{source_hash()}"')
+        add("pool.c")
+        add("onnxruntime.c")
         zig(folder, "-target", target, "-shared", "-s", *objects, "-o", name)
         library = bytearray((Path(folder) / name).read_bytes())
         if "windows" in target:  # the same sources shall give the same bytes: no time of the build in the header

@@ -5,7 +5,8 @@
 #pragma once
 #include "vec.h"
 
-// States held in registers at a time. AVX-512 has 32 registers, the others 16 (NEON 32, but it needs more to work with).
+// States held in registers at a time. AVX-512 has 32 registers, the others 16; NEON also has 32, but needs more of them
+// to work with.
 #if defined(__AVX512F__)
 enum { STATES = 16 };
 #else
@@ -121,8 +122,8 @@ INLINE void fold_in(Fold *f, int i, vf v) {
     f->pending[level] = v;
 }
 
-// Takes dh, the gradient of the state after the last token, back to the one before the first. Adds to dA, to dinput (the
-// gradient of u), to dexponent (of dt, by way of the decay, in units of log2) and to the rows dBs, dCs.
+// Takes dh, the gradient of the state after the last token, back to the one before the first. Adds to dA, to dinput
+// (the gradient of u), to dexponent (of dt, by way of the decay, in units of log2) and to the rows dBs, dCs.
 INLINE void backward_states(
     int count, const vf *A2, vf *dh, const float *Bs, const float *Cs, ptrdiff_t stride, const vf *dt, const vf *u,
     const vf *dy, const vf *before, const vf *decay, vf *dinput, vf *dexponent, vf *dA, float *dBs, float *dCs,

@@ -8,15 +8,24 @@
 INLINE ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 INLINE ptrdiff_t at_most(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-// Channel blocks are cut into groups, one task each. Fewer groups share more work (what tokens project is read once a
-// group); this is the fewest with which the threads finish first.
-static ptrdiff_t count_groups(ptrdiff_t batch, ptrdiff_t blocks, ptrdiff_t threads) {
-    ptrdiff_t best = 1, shortest = PTRDIFF_MAX;
-    for (ptrdiff_t groups = 1; groups <= blocks; groups++) {
-        ptrdiff_t length = ceil_div(batch * groups, threads) * ceil_div(blocks, groups);
-        if (length < shortest) {
-            shortest = length;
-            best = groups;
+// A task is a group of the channel blocks of one image (or slot of images), in one part of the directions.
+typedef struct {
+    ptrdiff_t groups, parts;
+} Split;
+
+// The fewest tasks with which the threads finish first. Fewer groups share more work: what tokens project is read once
+// a group. Parts write sums that have to be added up.
+static Split split_work(ptrdiff_t batch, ptrdiff_t blocks, ptrdiff_t directions, ptrdiff_t threads) {
+    Split best = {1, 1};
+    ptrdiff_t shortest = PTRDIFF_MAX;
+    for (ptrdiff_t parts = 1; parts <= directions; parts *= 2) {
+        for (ptrdiff_t groups = 1; groups <= blocks; groups++) {
+            ptrdiff_t rounds = ceil_div(batch * groups * parts, threads);
+            ptrdiff_t length = rounds * ceil_div(blocks, groups) * (directions / parts);
+            if (length < shortest) {
+                shortest = length;
+                best = (Split){groups, parts};
+            }
         }
     }
     return best;
@@ -28,7 +37,7 @@ typedef struct {
     size_t used;
 } Scratch;
 INLINE void *take(Scratch *s, size_t bytes) {
-    void *p = s->base + s->used;
+    void *p = s->base ? s->base + s->used : NULL;
     s->used += (bytes + 63) / 64 * 64;
     return p;
 }

@@ -1,5 +1,5 @@
-// Worker threads that outlive a call. They sleep between calls, hold no lock while they work and own no state that needs
-// a destructor, so neither fork nor the end of the process has to wait for them.
+// Worker threads that outlive a call. They sleep between calls, hold no lock while they work and own no state that
+// needs a destructor, so neither fork nor the end of the process has to wait for them.
 #include "pool.h"
 
 #include <stdatomic.h>

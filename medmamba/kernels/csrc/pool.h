@@ -11,7 +11,7 @@ int pool_run(task_fn *task, const void *context, ptrdiff_t count, ptrdiff_t thre
 typedef void host_fn(void *host, void (*piece)(void *data, size_t i), size_t count, void *data);
 void pool_borrow(host_fn *run, void *host);
 
-// malloc and free for what lives as long as a call. Blocks are kept for the next call: fresh memory comes in pages that the
-// system has to clear, which can take longer than the work on them.
+// malloc and free for what lives as long as a call. Blocks are kept for the next call: fresh memory comes in pages that
+// the system has to clear, which can take longer than the work on them.
 void *memory_take(size_t bytes);
 void memory_give(void *block);

@@ -146,9 +146,10 @@ static void forward_1d_sequence(Memory1d *m, const Plan1d *p, const Task1d *task
             if (!states) store_transposed(m->y, a->y, a->u_type, at, a->L, lanes, T);
         }
     }
-    for (ptrdiff_t j = 0; !states && j < task->count; j++)
-        store_transposed(
-            m->blocks[j].h, a->last_state, FLOAT32, (b * a->C + channel_1d(p, task, j)) * N, N, lanes_1d(p, task, j), N);
+    for (ptrdiff_t j = 0; !states && j < task->count; j++) {
+        ptrdiff_t at = (b * a->C + channel_1d(p, task, j)) * N;
+        store_transposed(m->blocks[j].h, a->last_state, FLOAT32, at, N, lanes_1d(p, task, j), N);
+    }
 }
 
 static void forward_1d_task(const void *context, void *scratch, ptrdiff_t i) {
@@ -163,7 +164,7 @@ static void forward_1d_task(const void *context, void *scratch, ptrdiff_t i) {
 
 static int scan_1d_forward(const Scan1d *a) {
     Plan1d p = plan_1d(a);
-    p.splits = count_groups(a->B * a->G, p.blocks, a->threads);
+    p.splits = split_work(a->B * a->G, p.blocks, 1, a->threads).groups;
     Scratch size = {0};
     take_1d(&size, &p, ceil_div(p.blocks, p.splits), 0);
     return pool_run(forward_1d_task, &p, a->B * a->G * p.splits, a->threads, size.used);
@@ -242,7 +243,7 @@ static void backward_1d_task(const void *context, void *scratch, ptrdiff_t i) {
 static int scan_1d_backward(const Scan1d *a) {
     Plan1d p = plan_1d(a);
     p.slots = at_most(a->B, 4 * a->threads);
-    p.splits = count_groups(p.slots * a->G, p.blocks, a->threads);
+    p.splits = split_work(p.slots * a->G, p.blocks, 1, a->threads).groups;
     ptrdiff_t per_slot = part_size_1d(a), proj_size = a->B * a->G * a->N * a->L;
     Scratch size = {0};
     take_1d(&size, &p, ceil_div(p.blocks, p.splits), 1);

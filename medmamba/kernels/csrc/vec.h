@@ -186,8 +186,8 @@ static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
     UNROLL for (int i_ = (int)(sizeof(c) / sizeof *(c)) - 2; i_ >= 0; i_--) p_ = p_ * (x) + (c)[i_]; \
     p_; })
 
-// 2^(a b). Minimax fits (relative error 9e-8) that are exact at 0: most decays are close to 1, where a constant error would
-// add up over the tokens that a state remembers.
+// 2^(a b). Minimax fits (relative error 9e-8) that are exact at 0: most decays are close to 1, where a constant error
+// would add up over the tokens that a state remembers.
 #if defined(__AVX512F__)
 // 2^x = 2^floor(s) p(s - floor(s)), s = x + 1/2
 static const float EXP2[] = {.707106709f, .490133852f, .169810593f, .0394804962f, .006355335f, .00132647005f};
