@@ -12,7 +12,7 @@ import medmamba
 from medmamba import cli
 from medmamba.explain import ExplainCancelled, assess, explain, scan_field
 from medmamba.explain.faithfulness import area, infidelity, removal_curves
-from medmamba.explain.randomisation import rank_correlation, ssim
+from medmamba.explain.randomisation import rank_correlation, ranks, ssim
 from medmamba.explain.scan_field import influence
 from medmamba.explain.subject import Subject, controlled, frozen_view
 from medmamba.kernels.reference import from_directions, scan_tokens, to_directions
@@ -146,6 +146,16 @@ def test_rank_correlation_with_ties():
     assert rank_correlation(a, torch.tensor([1.0, 2, 3, 4])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
     # Two constant maps are not similar for being constant, nor are ties for being in the same place.
     assert rank_correlation(torch.ones(4), a) == 0
+
+
+def test_maps_with_the_same_background_are_not_similar():
+    """Two sparse maps with peaks in different places, on backgrounds that are not quite zero."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (1e-3 * torch.randn(64, 64, generator=g) for _ in range(2))
+    a[10:14, 10:14] = 1
+    b[40:44, 40:44] = 1
+    assert ssim(a, b) > 0.7  # why the check compares ranks
+    assert ssim(ranks(a), ranks(b)) < 0.2
 
 
 def test_ssim():

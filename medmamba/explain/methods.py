@@ -106,13 +106,13 @@ def integrated_gradients(
     baseline: Baseline = "mean",
     n_steps: int = 50,
     tolerance: float = 0.01,
-    max_steps: int = 800,
+    max_steps: int = 400,
 ) -> Attribution:
     """Gradients integrated on the straight line from a baseline (Sundararajan et al. 2017), summed over channels.
 
-    The integral over any part of the line must equal the change of the logit over that part. The line begins as two
-    halves of n_steps / 2 Gauss-Legendre points each; as long as the parts miss by more than `tolerance` of the whole
-    change in sum, the part that misses most is halved. `max_steps` bounds the points in all.
+    The attributions must add up to the change of the logit along the line, and those of any part of the line to the
+    change over that part. The line begins as two halves of n_steps / 2 Gauss-Legendre points each; as long as the whole
+    misses by more than `tolerance` of the change, the part that misses most is halved. `max_steps` bounds the points.
     """
     from captum.attr import IntegratedGradients
 
@@ -121,50 +121,61 @@ def integrated_gradients(
     method = IntegratedGradients(subject)
     x, start = subject.x, make_baseline(subject.x, baseline, subject.config.preprocess)
     half = math.ceil(n_steps / 2)
-    subject.planned = 2 * half + 5
+    subject.planned += 2 * half + 4
 
-    def integrate(a: float, b: float) -> tuple[float, float, float, Tensor, float]:
-        attribution, error = method.attribute(
-            torch.lerp(start, x, b),
-            baselines=torch.lerp(start, x, a),
+    def integrate(begin: float, end: float) -> _Part:
+        attribution, miss = method.attribute(
+            torch.lerp(start, x, end),
+            baselines=torch.lerp(start, x, begin),
             n_steps=half,
             internal_batch_size=subject.batch_size,
             return_convergence_delta=True,
         )
-        return abs(error.item()), a, b, attribution, attribution.sum().item() - error.item()
+        return _Part(begin, end, attribution, miss.item())
 
     parts = [integrate(0, 0.5), integrate(0.5, 1)]
     steps = 2 * half
     while True:
-        change = sum(part[4] for part in parts)
-        error = sum(part[0] for part in parts)
+        miss = sum(part.miss for part in parts)
+        change = sum(part.attribution.sum().item() for part in parts) - miss
         # Rounding alone leaves an error where large attributions cancel.
-        rounding = 1e-6 * sum(part[3].abs().sum().item() for part in parts)
-        converged = error <= max(tolerance * abs(change), rounding)
+        rounding = 1e-6 * sum(part.attribution.abs().sum().item() for part in parts)
+        converged = abs(miss) <= max(tolerance * abs(change), rounding)
         if converged or steps + 2 * half > max_steps:
             break
-        _, a, b, _, _ = worst = max(parts, key=lambda part: part[0])
+        worst = max(parts, key=lambda part: abs(part.miss))
         parts.remove(worst)
+        middle = (worst.begin + worst.end) / 2
         subject.planned += 2 * half + 4
-        parts += [integrate(a, (a + b) / 2), integrate((a + b) / 2, b)]
+        parts += [integrate(worst.begin, middle), integrate(middle, worst.end)]
         steps += 2 * half
-    values = torch.stack([part[3] for part in parts]).sum((0, 1, 2))  # parts, batch and channels: (H, W)
+    values = torch.stack([part.attribution for part in parts]).sum((0, 1, 2))  # parts, batch, channels: (H, W)
     diagnostics = {
         "logit_difference": change,
-        "completeness_delta": values.sum().item() - change,
-        "completeness_error": abs(values.sum().item() - change) / abs(change) if change else 0.0,
+        "completeness_delta": miss,
+        "completeness_error": abs(miss / change) if change else 0.0,
         "steps": steps,
         "converged": converged,
     }
     notes = []
     if not converged:
         notes.append(
-            f"integrated gradients did not converge: after {steps} steps the parts of the integral miss {error:.3g} "
-            f"of a logit difference of {change:.3g}; raise max_steps, or take another baseline"
+            f"integrated gradients did not converge: after {steps} steps they miss {abs(miss):.3g} of a logit "
+            f"difference of {change:.3g}; raise max_steps, or take another baseline"
         )
     if torch.equal(x, start):
         notes.append(f"the image equals the baseline {baseline!r}, so there is nothing to attribute; take another")
     return Attribution(values, diagnostics=diagnostics, notes=notes)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Integrated gradients over a part of the line."""
+
+    begin: float
+    end: float
+    attribution: Tensor  # (1, C, H, W)
+    miss: float  # sum of the attribution less the change of the logit
 
 
 def gradient_shap(

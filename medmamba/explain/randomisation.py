@@ -27,7 +27,9 @@ class Randomisation:
 
     Attributes:
         steps: for each state of the model, which of its parts were random by then, the rank correlation (Spearman)
-            with the original map, that of the magnitudes, and the structural similarity. In the last all were random.
+            with the original map, that of the magnitudes, and the structural similarity of the two maps of ranks (of
+            the values themselves, flat areas would look alike in any two maps with a few peaks). In the last, all of
+            the weights were random.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -68,7 +70,7 @@ def randomisation_check(
                 "randomised": name,
                 "rank_correlation": rank_correlation(original, changed),
                 "rank_correlation_magnitude": rank_correlation(original.abs(), changed.abs()),
-                "ssim": ssim(original, changed),
+                "ssim": ssim(ranks(original), ranks(changed)),
             }
         )
     return Randomisation(tuple(steps))
@@ -98,8 +100,8 @@ def random_models(model: MedMamba, cascade: bool, seed: int) -> Iterator[tuple[s
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's, with mean ranks for ties; 0 where a map is constant."""
-    ranks = torch.stack((_ranks(a), _ranks(b)))
-    centred = ranks - ranks.mean(1, keepdim=True)
+    both = torch.stack((ranks(a).flatten(), ranks(b).flatten()))
+    centred = both - both.mean(1, keepdim=True)
     norms = centred.norm(dim=1)
     return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if norms.min() > 0 else 0.0
 
@@ -121,7 +123,8 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> float:
     return float((similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
+    """Each value by its rank, 1 the lowest, ties by their mean rank; float64, in the same shape."""
     _, inverse, counts = np.unique(values.flatten().numpy(), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return torch.from_numpy((last - (counts - 1) / 2)[inverse.reshape(-1)])
+    return torch.from_numpy((last - (counts - 1) / 2)[inverse.reshape(-1)]).view(values.shape)
