@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 SCAN_PARAMETERS = (".dt_weight", ".dt_bias", ".A_log", ".D")
 
 

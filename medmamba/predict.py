@@ -12,7 +12,6 @@ from torch import Tensor
 from .images import ImageError, MedicalImage, load_image
 from .preprocess import preprocess
 
-
 UNUSUAL = "warning: this does not look like the images the model was trained on; its answer may mean nothing"
 
 
