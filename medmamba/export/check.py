@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import MedMambaConfig
 from ..data import ImageDataset, open_dataset
+from ..evaluate import match_classes
 from ..images import load_image
 from ..model import MIN_SIZE
 from ..predict import predict_logits
@@ -142,13 +143,13 @@ def open_check_data(path: str | os.PathLike[str], config: MedMambaConfig, limit:
         limit: at most so many images, spread evenly over the set.
 
     Raises:
-        DatasetError: no such dataset, or other classes than the model's. ExportError: a multilabel model.
+        DatasetError: no such dataset, or classes that the model does not know. ExportError: a multilabel model.
     """
     if config.task != "multiclass":
         raise ExportError("accuracy is defined for models with one class per image; this one is multilabel")
     if limit is not None and limit < 1:
         raise ExportError(f"the number of images to check must be at least 1, got {limit}")
-    dataset = open_dataset(path, classes=config.labels)
+    dataset = match_classes(open_dataset(path), config)
     if "test" in dataset.splits:
         dataset = dataset.split("test")
     count = len(dataset) if limit is None else min(limit, len(dataset))
