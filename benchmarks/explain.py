@@ -121,7 +121,8 @@ def one_image(model: Any, path: Path, settings: dict[str, Any], index: int, batc
         method, options = (CONTROLS[name], {}) if name in CONTROLS else parse_method(name)
         e = explain(model, image, method, target, seed=settings["seed"], batch_size=batch_size, **options)
         target = e.target
-        record |= {"label": e.label, "correct": e.label == path.parent.name, "probability": e.probability}
+        truth = path.parent.name.replace("_", " ").casefold()
+        record |= {"label": e.label, "correct": e.label.casefold() == truth, "probability": e.probability}
         trust = assess(
             model, e, metrics, removal=settings["removal"], known=known, seed=settings["seed"], batch_size=batch_size
         )

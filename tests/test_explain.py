@@ -17,7 +17,7 @@ from medmamba.explain.explanation import to_image_size
 from medmamba.explain.regions import grid, make_baseline, superpixels
 from medmamba.explain.subject import frozen_view, resolve_target
 from medmamba.images import load_image
-from medmamba.preprocess import preprocess
+from medmamba.preprocess import normalise, preprocess
 
 METHODS = list(methods())
 
@@ -76,6 +76,58 @@ def test_the_maximum_of_the_map_is_on_the_square(trained, method):
         # Windows and superpixels reach a little over the edge.
         hits += top - 2 <= y < top + 10 and left - 2 <= x < left + 10
     assert hits >= 6  # by chance: 1
+
+
+def test_values_against_their_definitions(trained):
+    config = trained.config.preprocess
+    x = preprocess(load_image(picture()), config)[None].requires_grad_()
+    logit = trained(x)[0, 1]
+    (gradient,) = torch.autograd.grad(logit, x)
+    x = x.detach()
+    start = make_baseline(x, "blur", config)
+
+    def expect(method: str, values: torch.Tensor, **options) -> None:
+        got = explain(trained, picture(), method, 1, **options).attribution
+        np.testing.assert_allclose(got, values.numpy(), rtol=1e-3, atol=1e-4 * values.abs().max().item())
+
+    expect("saliency", gradient.abs().amax(1)[0])
+    expect("input_x_gradient", (gradient * x).sum(1)[0])
+    cells = grid(32, 32, 16)
+    falls = torch.zeros(32, 32)
+    with torch.no_grad():
+        whole = (logit - trained(start)[0, 1]).item()
+        for cell in range(16):
+            covered = torch.where(cells == cell, start, x)
+            falls[cells == cell] = (logit - trained(covered)[0, 1]).item()
+    expect("feature_ablation", falls, segments="grid", n_segments=16, baseline="blur")
+    expect("occlusion", falls, window=8, stride=8, baseline="blur")
+    expect("occlusion", torch.full((32, 32), whole), window=32, baseline="blur")
+    # Without noise and with one baseline, it is integrated gradients at random points.
+    shap = explain(trained, picture(), "gradient_shap", 1, samples=200, noise=0, baselines=("blur",)).attribution
+    integrated = explain(trained, picture(), "integrated_gradients", 1, baseline="blur").attribution
+    assert np.corrcoef(shap.ravel(), integrated.ravel())[0, 1] > 0.95
+    # With little noise, it is the gradient.
+    smooth = explain(trained, picture(), "smoothgrad", 1, noise=1e-4, samples=2).attribution
+    saliency = explain(trained, picture(), "saliency", 1).attribution
+    assert np.corrcoef(smooth.ravel(), saliency.ravel())[0, 1] > 0.99
+
+
+def test_baselines(trained):
+    config = medmamba.PreprocessConfig(input_size=(32, 32), mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3))
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = normalise(pixels, config)
+
+    def shown(kind) -> torch.Tensor:
+        return make_baseline(x, kind, config) * torch.tensor(config.std).view(3, 1, 1) + torch.tensor(config.mean).view(
+            3, 1, 1
+        )
+
+    assert shown("black").abs().max() < 1e-6
+    assert (shown(0.25) - 0.25).abs().max() < 1e-6
+    assert (shown("grey") - torch.tensor(config.mean).view(3, 1, 1)).abs().max() < 1e-6
+    assert (shown("mean") - pixels.mean((2, 3), keepdim=True)).abs().max() < 1e-5
+    assert shown("blur").std() < 0.2 * pixels.std()
+    assert shown("blur").mean() == pytest.approx(pixels.mean().item(), abs=0.02)
 
 
 def test_evidence_for_one_class_is_evidence_against_the_other(trained):
