@@ -55,9 +55,9 @@ def order(k, reverse, H, W, L, PLANAR: tl.constexpr):
 
 @triton.jit
 def rows(ptr, numbers, cs, row, VEC: tl.constexpr):
-    """Addresses of a tile of rows and channels. Triton knows nothing of `row`, so VEC alone decides how wide the loads
-    are, and with them the layout of the tile."""
-    return ptr + tl.multiple_of(numbers[:, None] * row + cs[None, :], [1, VEC])
+    """Addresses of a tile of rows and channels of float32. VEC decides how wide the loads are, and so the layout of the
+    tile; Triton must know nothing of `row` for that."""
+    return tl.multiple_of(ptr + numbers[:, None] * row + cs[None, :], [1, VEC * 4])
 
 
 @triton.jit

@@ -144,8 +144,9 @@ def _walk(
         x, x if delta is None else delta, proj, table, out, states, ends, sums, last,
         *(size or (1, L)), L, C, C, blocks, segments, tokens,
         *x.stride()[:3], *_units(proj, unit), *out.stride()[:3],
-        K=K, N=N, NP=NP, R=R, RB=min(16, _power_of_2(R)), BC=plan.block, VEC=_vector(C, plan.block // 32), UNIT=unit,
-        UNROLL=plan.unroll, CHUNK=CHUNK, EVEN=C % plan.block == 0, FOLDED=C % 32 == 0, PACKED=packed,
+        K=K, N=N, NP=NP, R=R, RB=min(16, _power_of_2(R)), BC=plan.block, UNIT=unit,
+        VEC=_vector(C, max(1, plan.block // 32)), UNROLL=plan.unroll, CHUNK=CHUNK, EVEN=C % plan.block == 0,
+        FOLDED=C % 32 == 0, PACKED=packed,
         WIDE=_wide(x, proj, out), PLANAR=size is not None, SOFTPLUS=softplus, ADJOINT=ADJOINT, WRITE=WRITE, SAVE=SAVE,
         CARRY=CARRY, ENDS=ENDS, LAST=LAST,
         num_warps=1, maxnreg=plan.registers, enable_fp_fusion=True,
@@ -168,8 +169,8 @@ def _power_of_2(n: int) -> int:
 
 
 def _vector(channels: int, most: int) -> int:
-    """Neighbouring channels per thread: a power of 2, all in one block of `channels`."""
-    return max(1, math.gcd(channels, most))
+    """Neighbouring channels per thread: the largest power of 2 up to `most`, one itself, that divides all channels."""
+    return math.gcd(channels, most)
 
 
 def _unit(proj: Tensor) -> int:
