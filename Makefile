@@ -38,7 +38,7 @@ kernels: setup
 	$(BIN)/python medmamba/kernels/csrc/build.py
 
 notebooks: setup
-	$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=900 notebooks
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

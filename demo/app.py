@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,16 @@ from .tabs import classify, explain, finetune, models
 HERE = Path(__file__).parent
 
 
-def build_demo(options: Options, root: Path | None = None) -> gr.Blocks:
+def build_demo(options: Options, root: Path) -> gr.Blocks:
     """The app, its default model loaded.
 
     Args:
-        root: folder for uploads and sessions; None: a new temporary one.
+        root: folder for uploads and sessions, as `prepare` gives it.
 
     Raises:
         PretrainedError, ConfigError, ValueError: the default model cannot be loaded, or there is no such device.
     """
     sessions = Sessions(options.limits, root)
-    # Gradio reads this whenever a component is made and a file arrives.
-    os.environ["GRADIO_TEMP_DIR"] = str(sessions.uploads)
     context = Context(options, ModelStore(options.models, options.device), sessions)
     with gr.Blocks(title="medmamba", analytics_enabled=False) as demo:
         theme.Html(html.header(medmamba.__version__))
@@ -101,10 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
-    quiet()
+    root = prepare()
     options = Options(tuple(args.model or default_models()), args.device)
     try:
-        demo = build_demo(options)
+        demo = build_demo(options, root)
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -117,12 +116,19 @@ def default_models() -> list[str]:
     return [DEFAULT_MODEL, *(name for name in medmamba.bundled_models() if name != DEFAULT_MODEL)]
 
 
-def quiet() -> None:
-    """No reports to anybody, and no warnings of pydicom's, which quote values of patients' headers."""
+def prepare() -> Path:
+    """Sets this process up for the app and returns a new folder for everything that visitors bring.
+
+    No reports to anybody, and no warnings of pydicom's, which quote values of patients' headers.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    root = Path(tempfile.mkdtemp(prefix="medmamba-"))
+    # Gradio reads this whenever a component is made and whenever a file arrives.
+    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
+    return root
 
 
 if __name__ == "__main__":

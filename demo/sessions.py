@@ -6,7 +6,6 @@ import atexit
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -71,12 +70,12 @@ class Sessions:
     """All visitors, by the session identifier that the browser or API client chose at random.
 
     Args:
-        root: everything lies below this folder; None: a new one in the system's temporary folder.
+        root: everything lies below this folder, which is deleted at the end; Gradio's uploads in `root / "uploads"`.
     """
 
-    def __init__(self, limits: Limits, root: Path | None = None):
+    def __init__(self, limits: Limits, root: Path):
         self.limits = limits
-        self.root = root or Path(tempfile.mkdtemp(prefix="medmamba-"))
+        self.root = root
         self.uploads = self.root / "uploads"
         self.uploads.mkdir(parents=True, exist_ok=True)
         self._sessions: dict[str, Session] = {}

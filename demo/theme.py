@@ -105,6 +105,7 @@ def theme() -> gr.themes.Base:
         checkbox_label_text_color_selected="*body_text_color",
         checkbox_label_text_color_selected_dark="*body_text_color",
         checkbox_label_border_width="0px",
+        checkbox_label_border_width_dark="0px",
         checkbox_label_shadow="none",
         checkbox_label_padding="5px 8px 5px 2px",
         link_text_color="*primary_600",

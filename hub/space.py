@@ -27,12 +27,12 @@ import os
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  before anything that may touch CUDA
 
-from demo.app import build_demo, launch_options, quiet
+from demo.app import build_demo, launch_options, prepare
 from demo.options import PUBLIC, Options
 
-quiet()
+root = prepare()
 options = Options({models!r}, "auto", PUBLIC)
-demo = build_demo(options)
+demo = build_demo(options, root)
 
 if __name__ == "__main__":
     demo.launch(**launch_options(options.limits))

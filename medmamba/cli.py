@@ -45,9 +45,7 @@ def _add_predict(subparsers: Any) -> None:
         "skipped; the exit code is 1 if there were any.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)"
-    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)")
     parser.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to report (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")

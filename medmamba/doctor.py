@@ -64,7 +64,5 @@ def _accelerator() -> str:
     if torch.backends.mps.is_available():
         return "Apple GPU (MPS): the scan runs there in plain PyTorch"
     if torch.version.cuda is None:
-        return (
-            "none: this is a CPU build of PyTorch; with an NVIDIA GPU, install one for CUDA (see pytorch.org)"
-        )
+        return "none: this is a CPU build of PyTorch; with an NVIDIA GPU, install one for CUDA (see pytorch.org)"
     return "none visible: PyTorch is built for CUDA but finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"

@@ -5,6 +5,7 @@ import json
 import os
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
-from demo import app, charts, guard, html, jobs, options, sessions  # noqa: E402
+from demo import app, charts, gpu, guard, html, jobs, options, service, sessions, store  # noqa: E402
 from demo.options import EXAMPLES, Limits  # noqa: E402
 from demo.service import inspect, reduced  # noqa: E402
 from demo.tabs import answers, models  # noqa: E402
@@ -209,16 +210,18 @@ def test_pages_are_kept_to_this_server(url):
 
 
 def test_defaults_are_private(monkeypatch):
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # put back afterwards
     launched = {}
-    monkeypatch.setattr(
-        app, "build_demo", lambda options: type("Demo", (), {"launch": lambda _, **k: launched.update(k)})()
-    )
+    monkeypatch.setattr(app, "build_demo", lambda *_: type("Demo", (), {"launch": lambda _, **k: launched.update(k)})())
     assert app.main(["--model", "anything"]) == 0
     assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert "medmamba-" in os.environ["GRADIO_TEMP_DIR"], "a folder of its own"
 
 
-def test_an_unknown_model_is_explained(capsys):
+def test_an_unknown_model_is_explained(capsys, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert app.main(["--model", "/nowhere/at/all"]) == 2
     assert "no such folder" in capsys.readouterr().err
 
@@ -234,6 +237,30 @@ def test_the_address_behind_a_proxy_is_the_one_it_wrote():
     scope = {"headers": [(b"x-forwarded-for", b"6.6.6.6, 1.2.3.4")], "client": ("10.0.0.1", 1)}
     assert guard.Guard(None, 1, behind_proxy=True)._address(scope) == "1.2.3.4"
     assert guard.Guard(None, 1)._address(scope) == "10.0.0.1"
+
+
+def test_twenty_clients_at_once_get_their_own_answers(url):
+    """A small version of benchmarks/demo.py."""
+    images = sorted(EXAMPLES.glob("*.webp"))
+
+    def ask(number: int) -> list[str]:
+        client = gradio_client.Client(url, verbose=False)
+        return [classify(client, images[(number + i) % len(images)])["label"] for i in range(3)]
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(ask, range(20)))
+    assert all(found[i] == found[i + 8] for i in range(8)), "the same images, the same answers"
+
+
+def test_functions_on_zero_gpu(model_folder, monkeypatch):
+    """Away from such a machine, its decorator runs a function where it is."""
+    pytest.importorskip("spaces", reason="needs pip install spaces")
+    monkeypatch.setattr(gpu, "ZERO_GPU", True)
+    monkeypatch.setattr(service, "ZERO_GPU", True)
+    answers_ = service.Service(store.ModelStore((str(model_folder),), "cpu"))
+    assert answers_.classify(str(model_folder), NEUTROPHIL).prediction.label
+    found = list(answers_.explain(str(model_folder), NEUTROPHIL, service.View(), ["gradcam"], None, True, print))
+    assert len(found) == 2 and found[1].trust
 
 
 # --- sessions ---

@@ -222,8 +222,8 @@ def test_nan_reaches_what_follows_it(monkeypatch):
 
 def test_operator_contract():
     tensors = [t.requires_grad_() for t in inputs_2d(2, 3, 5, 8, 2, 3)]
-    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "native", True))
-    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "native", False), test_utils="test_schema")
+    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "native", native.CHUNK))
+    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "native", 0), test_utils="test_schema")
     tensors = [t.requires_grad_() for t in inputs_1d(2, 8, 4, 3, 7)]
     torch.library.opcheck(torch.ops.medmamba.scan_1d.default, (*tensors, True, "native"))
 

@@ -85,9 +85,19 @@ def test_written_out_backward_is_that_of_autograd():
 
 def test_operator_contract():
     tensors = [t.requires_grad_() for t in inputs_2d(dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "torch", True))
+    torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "torch", 0))
     tensors = [t.requires_grad_() for t in inputs_1d(dtype=torch.float32)]
     torch.library.opcheck(torch.ops.medmamba.scan_1d.default, (*tensors, True, "torch"))
+
+
+def test_backward_without_saved_states_makes_them():
+    tensors = [t.requires_grad_() for t in inputs_2d(H=9, W=16, N=16, dtype=torch.float32)]
+    with_states = torch.autograd.grad(selective_scan_2d(*tensors).square().sum(), tensors)
+    without = torch.autograd.grad(torch.ops.medmamba.scan_2d(*tensors, "auto", 0)[0].square().sum(), tensors)
+    for a, e in zip(without, with_states, strict=True):
+        torch.testing.assert_close(a, e)
+    with pytest.raises(ValueError, match="saves a state every"):
+        torch.ops.medmamba.scan_2d(*tensors, "native", 7)
 
 
 def test_compiles_and_exports_as_one_node():

@@ -9,10 +9,14 @@ from ..html import callout, card, data_uri, esc, table
 
 OPACITY = 65
 GOOD = {
-    "infidelity": "lower is better",
-    "change not explained by the map": "0 % is perfect, 100 % an empty map",
-    "max-sensitivity": "lower is more stable",
+    "infidelity": "Squared error of the map for random squares; lower is better",
+    "change not explained by the map": "The same as a share; 100% is an empty map",
+    "max-sensitivity": "Change of the map when the image hardly changes; lower is better",
+    "deletion AUC": "Below a random order is good",
+    "insertion AUC": "Above a random order is good",
+    "same map with random weights": "A map that stays the same does not show the model",
 }
+"""What each check of `Trust.rows` means, for people."""
 
 
 def method_title(name: str) -> str:
@@ -80,16 +84,19 @@ def trust_html(found: Comparison, checking: int | None = None) -> str:
         title = "Agreement of the maps" if agreement else "Can this map be trusted?"
         return card(agreement + callout("info", "Not checked", text), title)
     names = list(dict.fromkeys(name for trust in found.trust for name, _, _ in trust.rows()))
-    rows = []
-    for explanation, trust in zip(found.explanations, found.trust, strict=False):
-        values = {name: (value, good) for name, value, good in trust.rows()}
-        cells = [f"{esc(values[name][0])}<small>{esc(_good(name, values[name][1]))}</small>" for name in names]
-        rows.append([f"<strong>{esc(title_of(explanation))}</strong>", *cells])
+    results = [{name: (value, good) for name, value, good in trust.rows()} for trust in found.trust]
+    rows = [
+        [
+            f"<strong>{esc(name[:1].upper() + name[1:])}</strong><small>{esc(GOOD.get(name, ''))}</small>",
+            *(f"{esc(values[name][0])}<small>{esc(_compared(name, values[name][1]))}</small>" for values in results),
+        ]
+        for name in names
+    ]
     wait = ""
     if checking and len(found.trust) < checking:
         wait = f'<p class="mm-wait" role="status">Checking {len(found.trust) + 1} of {checking}…</p>'
-    header = ["Method", *(name[:1].upper() + name[1:] for name in names)]
-    checks = table(header, rows, "Checks of each map, with what is good below", css="mm-trust")
+    header = ["Check", *(title_of(e) for e in found.explanations[: len(found.trust)])]
+    checks = table(header, rows, "Checks of each map", css="mm-trust")
     curves = "".join(_curves(e, t) for e, t in zip(found.explanations, found.trust, strict=False))
     lead = (
         "Parts of the image are blurred away, strongest evidence first, or brought back in that order. A map that says "
@@ -99,8 +106,11 @@ def trust_html(found: Comparison, checking: int | None = None) -> str:
     return card(checks + wait + agreement, "Can these maps be trusted?") + removal
 
 
-def _good(name: str, text: str) -> str:
-    return GOOD.get(name, text)
+def _compared(name: str, good: str) -> str:
+    """What stands below a result: the random orders, or the verdict."""
+    if name.endswith("AUC"):
+        return good[:1].upper() + good[1:]
+    return good.partition(": ")[2] if name.startswith("same map") else ""
 
 
 def _agreement(found: Comparison) -> str:

@@ -89,7 +89,10 @@ def scan_figure(field: ScanField) -> Figure:
     axes[0, 0].imshow(display_image(field.image))
     axes[0, 0].plot(field.image_pixel[1], field.image_pixel[0], "+", color="red", markersize=12, markeredgewidth=2)
     axes[0, 0].set_title(f"pixel {field.image_pixel}, stage {field.stage}, block {field.block}", fontsize=9)
-    maps = [("all directions", field.merged), *zip(field.names, field.directions, strict=True)]
+    maps = [
+        (f"all directions; the pixel on itself: +{field.skip:.2g}", field.merged),
+        *zip(field.names, field.directions, strict=True),
+    ]
     shown: Any = None
     for ax, (name, values) in zip(axes.flatten()[1:], maps, strict=True):
         shown = ax.imshow(np.maximum(values, peak * 1e-4), norm=LogNorm(peak * 1e-4, peak), cmap="magma")

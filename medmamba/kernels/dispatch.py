@@ -36,6 +36,12 @@ def available_backends() -> dict[str, str | None]:
     return {name: load_backend(name).unavailable() for name in BACKENDS}
 
 
+@torch.compiler.assume_constant_result
+def states_chunk(name: str) -> int:
+    """Tokens between the states that a backend's forward saves for its backward; 0: it saves none."""
+    return load_backend(name).CHUNK
+
+
 # Under torch.compile the choice is made once, while tracing.
 @torch.compiler.assume_constant_result
 def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import load_backend, resolve_backend
+from .dispatch import load_backend, resolve_backend, states_chunk
 from .reference import compute_dtype
 
 
@@ -54,7 +54,10 @@ def selective_scan_2d(
     name = "auto" if torch.compiler.is_exporting() else resolve_backend(x.device, x.dtype, backend)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return torch.ops.medmamba.scan_2d(*tensors, name, needs_grad)[0]
+    # How often states are saved shapes an output, so it is an argument: a compiled graph kept on disk by another version
+    # must not be taken for this one's.
+    chunk = states_chunk(name) if needs_grad and name != "auto" else 0
+    return torch.ops.medmamba.scan_2d(*tensors, name, chunk)[0]
 
 
 @overload
@@ -165,18 +168,19 @@ def _scan_2d(
     A: Tensor,
     D: Tensor,
     backend: str,
-    save_states: bool,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     module = _backend(backend, x)
-    shape = _states_shape(x, A, module.CHUNK) if save_states and module.CHUNK else (0,)
+    if chunk not in (0, module.CHUNK):
+        raise ValueError(f"backend {backend!r} saves a state every {module.CHUNK} tokens, not every {chunk}")
+    shape = _states_shape(x, A, chunk) if chunk else (0,)
     states = x.new_empty(shape, dtype=torch.float32)
     return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
 
 
 @_scan_2d.register_fake
-def _(x, proj, dt_weight, dt_bias, A, D, backend, save_states):
-    chunk = _backend(backend, x).CHUNK
-    shape = _states_shape(x, A, chunk) if save_states and chunk else (0,)
+def _(x, proj, dt_weight, dt_bias, A, D, backend, chunk):
+    shape = _states_shape(x, A, chunk) if chunk else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
 
@@ -192,7 +196,11 @@ def _scan_2d_backward(
     states: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backend(backend, x).scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
+    module = _backend(backend, x)
+    if module.CHUNK and not states.numel():  # an exported program saves none in its forward
+        states = x.new_empty(_states_shape(x, A, module.CHUNK), dtype=torch.float32)
+        module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states)
+    return module.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
 
 
 @_scan_2d_backward.register_fake
