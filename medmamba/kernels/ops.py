@@ -54,8 +54,8 @@ def selective_scan_2d(
     name = "auto" if torch.compiler.is_exporting() else resolve_backend(x.device, x.dtype, backend)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # How often states are saved shapes an output, so it is an argument: a compiled graph kept on disk by another version
-    # must not be taken for this one's.
+    # How often states are saved shapes an output, so it is an argument: a compiled graph kept on disk by another
+    # version must not be taken for this one's.
     chunk = states_chunk(name) if needs_grad and name != "auto" else 0
     return torch.ops.medmamba.scan_2d(*tensors, name, chunk)[0]
 
