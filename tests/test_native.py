@@ -308,10 +308,13 @@ import threading, torch
 from medmamba.kernels import native
 torch.set_num_threads(3)
 x, proj = torch.randn(2, 20, 20, 64), torch.randn(2, 20, 20, 4, 35)
-rest = torch.randn(4, 64, 3), torch.randn(4, 64), -torch.rand(4, 64, 16), torch.randn(4, 64)
+weight, bias, A, D = torch.randn(4, 64, 3), torch.randn(4, 64), -torch.rand(4, 64, 16), torch.randn(4, 64)
+states, y = torch.empty(0), torch.empty_like(x)
+# Only our library is called: a daemon thread inside PyTorch's C++ may abort any Python process that ends.
+call = native._scan_2d(x, proj, weight, A, dt_bias=bias, D=D, states=states, y=y)
 def work():
     while True:
-        native.scan_2d_forward(x, proj, *rest, torch.empty(0))
+        native._call("scan_2d_forward", call)
         started.set()
 started = threading.Event()
 threading.Thread(target=work, daemon=True).start()
