@@ -205,9 +205,8 @@ def speed(args: argparse.Namespace) -> None:
         with torch.no_grad():
             model(x).cpu()
 
-    def best(function: Callable, n: int = 3) -> float:
+    def best(function: Callable, n: int = 2) -> float:
         times = []
-        function()
         for _ in range(n):
             began = time.perf_counter()
             function()
@@ -219,7 +218,7 @@ def speed(args: argparse.Namespace) -> None:
 
     rows = {"one forward pass": best(forward, 10), "integrated_gradients, 50 steps": best(gradients)}
     for layer in ("stage4", "stage3", "stage3.scan", "stage1"):
-        rows[f"gradcam ({layer})"] = best(lambda layer=layer: explain(model, image, "gradcam", layer=layer), 5)
+        rows[f"gradcam ({layer})"] = best(lambda layer=layer: explain(model, image, "gradcam", layer=layer), 4)
     results = {"speed": rows, "machine": machine(args.device)}
     Path(args.json).write_text(json.dumps(results, indent=1))
     print(speed_section(results))
