@@ -1,15 +1,16 @@
-"""How well a model's warning tells unusual images from its own: AUROC against other datasets.
+"""Fits a model's warning for unusual images, and measures how well it works: AUROC against other datasets.
 
     python benchmarks/unusual.py MODEL OWN NAME=OTHER [NAME=OTHER ...] [--images 600]
 
-MODEL is a folder or name, OWN the dataset it was trained on, OTHER further datasets (anything that
-`medmamba.data.open_dataset` takes); their test images are used. Writes `unusual.json` into the model's folder, which
-the web app shows.
+MODEL is a folder, OWN the dataset it was trained on with splits train, val and test, OTHER further datasets (anything
+that `medmamba.data.open_dataset` takes), whose test images are used. Writes `unusual.json` into the model's folder,
+which the web app reads. The scores of the logits are measured beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,62 +19,74 @@ import numpy as np
 from tqdm import tqdm
 
 from medmamba import MedMamba
-from medmamba.calibrate import Calibration, ood_auroc
+from medmamba.calibrate import OOD_SCORES, ood_auroc
 from medmamba.data import ImageDataset, open_dataset
+from medmamba.evaluation import scores
 from medmamba.predict import Prediction, iter_predict
-from medmamba.pretrained import fetch
-
-NAME = "unusual.json"
+from medmamba.unusual import Unusual, fit_unusual, pooled_features
 
 
-def measure(model: MedMamba, own: ImageDataset, others: dict[str, ImageDataset], images: int) -> dict[str, Any]:
-    """AUROC of the score and share of images called unusual, for each other dataset.
+@dataclasses.dataclass
+class Seen:
+    """What the model makes of a set: features (N, C), logits (N, K), labels (N,)."""
 
-    Args:
-        images: at most this many of each, drawn with a fixed seed.
-    """
-    config = model.config
-    ood = Calibration.from_dict(config.calibration, config.task).ood
-    if ood is None:
-        raise SystemExit("the model has no threshold for unusual images; calibrate it first")
-    usual = logits_of(model, own, images)
-    found: dict[str, Any] = {
-        "score": ood.score,
-        "threshold": ood.threshold,
-        "own": {"n": len(usual), "called_unusual": float(ood.is_unusual(usual, config.task).mean())},
-        "auroc": {},
-    }
-    for name, dataset in others.items():
-        foreign = logits_of(model, dataset, images)
-        found["auroc"][name] = {
-            "auroc": ood_auroc(usual, foreign, ood.score, config.task),
-            "n": len(foreign),
-            "called_unusual": float(ood.is_unusual(foreign, config.task).mean()),
-        }
-    return found
+    features: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
 
 
-def logits_of(model: MedMamba, dataset: ImageDataset, images: int) -> np.ndarray:
-    """(N, num_classes) for test images drawn at random."""
-    part = dataset.split("test") if dataset.split_sizes.get("test") else dataset
+def look(model: MedMamba, dataset: ImageDataset, split: str, images: int) -> Seen:
+    """At most `images` of a split, drawn with a fixed seed."""
+    part = dataset.split(split) if dataset.split_sizes.get(split) else dataset
     chosen = np.sort(np.random.default_rng(0).permutation(len(part))[:images])
-    read = (part.reader.read(part.records[i]) for i in tqdm(chosen, part.name, unit="img"))
-    results = iter_predict(model, read)
-    return np.array([result.logits for result in results if isinstance(result, Prediction)])
+    read = (part.reader.read(part.records[i]) for i in tqdm(chosen, f"{part.name} {split}", unit="img"))
+    with pooled_features(model) as pooled:
+        results = list(iter_predict(model, read))
+    if failed := [r.error for r in results if not isinstance(r, Prediction)]:
+        raise SystemExit(f"{len(failed)} images cannot be read; the first: {failed[0]}")
+    logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
+    return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+
+
+def measure(warning: Unusual, own: Seen, others: dict[str, Seen], task: str) -> dict[str, Any]:
+    """AUROC of the warning and of the scores of the logits, and shares of images called unusual."""
+
+    def auroc(usual: np.ndarray, foreign: np.ndarray) -> float:
+        values = np.concatenate([usual, foreign])
+        labels = np.arange(len(values)) >= len(usual)
+        return float(scores.auroc_and_auprc(labels, scores.rank(values), np.ones((1, len(values))))[0][0])
+
+    return {
+        "own": {"n": len(own.labels), "called_unusual": round(float(warning.is_unusual(own.features).mean()), 4)},
+        "auroc": {
+            name: {
+                "auroc": round(auroc(warning.score(own.features), warning.score(seen.features)), 4),
+                "n": len(seen.labels),
+                "called_unusual": round(float(warning.is_unusual(seen.features).mean()), 4),
+                **{score: round(ood_auroc(own.logits, seen.logits, score, task), 4) for score in OOD_SCORES},
+            }
+            for name, seen in others.items()
+        },
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=Path)
     parser.add_argument("own")
     parser.add_argument("others", nargs="+", metavar="NAME=OTHER")
-    parser.add_argument("--images", type=int, default=600, help="of each dataset, at most (%(default)s)")
+    parser.add_argument("--images", type=int, default=600, help="of each split, at most (%(default)s)")
     args = parser.parse_args()
-    others = {name: open_dataset(path) for name, _, path in (text.partition("=") for text in args.others)}
-    folder = fetch(args.model)
-    found = measure(MedMamba.from_pretrained(folder).fuse(), open_dataset(args.own), others, args.images)
-    Path(folder, NAME).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
+    model, dataset = MedMamba.from_pretrained(args.model).fuse(), open_dataset(args.own)
+    train, val, test = (look(model, dataset, split, args.images) for split in ("train", "val", "test"))
+    others = {
+        name: look(model, open_dataset(path), "test", args.images)
+        for name, _, path in (text.partition("=") for text in args.others)
+    }
+    warning = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    measured = measure(warning, test, others, model.config.task)
+    dataclasses.replace(warning, measured=measured).save(args.model)
+    print(json.dumps(measured, indent=2))
 
 
 if __name__ == "__main__":

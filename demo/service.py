@@ -16,6 +16,7 @@ from medmamba.explain.subject import sub_progress
 from medmamba.images import ImageError, MedicalImage, load_image
 from medmamba.predict import Failure, Prediction, iter_predict
 from medmamba.preprocess import preprocess, to_display
+from medmamba.unusual import pooled_features
 
 from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
@@ -55,7 +56,7 @@ class Answer:
 
     Attributes:
         unsure: the best class is below `UNSURE`; for several labels, none reaches a half.
-        unusual: unlike the validation images; None where the model has no threshold for that.
+        unusual: unlike what the model was trained on; None where it has no threshold for that.
         seen: (H, W, 3) uint8, the image as the model sees it.
         milliseconds: from the file to the answer.
     """
@@ -109,20 +110,23 @@ class Service:
         began = time.perf_counter()
         view = view or View()
         image = load_image(path, frame=view.frame, window=view.window)
-        (result,) = self._forward(source, [image])
+        (result,), (unusual,) = self._forward(source, [image])
         if isinstance(result, Failure):
             raise ImageError(result.error)
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
-        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began))
+        return answer(loaded, result, unusual, seen, 1e3 * (time.perf_counter() - began))
 
     def classify_files(self, source: str, paths: list[Path], title: str | None = None) -> list[Answer | Failure]:
         """One entry per file, in order; files with several frames are failures that say so."""
         loaded = self.store.get(source, title)
         began = time.perf_counter()
-        results = self._forward(source, paths)
+        results, unusual = self._forward(source, paths)
         each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
         nothing = np.zeros((1, 1, 3), np.uint8)
-        return [r if isinstance(r, Failure) else answer(loaded, r, nothing, each) for r in results]
+        return [
+            r if isinstance(r, Failure) else answer(loaded, r, u, nothing, each)
+            for r, u in zip(results, unusual, strict=True)
+        ]
 
     def explain(
         self,
@@ -148,8 +152,25 @@ class Service:
         # A function cannot travel to the process that has the GPU.
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
 
-    def _predict(self, source: str, images: list) -> list[Prediction | Failure]:
-        return list(iter_predict(self.store.get(source).fused, images))
+    def _predict(self, source: str, images: list) -> tuple[list[Prediction | Failure], list[bool | None]]:
+        """Predictions, and whether each image is unusual."""
+        loaded = self.store.get(source)
+        with pooled_features(loaded.fused) as pooled:
+            results = list(iter_predict(loaded.fused, images))
+        done = [i for i, result in enumerate(results) if isinstance(result, Prediction)]
+        unusual: list[bool | None] = [None] * len(results)
+        if not done:
+            return results, unusual
+        if loaded.unusual:
+            flags = loaded.unusual.is_unusual(pooled.array())
+        elif loaded.calibration and loaded.calibration.ood:
+            logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
+            flags = loaded.calibration.ood.is_unusual(logits, loaded.config.task)
+        else:
+            return results, unusual
+        for i, flag in zip(done, flags, strict=True):
+            unusual[i] = bool(flag)
+        return results, unusual
 
     def _explained(
         self,
@@ -176,12 +197,10 @@ class Service:
             yield small(dataclasses.replace(found, trust=tuple(trust)))
 
 
-def answer(loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float) -> Answer:
-    """A prediction, and what the model's calibration says of how far to believe it."""
-    calibration = loaded.calibration
-    unusual = None
-    if calibration and calibration.ood:
-        unusual = bool(calibration.ood.is_unusual(np.array([prediction.logits]), loaded.config.task)[0])
+def answer(
+    loaded: Loaded, prediction: Prediction, unusual: bool | None, seen: np.ndarray, milliseconds: float
+) -> Answer:
+    """A prediction, and how far to believe it."""
     limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
     return Answer(prediction, prediction.probability < limit, unusual, seen, milliseconds)
 

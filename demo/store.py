@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +18,9 @@ from medmamba.config import MedMambaConfig
 from medmamba.kernels import resolve_backend
 from medmamba.licences import LicenceError
 from medmamba.pretrained import fetch
+from medmamba.unusual import Unusual, load_unusual
 
 MAX_LOADED = 4
-UNUSUAL_NAME = "unusual.json"
 
 
 @dataclass(eq=False)
@@ -36,6 +34,7 @@ class Loaded:
         model: as loaded, for explaining. fused: for predicting.
         facts: what its folder says of it.
         licence_known: False where nobody stated a licence.
+        unusual: the warning for images unlike the training images; None where the model has none by its features.
     """
 
     source: str
@@ -45,6 +44,7 @@ class Loaded:
     fused: MedMamba
     facts: ModelFacts
     licence_known: bool
+    unusual: Unusual | None = None
 
     @property
     def config(self) -> MedMambaConfig:
@@ -58,12 +58,6 @@ class Loaded:
     def backend(self) -> str:
         """The scan backend that answers."""
         return resolve_backend(self.device, self.model.patch_embed.proj.weight.dtype)
-
-    @cached_property
-    def unusual(self) -> dict[str, Any]:
-        """How well the warning for unusual images works, by `benchmarks/unusual.py`; {} where it was not measured."""
-        path = self.folder / UNUSUAL_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -118,7 +112,7 @@ class ModelStore:
             facts, known = read_facts(folder), True
         except LicenceError:
             facts, known = read_facts(folder, licence="other"), False
-        return Loaded(source, title, folder, model, model.fuse(), facts, known)
+        return Loaded(source, title, folder, model, model.fuse(), facts, known, load_unusual(folder))
 
 
 def display_name(source: str) -> str:

@@ -1,5 +1,6 @@
 """The web app without a browser: endpoints through gradio_client, safety, sessions, pieces of pages."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 
 import medmamba
 from medmamba.kernels import resolve_backend
+from medmamba.unusual import fit_unusual, pooled_features
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 httpx = pytest.importorskip("httpx")
@@ -250,6 +252,26 @@ def test_twenty_clients_at_once_get_their_own_answers(url):
     with ThreadPoolExecutor(20) as pool:
         found = list(pool.map(ask, range(20)))
     assert all(found[i] == found[i + 8] for i in range(8)), "the same images, the same answers"
+
+
+def test_images_unlike_the_training_images_are_marked(tmp_path):
+    folder = save_model(tmp_path / "blood")
+    model = medmamba.MedMamba.from_pretrained(folder)
+    own = sorted(EXAMPLES.glob("blood_*.webp"))
+    with pooled_features(model) as pooled:
+        model.predict(own)
+    features = pooled.array()
+    warning = fit_unusual(features, np.arange(8) % 2, features)
+    dataclasses.replace(warning, measured={"auroc": {"Other": {"auroc": 0.9, "n": 5}}}).save(folder)
+    answers_ = service.Service(store.ModelStore((str(folder),), "cpu"))
+    known, noise = tmp_path / "known.png", tmp_path / "noise.png"
+    Image.open(own[0]).save(known)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise)
+    found = answers_.classify_files(str(folder), [known, tmp_path / "absent.png", noise])
+    assert found[0].unusual is False and found[2].unusual is True
+    page = answers.answer_html(answers_.classify(str(folder), noise), answers_.store.default)
+    assert "does not look like what the model was trained on" in page and "0.900" in page
+    assert "AUROC against Other 0.900" in answers.card_html(answers_.store.default)
 
 
 def test_functions_on_zero_gpu(model_folder, monkeypatch):

@@ -308,3 +308,7 @@ def test_the_bundled_model_knows_its_examples(open_page, tmp_path):
             text = answer_of(page, EXAMPLES / f"blood_{name}.webp")
             page.close()
             assert text.split("answer")[1].split()[0].lower() == name
+        page = open_page(address)
+        page.get_by_role("button", name="pneumonia, chest X-ray").click()
+        page.get_by_text("This does not look like what the model was trained on").wait_for()
+        page.close()

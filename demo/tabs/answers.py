@@ -59,14 +59,13 @@ def answer_html(found: Answer, loaded: Loaded) -> str:
 def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
     """(kind, title, text) in plain language, the most important first."""
     prediction, remarks = found.prediction, []
-    ood = loaded.calibration.ood if loaded.calibration else None
-    if found.unusual and ood:
+    if found.unusual:
         remarks.append(
             (
                 "warn",
                 "This does not look like what the model was trained on",
-                f"Only {1 - ood.coverage:.0%} of its validation images looked this unusual. The probabilities mean "
-                f"little here, whatever they say.{_auroc_text(loaded)}",
+                f"Only {1 - _coverage(loaded):.0%} of its validation images looked this unusual. The probabilities "
+                f"mean little here, whatever they say.{_auroc_text(loaded)}",
             )
         )
     for note in prediction.image_notes:
@@ -103,15 +102,23 @@ def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
     return remarks
 
 
+def _coverage(loaded: Loaded) -> float:
+    """Share of the validation images that the warning lets pass."""
+    if loaded.unusual:
+        return loaded.unusual.coverage
+    ood = loaded.calibration.ood if loaded.calibration else None
+    return ood.coverage if ood else 1.0
+
+
 def _auroc_text(loaded: Loaded) -> str:
     """How well the warning works, where that was measured."""
-    measured = loaded.unusual.get("auroc", {})
+    measured = loaded.unusual.measured.get("auroc", {}) if loaded.unusual else {}
     values = [row["auroc"] for row in measured.values()]
     if not values:
-        return ""
+        return " How well this warning works was not measured for this model."
     return (
-        f" The warning is a heuristic: it told the model’s own test images from those of {len(values)} other "
-        f"datasets with an AUROC of {min(values):.2f} to {max(values):.2f}."
+        f" The warning is a heuristic: it told the model’s own test images from those of {len(values)} other datasets "
+        f"with an AUROC of {min(values):.3f} or more."
     )
 
 
@@ -253,14 +260,17 @@ def _calibration(loaded: Loaded) -> str:
 
 
 def _unusual(loaded: Loaded) -> str:
+    if loaded.unusual:
+        measured = loaded.unusual.measured
+        each = ", ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.get("auroc", {}).items())
+        text = f"{loaded.unusual.coverage:.0%} of validation images pass; "
+        text += f"AUROC against {each}" if each else "how well it works was not measured"
+        return f"warned by the distance of features<span>{esc(text)}</span>"
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:
         return "no warning<span>the model has no threshold for it</span>"
-    measured = loaded.unusual.get("auroc", {})
-    each = "; ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.items())
-    rest = f"AUROC against {each}" if each else "how well it works was not measured for this model"
-    text = f"{ood.coverage:.0%} of validation images pass; {rest}"
-    return f"{esc(ood.score)} score above {ood.threshold:.2f}<span>{esc(text)}</span>"
+    text = f"{ood.coverage:.0%} of validation images pass; how well it works was not measured for this model"
+    return f"warned by the {esc(ood.score.replace('_', ' '))} score<span>{esc(text)}</span>"
 
 
 def _parameters(loaded: Loaded) -> str:

@@ -1,0 +1,173 @@
+"""Does an image look like those a model was trained on? Told by the features behind the classifier.
+
+Scores of the logits (`medmamba.calibrate`: energy, largest probability) fail where it matters most: an X-ray shown to a
+model of blood cells can get larger logits than any cell. What does tell is how far the pooled features lie from those
+of every class, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et al. 2018
+(arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a heuristic.
+
+>>> warning = fit_unusual(train_features, train_labels, val_features)
+>>> warning.is_unusual(features)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .checksums import WEIGHTS_NAME, file_hash
+from .model import MedMamba
+
+NAME = "unusual.json"
+_DIGITS = 5  # significant, in the file
+
+
+class UnusualError(ValueError):
+    """Features that do not fit together, or a record that makes no sense."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unusual:
+    """A warning for images unlike the training images.
+
+    Attributes:
+        means: (K, C) pooled features of each class; (1, C) for several labels.
+        spread: (C,) standard deviation within the classes.
+        threshold: an image with a score above it is called unusual.
+        coverage: share of the validation images that are not.
+        measured: how well it works: {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
+    """
+
+    means: NDArray[np.float64] = field(repr=False)
+    spread: NDArray[np.float64] = field(repr=False)
+    threshold: float
+    coverage: float
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def score(self, features: ArrayLike) -> NDArray[np.float64]:
+        """(N,) how unusual, from pooled features (N, C): root mean squared distance to the nearest class."""
+        x = np.asarray(features, dtype=np.float64)
+        if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
+            raise UnusualError(f"expected features (N, {self.means.shape[1]}), got {x.shape}; are they of this model?")
+        distances = [np.sqrt((((x - mean) / self.spread) ** 2).mean(1)) for mean in self.means]
+        return np.min(distances, axis=0)
+
+    def is_unusual(self, features: ArrayLike) -> NDArray[np.bool_]:
+        """(N,) True where an image is unlike the training images."""
+        return self.score(features) > self.threshold
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes `unusual.json` into a model folder, bound to the weights there."""
+        folder = Path(folder)
+        record = {
+            "weights": file_hash(folder / WEIGHTS_NAME),
+            "threshold": self.threshold,
+            "coverage": self.coverage,
+            "measured": dict(self.measured),
+            "spread": _rounded(self.spread),
+            "means": [_rounded(mean) for mean in self.means],
+        }
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+        return folder / NAME
+
+
+def load_unusual(folder: str | os.PathLike) -> Unusual | None:
+    """The warning that lies in a model folder; None where there is none, or where it belongs to other weights.
+
+    Raises:
+        UnusualError: a file that was not written by `Unusual.save`.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        means, spread = np.array(record["means"], np.float64), np.array(record["spread"], np.float64)
+        found = Unusual(means, spread, float(record["threshold"]), float(record["coverage"]), record["measured"])
+        weights = record["weights"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnusualError(f"{path} cannot be read ({error!r}); delete it, or measure again") from error
+    if means.ndim != 2 or spread.shape != means.shape[1:] or not (spread > 0).all():
+        raise UnusualError(f"{path} holds means {means.shape} and spread {spread.shape}; delete it, or measure again")
+    return found if weights == file_hash(Path(folder) / WEIGHTS_NAME) else None
+
+
+def fit_unusual(
+    features: ArrayLike, labels: ArrayLike, validation: ArrayLike, coverage: float = 0.95, task: str = "multiclass"
+) -> Unusual:
+    """Means and spread from training images, the threshold from validation images.
+
+    Args:
+        features: (N, C) pooled features of training images.
+        labels: (N,) their classes; ignored where several labels can apply, which is one class to this.
+        validation: (M, C) pooled features of validation images.
+        coverage: share of the validation images that pass as usual.
+
+    Raises:
+        UnusualError: shapes that do not fit, or too few images.
+    """
+    x, held_out = np.asarray(features, np.float64), np.asarray(validation, np.float64)
+    groups = np.zeros(len(x), int) if task == "multilabel" else np.asarray(labels)
+    if x.ndim != 2 or held_out.ndim != 2 or held_out.shape[1] != x.shape[1] or groups.shape != x.shape[:1]:
+        raise UnusualError(f"features {x.shape}, labels {groups.shape} and validation {held_out.shape} do not fit")
+    if not 0 < coverage < 1:
+        raise UnusualError(f"coverage must be between 0 and 1, got {coverage}")
+    present = np.unique(groups)
+    if len(x) < len(present) + 2 or len(held_out) == 0:
+        raise UnusualError(f"{len(x)} training and {len(held_out)} validation images are too few")
+    means = np.stack([x[groups == k].mean(0) for k in present])
+    rest = x - means[np.searchsorted(present, groups)]
+    spread = np.sqrt((rest**2).sum(0) / (len(x) - len(present)))
+    # A feature that never moves says nothing; its unit must not be 0.
+    spread = np.maximum(spread, max(1e-3 * float(spread.mean()), 1e-12))
+    found = Unusual(means, spread, 0.0, coverage)
+    threshold = float(np.quantile(found.score(held_out), coverage, method="higher"))
+    return Unusual(means, spread, threshold, coverage)
+
+
+class Pooled:
+    """Collects the pooled features of every image that passes, see `pooled_features`."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def add(self, features: Any) -> None:
+        self._parts.append(features.detach().float().cpu().numpy())
+
+    def array(self) -> np.ndarray:
+        """(N, C), in the order of the images."""
+        return np.concatenate(self._parts) if self._parts else np.zeros((0, 0), np.float32)
+
+
+@contextmanager
+def pooled_features(model: MedMamba) -> Iterator[Pooled]:
+    """Keeps the input of the classifier while the model predicts in this thread; nothing is computed twice.
+
+    >>> with pooled_features(model) as pooled:
+    ...     predictions = model.predict(images)
+    >>> pooled.array().shape
+    """
+    found, thread = Pooled(), threading.get_ident()
+
+    def keep(module: Any, inputs: tuple[Any, ...]) -> None:
+        if threading.get_ident() == thread:
+            found.add(inputs[0])
+
+    handle = model.head.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.{_DIGITS}g}") for value in values]
