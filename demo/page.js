@@ -59,5 +59,11 @@
     event.target.nextElementSibling.value = `${event.target.value} %`;
   });
 
+  // On a phone the answer is below what was touched.
+  window.mmShowAnswer = () => {
+    if (window.innerWidth > 760) return;
+    document.querySelector("#mm-result, #mm-batch")?.scrollIntoView({ behavior: "smooth", block: "start" });
+  };
+
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
 }

@@ -264,6 +264,7 @@ def test_what_was_uploaded_is_gone_with_the_page(open_page, root):
 def test_nothing_sticks_out_on_a_phone(open_page, dark):
     page = open_page(width=390, dark=dark)
     answer_of(page, NEUTROPHIL)
+    page.wait_for_function("document.querySelector('.mm-answer').getBoundingClientRect().top < 300")  # scrolled to
     for tab in TABS:
         button = page.get_by_role("tab", name=tab)
         if button.is_visible():

@@ -36,7 +36,10 @@ def answer_html(found: Answer, loaded: Loaded) -> str:
     else:
         kicker, title = "The model’s answer", prediction.label
         caption = "Calibrated probability" if loaded.calibration else "Score, not calibrated"
-    remarks = "".join(callout(*remark) for remark in remarks_of(found, loaded))
+    first, *rest = ["", *(callout(*remark) for remark in remarks_of(found, loaded))]
+    if found.unusual:  # before anything that looks like an answer
+        first, rest = rest[0], rest[1:]
+    doubt = " mm-doubt" if found.unusual else ""
     made = facts(
         [
             ("Model", f"{esc(loaded.title)}<span>MedMamba-{esc(config.architecture)}</span>"),
@@ -46,12 +49,12 @@ def answer_html(found: Answer, loaded: Loaded) -> str:
     )
     notes = "".join(f"<li>{esc(note)}</li>" for note in prediction.image_notes if not note.startswith(_WARNING))
     return (
-        f'<section class="mm-card mm-answer" aria-live="polite" aria-label="Answer">'
+        f'<section class="mm-card mm-answer{doubt}" aria-live="polite" aria-label="Answer">{first}'
         f'<div class="mm-answer-top"><figure class="mm-seen"><img src="{data_uri(found.seen)}" '
         f'alt="The image at the size and contrast that the model sees"><figcaption>As the model sees it, '
         f'{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
         f"<h2>{esc(title)}</h2>{bars(prediction.top, caption)}</div></div>"
-        f'<div class="mm-remarks">{remarks}</div>{made}'
+        f'<div class="mm-remarks">{"".join(rest)}</div>{made}'
         f'<details class="mm-notes"><summary>What was done to the file</summary><ul>{notes}</ul></details></section>'
     )
 
@@ -75,7 +78,8 @@ def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
     if any(note.startswith(_NO_WINDOW) for note in prediction.image_notes):
         text = "All values are shown, so the contrast is low. Set level and width on the left to what matters."
         remarks.append(("info", "The file declares no window", text))
-    right = f"about {100 * prediction.probability:.0f} of 100"
+    share = round(100 * prediction.probability)
+    right = f"about {share} of 100" if share < 100 else "more than 99 of 100"
     if loaded.config.task == "multilabel":
         if found.unsure:
             remarks.append(("info", "No label reaches an even chance", "The model sees none of what it knows."))

@@ -207,8 +207,12 @@ def build(context: Context) -> ClassifyTab:
     shared: dict[str, Any] = dict(
         api_visibility="private", concurrency_id="classify", show_progress_on=[result], show_progress="minimal"
     )
-    gr.on([file.upload], take, [file, model], [file, *shown], **shared)
-    picker.click(choose, [model], [file, *shown], **shared)
+    given = [
+        file.upload(take, [file, model], [file, *shown], **shared),
+        picker.click(choose, [model], [file, *shown], **shared),
+    ]
+    for event in given:
+        event.then(None, js="() => mmShowAnswer()", api_visibility="private")
     batch.click(open_row, [model], [result, explain], **shared)
     gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
     preset.input(use_preset, [model, *view], shown, **shared)

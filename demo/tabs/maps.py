@@ -109,7 +109,7 @@ def trust_html(found: Comparison, checking: int | None = None) -> str:
 def _compared(name: str, good: str) -> str:
     """What stands below a result: the random orders, or the verdict."""
     if name.endswith("AUC"):
-        return good[:1].upper() + good[1:]
+        return "Random: " + good.rpartition(", ")[2]
     return good.partition(": ")[2] if name.startswith("same map") else ""
 
 
