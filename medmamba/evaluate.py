@@ -125,8 +125,8 @@ def evaluate_model(
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from .training.engine import predict_logits
     from .training.setup import make_accelerator
+    from .training.validation import predict_logits
 
     name = model.config.architecture if isinstance(model, MedMamba) else str(model)
     network = model if isinstance(model, MedMamba) else MedMamba.from_pretrained(model)

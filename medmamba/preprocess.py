@@ -63,13 +63,13 @@ def placement(size: tuple[int, int], config: PreprocessConfig) -> tuple[tuple[in
 
 def normalise(pixels: Tensor, config: PreprocessConfig) -> Tensor:
     """[0, 1] to what the network takes."""
-    mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (config.mean, config.std))
+    mean, std = _channelwise(config.mean, pixels), _channelwise(config.std, pixels)
     return (pixels - mean) / std
 
 
 def denormalise(tensor: Tensor, config: PreprocessConfig) -> Tensor:
     """The inverse of `normalise`: pixels in [0, 1] as the model sees them."""
-    mean, std = (tensor.new_tensor(v).view(-1, 1, 1) for v in (config.mean, config.std))
+    mean, std = _channelwise(config.mean, tensor), _channelwise(config.std, tensor)
     return (tensor * std + mean).clamp(0, 1)
 
 
@@ -78,6 +78,11 @@ def to_display(tensor: Tensor, config: PreprocessConfig) -> np.ndarray:
     pixels = denormalise(tensor.detach().cpu().float(), config)
     pixels = pixels if pixels.shape[0] == 3 else pixels.mean(0, keepdim=True).expand(3, -1, -1)
     return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def _channelwise(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """(C, 1, 1) on the device of `like`, without waiting for it, as `new_tensor` would."""
+    return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
 
 
 def _interpolate(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:

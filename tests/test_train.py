@@ -27,6 +27,7 @@ from medmamba.training import (
     RecipeError,
     ResumeError,
     TrainingError,
+    graphs,
     load_recipe,
     objective,
     recipe_names,
@@ -35,9 +36,10 @@ from medmamba.training import (
 )
 from medmamba.training import augment as A
 from medmamba.training.checkpoint import CheckpointStore
-from medmamba.training.engine import Trainer, selection_score
+from medmamba.training.engine import Trainer
 from medmamba.training.optim import WeightAverage, build_optimizer, freeze_stages, layer_of, lr_factor, parameter_groups
 from medmamba.training.setup import adapt_input, build_model
+from medmamba.training.validation import selection_score
 
 # Fast to train: no randomness in the network, no warm-up, a large step.
 QUICK = dict(epochs=3, batch_size=8, size=32, lr=3e-3, warmup_epochs=0, ema=0.9)
@@ -587,6 +589,42 @@ def test_accumulated_parts_give_the_same_first_loss(folder, tmp_path):
     one = train(folder, tmp_path / "one", "default", "test", **options, **COMMON)
     two = train(folder, tmp_path / "two", "default", "test", accumulate=2, **options, **COMMON)
     assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=0.15)
+
+
+class _ReplayedByHand(graphs.GraphedStep):
+    """A graphed step without a GPU: what a replay does to buffers and gradients, done by Python."""
+
+    captured = 0
+
+    def __init__(self, model, loss, images, targets, parts=1):
+        self._images, self._targets, self._function = images.clone(), targets.clone(), loss
+        self._parameters, self._adds = [p for p in model.parameters() if p.requires_grad], parts > 1
+        self._fixed = [torch.zeros_like(p) for p in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._fixed, strict=True):
+            parameter.grad = gradient
+        type(self).captured += 1
+
+    def __call__(self, images, targets):
+        assert images.shape == self._images.shape
+        loss = self._function(images, targets)
+        for gradient, new in zip(self._fixed, torch.autograd.grad(loss, self._parameters), strict=True):
+            gradient.add_(new) if self._adds else gradient.copy_(new)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, accumulate):
+    """Gradients at a fixed place, overwritten or added to, captured again when the size of the images changes."""
+    settings = {**QUICK, "epochs": 2, "final_epochs": 1, "final_size": 48, "drop_path": 0.3, "clip_grad": 0.5}
+    options = {**COMMON, "accumulate": accumulate, "allow_leakage": ()}
+    train(folder, tmp_path / "eager", "default", "test", **settings, **options)
+    monkeypatch.setattr(graphs, "GraphedStep", _ReplayedByHand)
+    monkeypatch.setattr(_ReplayedByHand, "captured", 0)
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: (setattr(self, "_use_graphs", True), fit(self))[1])
+    train(folder, tmp_path / "graph", "default", "test", **settings, **options)
+    assert _ReplayedByHand.captured == 2
+    assert same_weights(tmp_path / "eager", tmp_path / "graph")
 
 
 def test_two_processes_train_as_one_with_two_parts(folder, tmp_path):

@@ -43,6 +43,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         channels = images.shape[3]
         self.mean = torch.tensor(mean, dtype=torch.float32).expand(channels)
         self.std = torch.tensor(std, dtype=torch.float32).expand(channels)
+        self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,12 +54,19 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """float32 `(B, C, H, W)` on `device`, normalised, and the labels of `indices` there."""
-        chosen = torch.as_tensor(indices)
+        # Where the images are: an index from elsewhere makes a GPU wait.
+        chosen = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
         images = self.images[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # (B, C, H, W)
-        # (x / 255 - mean) / std in one multiplication and one addition
-        scale = (1 / (255 * self.std)).view(1, -1, 1, 1).to(device)
-        shift = (-self.mean / self.std).view(1, -1, 1, 1).to(device)
+        scale, shift = self._scale_and_shift(torch.device(device))
         return torch.addcmul(shift, images, scale), self.targets[chosen].to(device, non_blocking=True)
+
+    def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(x / 255 - mean) / std as one multiplication and one addition: both (1, C, 1, 1)."""
+        if device not in self._affine:
+            scale = (1 / (255 * self.std)).view(1, -1, 1, 1)
+            shift = (-self.mean / self.std).view(1, -1, 1, 1)
+            self._affine[device] = (scale.to(device), shift.to(device))
+        return self._affine[device]
 
     def split(self, name: str) -> CachedDataset:
         """One split, as a copy where the images are not contiguous."""
@@ -129,13 +137,17 @@ def _fill(
         out[index] = (pixels * 255).round().to(torch.uint8).numpy()
         return index
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    # One thread per image: threads within an operation, times those of the pool, would only stand in each other's way.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for _ in progress(pool.map(work, range(len(dataset)))):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _key(dataset: ImageDataset, config: PreprocessConfig, in_chans: int) -> str:

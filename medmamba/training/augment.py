@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,12 +39,21 @@ class Draw:
     """Random numbers for n images: named arrays of n rows."""
 
     values: dict[str, np.ndarray]
+    _there: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> Draw:
         return Draw({name: value[start:stop] for name, value in self.values.items()})
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.values[name], np.float32)).to(device, non_blocking=True)
+        """float32 on the device, where all arrays go together: one copy instead of one for each."""
+        if device not in self._there:
+            flat = {key: value.reshape(len(value), -1) for key, value in self.values.items()}
+            packed = np.concatenate(list(flat.values()), 1, dtype=np.float32)
+            moved = torch.from_numpy(packed).to(device, non_blocking=True)
+            columns = moved.split([value.shape[1] for value in flat.values()], 1)
+            shapes = [value.shape for value in self.values.values()]
+            self._there[device] = {k: c.reshape(s) for k, c, s in zip(flat, columns, shapes, strict=True)}
+        return self._there[device][name]
 
 
 def draw(recipe: Recipe, count: int, rng: np.random.Generator) -> Draw:
@@ -120,12 +129,12 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
     if a.blur:
         chosen = np.flatnonzero(draw.values["blur"])
         if len(chosen):
-            sigma = numbers("blur")[chosen] * 0.01 * min(size)
-            index = torch.from_numpy(chosen).to(device)
+            sigma = draw.values["blur"][chosen] * 0.01 * min(size)
+            index = torch.from_numpy(chosen).to(device, non_blocking=True)
             images = images.index_copy(0, index, gaussian_blur(images[index], sigma))
     if a.noise:
-        noise = torch.stack([_noise(images[0], int(seed)) for seed in draw.values["noise_seed"]])
-        images = (images + noise * numbers("noise").view(n, 1, 1, 1)).clamp(0, 1)
+        seeds = torch.from_numpy(draw.values["noise_seed"]).to(device, non_blocking=True)
+        images = (images + noise(seeds, images.shape[1:]) * numbers("noise").view(n, 1, 1, 1)).clamp(0, 1)
     if a.erase:
         box = numbers("erase_box")
         ratio = torch.exp((box[:, 0] * 2 - 1) * math.log(3))
@@ -169,24 +178,25 @@ def colour(
     if channels != 3:
         eye = torch.eye(channels, device=images.device)
         return gain * eye, (lift * mean.mean(1)).view(n, 1).expand(n, channels)
-    luma = mean.new_tensor(LUMA)
+    luma = _constant(LUMA, mean)
     grey = luma.expand(3, 3)  # every channel becomes the luma
     s = saturation.view(n, 1, 1)
     saturate = s * torch.eye(3, device=images.device) + (1 - s) * grey
     # Rotation about the grey axis (Rodrigues): leaves grey as it is.
     cos, sin = hue.cos().view(n, 1, 1), hue.sin().view(n, 1, 1)
-    axis = mean.new_tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    axis = _constant([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], mean) / math.sqrt(3)
     turn = cos * torch.eye(3, device=images.device) + sin * axis + (1 - cos) / 3
     offset = (lift * (mean @ luma)).view(n, 1).expand(n, 3)  # grey, which neither change below moves
     return (turn @ saturate) * gain, offset
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: np.ndarray) -> Tensor:
     """(B, C, H, W) blurred, each image with its own sigma in pixels."""
     n, channels, height, width = images.shape
     radius = max(min(math.ceil(3 * float(sigma.max())), min(height, width) - 1), 1)
     x = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma.view(n, 1).clamp(min=1e-3)) ** 2)
+    widths = torch.from_numpy(sigma.astype(np.float32)).to(images.device, non_blocking=True)
+    kernel = torch.exp(-0.5 * (x / widths.view(n, 1).clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # (B * C, 2 radius + 1)
     flat = F.pad(images.reshape(1, n * channels, height, width), (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=n * channels)
@@ -219,9 +229,9 @@ def mix(images: Tensor, targets: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         return images, targets
     order = np.arange(n) ^ 1
     order[order >= n] = n - 1  # the odd one out meets itself
-    partner = torch.from_numpy(order).to(images.device)
+    partner = torch.from_numpy(order).to(images.device, non_blocking=True)
     share = draw.tensor("share", images.device)
-    cut = torch.from_numpy(mixed == 2).to(images.device)
+    cut = draw.tensor("mixed", images.device) == 2
     box, side = draw.tensor("mix_box", images.device), (1 - share).sqrt()
     others = images[partner]
     inside = rectangle(side, side, box[:, 0], box[:, 1], images.shape[2:])  # (B, 1, H, W)
@@ -233,8 +243,30 @@ def mix(images: Tensor, targets: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     return images, torch.lerp(targets[partner], targets, share.view(n, 1))
 
 
-def _noise(like: Tensor, seed: int) -> Tensor:
-    return torch.empty_like(like).normal_(generator=torch.Generator(like.device).manual_seed(seed))
+def noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, *shape) standard normal, each image from its own seed, int64 (B,); on every device the same numbers.
+
+    A hash of seed and place (two rounds of "lowbias32" by Chris Wellons), then Box and Muller's transform.
+    """
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    place = torch.arange(2 * half, device=seeds.device)
+    bits = _hash(place ^ _hash(seeds).view(-1, 1))  # (B, 2 * half), 32 bits in int64
+    uniform = ((bits >> 8).float() + 0.5) / 2**24  # (0, 1)
+    radius = (-2 * uniform[:, :half].log()).sqrt()
+    angle = 2 * math.pi * uniform[:, half:]
+    normal = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)
+    return normal[:, :count].view(-1, *shape)
+
+
+def _hash(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _constant(values: Sequence, like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _sample(images: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:

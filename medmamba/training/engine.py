@@ -9,21 +9,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from ..model import MedMamba
 from ..preprocess import normalise
-from . import augment, objective, sampling
+from . import augment, graphs, objective, sampling
 from .checkpoint import CheckpointStore, ResumeError
 from .log import RunLog
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
 from .recipe import Recipe, RecipeError
+from .validation import selection_score, validate, validation_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from ..data import CachedDataset
 
 Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) to decoded images
+
+
+class _SizedGraph(NamedTuple):
+    size: torch.Size | None
+    step: graphs.GraphedStep | None
+
+
+_NO_GRAPH = _SizedGraph(None, None)
 
 
 class TrainingError(RuntimeError):
@@ -63,6 +71,7 @@ class Trainer:
         identity: what makes this run this run; a checkpoint with another identity is refused.
         deadline: `time.monotonic()` at which to stop after the step that is under way; None: never.
         checkpoint_seconds: at least this long between two checkpoints.
+        graphs: "auto": forward and backward as one CUDA graph on a single GPU, see `graphs`; "off": never.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Trainer:
         identity: dict[str, Any] | None = None,
         deadline: float | None = None,
         checkpoint_seconds: float = 60.0,
+        graphs: str = "auto",
     ):
         self.recipe, self.images, self.accelerator, self.store, self.log = recipe, images, accelerator, store, log
         self.seed, self.identity, self.deadline = seed, identity or {}, deadline
@@ -89,6 +99,9 @@ class Trainer:
         self.model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
+        self._best: dict[str, Tensor] | None = None  # weights of the best epoch, until a checkpoint writes them
+        one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.scaler is None
+        self._use_graphs, self._graph = graphs == "auto" and one_gpu, _NO_GRAPH
         if recipe.balance == "sampling" and model.config.task == "multilabel":
             raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
 
@@ -98,8 +111,11 @@ class Trainer:
         self.weights = (
             sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
         )
-        wrapped = sync_batch_norm(self.model, accelerator, self.batches.part)
-        self.wrapped, self.optimizer = accelerator.prepare(wrapped, build_optimizer(self.model, recipe))
+        self.wrapped, optimizer = self.model, build_optimizer(self.model, recipe)
+        if accelerator.num_processes > 1:  # else there is nothing to wrap, and precision is this class's business
+            self.wrapped = accelerator.prepare(sync_batch_norm(self.model, accelerator, self.batches.part))
+        self.optimizer = accelerator.prepare(optimizer)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
 
     # --- the run ---
 
@@ -127,6 +143,7 @@ class Trainer:
         size = self.recipe.size_at(epoch)
         data = self.images("train", size)
         order = torch.from_numpy(sampling.epoch_order(self.labels, self.recipe.balance, self.seed, epoch))
+        order = order.to(data.images.device)  # once: an index that comes from elsewhere stops the queue each time
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -137,15 +154,16 @@ class Trainer:
             running += self._step(data, order, epoch, progress.step).to(running.device)
             progress.step += 1
             bar.update(self.batches.size)
-            progress.seconds = before + time.monotonic() - started
             last = progress.step == self.batches.steps
             if bar.due or last or self._checkpoint_due():
                 progress.loss_sum = self._checked(running, epoch)
+                progress.seconds = before + time.monotonic() - started
                 bar.show(epoch, progress.loss_sum / progress.step, progress.history)
             if not last and self._checkpoint_due():
                 self._save()
             if self._must_stop(stopping):
                 progress.loss_sum = self._checked(running, epoch)
+                progress.seconds = before + time.monotonic() - started
                 return False
         return True
 
@@ -159,23 +177,41 @@ class Trainer:
         for turn in range(plan.accumulate):
             of_epoch, of_step = plan.rows(step, process, turn)
             images, targets = self._batch(data, order[of_epoch], drawn.rows(of_step.start, of_step.stop))
+            graph = self._graph_for(images, targets)
+            if graph and turn == 0:
+                graph.begin()
             sampling.seed_network(self.seed, epoch, step, of_step.start)
+            if graph:
+                total = total + graph(images, targets)
+                continue
             last = turn == plan.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
-                    logits = self.wrapped(images)
-                loss = objective.loss(logits, targets, self.config.task, self.weights) / plan.accumulate
+                loss = self._loss(images, targets)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         if recipe.clip_grad:
             self.accelerator.unscale_gradients(self.optimizer)
-            clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            clip_grad_norm_(self._trained, recipe.clip_grad)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self._graph.step:  # which writes into the same gradients again
+            self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             # Weights and statistics of small images would linger in those for large ones.
             self.average.update(self.model, count if epoch < recipe.final_phase else count - switch)
         return torch.as_tensor(total)
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            logits = self.wrapped(images)
+        return objective.loss(logits, targets, self.config.task, self.weights) / self.batches.accumulate
+
+    def _graph_for(self, images: Tensor, targets: Tensor) -> graphs.GraphedStep | None:
+        """The graph for batches of this size, captured when the size is new; None where none is used."""
+        if self._use_graphs and self._graph.size != images.shape[2:]:
+            self._graph = _NO_GRAPH  # its memory is free before more is taken
+            step = graphs.capture(self.model, self._loss, images, targets, self.batches.accumulate)
+            self._graph, self._use_graphs = _SizedGraph(images.shape[2:], step), step is not None
+        return self._graph.step
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
         """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
@@ -195,7 +231,8 @@ class Trainer:
         val = self.images("val", recipe.validated_at(progress.epoch))
         if progress.epoch == recipe.final_phase:
             progress.best = None  # of another size
-        scores = validate(shown, val, self.accelerator, self._validation_batch())
+        batch_size = validation_batch(plan.part, self.accelerator.device)
+        scores = validate(shown, val, self.accelerator, batch_size)
         score = [selection_score(scores, metric) for metric in recipe.select]
         is_best = progress.best is None or score > progress.best["score"]
         row = {
@@ -211,7 +248,7 @@ class Trainer:
         if is_best:
             progress.best = {"epoch": progress.epoch, "score": score}
             if self.accelerator.is_main_process:
-                self.store.save_best(progress.epoch, shown.state_dict())
+                self._best = {name: tensor.clone() for name, tensor in shown.state_dict().items()}
         progress.history.append(row)
         progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
         self.log.epoch(progress.history)
@@ -255,6 +292,9 @@ class Trainer:
             return
         progress = self.progress
         scaler = self.accelerator.scaler
+        if self._best is not None and progress.best:
+            self.store.save_best(progress.best["epoch"], self._best)
+            self._best = None
         self.store.save(
             {
                 "identity": self.identity,
@@ -301,9 +341,6 @@ class Trainer:
     def _global_step(self) -> int:
         return (self.progress.epoch * self.batches.steps + self.progress.step) * self.batches.size
 
-    def _validation_batch(self) -> int:
-        return max(self.batches.part, 16)
-
     def _checked(self, running: Tensor, epoch: int) -> float:
         value = float(running)
         if not math.isfinite(value):
@@ -312,52 +349,6 @@ class Trainer:
                 "'fp32'. The last checkpoint is from before; other settings need a new run"
             )
         return value
-
-
-def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-    """Scores that a best epoch can be chosen by, and the mean loss, over all processes."""
-    from ..evaluation import evaluate
-
-    logits = predict_logits(model, data, batch_size, accelerator)
-    task, labels = model.config.task, data.index.targets
-    targets = objective.soft_targets(labels, model.config.num_classes, 0.0)
-    probabilities = objective.to_probabilities(logits, task).double()
-    if task == "multiclass":
-        probabilities = probabilities / probabilities.sum(1, keepdim=True)
-    found = evaluate(data.index.labels, probabilities.numpy(), data.index.classes, task=task, resamples=0)
-    scores = {name: found[name] for name in ("accuracy", "balanced_accuracy", "auroc", "f1")}
-    return {"loss": float(objective.loss(logits, targets, task)), **scores}
-
-
-@torch.no_grad()
-def predict_logits(
-    model: MedMamba,
-    data: CachedDataset,
-    batch_size: int,
-    accelerator: Accelerator,
-    full_precision: bool = False,
-    progress: bool = False,
-) -> Tensor:
-    """Logits (N, K) float32 on the CPU, of all images in order; each process computes its share."""
-    was_training = model.training
-    model.eval()
-    count, processes = len(data), accelerator.num_processes
-    share = math.ceil(count / processes)
-    mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
-    found = []
-    visible = progress and accelerator.is_main_process
-    for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
-        images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
-        with contextlib.nullcontext() if full_precision else accelerator.autocast():
-            found.append(model(images.contiguous(memory_format=torch.channels_last)).float())
-    model.train(was_training)
-    return accelerator.gather(torch.cat(found))[:count].cpu()
-
-
-def selection_score(scores: dict[str, float], metric: str) -> float:
-    """Higher is better; what is undefined is worst."""
-    value = -scores["loss"] if metric == "loss" else scores[metric]
-    return -math.inf if np.isnan(value) else float(value)
 
 
 def sync_batch_norm(model: MedMamba, accelerator: Accelerator, part: int) -> torch.nn.Module:

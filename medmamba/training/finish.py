@@ -19,9 +19,10 @@ from ..model import MedMamba
 from ..pretrained import CONFIG_NAME, WEIGHTS_NAME
 from ..registry import DatasetEntry
 from .checkpoint import CheckpointStore
-from .engine import Progress, predict_logits
+from .engine import Progress
 from .recipe import Recipe
 from .setup import ImageCache
+from .validation import predict_logits, validation_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,7 +58,8 @@ def finish(
         if not images.index.split_sizes.get(split):
             continue
         data = images(split, size)
-        logits = predict_logits(model, data, 64, accelerator, full_precision=True)
+        batch_size = validation_batch(64, accelerator.device)
+        logits = predict_logits(model, data, batch_size, accelerator, full_precision=True)
         if split == "val":
             calibration = fit_calibration(logits.numpy(), data.index.labels, model.config.task)
             model.config = model.config.replace(calibration=calibration.to_dict(), training=record)

@@ -101,19 +101,22 @@ class WeightAverage:
     def __init__(self, model: MedMamba, decay: float):
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._mine = list(self.model.state_dict().values())
+        self._mine = _by_kind(self.model)
+        self._theirs: tuple[nn.Module, tuple[list[Tensor], list[Tensor]]] | None = None
 
     @torch.no_grad()
     def update(self, model: MedMamba, step: int) -> None:
         """Takes in the weights after optimiser step `step`, counted from 0, or anew to forget what was before."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        theirs = list(model.state_dict().values())
-        averaged = [t.is_floating_point() for t in theirs]
-        torch._foreach_lerp_(_chosen(self._mine, averaged), _chosen(theirs, averaged), weight)
-        for mine, other, floating in zip(self._mine, theirs, averaged, strict=True):
-            if not floating:
-                mine.copy_(other)
+        if self._theirs is None or self._theirs[0] is not model:
+            self._theirs = (model, _by_kind(model))  # collected once: that takes longer than the averaging
+        (mine, counts), (theirs, their_counts) = self._mine, self._theirs[1]
+        torch._foreach_lerp_(mine, theirs, weight)
+        if counts:
+            torch._foreach_copy_(counts, their_counts)
 
 
-def _chosen(tensors: list[Tensor], mask: list[bool]) -> list[Tensor]:
-    return [t for t, keep in zip(tensors, mask, strict=True) if keep]
+def _by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of a model that can be averaged, and the others, which are counts."""
+    tensors = list(model.state_dict().values())
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

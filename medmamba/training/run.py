@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..model import MedMamba
 from .checkpoint import CheckpointStore
 from .engine import Trainer
 from .finish import RESULT_FILES, evaluations, finish, finished_before, training_record
+from .graphs import GRAPHS
 from .log import RunLog
 from .recipe import Recipe, load_recipe
 from .setup import ImageCache, build_model, check_splits, make_accelerator
@@ -75,6 +76,9 @@ def train(
     finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
     cache: str | os.PathLike | None = None,
+    graphs: str = "auto",
+    init_name: str | None = None,
+    notes: Mapping[str, Any] | None = None,
     restart: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
@@ -104,6 +108,10 @@ def train(
         max_seconds: stop after about this long, to be continued by the same call.
         finish_early: a run that is stopped is not continued later: the best epoch so far is the model.
         cache: folder for the decoded images, which makes the next start faster.
+        graphs: "auto": forward and backward as one CUDA graph where a single GPU trains, which is faster for small
+            batches; "off": never.
+        init_name: what the model's record says of `init`, where its name or path would tell others nothing.
+        notes: more entries for the model's record, such as {"pretraining": ["dermamnist"]}.
         restart: forget what is in `out`.
         settings: of the recipe, by name (`epochs=10`, `size=128`, `**{"augment.hflip": 0}`).
 
@@ -114,6 +122,8 @@ def train(
     """
     started = time.monotonic()
     chosen = load_recipe(recipe, **settings)
+    if graphs not in GRAPHS:
+        raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
     source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
     if chosen.size is None:
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
@@ -137,7 +147,7 @@ def train(
         "seed": seed,
         "data": fingerprint(index),
         "model": model.config.architecture,
-        "init": "" if init is None else "a model" if isinstance(init, MedMamba) else str(init),
+        "init": init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init)),
         "in_chans": model.config.in_chans,
         "precision": accelerator.mixed_precision,
     }
@@ -159,6 +169,7 @@ def train(
         identity=identity,
         deadline=None if max_seconds is None else started + max_seconds,
         checkpoint_seconds=checkpoint_seconds,
+        graphs=graphs,
     )
     state = trainer.fit()
     log.close()
@@ -168,6 +179,8 @@ def train(
     if not result.finished or best is None:
         return result
     record = training_record(index, entry, chosen, identity, state, accelerator, _split_rule(index, split))
+    record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
+    record |= notes or {}
     found = finish(out, model, images, store, accelerator, record, best, half)
     return dataclasses.replace(result, val=found["val"], test=found.get("test"))
 

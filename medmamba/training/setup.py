@@ -36,8 +36,9 @@ def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerat
         ValueError: no such device or precision here.
     """
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "medmamba[train]"') from error
     if precision not in ("auto", *PRECISIONS):
@@ -53,7 +54,9 @@ def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerat
     # accelerate keeps one state per process and refuses another precision; each run here has its own.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp])
+    # No weight is used twice in a forward pass, and casts that are kept do not go together with CUDA graphs.
+    autocast = AutocastKwargs(cache_enabled=False)
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp, autocast])
 
 
 @dataclass

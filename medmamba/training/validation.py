@@ -1,0 +1,73 @@
+"""Scores by which an epoch is chosen, and the logits they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model import MedMamba
+from ..preprocess import normalise
+from . import objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..data import CachedDataset
+
+
+def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+    """Scores that a best epoch can be chosen by, and the mean loss, over all processes."""
+    from ..evaluation import evaluate
+
+    logits = predict_logits(model, data, batch_size, accelerator)
+    task, labels = model.config.task, data.index.targets
+    targets = objective.soft_targets(labels, model.config.num_classes, 0.0)
+    probabilities = objective.to_probabilities(logits, task).double()
+    if task == "multiclass":
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    found = evaluate(data.index.labels, probabilities.numpy(), data.index.classes, task=task, resamples=0)
+    scores = {name: found[name] for name in ("accuracy", "balanced_accuracy", "auroc", "f1")}
+    return {"loss": float(objective.loss(logits, targets, task)), **scores}
+
+
+@torch.no_grad()
+def predict_logits(
+    model: MedMamba,
+    data: CachedDataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    full_precision: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Logits (N, K) float32 on the CPU, of all images in order; each process computes its share."""
+    was_training = model.training
+    model.eval()
+    count, processes = len(data), accelerator.num_processes
+    share = math.ceil(count / processes)
+    mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
+    mine = mine.to(data.images.device)
+    found = []
+    visible = progress and accelerator.is_main_process
+    for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
+        images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
+        with contextlib.nullcontext() if full_precision else accelerator.autocast():
+            found.append(model(images.contiguous(memory_format=torch.channels_last)).float())
+    model.train(was_training)
+    return accelerator.gather(torch.cat(found))[:count].cpu()
+
+
+def validation_batch(part: int, device: torch.device) -> int:
+    """Images at once without gradients: as many as in training, more on a GPU, which small batches do not fill."""
+    return max(part, 256 if device.type == "cuda" else 16)
+
+
+def selection_score(scores: dict[str, float], metric: str) -> float:
+    """Higher is better; what is undefined is worst."""
+    value = -scores["loss"] if metric == "loss" else scores[metric]
+    return -math.inf if np.isnan(value) else float(value)
