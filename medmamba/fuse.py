@@ -18,8 +18,8 @@ class ChannelAffine(nn.Module):
 
     def __init__(self, scale: Tensor, shift: Tensor):
         super().__init__()
-        self.register_buffer("scale", scale.view(-1, 1, 1))
-        self.register_buffer("shift", shift.view(-1, 1, 1))
+        self.register_buffer("scale", scale.view(-1, 1, 1).clone())
+        self.register_buffer("shift", shift.view(-1, 1, 1).clone())
         self.scale: Tensor
         self.shift: Tensor
 

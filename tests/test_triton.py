@@ -4,13 +4,16 @@ The interpreter must be chosen before Triton is imported, so `test_in_the_interp
 of its own.
 """
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scan_problems
 import torch
+from scan_problems import assert_within_budget
 
 from medmamba import selective_scan, selective_scan_2d
 from medmamba.kernels import torch_backend, triton_backend, triton_launch, triton_plan
@@ -51,17 +54,7 @@ def test_in_the_interpreter():
 # --- problems and their error budget --------------------------------------------------------------------------------
 
 
-def problem_2d(B=1, H=5, W=7, C=16, R=3, N=16, dtype=torch.float32, seed=0):
-    """Numbers like those of a trained model: step sizes from 0.001 to 1, decays from 1 to N."""
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=g)
-
-    x, proj = randn(B, H, W, C).to(dtype), randn(B, H, W, 4, R + 2 * N).to(dtype)
-    A = -torch.arange(1, N + 1) * (0.5 + torch.rand(4, C, N, generator=g))
-    tensors = (x, proj, randn(4, C, R) * R**-0.5, randn(4, C) - 2, A, randn(4, C))
-    return [t.to(DEVICE) for t in tensors]
+problem_2d = functools.partial(scan_problems.problem_2d, device=DEVICE)
 
 
 def problem_1d(B=1, C=8, L=37, N=5, G=4, dtype=torch.float32, softplus=True, seed=0):
@@ -76,20 +69,6 @@ def problem_1d(B=1, C=8, L=37, N=5, G=4, dtype=torch.float32, softplus=True, see
         delta, bias = delta.abs() * 0.3, bias.abs() * 0.1
     A = -torch.arange(1, N + 1) * (0.5 + torch.rand(C, N, generator=g))
     return [t.to(DEVICE) for t in (u.to(dtype), delta.to(dtype), A, Bs.to(dtype), Cs.to(dtype), randn(C), bias)]
-
-
-def assert_within_budget(actual, loop, exact, names):
-    """At most three times the error of PyTorch's own float32 loop, plus what that may have been lucky by: four units in
-    the last place of float32, one of half precision (to which the interpreter truncates where a GPU rounds)."""
-    for name, a, f, e in zip(names, actual, loop, exact, strict=True):
-        assert a.shape == f.shape and a.dtype == f.dtype and a.is_contiguous(), name
-        if a.numel() == 0:
-            continue
-        scale = e.abs().max()
-        error, budget = ((t.double() - e).abs().max() for t in (a, f))
-        units = 4 if a.dtype == torch.float32 else 1
-        allowed = 3 * budget + units * torch.finfo(a.dtype).eps * scale
-        assert error <= allowed, f"{name}: error {error:.2e}, the loop's {budget:.2e}, on a scale of {scale:.2e}"
 
 
 def saved_states(x, N):

@@ -13,12 +13,13 @@ import torch
 
 BACKENDS = {
     "native": "medmamba.kernels.native",
+    "cuda": "medmamba.kernels.cuda_backend",
     "triton": "medmamba.kernels.triton_backend",
     "mamba_ssm": "medmamba.kernels.mamba_ssm_backend",
     "torch": "medmamba.kernels.torch_backend",
 }
 # Fastest first. Everything else runs the plain definition.
-PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "mamba_ssm")}
+PREFERENCE = {"cpu": ("native",), "cuda": ("cuda", "triton", "mamba_ssm")}
 
 
 class BackendError(RuntimeError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 32  # tokens between the states that the forward pass saves for the backward pass
+CHUNK = 16  # tokens between the states that the forward pass saves for the backward pass
 
 
 @dataclass(frozen=True)

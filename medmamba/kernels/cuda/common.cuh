@@ -1,0 +1,92 @@
+// What the CUDA kernels of the scan share. Compiled by NVRTC when a kernel first runs (../nvrtc.py), so no header of
+// the CUDA toolkit is included: 16-bit numbers are converted by hand.
+//
+// Notation as in ../reference.py. Compile-time constants, set by ../cuda_backend.py:
+//     X_TYPE, P_TYPE, Y_TYPE   element type of x (and dy, dx), of proj, of what is written: 0 float, 1 half, 2 bfloat16
+//     RANK                     R, length of the step size code
+//     STATES                   N, at most 16
+// A program is one block of threads. It walks along one direction k of one image b for a group of channels; a direction
+// is an order of pixel indices, nothing is permuted in memory. Tokens are taken in tiles of TILE; the state before
+// each tile is what the forward pass saves for the backward pass.
+
+typedef unsigned short u16;
+typedef long long i64;
+
+#define DIRECTIONS 4
+#define TILE 16
+#define NP 16  // states, padded: B and C of the others are zero
+
+constexpr int N = STATES;
+constexpr int P = RANK + 2 * N;            // numbers per token and direction
+constexpr int RP = (RANK + 3) / 4 * 4;     // the code, padded so that B and C are aligned
+constexpr int ROW = RP + 2 * NP;           // one token in shared memory: [code | B | C]
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <int TYPE> struct Element { typedef u16 type; };
+template <> struct Element<0> { typedef float type; };
+
+#ifndef EMULATED  // the tests run these kernels on a CPU, see tests/cuda_emulator.h
+#define DYNAMIC_SHARED(name) extern __shared__ float4 name[]
+__device__ __forceinline__ float half_to_float(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+__device__ __forceinline__ u16 float_to_half(float f) { u16 v; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f)); return v; }
+#endif
+
+__device__ __forceinline__ u16 float_to_bfloat(float f) {
+    unsigned bits = __float_as_uint(f);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // not a number
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <int TYPE> __device__ __forceinline__ float to_float(typename Element<TYPE>::type v) {
+    if constexpr (TYPE == 0) return v;
+    else if constexpr (TYPE == 1) return half_to_float(v);
+    else return __uint_as_float((unsigned)v << 16);
+}
+
+template <int TYPE> __device__ __forceinline__ typename Element<TYPE>::type from_float(float f) {
+    if constexpr (TYPE == 0) return f;
+    else if constexpr (TYPE == 1) return float_to_half(f);
+    else return float_to_bfloat(f);
+}
+
+typedef Element<X_TYPE>::type x_t;
+typedef Element<P_TYPE>::type p_t;
+typedef Element<Y_TYPE>::type y_t;
+
+// log(1 + exp(x)) to float32 accuracy, through a polynomial for log(1 + e) / e on [0, 1] of relative error 3e-8: the
+// fast logarithm is inaccurate near 1, and small step sizes are the rule.
+__device__ __forceinline__ float softplus(float x) {
+    float e = exp2f(-fabsf(x) * LOG2E);
+    float p = 0.005232624f * e - 0.029504957f;
+    p = p * e + 0.07822549f;
+    p = p * e - 0.13663207f;
+    p = p * e + 0.19105989f;
+    p = p * e - 0.24842978f;
+    p = p * e + 0.33319095f;
+    p = p * e - 0.49999493f;
+    p = p * e + 0.99999994f;
+    return fmaxf(x, 0.f) + e * p;
+}
+
+// 1 - exp(-dt) for dt >= 0: the slope of softplus where its value is dt. Hence the series near 0.
+__device__ __forceinline__ float one_minus_exp(float dt) {
+    float p = 1.f / 5040 - dt * (1.f / 40320);
+    p = 1.f / 720 - p * dt;
+    p = 1.f / 120 - p * dt;
+    p = 1.f / 24 - p * dt;
+    p = 1.f / 6 - p * dt;
+    p = 0.5f - p * dt;
+    p = 1.f - p * dt;
+    return dt < 0.5f ? dt * p : 1.f - exp2f(-dt * LOG2E);
+}
+
+// The pixel that direction k reads as token t: row by row, column by column, and both from the end.
+__device__ __forceinline__ int pixel_of(int t, int k, int H, int W) {
+    int q = k >= 2 ? H * W - 1 - t : t;
+    return k & 1 ? q % H * W + q / H : q;
+}
+
+// Where number j of a token goes in its row of shared memory.
+__device__ __forceinline__ int place_of(int j) {
+    return j < RANK ? j : j < RANK + N ? RP + j - RANK : RP + NP + j - RANK - N;
+}

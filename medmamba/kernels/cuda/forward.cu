@@ -1,0 +1,118 @@
+// The forward pass of the four-direction scan.
+//
+//     LANES     lanes that share one channel, each with NP / LANES of its states: 1 where there are enough channels to
+//               fill the chip, more where there are not
+//     THREADS   per program; it takes THREADS / LANES channels
+//     SAVE      whether to save the state before each tile, (B, K, tiles, N, C)
+//
+// Grid: B * K * blocks of channels. Writes what each direction adds to y, (B, K, L, C).
+
+constexpr int SPT = NP / LANES;  // states per thread
+constexpr int CB = THREADS / LANES;
+constexpr int LOADS = (TILE * P + THREADS - 1) / THREADS;
+constexpr int GROUP = 4;  // tokens of x that are loaded ahead
+
+extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
+    const x_t* __restrict__ x, const p_t* __restrict__ proj, const float* __restrict__ dt_weight,
+    const float* __restrict__ dt_bias, const float* __restrict__ A, const float* __restrict__ D, y_t* __restrict__ y,
+    float* __restrict__ states, int H, int W, int C, int blocks, i64 x_b, int x_l, i64 p_b, int p_l, int p_k) {
+    __shared__ float4 rows4[2][TILE][ROW / 4];
+    __shared__ int pixels[4][TILE];  // of four tiles in turn: two are in use while the next is written
+    const int L = H * W, tiles = (L + TILE - 1) / TILE;
+    const int block = blockIdx.x % blocks, line = blockIdx.x / blocks, k = line % DIRECTIONS, b = line / DIRECTIONS;
+    const int tid = threadIdx.x, part = tid % LANES, c = block * CB + tid / LANES;
+    const bool mine = c < C;
+    const int cc = mine ? c : C - 1;
+
+    float a[SPT], h[SPT], w[RANK];
+    const int kc = k * C + cc;
+#pragma unroll
+    for (int i = 0; i < SPT; i++) {
+        int n = part * SPT + i;
+        a[i] = n < N ? A[kc * N + n] * LOG2E : 0.f;
+        h[i] = 0.f;
+    }
+#pragma unroll
+    for (int r = 0; r < RANK; r++) w[r] = dt_weight[kc * RANK + r];
+    const float bias = dt_bias[kc], skip = part == 0 ? D[kc] : 0.f;
+
+    x += b * x_b + cc;
+    proj += b * p_b + (i64)k * p_k;
+    y += (i64)line * L * C + cc;
+    if (SAVE) states += (i64)line * tiles * N * C + cc;
+
+    for (int i = tid; i < 2 * TILE * ROW; i += THREADS) ((float*)rows4)[i] = 0.f;  // the padding stays so
+    if (tid < TILE) pixels[0][tid] = pixel_of(min(tid, L - 1), k, H, W);
+    __syncthreads();
+
+    p_t ahead[LOADS];
+    auto fetch = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            int index = tid + i * THREADS, t = index / P;
+            if (index < TILE * P) ahead[i] = proj[(i64)pixels[tile & 3][t] * p_l + index % P];
+        }
+    };
+    auto input = [&](int t) { return x[(i64)pixels[t / TILE & 3][t % TILE] * x_l]; };
+    x_t next[GROUP];
+    fetch(0);
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) next[i] = input(i);
+
+    for (int tile = 0; tile < tiles; tile++) {
+        float* rows = (float*)rows4[tile & 1];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            int index = tid + i * THREADS;
+            if (index < TILE * P) rows[index / P * ROW + place_of(index % P)] = to_float<P_TYPE>(ahead[i]);
+        }
+        if (tid < TILE) pixels[tile + 1 & 3][tid] = pixel_of(min((tile + 1) * TILE + tid, L - 1), k, H, W);
+        __syncthreads();
+        if (tile + 1 < tiles) fetch(tile + 1);
+        if (SAVE && mine) {
+            float* here = states + (i64)tile * N * C;
+#pragma unroll
+            for (int i = 0; i < SPT; i++)
+                if (part * SPT + i < N) here[(part * SPT + i) * C] = h[i];
+        }
+        for (int group = 0; group < TILE; group += GROUP) {
+            float xs[GROUP];
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) xs[i] = to_float<X_TYPE>(next[i]);
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) next[i] = input(tile * TILE + group + GROUP + i);
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) {
+                const int t = group + i;
+                const float4* row = rows4[tile & 1][t];
+                float pre = bias;
+#pragma unroll
+                for (int r = 0; r < RP / 4; r++) {
+                    float4 code = row[r];
+                    pre += w[4 * r] * code.x;
+                    if (4 * r + 1 < RANK) pre += w[4 * r + 1] * code.y;
+                    if (4 * r + 2 < RANK) pre += w[4 * r + 2] * code.z;
+                    if (4 * r + 3 < RANK) pre += w[4 * r + 3] * code.w;
+                }
+                const float dt = softplus(pre), in = dt * xs[i];
+                float sums[4] = {skip * xs[i], 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int q = 0; q < SPT / 4; q++) {
+                    const float4 B = row[RP / 4 + part * (SPT / 4) + q], Cs = row[RP / 4 + NP / 4 + part * (SPT / 4) + q];
+                    const float bs[4] = {B.x, B.y, B.z, B.w}, cs[4] = {Cs.x, Cs.y, Cs.z, Cs.w};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float& state = h[4 * q + j];
+                        state = exp2f(dt * a[4 * q + j]) * state + in * bs[j];
+                        sums[j] += state * cs[j];
+                    }
+                }
+                float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+                for (int mask = 1; mask < LANES; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+                if (mine && part == 0 && tile * TILE + t < L)
+                    y[(i64)pixels[tile & 3][t] * C] = from_float<Y_TYPE>(sum);
+            }
+        }
+    }
+}
