@@ -112,14 +112,19 @@ def cache_images(
     path = Path(file) if file is not None else None
     found = _load(path, key, shape) if path else None
     if found is None:
-        partial = path.with_name(path.name + ".part") if path else None
+        # Of this process: others may be making the same file.
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
         found = np.lib.format.open_memmap(partial, "w+", np.uint8, shape) if partial else np.empty(shape, np.uint8)
-        _fill(found, dataset, config, in_chans, workers, progress)
-        if path and partial:
-            found.flush()  # type: ignore[attr-defined]
-            _sidecar(path).unlink(missing_ok=True)
-            os.replace(partial, path)
-            _sidecar(path).write_text(json.dumps({"key": key}))
+        try:
+            _fill(found, dataset, config, in_chans, workers, progress)
+            if path and partial:
+                found.flush()  # type: ignore[attr-defined]
+                _sidecar(path).unlink(missing_ok=True)
+                os.replace(partial, path)
+                _sidecar(path).write_text(json.dumps({"key": key}))
+        finally:
+            if partial:
+                partial.unlink(missing_ok=True)
     return CachedDataset(torch.from_numpy(found), dataset, config.mean, config.std)
 
 
