@@ -16,36 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from medmamba import MedMamba
 from medmamba.calibrate import OOD_SCORES, ood_auroc
-from medmamba.data import ImageDataset, open_dataset
+from medmamba.data import open_dataset
 from medmamba.evaluation import scores
-from medmamba.predict import Prediction, iter_predict
-from medmamba.unusual import Unusual, fit_unusual, pooled_features
-
-
-@dataclasses.dataclass
-class Seen:
-    """What the model makes of a set: features (N, C), logits (N, K), labels (N,)."""
-
-    features: np.ndarray
-    logits: np.ndarray
-    labels: np.ndarray
-
-
-def look(model: MedMamba, dataset: ImageDataset, split: str, images: int) -> Seen:
-    """At most `images` of a split, drawn with a fixed seed."""
-    part = dataset.split(split) if dataset.split_sizes.get(split) else dataset
-    chosen = np.sort(np.random.default_rng(0).permutation(len(part))[:images])
-    read = (part.reader.read(part.records[i]) for i in tqdm(chosen, f"{part.name} {split}", unit="img"))
-    with pooled_features(model) as pooled:
-        results = list(iter_predict(model, read))
-    if failed := [r.error for r in results if not isinstance(r, Prediction)]:
-        raise SystemExit(f"{len(failed)} images cannot be read; the first: {failed[0]}")
-    logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
-    return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+from medmamba.unusual import Seen, Unusual, learn_unusual, look
 
 
 def measure(warning: Unusual, own: Seen, others: dict[str, Seen], task: str) -> dict[str, Any]:
@@ -78,12 +54,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=600, help="of each split, at most (%(default)s)")
     args = parser.parse_args()
     model, dataset = MedMamba.from_pretrained(args.model).fuse(), open_dataset(args.own)
-    train, val, test = (look(model, dataset, split, args.images) for split in ("train", "val", "test"))
-    others = {
-        name: look(model, open_dataset(path), "test", args.images)
-        for name, _, path in (text.partition("=") for text in args.others)
-    }
-    warning = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    warning = learn_unusual(model, dataset, args.images)
+    test = look(model, dataset, "test", args.images)
+    others = {}
+    for name, _, path in (text.partition("=") for text in args.others):
+        other = open_dataset(path)
+        others[name] = look(model, other, "test" if other.split_sizes.get("test") else None, args.images)
     measured = measure(warning, test, others, model.config.task)
     dataclasses.replace(warning, measured=measured).save(args.model)
     print(json.dumps(measured, indent=2))

@@ -5,8 +5,10 @@ model of blood cells can get larger logits than any cell. What does tell is how 
 of every class, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et al. 2018
 (arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a heuristic.
 
->>> warning = fit_unusual(train_features, train_labels, val_features)
->>> warning.is_unusual(features)
+>>> warning = learn_unusual(model, dataset)  # with splits train and val
+>>> with pooled_features(model) as pooled:
+...     model.predict(images)
+>>> warning.is_unusual(pooled.array())
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .checksums import WEIGHTS_NAME, file_hash
 from .model import MedMamba
+from .predict import Prediction, iter_predict
+
+if TYPE_CHECKING:
+    from .data import ImageDataset
 
 NAME = "unusual.json"
 _DIGITS = 5  # significant, in the file
@@ -132,6 +138,46 @@ def fit_unusual(
     found = Unusual(means, spread, 0.0, coverage)
     threshold = float(np.quantile(found.score(held_out), coverage, method="higher"))
     return Unusual(means, spread, threshold, coverage)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a model makes of a set: features (N, C), logits (N, K), labels (N,) or, for several labels, (N, K)."""
+
+    features: NDArray[np.float32]
+    logits: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+def look(model: MedMamba, dataset: ImageDataset, split: str | None, images: int = 600) -> Seen:
+    """Predicts at most so many images of a split, drawn with a fixed seed; None: of the whole set.
+
+    Raises:
+        UnusualError: no such split, or images that cannot be read.
+    """
+    if split and not dataset.split_sizes.get(split):
+        raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
+    part = dataset.split(split) if split else dataset
+    chosen = np.sort(np.random.default_rng(0).permutation(len(part))[:images])
+    with pooled_features(model) as pooled:
+        results = list(iter_predict(model, (part.reader.read(part.records[i]) for i in chosen)))
+    if failed := [r.error for r in results if not isinstance(r, Prediction)]:
+        raise UnusualError(f"{len(failed)} images of {dataset.name} cannot be read; the first: {failed[0]}")
+    logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
+    return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+
+
+def learn_unusual(model: MedMamba, dataset: ImageDataset, images: int = 600) -> Unusual:
+    """The warning for a model, from the splits "train" and "val" of the set that it was trained on.
+
+    Args:
+        images: of each split, at most.
+
+    Raises:
+        UnusualError: a split is missing, too small, or has images that cannot be read.
+    """
+    train, val = (look(model, dataset, split, images) for split in ("train", "val"))
+    return fit_unusual(train.features, train.labels, val.features, task=model.config.task)
 
 
 class Pooled:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medmamba.unusual import Unusual, UnusualError, fit_unusual, load_unusual, pooled_features
+from medmamba.data import make_splits, open_dataset
+from medmamba.unusual import Unusual, UnusualError, fit_unusual, learn_unusual, load_unusual, look, pooled_features
 
 
 def clouds(n=200, shift=0.0, seed=0):
@@ -105,3 +106,34 @@ def test_other_threads_are_not_mixed_in(tiny_model):
         assert pooled.array().shape == (0, 0)
         tiny_model.predict(image)
     assert pooled.array().shape == (1, 64)
+
+
+@pytest.fixture
+def dark_and_light(tmp_path):
+    """40 images of two classes, divided into train, val and test."""
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.normal(level, 10, (32, 32)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{i}.png")
+    return make_splits(open_dataset(tmp_path / "set"), (0.5, 0.3, 0.2))
+
+
+def test_it_is_learnt_from_train_and_val_alone(tiny_model, dark_and_light):
+    train, val = look(tiny_model, dark_and_light, "train"), look(tiny_model, dark_and_light, "val")
+    assert train.features.shape == (20, 64) and len(val.logits) == len(val.labels) == 12
+    expected = fit_unusual(train.features, train.labels, val.features)
+    found = learn_unusual(tiny_model, dark_and_light)
+    assert found.threshold == expected.threshold and np.array_equal(found.means, expected.means)
+    noise = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    with pooled_features(tiny_model) as pooled:
+        tiny_model.predict(list(noise))
+    assert found.is_unusual(pooled.array()).all()
+
+
+def test_a_part_of_a_set_is_the_same_part_each_time(tiny_model, dark_and_light):
+    one, two = look(tiny_model, dark_and_light, None, 7), look(tiny_model, dark_and_light, None, 7)
+    assert len(one.labels) == 7 and np.array_equal(one.features, two.features)
+    with pytest.raises(UnusualError, match="no split 'elsewhere'"):
+        look(tiny_model, dark_and_light, "elsewhere")
