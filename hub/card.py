@@ -1,4 +1,8 @@
-"""python -m hub.card FOLDER: writes the model card of a folder from its config.json and results.json."""
+"""python -m hub.card FOLDER ...: writes model cards from what lies in the folders: configuration, results, pictures.
+
+Where there is no golden.json, the golden prediction is recorded too, by which others can tell that the weights compute
+what was published.
+"""
 
 import argparse
 import json
@@ -7,6 +11,8 @@ from pathlib import Path
 
 from medmamba import MedMamba
 from medmamba.card import EXAMPLE_NAME, write_card
+
+from .golden import GOLDEN_NAME, write_golden
 
 METHODS = ("integrated_gradients", "gradcam:stage3.conv", "gradcam:stage3.scan")
 
@@ -24,19 +30,24 @@ def write_example(folder: Path, image: Path, credit: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hub.card", description=__doc__)
-    parser.add_argument("folder", type=Path, help="a model folder")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="model folders")
     parser.add_argument("--repo", metavar="ORG/NAME", help="where it will be loaded from (medmamba/FOLDER)")
     parser.add_argument("--license", metavar="ID", help="of the weights; default: that of the data")
     parser.add_argument("--permission", default="", metavar="TEXT", help="who allowed unlicensed weights, and when")
     parser.add_argument("--example", type=Path, metavar="IMAGE", help="draw an attribution example of this image")
     parser.add_argument("--credit", default="", help="source and licence of that image")
     args = parser.parse_args(argv)
+    if len(args.folders) > 1 and (args.repo or args.example):
+        parser.error("--repo and --example are for one folder")
     try:
-        if args.example:
-            if not args.credit:
-                raise ValueError("--example needs --credit: the image will be public, say whose it is")
-            write_example(args.folder, args.example, args.credit)
-        print(write_card(args.folder, args.repo, args.license, args.permission))
+        if args.example and not args.credit:
+            raise ValueError("--example needs --credit: the image will be public, say whose it is")
+        for folder in args.folders:
+            if args.example:
+                write_example(folder, args.example, args.credit)
+            if not (folder / GOLDEN_NAME).is_file() and (model := MedMamba.from_pretrained(folder)).config.num_classes:
+                write_golden(model, folder)
+            print(write_card(folder, args.repo, args.license, args.permission))
     except (ValueError, OSError, ImportError) as error:
         print(f"hub.card: {error}", file=sys.stderr)
         return 2

@@ -72,12 +72,13 @@ def validate(
         return report
     _check_config(report)
     _check_licence(report, private)
-    if not (folder / CARD_NAME).is_file() or _is_untouched(folder):
-        write_card(folder, repo_id, licence, permission)
-        report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
-    card = (folder / CARD_NAME).read_text(encoding="utf-8")
+    card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
+    if not card or _is_untouched(folder, card):
+        before, card = card, write_card(folder, repo_id, licence, permission).read_text(encoding="utf-8")
+        if card != before:
+            report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
     report.problems += check_card(card, report.facts)
-    if (loads := re.findall(r'from_pretrained\("([^"]+)"\)', card)) and repo_id not in loads:
+    if (loads := _loads(card)) and repo_id not in loads:
         report.problems.append(f"{CARD_NAME}: it shows how to load {loads[0]}, not {repo_id}; write the card again")
     _check_results(report)
     _check_golden(report)
@@ -85,13 +86,18 @@ def validate(
     return report
 
 
-def _is_untouched(folder: Path) -> bool:
-    """Whether the card is the one that training or conversion wrote, for a repository it could only guess."""
+def _is_untouched(folder: Path, card: str) -> bool:
+    """Whether the card is as it was generated, for a repository that was guessed or published to before."""
     try:
-        default = render_card(read_facts(folder), default_repo(folder))
+        facts = read_facts(folder)
     except LicenceError:
         return False
-    return (folder / CARD_NAME).read_text(encoding="utf-8") == default
+    return any(card == render_card(facts, repo) for repo in {default_repo(folder), *_loads(card)})
+
+
+def _loads(card: str) -> list[str]:
+    """The repositories that a card shows how to load."""
+    return re.findall(r'from_pretrained\("([^"]+)"\)', card)
 
 
 def _check_files(report: Report) -> None:

@@ -11,11 +11,13 @@ from .images import ImageError, MedicalImage, load_image
 from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
 from .model import MedMamba, create_model
 from .pretrained import PretrainedError, bundled_models
+from .sources import DEFAULT_MODEL
 from .timm_compat import hook as _hook_timm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_MODEL",
     "BackendError",
     "ConfigError",
     "ConversionError",

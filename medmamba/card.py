@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import registry
 from .card_text import sections
+from .checksums import WEIGHTS_NAME
 from .config import MedMambaConfig
 from .evaluation import Evaluation
 from .licences import HUB_LICENCES, Terms, terms_of
 from .pretrained import ORGANISATION, read_config
+from .unusual import Unusual, UnusualError, load_unusual
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -57,6 +59,8 @@ class ModelFacts:
         results: results.json, {} where there is none.
         evaluations: by split, of results.json.
         pictures: file names of the pictures in the folder.
+        example: where the image in attribution.png is from.
+        unusual: the warning for images of another kind.
     """
 
     config: MedMambaConfig
@@ -65,7 +69,8 @@ class ModelFacts:
     results: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
-    example: str = ""  # where the image in attribution.png is from
+    example: str = ""
+    unusual: Unusual | None = None
 
     @property
     def split(self) -> str | None:
@@ -112,6 +117,10 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         entry = registry.get(str(config.training.get("dataset", "")))
     except registry.RegistryError:
         entry = None
+    try:
+        unusual = load_unusual(folder) if (folder / WEIGHTS_NAME).is_file() else None
+    except UnusualError as error:
+        raise CardError(str(error)) from error
     return ModelFacts(
         config,
         terms_of(config, entry, licence, permission),
@@ -120,6 +129,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         evaluations,
         tuple(name for name in PICTURES if (folder / name).is_file()),
         _read_example(folder),
+        unusual,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import registry
 from .evaluation import PAPER_COLUMNS, TITLES
 from .registry import DatasetEntry
 
@@ -33,6 +35,7 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("Training data", _data(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Calibration", _calibration(facts)),
+        ("Images of another kind", _unusual(facts)),
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),
         ("How to reproduce", _reproduce(facts)),
@@ -118,9 +121,10 @@ def _data(facts: ModelFacts) -> str:
             lines.append("Patients are not identified in these data, so the split may not separate them.")
     if t.get("note"):
         lines.append(str(t["note"]))
-    pretrained = [str(n) for n in (t.get("init"), *t.get("pretraining", [])) if n]
-    if pretrained:
-        lines.append(f"The weights started from {', '.join(pretrained)}.")
+    if t.get("init"):
+        sets = [_title(name) for name in t.get("pretraining", [])]
+        trained = f", trained on {', '.join(sets[:-1]) + ' and ' if sets[:-1] else ''}{sets[-1]}" if sets else ""
+        lines.append(f"The weights started from {t['init']}{trained}.")
     return " ".join(line.strip() for line in lines if line)
 
 
@@ -175,7 +179,43 @@ def _calibration(facts: ModelFacts) -> str:
             f" Images whose {ood['score']} score is above {ood['threshold']:.3g} ({1 - ood['coverage']:.0%} of the "
             "validation images) are reported as unusual: a heuristic, not a guarantee."
         )
+        energies = [row[ood["score"]] for row in _others(facts).values() if ood["score"] in row]
+        if energies and min(energies) < 0.7:
+            text += (
+                " It fails where it would be needed most: against other kinds of images its AUROC is "
+                f"{min(energies):.2f} to {max(energies):.2f}."
+            )
     return text + ("\n\n![Reliability diagram](reliability.png)" if "reliability.png" in facts.pictures else "")
+
+
+def _unusual(facts: ModelFacts) -> str:
+    if facts.unusual is None or not _others(facts):
+        return ""
+    own = facts.unusual.measured["own"]
+    rows = [[f"{facts.dataset}, its own test images", own["n"], f"{own['called_unusual']:.1%}", ""]]
+    rows += [
+        [name, row["n"], f"{row['called_unusual']:.1%}", f"{row['auroc']:.3f}"] for name, row in _others(facts).items()
+    ]
+    lines = [["Images of", "Number", "Called unusual", "AUROC against its own"], ["---"] * 4, *rows]
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return (
+        "A second warning is stored in `unusual.json` and shown by the web app. It calls an image unusual if its "
+        f"features lie further from those of every class than those of {facts.unusual.coverage:.0%} of the validation "
+        f"images do (`medmamba.unusual`). Measured:\n\n{table}\n\n"
+        "An image that is not called unusual may still be of no class the model knows."
+    )
+
+
+def _others(facts: ModelFacts) -> dict[str, Any]:
+    """Dataset to what was measured on its images; {} where nothing was."""
+    return dict(facts.unusual.measured.get("auroc", {})) if facts.unusual else {}
+
+
+def _title(dataset: str) -> str:
+    try:
+        return registry.get(dataset).title
+    except registry.RegistryError:
+        return dataset
 
 
 def _attribution(facts: ModelFacts) -> str:
@@ -213,22 +253,43 @@ def _reproduce(facts: ModelFacts) -> str:
         return f"`python -m hub.convert {t['origin']['file']}` with the authors' file."
     if not t.get("recipe"):
         return ""
-    words = ["medmamba", "train", "--data", "DATA", "--out", "OUT", "--recipe", t["recipe"]]
-    if facts.entry:
-        words += ["--dataset", facts.entry.name]
-    words += ["--from", t["init"]] if t.get("init") else ["--variant", facts.config.architecture]
-    words += ["--seed", str(t.get("seed", 0))]
+    commands = _zoo_commands(facts)
+    if not commands:
+        words = ["medmamba", "train", "--data", "DATA", "--out", "OUT", "--recipe", t["recipe"]]
+        if facts.entry:
+            words += ["--dataset", facts.entry.name]
+        words += ["--from", t["init"]] if t.get("init") else ["--variant", facts.config.architecture]
+        commands = [[*words, "--seed", str(t.get("seed", 0))]]
     if changed := _changed_settings(t):
-        words += ["--set", *changed]
+        commands[-1] += ["--set", *changed]
     precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(t.get("precision")), "unrecorded")
     versions = ", ".join(f"{name} {version}" for name, version in t.get("versions", {}).items())
+    lines = "\n".join(map(shlex.join, commands))
     return (
-        f"```bash\n{shlex.join(words)}\n```\n\n"
+        f"```bash\n{lines}\n```\n\n"
         f"It was run on {t.get('device', 'an unrecorded device')} in {precision} precision, "
         f"{t.get('seconds', 0) / 60:.0f} minutes, with {versions or 'unrecorded versions'}. Of "
         f"{t.get('epochs')} epochs, number {t.get('best_epoch')} was the best on validation, by "
         f"{' then '.join(t.get('selected_by', []))}. All settings are in `results.json`."
     )
+
+
+def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
+    """Those of `hub.zoo`, for a model whose record names one of its recipes and a start that no --from could name."""
+    t = facts.config.training
+    if not facts.entry or not str(t.get("recipe")).startswith("zoo-"):
+        return []
+    words = ["python", "-m", "hub.zoo", "train", facts.entry.name, "--data", "DATA", "--out", "OUT"]
+    words += ["--recipe", t["recipe"]] if t["recipe"] != f"zoo-{facts.entry.name}" else []
+    commands = [[*words, "--seed", str(t.get("seed", 0))]]
+    if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
+        first = ["python", "-m", "hub.zoo", "pretrain", "--data", "DATA", "--out", "START", "--seed", start[2]]
+        commands = [first + (["--recipe", start[1]] if start[1] != "zoo-joint" else []), *commands]
+        commands[-1] += ["--init", "START"]
+    if facts.config.architecture != "tiny":
+        for command in commands:
+            command += ["--variant", facts.config.architecture]
+    return commands
 
 
 def _changed_settings(training: dict[str, Any]) -> list[str]:

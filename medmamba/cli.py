@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from . import __version__
+from .sources import DEFAULT_MODEL
 
-DEFAULT_MODEL = "medmamba/bloodmnist"
 # Further subcommands, each a module with `add_parser(subparsers)` that imports what it needs only when it runs.
 SUBCOMMANDS = ("cli_train", "cli_evaluate", "cli_explain", "cli_export")
 

@@ -4,6 +4,8 @@ A name is a folder, a zip file, a bundled model, "org/name[@revision]" on the Hu
 any address that fsspec reads ("s3://...", "file://...", "https://....zip").
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -12,13 +14,15 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, checked, file_hash, verify
 
 ORGANISATION = "medmamba"
+DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist"  # small, quick on a laptop, and the one model that is in the package
+SIDECARS = ("results.json", "unusual.json")  # what a model may say of itself beside config.json; the app shows it
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 
 ATTEMPTS = 4
@@ -44,6 +48,7 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    sidecars: bool = False,
 ) -> Path:
     """The local folder that holds a model, its files verified against their checksums.
 
@@ -54,6 +59,7 @@ def fetch(
         cache_dir: where downloads are kept; default: the Hub's cache.
         local_files_only: never ask the network.
         force_download: download again what is cached.
+        sidecars: from the Hub, bring along `SIDECARS` where the model has them; other sources always do.
 
     Raises:
         PretrainedError: nothing by that name, no network, no permission, an incomplete folder or a damaged file.
@@ -75,7 +81,7 @@ def fetch(
     if isinstance(name, os.PathLike) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise PretrainedError(f"no such folder: {name}. {_what_exists(bundled)}")
     options = dict(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    return _from_hub(repo, force_download, options)
+    return _from_hub(repo, force_download, options, SIDECARS if sidecars else ())
 
 
 def is_address(name: str) -> bool:
@@ -86,16 +92,20 @@ def is_address(name: str) -> bool:
 # --- the Hub ---
 
 
-def _from_hub(repo: str, force: bool, options: dict[str, Any]) -> Path:
+def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[str]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     def download(again: bool) -> Path:
         # The configuration first: the Hub counts a download by it, and it is small where the name is wrong.
-        paths = [
-            Path(hf_hub_download(repo, file, force_download=force or again, **options))
-            for file in (CONFIG_NAME, WEIGHTS_NAME)
-        ]
+        get = functools.partial(hf_hub_download, repo, force_download=force or again)
+        config = Path(get(CONFIG_NAME, **options))
+        # The rest of the same commit, even if the branch has moved on meanwhile: the cache names folders by commits.
+        pinned = options | {"revision": config.parent.name}
+        paths = [config, Path(get(WEIGHTS_NAME, **pinned))]
+        for file in extras:
+            with contextlib.suppress(EntryNotFoundError):
+                paths.append(Path(get(file, **pinned)))
         verify(paths[0].parent, {path.name: _blob_hash(path) for path in paths})
         return paths[0].parent
 
@@ -201,13 +211,14 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
             return verify(copies / version)
         copies.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=copies, prefix=".part-") as staging:
-            for file in files:
+            beside = [] if zipped else [f"{path.rstrip('/')}/{file}" for file in SIDECARS]
+            for file in [*files, *filter(fs.exists, beside)]:
                 target = Path(staging, Path(file).name)
                 fs.get_file(file, str(target))
                 if (size := fs.info(file).get("size")) not in (None, target.stat().st_size):
                     raise Damaged(f"{file} has {size} bytes, {target.stat().st_size} arrived")
             if zipped:
-                _extract(target, Path(staging))
+                _extract(Path(staging, Path(path).name), Path(staging))
             return _install(verify(Path(staging)), copies / version)
 
     def worth(error: Exception) -> bool:
@@ -254,7 +265,8 @@ def _extract(file: Path, folder: Path) -> None:
             if len(roots) != 1:
                 found = f"it holds {len(roots)}: {', '.join(sorted(roots))}" if roots else "it holds none"
                 raise PretrainedError(f"{file} should hold one {CONFIG_NAME} beside one {WEIGHTS_NAME}, and {found}")
-            for name in (CONFIG_NAME, WEIGHTS_NAME):  # by name, so that no path in the archive is followed
+            beside = [name for name in SIDECARS if roots[0] + name in names]
+            for name in (CONFIG_NAME, WEIGHTS_NAME, *beside):  # by name, so that no path in the archive is followed
                 with archive.open(roots[0] + name) as source, open(folder / name, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)  # checks the CRC at the end
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # last: encrypted
@@ -268,9 +280,9 @@ def _cache(cache_dir: str | os.PathLike | None) -> Path:
 
 
 def _install(folder: Path, target: Path) -> Path:
-    """Moves the two files to their place in the cache. The configuration comes last: it marks the copy complete."""
+    """Moves the files to their place in the cache. The configuration comes last: it marks the copy complete."""
     target.mkdir(parents=True, exist_ok=True)
-    for file in (WEIGHTS_NAME, CONFIG_NAME):
+    for file in (*(name for name in SIDECARS if (folder / name).is_file()), WEIGHTS_NAME, CONFIG_NAME):
         os.replace(folder / file, target / file)
     return target
 

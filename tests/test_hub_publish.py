@@ -275,8 +275,22 @@ def test_all_problems_are_told_at_once(folder):
     assert len(re.findall(r"^  - ", str(info.value), re.M)) >= 3
 
 
-def test_a_card_of_another_repository_is_noticed(hub, folder):
+def test_a_generated_card_follows_to_another_repository(hub, folder):
     publish(folder, REPO, say=quiet)
+    said = []
+    publish(folder, "org/other", say=said.append)
+    assert "README.md was written for org/other: read it before others do" in said[0]
+    assert 'from_pretrained("org/other")' in hub.files("org/other")["README.md"].decode()
+    assert 'from_pretrained("org/bloodmnist")' in hub.files(REPO)["README.md"].decode()
+    said.clear()
+    publish(folder, "org/other", say=said.append)
+    assert not [line for line in said if "was written" in line]
+
+
+def test_an_edited_card_of_another_repository_is_noticed(hub, folder):
+    publish(folder, REPO, say=quiet)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("Research and teaching", "Teaching and research"))
     with pytest.raises(PublishError, match="shows how to load org/bloodmnist, not org/other"):
         publish(folder, "org/other", say=quiet)
 
@@ -313,9 +327,11 @@ def test_the_golden_image_never_changes():
 
 @pytest.fixture
 def zoo(made, tmp_path, monkeypatch):
+    """Models of different data, terms and tasks."""
     models = tmp_path / "models"
-    for name in ("bloodmnist", "bloodmnist-nano"):
-        shutil.copytree(made, models / name)
+    shutil.copytree(made, models / "bloodmnist")
+    finished_model(models / "dermamnist", "dermamnist", seed=1)
+    finished_model(models / "breastmnist", "breastmnist", seed=2, pretraining=["dermamnist"], init="zoo-joint, seed 0")
     monkeypatch.setattr(tool, "MODELS", models)
     monkeypatch.setattr(tool, "COLLECTION", tmp_path / "collection.json")
     monkeypatch.setattr(tool, "bundled_models", lambda: {f"medmamba/{p.name}": p for p in models.iterdir()})
@@ -324,13 +340,25 @@ def zoo(made, tmp_path, monkeypatch):
 
 def test_all_models_and_their_collection(hub, zoo, tmp_path, capsys):
     assert tool.main(["--all", "--repo", "org"]) == 0
-    assert set(hub.repos) == {"org/bloodmnist", "org/bloodmnist-nano"}
+    assert set(hub.repos) == {"org/bloodmnist", "org/breastmnist", "org/dermamnist"}
+    licences = {
+        repo: re.search(r"^license: (.+)$", hub.files(repo)["README.md"].decode(), re.M)[1] for repo in hub.repos
+    }
+    assert licences == {
+        "org/bloodmnist": "cc-by-4.0",
+        "org/breastmnist": "cc-by-nc-4.0",  # from weights that have seen the next
+        "org/dermamnist": "cc-by-nc-4.0",
+    }
     (collection,) = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == sorted(hub.repos)
     written = json.loads((tmp_path / "collection.json").read_text())
-    assert written["slug"] == collection["slug"] and "accuracy" in written["items"][0]["note"]
+    assert written["slug"] == collection["slug"]
+    notes = {item["id"]: item["note"] for item in written["items"]}
+    results = json.loads((zoo / "breastmnist" / "results.json").read_text())["splits"]["test"]["overall"]
+    expected = f"accuracy {results['accuracy']['value']:.3f}, AUROC {results['auroc']['value']:.3f}"
+    assert notes["org/breastmnist"] == f"BreastMNIST, test: {expected}"
     assert tool.main(["--all", "--repo", "org"]) == 0  # again: no second collection, no second items
-    assert len(hub.collections) == 1 and len(collection["items"]) == 2
+    assert len(hub.collections) == 1 and len(collection["items"]) == 3
     assert TOKEN not in "".join(capsys.readouterr())
 
 
@@ -338,7 +366,8 @@ def test_one_unfit_model_does_not_stop_the_others(hub, zoo, capsys):
     (zoo / "bloodmnist" / "best.pth").write_bytes(b"x")
     failures = publish_all("org", say=quiet)
     assert len(failures) == 1 and "best.pth is a pickle" in failures[0]
-    assert set(hub.repos) == {"org/bloodmnist-nano"}
+    assert set(hub.repos) == {"org/breastmnist", "org/dermamnist"}
+    assert [i["id"] for i in next(iter(hub.collections.values()))["items"]] == ["org/breastmnist", "org/dermamnist"]
     assert tool.main(["--all", "--repo", "org", "--dry-run"]) == 1
 
 

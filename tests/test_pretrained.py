@@ -250,6 +250,16 @@ def test_an_address_that_arrives_damaged_is_asked_again_then_named(folder, tmp_p
         MemoryFileSystem.store.clear()
 
 
+def test_what_a_model_says_of_itself_comes_out_of_zips_and_addresses(folder, tmp_path):
+    (folder / "results.json").write_text('{"splits": {}}')
+    (folder / "notes.txt").write_text("nobody asked for these")
+    file = zipped(folder, tmp_path / "eye.zip", "eye/")
+    for address in (file, f"file://{folder}", f"file://{file}"):
+        found = fetch(address, cache_dir=tmp_path / "cache")
+        assert (found / "results.json").read_text() == '{"splits": {}}', address
+        assert sorted(p.name for p in found.iterdir()) == ["config.json", "model.safetensors", "results.json"]
+
+
 # --- the Hub ---
 
 
@@ -274,6 +284,33 @@ def test_a_new_commit_on_a_branch_is_taken(hub, tmp_path):
     hub.commit("org/eye", "main", files_of(tmp_path / "new"), "third")
     assert MedMamba.from_pretrained("org/eye").config.num_classes == 9
     assert MedMamba.from_pretrained("org/eye", local_files_only=True).config.num_classes == 9
+
+
+def test_a_branch_that_moves_on_while_it_is_read_gives_one_commit(hub, tiny_model, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    create_model("test", num_classes=9).save_pretrained(tmp_path / "new")
+    honest = huggingface_hub.hf_hub_download
+
+    def download(repo, file, **options):
+        path = honest(repo, file, **options)
+        if file == "config.json":
+            hub.commit("org/eye", "main", files_of(tmp_path / "new"), "third")
+        return path
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert same(MedMamba.from_pretrained("org/eye"), tiny_model)
+
+
+def test_what_a_model_says_of_itself_comes_from_the_hub_when_asked_for(hub, folder):
+    hub.commit("org/eye", "told", files_of(folder) | {"results.json": b"{}", "other.json": b"{}"}, "told")
+    assert not (fetch("org/eye@told") / "results.json").exists()
+    found = fetch("org/eye@told", sidecars=True)
+    assert sorted(p.name for p in found.iterdir()) == ["config.json", "model.safetensors", "results.json"]
+    assert not hub.requests("", "other.json")
+    hub.log.clear()
+    assert fetch("org/eye@told", local_files_only=True, sidecars=True) == found and hub.log == []
+    assert fetch("org/eye", sidecars=True).is_dir()  # has none
 
 
 def test_offline_from_the_cache(hub, tiny_model):
