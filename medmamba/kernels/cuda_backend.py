@@ -5,6 +5,7 @@ they do not cover (more than 16 states, one-dimensional scans) goes to the Trito
 plain definition.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ PADDED_STATES = 16
 MAX_RANK = 64
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 K = 4
+BLOCKS = (128, 96, 64, 32)  # channels per program
 
 
 class Plan(NamedTuple):
@@ -100,7 +102,7 @@ def scan_parts(
     constants = _constants(x, proj, dtype, dt_weight, A) + (
         ("LANES", plan.lanes), ("THREADS", threads), ("SAVE", int(save)),
     )  # fmt: skip
-    _launch(
+    launch(
         "forward.cu", "scan_forward", "ppppppppiiiilili" + "i", constants, 0, B * K * blocks, threads, x,
         x, proj, *_float(dt_weight, dt_bias, A, D), out, states if save else None, H, W, C, blocks,
         *_strides(x), *_strides(proj), proj.stride(3),
@@ -125,7 +127,7 @@ def scan_2d_backward(
     B, H, W, C = x.shape
     R, N, P = dt_weight.shape[2], A.shape[2], proj.shape[4]
     dy, x, proj = _map(dy), _map(x), _map(proj)
-    plan = plan or backward_plan(C)
+    plan = plan or backward_plan(C, R, x.device)
     blocks = -(-C // plan.channels)
     warps = plan.channels // (8 * plan.per_thread)
     dxs = x.new_empty((B, K, H * W, C), dtype=torch.float32)
@@ -135,7 +137,7 @@ def scan_2d_backward(
         ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(C % 4 == 0)),
     )  # fmt: skip
     with torch.cuda.device_of(x):
-        _launch(
+        launch(
             "backward.cu", "scan_backward", "ppppppppppp" + "iiiii" + "lilili" + "i", constants,
             backward_shared(R, warps, plan.per_thread), B * K * blocks, 32 * warps, x,
             dy, x, proj, *_float(dt_weight, dt_bias, A, D), states, dxs, dproj, dtable, B, H, W, C, blocks,
@@ -159,7 +161,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     constants = (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]), ("RANK", 1), ("STATES", 1))
     constants += (("PARTS", count), ("VEC", int(step == 4)))
     grid = -(-outer * inner // (256 * step))
-    _launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
+    launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
     return out
 
 
@@ -168,7 +170,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 def forward_plan(batch: int, channels: int, device: torch.device) -> Plan:
     """As many lanes per channel as it takes to fill the chip; each repeats the computation of the step size."""
-    block = _block(channels)
+    block = _block(channels, BLOCKS)
     warps = batch * K * -(-channels // 32)
     lanes = 1
     while lanes < 4 and warps * lanes < 8 * _processors(device):
@@ -178,8 +180,12 @@ def forward_plan(batch: int, channels: int, device: torch.device) -> Plan:
     return Plan(block, lanes)
 
 
-def backward_plan(channels: int) -> Plan:
-    return Plan(_block(channels), 1)
+def backward_plan(channels: int, rank: int, device: torch.device) -> Plan:
+    room = 48 * 1024
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    fit = [block for block in BLOCKS if backward_shared(rank, block // 16, 2) <= room]
+    return Plan(_block(channels, fit or BLOCKS[-1:]), 1)
 
 
 def backward_shared(rank: int, warps: int, per_thread: int) -> int:
@@ -191,9 +197,9 @@ def backward_shared(rank: int, warps: int, per_thread: int) -> int:
     return -(-4 * numbers // 16) * 16
 
 
-def _block(channels: int) -> int:
+def _block(channels: int, blocks: Sequence[int]) -> int:
     """Channels per program that leave the fewest threads idle; of equals, the most."""
-    return min((128, 96, 64, 32), key=lambda block: (-(-channels // block) * block, -block))
+    return min(blocks, key=lambda block: (-(-channels // block) * block, -block))
 
 
 def _processors(device: torch.device) -> int:
@@ -205,9 +211,18 @@ def _constants(x: Tensor, proj: Tensor, out: torch.dtype, dt_weight: Tensor, A: 
     return *types, ("RANK", dt_weight.shape[2]), ("STATES", A.shape[2])
 
 
-def _launch(
-    file: str, name: str, signature: str, constants: tuple, shared: int, grid: int, threads: int, on: Tensor, *arguments
+def launch(
+    file: str,
+    name: str,
+    signature: str,
+    constants: tuple[tuple[str, int], ...],
+    shared: int,
+    grid: int,
+    threads: int,
+    on: Tensor,
+    *arguments: Tensor | float | None,
 ) -> None:
+    """Runs a kernel of `cuda/` on the device and stream of the tensor `on`; None is a null pointer."""
     kernel = nvrtc.load_kernel(file, name, signature, constants, shared, on.get_device())
     values = (a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments)
     kernel(grid, threads, torch.cuda.current_stream(on.device).cuda_stream, *values)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cuda"
+HEADERS = ("common.cuh", "pairs.cuh")
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
 FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # pointer, int, long long, float
@@ -145,7 +146,8 @@ def load_kernel(
 
 
 def kernel_source(file: str) -> str:
-    return "".join((SOURCES / part).read_text(encoding="utf-8") for part in ("common.cuh", file))
+    """A file of `cuda/` with the headers it needs in front: NVRTC reads no folders."""
+    return "".join((SOURCES / part).read_text(encoding="utf-8") for part in (*HEADERS, file))
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,124 @@
+"""A model for inference whose blocks run as few kernels on an NVIDIA GPU: `model.fuse()` makes it.
+
+Per block: two convolutions with their ReLU, four matrix products, a depthwise convolution with its SiLU, the scan, its
+norm and gate, and the mixing of the branches with the preparation of the next block: ten launches, none of which reads
+or writes more than it must. Elsewhere (CPUs, gradients, torch.compile, autocast over float32 weights) the layers of
+`model.py` run one by one. Hooks on layers inside a block are called only there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import fused, resolve_backend
+from .model import MedMamba, SSConvSSM
+
+
+class _Block(NamedTuple):
+    """What the kernels take of one block, in their layout and types."""
+
+    convs: tuple[nn.Conv2d, nn.Conv2d]
+    pointwise: nn.Linear
+    in_proj: Tensor
+    depthwise: tuple[Tensor, Tensor]  # (9, C), (C,)
+    x_proj: Tensor  # (K * (R4 + 2N), C): R padded to a multiple of 4 with zeros, for aligned matrix products
+    scan: tuple[Tensor, Tensor, Tensor, Tensor]  # dt_weight (K, C, R4), dt_bias, A, D
+    out_norm: tuple[Tensor, Tensor, float]
+    out_proj: Tensor
+    split: tuple[Tensor, Tensor, Tensor, Tensor, float]  # the affine of the left half, the norm of the right
+
+
+class FusedMedMamba(MedMamba):
+    """See the module. Made by `MedMamba.fuse`."""
+
+    _blocks: list[list[_Block]] | None = None
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """The feature maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
+        self._check_input(x)
+        return self.cuda_pyramid(x) if self._runs_fused(x) else super().forward_pyramid(x)
+
+    def _apply(self, fn, recurse=True):
+        self._blocks = None  # moved, or of another type
+        return super()._apply(fn, recurse)
+
+    def _runs_fused(self, x: Tensor) -> bool:
+        weight = self.patch_embed.proj.weight
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (x.is_cuda and weight.is_cuda):
+            return False
+        if weight.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            return False
+        ssm = self.stages[0].blocks[0].ssm
+        fits = all(dim % 4 == 0 for dim in self.config.dims) and self.config.d_state <= 16
+        return fits and resolve_backend(x.device, weight.dtype, ssm.scan_backend) == "cuda"
+
+    @torch.no_grad()
+    def cuda_pyramid(self, x: Tensor) -> list[Tensor]:
+        """`forward_pyramid` by the kernels of `kernels/fused.py`, for tensors where these run."""
+        if self._blocks is None:
+            self._blocks = [[_prepare(block) for block in stage.blocks] for stage in self.stages]
+        embed = self.patch_embed
+        x = embed.proj(x.to(embed.proj.weight.dtype).contiguous(memory_format=torch.channels_last))
+        x = fused.norm(x.permute(0, 2, 3, 1).contiguous(), *_norm(embed.norm))  # (B, H, W, C)
+        maps = []
+        for i, blocks in enumerate(self._blocks):
+            if i:
+                merging = self.downsamples[i - 1]
+                x = F.linear(fused.gather_norm(x, *_norm(merging.norm)), merging.reduction.weight)
+            _, left, right = fused.mix_split(x, None, blocks[0].split)
+            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+                mixed = _conv_branch(left, block), _scan_branch(right, block)
+                x, left, right = fused.mix_split(x, mixed, following.split if following else None)
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+
+def _conv_branch(x: Tensor, block: _Block) -> Tensor:
+    """(B, H, W, C/2) to the same, before the last ReLU."""
+    x = x.permute(0, 3, 1, 2)  # (B, C/2, H, W), channels_last
+    for conv in block.convs:
+        if x.is_cuda:
+            x = torch.cudnn_convolution_relu(x, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
+        else:
+            x = F.relu(conv(x))
+    return block.pointwise(x).permute(0, 2, 3, 1)
+
+
+def _scan_branch(x: Tensor, block: _Block) -> Tensor:
+    """(B, H, W, C/2) to the same."""
+    x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)  # (B, H, W, C) each
+    x = fused.depthwise_silu(x, *block.depthwise)
+    proj = F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))  # (B, H, W, K, R4 + 2N)
+    return F.linear(fused.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
+
+
+def _prepare(block: SSConvSSM) -> _Block:
+    affine, conv1, _, conv2, _, pointwise, _ = block.conv
+    ssm = block.ssm
+    pad = -ssm.dt_weight.shape[2] % 4
+    R = ssm.dt_weight.shape[2]
+    code, vectors = ssm.x_proj.split((R, ssm.x_proj.shape[1] - R), dim=1)
+    x_proj = torch.cat((F.pad(code, (0, 0, 0, pad)), vectors), dim=1).flatten(0, 1).contiguous()
+    scale, shift = (getattr(affine, name).flatten().float().contiguous() for name in ("scale", "shift"))
+    return _Block(
+        convs=(conv1, conv2),
+        pointwise=pointwise,
+        in_proj=ssm.in_proj.weight,
+        depthwise=(ssm.conv.weight.flatten(1).T.float().contiguous(), ssm.conv.bias.float()),
+        x_proj=x_proj,
+        scan=(
+            F.pad(ssm.dt_weight.float(), (0, pad)),
+            ssm.dt_bias.float(),
+            -torch.exp(ssm.A_log.float()),
+            ssm.D.float(),
+        ),
+        out_norm=_norm(ssm.out_norm),
+        out_proj=ssm.out_proj.weight,
+        split=(scale, shift, *_norm(block.norm)),
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.float(), norm.bias.float(), norm.eps
