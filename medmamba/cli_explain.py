@@ -53,7 +53,9 @@ def add_parser(subparsers: Any) -> None:
         "--out", nargs="+", metavar="FILE", help=".png, .npz or .json, one or several (IMAGE's name + .explain.png)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw random numbers (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images evaluated at once (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images evaluated at once (8, on a GPU what its memory holds)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")
     parser.add_argument("--frame", type=int, metavar="N", help="of an image with several, from 0")
     parser.set_defaults(run=run)

@@ -15,7 +15,7 @@ import medmamba
 from medmamba.explain import ExplainCancelled, compare, explain, layers, methods
 from medmamba.explain.explanation import to_image_size
 from medmamba.explain.regions import grid, make_baseline, superpixels
-from medmamba.explain.subject import frozen_view, resolve_target
+from medmamba.explain.subject import FullPrecision, default_batch_size, frozen_view, resolve_target
 from medmamba.images import load_image
 from medmamba.preprocess import normalise, preprocess
 
@@ -275,6 +275,75 @@ def test_half_precision_weights_are_explained_in_float32(trained):
     e = explain(frozen_view(trained).bfloat16(), picture(), "saliency")
     assert e.attribution.dtype == np.float32
     assert any("bfloat16" in note for note in e.notes)
+
+
+def test_a_view_is_a_model_of_its_own(trained):
+    """Hooks put on the original before go along; those put on the view, and what is set on its modules, stay there."""
+    calls = []
+    handle = trained.stages[0].register_forward_hook(lambda *args: calls.append("original"))
+    try:
+        view = frozen_view(trained)
+        own = view.stages[0].register_forward_hook(lambda *args: calls.append("view"))
+        x = torch.rand(1, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(trained(x), view(x))
+        assert calls == ["original", "original", "view"]
+        own.remove()
+        view.stages[0] = torch.nn.Identity()
+        assert not isinstance(trained.stages[0], torch.nn.Identity)
+        pairs = list(zip(trained.parameters(), frozen_view(trained).parameters(), strict=True))
+        assert all(a.data_ptr() == b.data_ptr() and not b.requires_grad for a, b in pairs)
+    finally:
+        handle.remove()
+
+
+def test_full_precision_is_put_back_when_the_last_thread_leaves():
+    cublas = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(cublas, "fp32_precision") else "allow_tf32"
+    exact, before = ("ieee", getattr(cublas, name)) if name == "fp32_precision" else (False, getattr(cublas, name))
+    setattr(cublas, name, "tf32" if name == "fp32_precision" else True)
+    other = getattr(cublas, name)
+    try:
+        one, two = FullPrecision(), FullPrecision()
+        one.__enter__()
+        two.__enter__()
+        assert getattr(cublas, name) == exact
+        one.__exit__()
+        assert getattr(cublas, name) == exact
+        two.__exit__()
+        assert getattr(cublas, name) == other
+    finally:
+        setattr(cublas, name, before)
+
+
+def test_default_batch_sizes(monkeypatch):
+    assert default_batch_size(torch.device("cpu")) == 8
+    for gib, expected in ((2, 8), (8, 16), (80, 128)):
+        properties = type("Properties", (), {"total_memory": gib * 2**30})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert default_batch_size(torch.device("cuda")) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_maps_on_a_gpu_are_those_of_the_cpu(trained):
+    """In float32: with TF32, which the caller may have on, the maps would be off in the third digit."""
+    model = medmamba.create_model("test", num_classes=2)
+    model.load_state_dict(trained.state_dict())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for method in METHODS:
+            if method in ("smoothgrad", "gradient_shap"):  # other random numbers
+                continue
+            here = explain(trained, picture(), method, 1)
+            there = explain(model.cuda(), picture(), method, 1)
+            assert there.parameters["device"].startswith("cuda")
+            largest = np.abs(here.attribution).max()
+            np.testing.assert_allclose(there.attribution, here.attribution, rtol=1e-3, atol=1e-4 * largest)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_fused_model_gives_the_same_map(trained):

@@ -10,16 +10,18 @@ Built on captum: `pip install "medmamba[explain]"`.
 
 from .comparison import Comparison, compare
 from .explanation import Explanation, explain
-from .faithfulness import METRICS, Curves, Trust, assess
+from .faithfulness import METRICS, Assessor, Trust, assess
 from .methods import Method, layers, methods
 from .randomisation import Randomisation
 from .regions import BASELINES
+from .removal import Curves
 from .scan_field import ScanField, scan_field
 from .subject import ExplainCancelled
 
 __all__ = [
     "BASELINES",
     "METRICS",
+    "Assessor",
     "Comparison",
     "Curves",
     "ExplainCancelled",

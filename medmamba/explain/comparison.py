@@ -15,9 +15,9 @@ import torch
 from ..images import ImageSource, MedicalImage, load_image
 from ..model import MedMamba
 from .explanation import Explanation, explain
-from .faithfulness import METRICS, Trust, assess, text_table
+from .faithfulness import METRICS, Assessor, Trust, text_table
 from .methods import METHODS
-from .randomisation import rank_correlation
+from .randomisation import correlation, ranks
 from .subject import Progress, sub_progress
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def compare(
     *,
     metrics: Sequence[str] | None = (),
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Explains one image by several methods: one figure, one table.
@@ -106,29 +106,27 @@ def compare(
         target: class index or label, the same for all; None: the predicted class.
 
     Raises:
-        As `explain` and `assess`.
+        As `explain` and `Assessor`.
     """
     picture = image if isinstance(image, MedicalImage) else load_image(image)
     requests = [parse_method(m) for m in (default_methods(model) if methods is None else methods)]
     if not requests:
         raise ValueError("name at least one method to compare")
     metrics = METRICS if metrics is None else tuple(metrics)
+    assessor = Assessor(model, seed=seed, batch_size=batch_size) if metrics else None
     explanations: list[Explanation] = []
     trust: list[Trust] = []
     for i, (name, options) in enumerate(requests):
-        share = 0.3 if metrics else 1.0  # of the time that the explanation itself takes
+        share = 0.3 if assessor else 1.0  # of the time that the explanation itself takes
         begin, middle, end = (step / len(requests) for step in (i, i + share, i + 1))
         part = sub_progress(progress, begin, middle)
         e = explain(model, picture, name, target, seed=seed, batch_size=batch_size, progress=part, **options)
         explanations.append(e)
         target = e.target
-        if metrics:
-            part = sub_progress(progress, middle, end)
-            known = trust[0].curves if trust else None
-            found = assess(model, e, metrics, known=known, seed=seed, batch_size=batch_size, progress=part)
-            trust.append(found)
-    maps = [torch.from_numpy(e.attribution).double() for e in explanations]
-    agreement = np.array([[rank_correlation(a, b) for b in maps] for a in maps])
+        if assessor:
+            trust.append(assessor.assess(e, metrics, sub_progress(progress, middle, end)))
+    maps = [ranks(torch.from_numpy(e.attribution)) for e in explanations]
+    agreement = np.array([[correlation(a, b) for b in maps] for a in maps])
     return Comparison(tuple(explanations), tuple(trust), agreement)
 
 

@@ -24,7 +24,7 @@ from ..model import MedMamba
 from ..predict import probabilities
 from ..preprocess import placement, preprocess
 from .methods import METHODS, Attribution, Method, check_options
-from .subject import Progress, Subject, blocks, controlled, frozen_view, resolve_target
+from .subject import Progress, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,7 +133,7 @@ def explain(
     target: int | str | None = None,
     *,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Explanation:
@@ -146,7 +146,9 @@ def explain(
         method: a name of `methods()`, or a function `(model, x, target) -> (H, W)`.
         target: class index or label; None: the predicted class.
         seed: of the methods that draw random numbers.
-        batch_size: the most copies of the image evaluated at once; bounds memory, does not change the result.
+        batch_size: the most copies of the image evaluated at once, which bounds the memory; None: 8, and on an NVIDIA
+            GPU as many as its memory surely holds. The result does not depend on it, but for the noise that smoothgrad
+            and gradient_shap draw.
         progress: called with the share done; return False to cancel.
         options: of the method, such as `layer="stage3.scan"` for gradcam; `methods()[name].options` lists them.
 
@@ -159,9 +161,8 @@ def explain(
     began = time.perf_counter()
     chosen = find_method(method)
     filled = check_options(chosen, options)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     view = frozen_view(model)
+    batch_size = check_batch_size(batch_size, view)
     config = view.config
     index = resolve_target(target, config)
     picture = image if isinstance(image, MedicalImage) else load_image(image)
@@ -220,6 +221,19 @@ def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: i
     if not result.values.isfinite().all():
         raise ValueError(f"{method.name} returned values that are not finite; do the weights hold NaN or infinity?")
     return result
+
+
+def check_batch_size(batch_size: int | None, model: MedMamba) -> int:
+    """The same, or where it is None the one for the model's device.
+
+    Raises:
+        ValueError: not a positive whole number.
+    """
+    if batch_size is None:
+        return default_batch_size(model.patch_embed.proj.weight.device)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    return batch_size
 
 
 def to_image_size(map_: np.ndarray, size: tuple[int, int], config: PreprocessConfig) -> np.ndarray:

@@ -3,7 +3,7 @@ random ones shows the image, not what the model learned of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,11 @@ from .methods import Method
 from .subject import Subject, blocks, frozen_view
 
 SIMILAR = 0.7
-"""A map that is at least this similar (largest of the measures) after all weights were replaced fails."""
+"""A map at least this similar after all weights were replaced fails. Where a map is the sum of a part that the image
+alone makes and a part that the weights make, the rank correlation is the share of the first in the variance."""
+
+JUDGED = ("rank_correlation", "rank_correlation_magnitude", "top_overlap")
+"""The measures of which the largest is the similarity."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,20 @@ class Randomisation:
     """How similar the map stays.
 
     Attributes:
-        steps: for each state of the model, which of its parts were random by then, the rank correlation (Spearman)
-            with the original map, that of the magnitudes, and the structural similarity of the two maps of ranks (of
-            the values themselves, flat areas would look alike in any two maps with a few peaks). In the last, all of
-            the weights were random.
+        steps: for each state of the model, which of its parts were random by then ("randomised") and how similar the
+            map was to the original, the mean over several random models: "rank_correlation" (Spearman's; a map turned
+            upside down is as similar as the same map), "rank_correlation_magnitude", "top_overlap" (of the tenth of
+            the pixels with the strongest evidence), and "ssim" (structural similarity of the values), which is for
+            comparison with the literature only: two different maps with a few peaks on a flat background score high.
+            In the last, all of the weights were random.
     """
 
     steps: tuple[dict[str, Any], ...]
 
     @property
     def similarity(self) -> float:
-        """The largest of the three measures with all weights random."""
-        last = self.steps[-1]
-        return max(abs(last["rank_correlation"]), last["rank_correlation_magnitude"], last["ssim"])
+        """The largest of the measures of `JUDGED` with all weights random."""
+        return max(self.steps[-1][name] for name in JUDGED)
 
     @property
     def passed(self) -> bool:
@@ -48,44 +53,53 @@ class Randomisation:
         return {"steps": list(self.steps), "similarity": self.similarity, "passed": self.passed}
 
 
+State = tuple[str, list[MedMamba]]
+"""Which parts are random, and models in which they are, by several seeds."""
+
+
 def randomisation_check(
-    subject: Subject, method: Method, options: dict[str, Any], map_: Tensor, cascade: bool = False, seed: int = 0
+    subject: Subject, method: Method, options: dict[str, Any], map_: Tensor, states: Sequence[State], seed: int = 0
 ) -> Randomisation:
     """Runs a method again on models with random weights, for the same class.
 
     Args:
         subject: the image and class; its model is not changed.
         map_: (H, W) of the trained model.
-        cascade: from the classifier down, one more part at each step; else all at once.
+        states: of `random_states`.
     """
-    states = list(random_models(subject.model, cascade, seed))
-    steps = []
-    original = map_.cpu().double()
-    for i, (name, model) in enumerate(states):
-        progress = subject.span(i / len(states), (i + 1) / len(states))
-        other = Subject(model, subject.x, subject.target, subject.batch_size, progress)
-        changed = attribute(other, method, options, seed).values.detach().cpu().double()
-        steps.append(
-            {
-                "randomised": name,
-                "rank_correlation": rank_correlation(original, changed),
-                "rank_correlation_magnitude": rank_correlation(original.abs(), changed.abs()),
-                "ssim": ssim(ranks(original), ranks(changed)),
-            }
-        )
+    if "max_steps" in options:
+        # The logit of a random model hardly changes: integrated gradients would spend all their steps on adding up.
+        options = options | {"max_steps": options["n_steps"]}
+    total, done, steps = sum(len(models) for _, models in states), 0, []
+    for name, models in states:
+        measured = []
+        for model in models:
+            other = Subject(
+                model, subject.x, subject.target, subject.batch_size, subject.span(done / total, (done + 1) / total)
+            )
+            changed = attribute(other, method, options, seed).values.detach()
+            measured.append(similarities(map_, changed, method.signed))
+            done += 1
+        steps.append({"randomised": name} | {k: float(np.mean([m[k] for m in measured])) for k in measured[0]})
     return Randomisation(tuple(steps))
 
 
-def random_models(model: MedMamba, cascade: bool, seed: int) -> Iterator[tuple[str, MedMamba]]:
-    """The model with freshly initialised parts: all, or ever more from the output to the input."""
-    device = model.patch_embed.proj.weight.device
+def random_states(model: MedMamba, models: int, cascade: bool, seed: int) -> list[State]:
+    """The model with freshly initialised weights: of all its parts, or (with `cascade`) of ever more of them from the
+    output to the input. `models` of each, by different seeds."""
+    states = [_cascade(model, _fresh(model, 1000 * seed + i)) for i in range(models)]
+    return [(row[0][0], [m for _, m in row]) for row in zip(*states, strict=True)][0 if cascade else -1 :]
+
+
+def _fresh(model: MedMamba, seed: int) -> MedMamba:
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        fresh = frozen_view(MedMamba(model.config).to(device))
+        fresh = frozen_view(MedMamba(model.config).to(model.patch_embed.proj.weight.device))
     fresh.set_scan_backend(blocks(model, 1)[0].ssm.scan_backend)
-    if not cascade:
-        yield "all", fresh
-        return
+    return fresh
+
+
+def _cascade(model: MedMamba, fresh: MedMamba) -> Iterator[tuple[str, MedMamba]]:
     mixed = frozen_view(model)
     mixed.head = fresh.head
     yield "classifier", frozen_view(mixed)
@@ -98,12 +112,43 @@ def random_models(model: MedMamba, cascade: bool, seed: int) -> Iterator[tuple[s
         yield f"stage{i + 1} and above" if i else "all", frozen_view(mixed)
 
 
+def similarities(a: Tensor, b: Tensor, signed: bool) -> dict[str, float]:
+    """How alike two maps (H, W) are, by each measure; see `Randomisation`."""
+    a, b = (t.detach().cpu().double() for t in (a, b))
+    rank = rank_correlation(a, b)
+    return {
+        "rank_correlation": abs(rank),
+        "rank_correlation_magnitude": rank_correlation(a.abs(), b.abs()) if signed else rank,
+        "top_overlap": max(top_overlap(a, b), top_overlap(a, -b)) if signed else top_overlap(a, b),
+        "ssim": ssim(a, b),
+    }
+
+
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's, with mean ranks for ties; 0 where a map is constant."""
-    both = torch.stack((ranks(a).flatten(), ranks(b).flatten()))
+    return correlation(ranks(a), ranks(b))
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where a map is constant."""
+    both = torch.stack((a.flatten(), b.flatten()))
     centred = both - both.mean(1, keepdim=True)
     norms = centred.norm(dim=1)
     return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if norms.min() > 0 else 0.0
+
+
+def top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> float:
+    """Which part of the largest values of one map, a tenth of all, is among those of the other; `share` by chance.
+    Where the tenth ends within values that are equal, each of them counts as a fraction."""
+    return float((_top(a, share) * _top(b, share)).sum() / (share * a.numel()))
+
+
+def _top(values: Tensor, share: float) -> Tensor:
+    values = values.flatten()
+    count = share * len(values)
+    limit = values.sort(descending=True).values[min(int(count), len(values) - 1)]
+    above, equal = (values > limit).double(), (values == limit).double()
+    return above + equal * (count - above.sum()) / equal.sum()
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 7) -> float:

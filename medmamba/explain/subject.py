@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -108,15 +108,41 @@ def frozen_view(model: MedMamba) -> MedMamba:
         raise ValueError(
             "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
         )
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         # Tensors made in inference mode cannot take part in autograd.
         shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+        shared = shared.float() if shared.is_floating_point() else shared
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if is_parameter else shared
-    view = copy.deepcopy(model, memo).eval()
+    view = cast(MedMamba, _copy_module(model, memo)).eval()
     view.set_grad_checkpointing(False)  # would run each hooked block twice
-    return view.float()
+    return view
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Like `copy.deepcopy`, but of modules and their tables of hooks alone: it would take as long as a forward pass.
+
+    Args:
+        memo: by id, the tensors to use in place of the module's own, and the modules copied already.
+    """
+    if id(module) in memo:
+        return memo[id(module)]
+    memo[id(module)] = new = module.__new__(type(module))
+    for name, value in module.__dict__.items():
+        new.__dict__[name] = value.copy() if isinstance(value, dict | set | list) else value
+    for table in (new._parameters, new._buffers):
+        table.update({name: memo[id(tensor)] for name, tensor in table.items() if tensor is not None})
+    new._modules.update({k: _copy_module(m, memo) for k, m in new._modules.items() if m is not None})
+    return new
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Copies of an image to evaluate at once: 8, and on an NVIDIA GPU as many as its memory surely holds, 8 to 128."""
+    if device.type != "cuda":
+        return 8
+    # Gradients of the largest variant at 224 pixels take about 0.4 GiB per image.
+    return min(max(torch.cuda.get_device_properties(device).total_memory // 2**29, 8), 128)
 
 
 def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
@@ -132,12 +158,14 @@ def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
 
 @contextmanager
 def controlled(device: torch.device, seed: int) -> Iterator[None]:
-    """Gradients on, autocast off, random numbers from `seed`; modes and generators are put back afterwards."""
+    """Gradients on, autocast and TF32 off, random numbers from `seed`; all is put back as it was afterwards."""
     numpy_state = np.random.get_state()  # noqa: NPY002  captum's GradientShap draws from it
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(FullPrecision())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(np.random.set_state, numpy_state)
         # Not torch.manual_seed, which seeds the generators of every device, and fork_rng puts back only these.
@@ -150,6 +178,41 @@ def controlled(device: torch.device, seed: int) -> Iterator[None]:
             stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
             torch.mps.manual_seed(seed)
         yield
+
+
+class FullPrecision:
+    """Products and convolutions of float32 on NVIDIA GPUs in float32, not TF32, as long as any thread is inside: the
+    setting belongs to the process."""
+
+    _lock: ClassVar = threading.Lock()
+    _inside: ClassVar[int] = 0
+    _before: ClassVar[list[Any]] = []
+
+    def __enter__(self) -> None:
+        cls = FullPrecision
+        with cls._lock:
+            if not cls._inside:
+                cls._before = [getattr(owner, name) for owner, name, _ in _precision_settings()]
+                for owner, name, exact in _precision_settings():
+                    setattr(owner, name, exact)
+            cls._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        cls = FullPrecision
+        with cls._lock:
+            cls._inside -= 1
+            if not cls._inside:
+                for (owner, name, _), value in zip(_precision_settings(), cls._before, strict=True):
+                    setattr(owner, name, value)
+
+
+def _precision_settings() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, its value for exact float32): the interface of torch 2.9, which must not be mixed with the
+    older one, or that one."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cublas, "fp32_precision"):
+        return [(cublas, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]  # type: ignore[attr-defined]
+    return [(cublas, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | None:
