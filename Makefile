@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(VENV)/.installed
 
-# torch first, in the tested version: other packages would accept any.
+# torch first, in the tested version, and the torchvision that goes with it: other packages would accept any.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" torchvision
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 

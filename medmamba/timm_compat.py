@@ -7,6 +7,7 @@ timm is imported, in whichever order the two are. `register()` does it at once.
 import importlib.abc
 import importlib.util
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -109,16 +110,25 @@ default_cfgs: dict[str, Any] = {
 class _AfterTimm(importlib.abc.MetaPathFinder):
     """Runs `register` after the first import of timm, then is gone."""
 
+    def __init__(self) -> None:
+        self._asking = threading.local()  # this finder asks the others, and must not ask itself
+
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None):
-        if fullname != "timm":
+        if fullname != "timm" or getattr(self._asking, "now", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking.now = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.now = False
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module) -> None:
                 run(module)
+                # Only now: other packages look whether there is a timm without importing it.
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 try:
                     register()
                 except Exception as error:  # another package's import must not fail for our sake

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,15 +12,6 @@ from hub_server import connect, serve
 
 import medmamba
 from medmamba import MedMamba, create_model, timm_compat
-
-
-@pytest.fixture(scope="module")
-def timm():
-    try:
-        import timm
-    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
-        pytest.skip(f"needs timm: {error}")
-    return timm
 
 
 @pytest.fixture
@@ -82,6 +74,13 @@ def test_the_hook_registers_when_timm_comes_later(stand_in):
     timm = importlib.import_module("timm")
     assert {"medmamba", "medmamba_tiny", "medmamba_small_paper"} <= set(timm.known)
     assert waiting[0] not in sys.meta_path
+
+
+def test_the_hook_survives_those_who_only_look_for_timm(stand_in):
+    timm_compat.hook()
+    assert importlib.util.find_spec("timm") is not None  # as accelerate and transformers do
+    timm = importlib.import_module("timm")
+    assert "medmamba" in timm.known
 
 
 def test_the_hook_registers_when_timm_is_there_already(stand_in):
