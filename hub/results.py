@@ -1,0 +1,259 @@
+"""Figures of all runs, and docs/results.md made from them.
+
+    python -m hub.results add runs/breastmnist-*     keeps the figures of finished runs in hub/results
+    python -m hub.results                            writes docs/results.md
+    python -m hub.results --check                    fails where docs/results.md is not what the figures give
+
+Every run is kept, also those that do not ship, so that a mean is over all of them and not over the good ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medmamba import registry
+from medmamba.training.checkpoint import write_text
+
+HUB = Path(__file__).parent
+RESULTS, MODELS, DOCUMENT = HUB / "results", HUB / "models", HUB.parent / "docs" / "results.md"
+METRICS = ("accuracy", "auroc", "balanced_accuracy", "f1", "ece")
+
+# Of the record of a run.
+KEPT: tuple[str, ...] = (
+    "dataset",
+    "recipe",
+    "seed",
+    "init",
+    "pretraining",
+    "allowed_leakage",
+    "split_sizes",
+    "selected_by",
+    "epochs",
+)
+KEPT += ("best_epoch", "seconds", "device", "precision", "versions", "settings")
+
+# What the splits are that these figures were measured on, against those of the published figures.
+CAVEATS = {
+    "breastmnist": "The official split, recovered by matching the 28-pixel images to their originals. Images were "
+    "squashed to a square, MedMNIST crops them. One picture stands in train and in test, under different labels. One "
+    "of the 156 test images is 0.64 points.",
+    "pneumoniamnist": "Official sizes; the test folder of the source, of which 557 of 624 images are known to be in "
+    "the official test set. Test images come from another collection than train and val, so validation says little "
+    "about them. Eight identical pictures stand in more than one split.",
+    "dermamnist": "Split by lesion: all images of a lesion are in one split. The official split is by image and has "
+    "lesions in several splits, so figures here are expected to be lower than published ones. Non-commercial images.",
+    "bloodmnist": "The official images in another random split, 70/10/20 within each class, without 18 doubles.",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The figures of one run, as `hub/results` keeps them."""
+
+    data: dict[str, Any]
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.data["dataset"], self.data["recipe"], self.data["architecture"]
+
+    @property
+    def seed(self) -> int:
+        return self.data["seed"]
+
+    def test(self, metric: str) -> float:
+        return self.data["test"][metric]["value"]
+
+    @property
+    def path(self) -> Path:
+        dataset, recipe, architecture = self.group
+        return RESULTS / dataset / f"{recipe}-{architecture.replace(' ', '-')}-seed{self.seed}.json"
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Run:
+        """Of the folder that a finished run left."""
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        training, splits = results["training"], results["splits"]
+        data: dict[str, Any] = {key: training[key] for key in KEPT if key in training}
+        data["settings"] = {key: v for key, v in data["settings"].items() if key not in ("name", "description")}
+        data["architecture"] = training["identity"]["model"]
+        with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        best = [row for row in rows if row["best"] == "True"][-1]
+        # What decided about the epoch, and decides about the seed.
+        data["selection"] = {name: float(best[f"val_{name}"]) for name in training["selected_by"]}
+        for split, found in splits.items():
+            data[split] = {"n": found["n_images"], **{name: found["overall"][name] for name in METRICS}}
+        return cls(data)
+
+
+def load_runs(folder: Path = RESULTS) -> list[Run]:
+    return [Run(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*/*.json"))]
+
+
+def add(folders: Iterable[Path]) -> list[Path]:
+    """Keeps the figures of finished runs.
+
+    Raises:
+        FileNotFoundError: a folder without results.
+    """
+    written = []
+    for folder in folders:
+        run = Run.of_folder(folder)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(run.path, json.dumps(run.data, indent=1, ensure_ascii=False) + "\n")
+        written.append(run.path)
+    return written
+
+
+def chosen(runs: Sequence[Run]) -> Run:
+    """The seed that ships: best on validation by the measures that chose its epoch."""
+
+    def score(run: Run) -> list[float]:
+        return [-value if name == "loss" else value for name, value in run.data["selection"].items()]
+
+    return max(sorted(runs, key=lambda run: run.seed), key=score)
+
+
+def shipped(dataset: str) -> tuple[str, str, int] | None:
+    """Recipe, architecture and seed of the model in hub/models."""
+    path = MODELS / dataset / "config.json"
+    if not path.is_file():
+        return None
+    training = json.loads(path.read_text(encoding="utf-8"))["training"]
+    return training["recipe"], training["identity"]["model"], training["seed"]
+
+
+def document(runs: Sequence[Run]) -> str:
+    """docs/results.md."""
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        if "test" in run.data:
+            groups.setdefault(run.group, []).append(run)
+    datasets = [name for name in registry.names() if any(key[0] == name for key in groups)]
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m hub.results` from `hub/results`, which holds the figures of every run, also of those",
+        "that did not ship. Test images decided nothing: epoch and seed were chosen on validation. Intervals are 95 %,",
+        "by bootstrap over the test images; ± is the standard deviation over seeds. Published figures are those of the",
+        "official splits; what the splits here are, and so what a comparison is worth, is said above each table.",
+        "",
+        "| dataset | model in `hub/` | accuracy | AUROC | published MedMamba-T | best published |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in datasets:
+        lines.append(_summary(name, runs))
+    for run in (run for run in runs if run.data["dataset"] == "joint"):
+        lines += ["", _joint(run)]
+    for name in datasets:
+        entry = registry.get(name)
+        lines += ["", f"## {entry.title}", "", CAVEATS.get(name, ""), ""]
+        lines += ["| model | recipe | seeds | accuracy | AUROC | balanced accuracy | from |", "| --- " * 7 + "|"]
+        for key in sorted(groups):
+            if key[0] == name:
+                lines.append(_row(key, groups[key]))
+        for label, published in [("MedMamba-T", entry.published.get("tiny")), ("best other", entry.best_elsewhere)]:
+            if published:
+                title = f"{label}: {published.model}" if published.model else label
+                lines.append(f"| {title}, published | | | {_plain(published.accuracy)} | {_plain(published.auc)} | | |")
+        lines += _reproduce(name, groups)
+        lines += ["", "Every run, accuracy / AUROC on test:", ""]
+        for key in sorted(groups):
+            if key[0] == name:
+                shown = ", ".join(
+                    f"seed {run.seed} {run.test('accuracy'):.3f} / {run.test('auroc'):.3f}"
+                    for run in sorted(groups[key], key=lambda run: run.seed)
+                )
+                lines.append(f"- {key[1]}, {key[2]}: {shown}")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(name: str, runs: Sequence[Run]) -> str:
+    entry, ours = registry.get(name), shipped(name)
+    run = next((r for r in runs if ours and (*r.group[1:], r.seed) == ours and r.group[0] == name), None)
+    published, best = entry.published.get("tiny"), entry.best_elsewhere
+    cells = [entry.title]
+    cells += [f"{run.group[2]}, {run.group[1]}, seed {run.seed}" if run else "none yet"]
+    cells += [_interval(run.data["test"][metric]) if run else "" for metric in ("accuracy", "auroc")]
+    cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
+    cells += [f"{_plain(best.accuracy)} ({best.model})" if best else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row(key: tuple[str, str, str], runs: Sequence[Run]) -> str:
+    figures = [_spread([run.test(metric) for run in runs]) for metric in ("accuracy", "auroc", "balanced_accuracy")]
+    start = runs[0].data.get("init") or "scratch"
+    return f"| {key[2]} | {key[1]} | {len(runs)} | {' | '.join(figures)} | {start.split(', seed')[0].split(':')[0]} |"
+
+
+def _joint(run: Run) -> str:
+    data = run.data
+    return (
+        f"`{data['recipe']}`, seed {run.seed}, from which our recipes start, was trained on the training images of all "
+        f"four datasets: {data['split_sizes']['train']:,} images of all their classes, {data['epochs']} epochs at "
+        f"{data['settings']['size']} pixels, {data['seconds']:.0f} s on {data['device']}; accuracy on the validation "
+        f"images together {data['val']['accuracy']['value']:.3f}."
+    )
+
+
+def _reproduce(name: str, groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
+    ours, group = shipped(name), groups.get((name, f"zoo-{name}", "tiny"))
+    if not group or not ours or ours[0] != f"zoo-{name}":
+        return []
+    best = chosen(group)
+    return [
+        "",
+        f"Shipped: seed {ours[2]}, best of {len(group)} on validation ({', '.join(best.data['selected_by'])}). Again:",
+        "",
+        "```",
+        "python -m hub.zoo pretrain --data DATA --out runs/joint",
+        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{ours[2]} --init runs/joint --seed {ours[2]}",
+        "```",
+    ]
+
+
+def _interval(metric: dict[str, float | None]) -> str:
+    value, low, high = (_plain(metric[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hub.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    commands = parser.add_subparsers(dest="command")
+    adding = commands.add_parser("add", help="keep the figures of finished runs")
+    adding.add_argument("run", nargs="+", type=Path)
+    args = parser.parse_args(argv)
+    if args.command == "add":
+        for path in add(args.run):
+            print(path)
+    text = document(load_runs())
+    if args.check:
+        same = DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == text
+        print("docs/results.md is up to date" if same else "docs/results.md is not what hub/results gives")
+        return 0 if same else 1
+    write_text(DOCUMENT, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
