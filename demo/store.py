@@ -106,7 +106,7 @@ class ModelStore:
             self._loaded.pop(source, None)
 
     def _load(self, source: str, title: str) -> Loaded:
-        folder = fetch(source)
+        folder = fetch(source, sidecars=True)
         model = MedMamba.from_pretrained(folder).to(self.device)
         try:
             facts, known = read_facts(folder), True

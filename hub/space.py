@@ -18,6 +18,7 @@ from typing import Any
 import medmamba
 from medmamba.checksums import CONFIG_NAME, WEIGHTS_NAME
 from medmamba.pretrained import ORGANISATION, PretrainedError, bundled_models
+from medmamba.sources import DEFAULT_MODEL, SIDECARS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = '''"""Entry point of the Space: the app of `demo/`, within the limits of a public server."""
@@ -60,7 +61,7 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
     Raises:
         SpaceError: no models, one that is not here, or a folder that holds something else.
     """
-    names = models or list(bundled_models())
+    names = models or sorted(bundled_models(), key=lambda name: name != DEFAULT_MODEL)
     if not names:
         raise SpaceError("no model comes with this copy of medmamba; name some with --models, or train one first")
     _clear(folder)
@@ -108,12 +109,18 @@ def _readme(models: list[str], from_hub: bool) -> str:
     if from_hub:
         data["models"] = [name.partition("@")[0] for name in models]
         data["preload_from_hub"] = [
-            " ".join(filter(None, (repo, f"{CONFIG_NAME},{WEIGHTS_NAME}", revision)))
+            " ".join(filter(None, (repo, ",".join(_files(repo)), revision)))
             for repo, _, revision in (name.partition("@") for name in models)
         ]
     for key, value in data.items():
         setattr(card.data, key, value)
     return str(card)
+
+
+def _files(repo: str) -> list[str]:
+    """What to fetch of a model while the Space is built: a file that is not there would stop that."""
+    here = bundled_models().get(f"{ORGANISATION}/{repo.partition('/')[2]}")
+    return [CONFIG_NAME, WEIGHTS_NAME, *(name for name in SIDECARS if here and (here / name).is_file())]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ def folder(request) -> Path:
 
 def test_the_default_model_is_there():
     assert medmamba.DEFAULT_MODEL in medmamba.bundled_models()
-    assert medmamba.DEFAULT_MODEL == f"medmamba/{Path(medmamba.bundled_models()[medmamba.DEFAULT_MODEL]).name}"
+    assert f"medmamba/{Path(medmamba.bundled_models()[medmamba.DEFAULT_MODEL]).name}" == medmamba.DEFAULT_MODEL
 
 
 def test_it_may_be_published_as_it_is(folder, tmp_path):

@@ -53,16 +53,32 @@ def test_the_front_matter_is_what_the_hub_takes(folder):
 
 
 def test_models_from_the_hub_are_preloaded(tmp_path):
-    space.build(tmp_path / "s", ["medmamba/bloodmnist", "medmamba/breastmnist@abc"], from_hub=True)
+    here = medmamba.DEFAULT_MODEL.removeprefix("medmamba/")  # of which the files are known
+    space.build(tmp_path / "s", [f"org/{here}", "org/others@abc"], from_hub=True)
     card = SpaceCard((tmp_path / "s" / "README.md").read_text(encoding="utf-8")).data
-    assert card.models == ["medmamba/bloodmnist", "medmamba/breastmnist"]
+    assert card.models == [f"org/{here}", "org/others"]
     assert card.preload_from_hub == [
-        "medmamba/bloodmnist config.json,model.safetensors",
-        "medmamba/breastmnist config.json,model.safetensors abc",
+        f"org/{here} config.json,model.safetensors,results.json,unusual.json",
+        "org/others config.json,model.safetensors abc",
     ]
     assert not (tmp_path / "s" / "medmamba" / "weights").exists()
     with pytest.raises(space.SpaceError, match="org/name"):
         space.build(tmp_path / "t", ["bloodmnist"], from_hub=True)
+
+
+def test_all_models_of_a_clone_are_on_offer_the_default_first(tmp_path, monkeypatch):
+    models = {}
+    for name in ("alpha-test", "beta-test", "gamma-test"):
+        save_model(tmp_path / "models" / name)
+        (tmp_path / "models" / name / "unusual.json").write_text("{}")
+        models[f"medmamba/{name}"] = tmp_path / "models" / name
+    monkeypatch.setattr(space, "bundled_models", lambda: models)
+    monkeypatch.setattr(space, "DEFAULT_MODEL", "medmamba/beta-test")
+    files = space.build(tmp_path / "s")
+    order = re.search(r"Options\(\((.+?)\)", (tmp_path / "s" / "app.py").read_text())[1]
+    assert re.findall(r"'(.+?)'", order) == ["medmamba/beta-test", "medmamba/alpha-test", "medmamba/gamma-test"]
+    assert len([path for path in files if path.name == "model.safetensors"]) == 3
+    assert len([path for path in files if path.name == "unusual.json"]) == 3
 
 
 def test_requirements_are_those_of_the_package_and_of_zero_gpu(folder):
