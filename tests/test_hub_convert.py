@@ -12,6 +12,7 @@ from hub import convert as tool
 from hub.publish import PublishError, publish
 from hub.reference import reference_logits
 from medmamba import ConversionError, MedMamba, load_upstream, registry
+from medmamba.config import VARIANTS
 from medmamba.convert import WEIGHT_MAP
 
 KVASIR = registry.get("kvasir")
@@ -102,6 +103,16 @@ def test_the_check_notices_a_tensor_that_went_to_the_wrong_place(key):
 
 
 # --- conversion ---
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "test"])
+def test_every_variant_is_recognised_and_converted(variant):
+    shape = VARIANTS[variant]
+    state = checkpoint(dims=shape["dims"], depths=shape["depths"])
+    model = load_upstream(state)
+    assert model.config.architecture == variant
+    difference, largest = tool.check_logits(model, state)
+    assert difference < 1e-4 < largest
 
 
 @pytest.mark.parametrize(
