@@ -17,9 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from medmamba import MedMamba
 from medmamba.cli_train import STOPPED
@@ -100,6 +103,16 @@ def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int]) -> No
                 images(split, size)
 
 
+def wait_for(init: Path, device: str) -> None:
+    """Returns when the model in `init` is complete; whatever takes time to start is started before."""
+    from medmamba.pretrained import CONFIG_NAME, WEIGHTS_NAME
+    from medmamba.training.setup import make_accelerator
+
+    torch.zeros(1, device=make_accelerator(device).device)
+    while not ((init / CONFIG_NAME).is_file() and (init / WEIGHTS_NAME).is_file()):
+        time.sleep(0.2)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "decode":
@@ -124,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
             result = pretrain(args.data, args.out, args.recipe, **options)
         else:
             init = args.init if args.command == "train" else None
+            if init and args.wait:
+                wait_for(init, args.device)
             result = train_one(args.dataset, args.data, args.out, args.recipe, init, **options)
         finished = result.finished
     if not finished:
@@ -157,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("dataset", choices=DATASETS)
     one.add_argument("--recipe", help="default: zoo-DATASET")
     one.add_argument("--init", type=Path, help="folder of the joint model; without: from scratch")
+    one.add_argument("--wait", action="store_true", help="until the model in --init is there")
     base = commands.add_parser("baseline", parents=[run], help="a dataset by the published recipe, from scratch")
     base.add_argument("dataset", choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
