@@ -19,13 +19,12 @@ from medmamba.images import ImageError
 from medmamba.predict import Failure
 from medmamba.pretrained import PretrainedError
 
-from .context import Context
+from .context import Context, Known
 from .options import IMAGE_TYPES, NOTICE
 from .service import Answer, View
 from .store import Loaded
 from .tabs.answers import batch_csv, plain
 from .tabs.classify import refuse
-from .tabs.models import local_facts
 
 
 def build(context: Context) -> None:
@@ -36,10 +35,10 @@ def build(context: Context) -> None:
         """The models on offer.
 
         Returns:
-            One record per model: name, dataset, test figures with intervals where they are on record.
+            One record per model: name, architecture, dataset, classes, licence, test figures with intervals, and how
+            well it notices unusual images, where these are on record.
         """
-        known = dict(local_facts(context.store.names))
-        return [_model_record(title, known.get(title)) for title in context.titles(None)]
+        return [_model_record(title, context.known.get(title)) for title in context.titles(None)]
 
     def classify(
         file: str,
@@ -113,8 +112,8 @@ def build(context: Context) -> None:
         with told(file):
             loaded = context.load(None, model)
             *_, found = context.service.explain(loaded.source, Path(file), View(), [method], target or None, check)
-            folder = context.sessions.of(request).new_folder()
-            saved = [str(found.explanations[0].save(folder / f"explanation.{suffix}")) for suffix in ("png", "npz")]
+            target_file = context.sessions.of(request).new_download("explanation.png")
+            saved = [str(found.explanations[0].save(target_file.with_suffix(suffix))) for suffix in (".png", ".npz")]
             return {**found.to_dict(), "notice": NOTICE}, saved[0], saved[1]
 
     with gr.Row(visible=False):
@@ -177,18 +176,17 @@ def _record(found: Answer, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _model_record(title: str, known: Any) -> dict[str, Any]:
+def _model_record(title: str, known: Known | None) -> dict[str, Any]:
     if known is None:
         return {"name": title}
-    figures = {}
-    if known.split:
-        evaluation = known.evaluations[known.split]
-        figures = evaluation.to_dict()["overall"]
+    facts = known.facts
     return {
         "name": title,
-        "dataset": known.dataset,
-        "classes": known.config.labels,
-        "licence": known.terms.licence,
-        "split": known.split,
-        "figures": figures,
+        "architecture": facts.config.architecture,
+        "dataset": facts.dataset,
+        "classes": facts.config.labels,
+        "licence": facts.terms.licence,
+        "split": facts.split,
+        "figures": facts.evaluations[facts.split].to_dict()["overall"] if facts.split else {},
+        "unusual": dict(known.unusual.measured) if known.unusual else {},
     }

@@ -52,7 +52,7 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
             with gr.Tab("Fine-tune", id="finetune"):
                 finetune.build(context, classified, tabs)
             with gr.Tab("Models", id="models"):
-                models.build(context)
+                models.build(context, classified, tabs)
 
         api.build(context)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .html import esc
 
 WIDTH, HEIGHT = 340, 200
+NARROW = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 10, 10, 34
 
 
@@ -29,8 +30,9 @@ def chart(
     y_label: str,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    width: int = WIDTH,
 ) -> str:
-    """A figure with legend. Lines of one name share one entry."""
+    """A figure with legend. Lines of one name share one entry; `width` is in the units of the text's size."""
     xs = [float(v) for line in lines for v in line.x] or [0.0, 1.0]
     ys = [float(v) for line in lines for v in line.y if math.isfinite(v)] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
@@ -41,30 +43,30 @@ def chart(
         y0, y1 = (0.0 if y0 >= 0 and y0 - margin < 0.25 * y1 else y0 - margin), y1 + margin
 
     def px(x: float) -> float:
-        return _LEFT + (x - x0) / (x1 - x0) * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (x - x0) / (x1 - x0) * (width - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
         return HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - _TOP - _BOTTOM)
 
     parts = []
     for tick in ticks(y0, y1):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in ticks(x0, x1):
         parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end" class="axis">{esc(x_label)}</text>')
-    for line in sorted(lines, key=lambda line: line.style != "faint"):
+    parts.append(f'<text x="{width - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end" class="axis">{esc(x_label)}</text>')
+    for line in sorted(lines, key=lambda line: ("faint", "dash", "b", "a").index(line.style)):  # the main one on top
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline class="line-{line.style}" points="{path}"/>')
-        if points and line.style in ("a", "b") and len(points) <= 40:
+        if len(points) == 1 or (line.style in ("a", "b") and len(points) <= 40):
             parts += [f'<circle class="dot-{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in points]
     names = dict.fromkeys((line.name, line.style) for line in lines)
     legend = "".join(f'<li><i class="key-{style}" aria-hidden="true"></i>{esc(name)}</li>' for name, style in names)
     last = "; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in lines if len(line.y) and line.style != "faint")
     return (
         f'<figure class="mm-chart"><figcaption><strong>{esc(title)}</strong><span>{esc(y_label)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(title)}: {esc(last)}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{esc(title)}: {esc(last)}">{"".join(parts)}</svg>'
         f"<ul>{legend}</ul></figure>"
     )
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import medmamba
+from medmamba.card import ModelFacts, read_facts
+from medmamba.checksums import WEIGHTS_NAME
+from medmamba.licences import LicenceError
+from medmamba.unusual import Unusual, load_unusual
 
 from .options import Options
 from .service import Service
@@ -10,26 +17,68 @@ from .sessions import Session, Sessions
 from .store import Loaded, ModelStore, display_name
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A model that lies on this machine.
+
+    Attributes:
+        title: its name here.
+        facts: what its folder says of it.
+        unusual: its warning for unusual images, where it has one.
+        bytes: size of the weights.
+    """
+
+    title: str
+    facts: ModelFacts
+    unusual: Unusual | None
+    bytes: int
+
+
 @dataclass
 class Context:
-    """One running app."""
+    """One running app.
+
+    Raises:
+        ValueError: two models would have the same name.
+    """
 
     options: Options
     store: ModelStore
     sessions: Sessions
     service: Service = field(init=False)
+    known: dict[str, Known] = field(init=False)
 
     def __post_init__(self) -> None:
         self.service = Service(self.store)
-        self._sources = {display_name(name): name for name in self.store.names}
+        self._sources: dict[str, str] = {}
+        for name in self.store.names:
+            if self._sources.setdefault(display_name(name), name) != name:
+                raise ValueError(f"two models are called {display_name(name)!r}; rename the folder of one")
+        self.known = {found.title: found for found in known_models(self.store.names)}
 
     @property
     def default_title(self) -> str:
         return display_name(self.store.names[0])
 
+    @property
+    def lightest_title(self) -> str:
+        """The smallest model, which is the one that a CPU trains in minutes."""
+        return min(self.known.values(), key=lambda known: known.bytes).title if self.known else self.default_title
+
     def titles(self, session: Session | None) -> list[str]:
         """Names of the models on offer, a visitor's own first. Never the server's paths."""
         return [*(session.models if session else ()), *self._sources]
+
+    def choices(self, session: Session | None) -> list[tuple[str, str]]:
+        """(what people read, name) for a menu of models."""
+        return [(self._label(title), title) for title in self.titles(session)]
+
+    def _label(self, title: str) -> str:
+        known = self.known.get(title)
+        if known is None or known.facts.entry is None:
+            return title
+        modality = known.facts.entry.modality
+        return f"{modality[:1].upper()}{modality[1:]} · {title}"
 
     def source(self, session: Session | None, title: str | None) -> str:
         """What `ModelStore.get` takes.
@@ -51,3 +100,20 @@ class Context:
             ValueError: as `source`, or it cannot be loaded.
         """
         return self.store.get(self.source(session, title), title or self.default_title)
+
+
+def known_models(names: tuple[str, ...]) -> list[Known]:
+    """Those of the models that are on this machine already; nothing is asked of a network."""
+    bundled, found = medmamba.bundled_models(), []
+    for name in names:
+        folder = bundled.get(name, Path(name))
+        try:
+            try:
+                facts = read_facts(folder)
+            except LicenceError:  # nobody stated one, which the page says where it shows the model
+                facts = read_facts(folder, licence="other")
+            size = (folder / WEIGHTS_NAME).stat().st_size
+            found.append(Known(display_name(name), facts, load_unusual(folder), size))
+        except (OSError, ValueError):  # not here, or damaged: using it says so
+            continue
+    return found

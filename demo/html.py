@@ -32,11 +32,16 @@ def esc(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """uint8 (H, W), (H, W, 3) or (H, W, 4) as a PNG in a data URI: nothing to serve, nothing to delete."""
+def data_uri(pixels: np.ndarray, exact: bool = True) -> str:
+    """uint8 (H, W), (H, W, 3) or (H, W, 4) as a data URI: nothing to serve, nothing to delete.
+
+    Args:
+        exact: as a PNG; else as a WebP a tenth of the size, for thumbnails.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    kind = "png" if exact else "webp"
+    Image.fromarray(pixels).save(buffer, kind, **({} if exact else {"quality": 82}))
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def icon(kind: str) -> str:
@@ -87,6 +92,18 @@ def empty(title: str, text: str) -> str:
     """What stands where a result will be."""
     art = '<div class="mm-empty-art" aria-hidden="true"></div>'
     return f'<section class="mm-empty">{art}<h2>{esc(title)}</h2><p>{esc(text)}</p></section>'
+
+
+def licence_name(identifier: str | None) -> str:
+    """A licence as people write it: "CC BY-NC 4.0"."""
+    if not identifier:
+        return "not stated"
+    head, *middle = identifier.upper().split("-")
+    if head == "LICENSEREF":
+        return "terms of its own"
+    if head == "CC" and len(middle) > 1:
+        return f"CC {'-'.join(middle[:-1])} {middle[-1]}"
+    return identifier
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
@@ -140,7 +157,10 @@ def table(header_cells: list[str], rows: list[list[str]], caption: str, sort: bo
 
     body = "".join(
         "<tr>"
-        + "".join(f'<td data-label="{esc(name)}">{cell}</td>' for name, cell in zip(header_cells, row, strict=True))
+        + "".join(
+            f'<td data-label="{esc(name)}"><div>{cell}</div></td>' if cell else "<td></td>"
+            for name, cell in zip(header_cells, row, strict=True)
+        )
         + "</tr>"
         for row in rows
     )

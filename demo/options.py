@@ -11,6 +11,8 @@ NOTICE = (
     "upload images that identify a person."
 )
 
+BUSY = "Too many are waiting, or the server had a problem. Try again in a minute."
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -26,7 +28,7 @@ class Limits:
     train_minutes: float = 15
     sessions: int = 200  # visitors at once; beyond, the one idle for longest is forgotten
     idle_minutes: float = 60  # after which a visitor's files are deleted
-    upload_minutes: float = 15  # after which the server's first copy of an upload is deleted
+    upload_minutes: float = 15  # after which an upload goes that belongs to no visitor, such as a program's
     queue: int = 64  # requests that may wait; further ones are told to come back
     requests_per_minute: int = 0  # of one address; 0: no limit
 

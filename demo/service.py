@@ -14,15 +14,18 @@ from medmamba.dicom import DicomWindows, dicom_window_presets
 from medmamba.explain import Comparison, assess, compare
 from medmamba.explain.subject import sub_progress
 from medmamba.images import ImageError, MedicalImage, load_image
-from medmamba.predict import Failure, Prediction, iter_predict
+from medmamba.predict import UNUSUAL, Failure, Prediction, iter_predict
 from medmamba.preprocess import preprocess, to_display
 from medmamba.unusual import pooled_features
 
 from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
 
-UNSURE = 0.6
-"""Below this calibrated probability of the best class, the model is called unsure."""
+UNSURE = 0.7
+"""Below this calibrated probability of the best class, wrong in three of ten cases, the model is called unsure."""
+THUMBNAIL = 48
+MAPS_SHARE = 0.3
+"""Of an explanation with checks, how much of the time the maps themselves take."""
 LARGEST_SHOWN = 1024
 """Longest side in pixels of an image in a page."""
 
@@ -57,7 +60,7 @@ class Answer:
     Attributes:
         unsure: the best class is below `UNSURE`; for several labels, none reaches a half.
         unusual: unlike what the model was trained on; None where it has no threshold for that.
-        seen: (H, W, 3) uint8, the image as the model sees it.
+        seen: (H, W, 3) uint8, the image as the model sees it; of several files, a thumbnail of each.
         milliseconds: from the file to the answer.
     """
 
@@ -110,7 +113,7 @@ class Service:
         began = time.perf_counter()
         view = view or View()
         image = load_image(path, frame=view.frame, window=view.window)
-        (result,), (unusual,) = self._forward(source, [image])
+        (result,), (unusual,), _ = self._forward(source, [image])
         if isinstance(result, Failure):
             raise ImageError(result.error)
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
@@ -120,12 +123,11 @@ class Service:
         """One entry per file, in order; files with several frames are failures that say so."""
         loaded = self.store.get(source, title)
         began = time.perf_counter()
-        results, unusual = self._forward(source, paths)
+        results, unusual, thumbnails = self._forward(source, paths)
         each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
-        nothing = np.zeros((1, 1, 3), np.uint8)
         return [
-            r if isinstance(r, Failure) else answer(loaded, r, u, nothing, each)
-            for r, u in zip(results, unusual, strict=True)
+            r if isinstance(r, Failure) else answer(loaded, r, u, t, each)
+            for r, u, t in zip(results, unusual, thumbnails, strict=True)
         ]
 
     def explain(
@@ -152,25 +154,35 @@ class Service:
         # A function cannot travel to the process that has the GPU.
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
 
-    def _predict(self, source: str, images: list) -> tuple[list[Prediction | Failure], list[bool | None]]:
-        """Predictions, and whether each image is unusual."""
+    def _predict(
+        self, source: str, images: list[MedicalImage] | list[Path]
+    ) -> tuple[list[Prediction | Failure], list[bool | None], list[np.ndarray]]:
+        """Predictions, whether each image is unusual, and a thumbnail of each."""
         loaded = self.store.get(source)
+        thumbnails: list[np.ndarray] = []
+
+        def read() -> Iterator[MedicalImage | Path]:  # one at a time: files can be large
+            for item in images:
+                try:
+                    image = item if isinstance(item, MedicalImage) else load_image(item)
+                except (ImageError, ValueError):
+                    thumbnails.append(np.zeros((1, 1, 3), np.uint8))
+                    yield item  # predicting it says why
+                else:
+                    thumbnails.append(reduced(image, THUMBNAIL).to_uint8())
+                    yield image
+
         with pooled_features(loaded.fused) as pooled:
-            results = list(iter_predict(loaded.fused, images))
+            results = list(iter_predict(loaded.fused, read()))
         done = [i for i, result in enumerate(results) if isinstance(result, Prediction)]
         unusual: list[bool | None] = [None] * len(results)
-        if not done:
-            return results, unusual
-        if loaded.unusual:
-            flags = loaded.unusual.is_unusual(pooled.array())
-        elif loaded.calibration and loaded.calibration.ood:
-            logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
-            flags = loaded.calibration.ood.is_unusual(logits, loaded.config.task)
-        else:
-            return results, unusual
-        for i, flag in zip(done, flags, strict=True):
-            unusual[i] = bool(flag)
-        return results, unusual
+        if done and loaded.unusual:
+            for i, flag in zip(done, loaded.unusual.is_unusual(pooled.array()), strict=True):
+                unusual[i] = bool(flag)
+        elif done:  # by the logits, if at all
+            for i in done:
+                unusual[i] = results[i].unusual  # type: ignore[union-attr]
+        return results, unusual, thumbnails
 
     def _explained(
         self,
@@ -184,7 +196,7 @@ class Service:
     ) -> Iterator[Comparison]:
         model = self.store.get(source).model
         image = load_image(path, frame=view.frame, window=view.window)
-        share = 0.3 if checks else 1.0
+        share = MAPS_SHARE if checks else 1.0
         found = compare(model, image, methods, target, progress=sub_progress(report, 0, share))
         yield small(found)
         if not checks:
@@ -200,7 +212,12 @@ class Service:
 def answer(
     loaded: Loaded, prediction: Prediction, unusual: bool | None, seen: np.ndarray, milliseconds: float
 ) -> Answer:
-    """A prediction, and how far to believe it."""
+    """A prediction, and how far to believe it.
+
+    The remark on unusual images that comes with the prediction goes: it rests on the logits, which tell less.
+    """
+    notes = [note for note in prediction.image_notes if note != UNUSUAL]
+    prediction = dataclasses.replace(prediction, image_notes=notes, unusual=unusual)
     limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
     return Answer(prediction, prediction.probability < limit, unusual, seen, milliseconds)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +23,25 @@ class Session:
     """One browser tab.
 
     Attributes:
-        folder: holds everything kept for this visitor.
+        folder: holds everything kept for this visitor; no address leads there.
+        outbox: holds what this visitor may download, under an address that cannot be guessed.
+        uploads: the server's copies of what this visitor brought.
         images: the current images, in the order they were given. current: index of the one that is shown.
         models: folders of the models that were fine-tuned here, by the name shown.
         data: the set to fine-tune on.
-        stop: set to end what is running.
+        stop_explaining, stop_training: set to end what is running.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, outbox: Path):
         self.folder = folder
+        self.outbox = outbox
+        self.uploads: set[Path] = set()
         self.images: list[Path] = []
         self.current = 0
         self.models: dict[str, Path] = {}
         self.data: Plan | None = None
-        self.stop = threading.Event()
+        self.stop_explaining = threading.Event()
+        self.stop_training = threading.Event()
         self.used = time.monotonic()
 
     def new_folder(self) -> Path:
@@ -43,6 +50,12 @@ class Session:
         path.mkdir(parents=True)
         return path
 
+    def new_download(self, name: str) -> Path:
+        """Where to write a file that the visitor may download; it goes with the session."""
+        folder = self.outbox / secrets.token_urlsafe(12)
+        folder.mkdir(parents=True)
+        return folder / name
+
     def keep_images(self, uploads: list[str]) -> None:
         """Makes these files the current images and deletes the ones before.
 
@@ -50,6 +63,7 @@ class Session:
         """
         before = {path.parent for path in self.images}
         kept = []
+        self.uploads.update(map(Path, uploads))
         for upload in uploads:
             path = self.new_folder() / Path(upload).name
             try:
@@ -61,26 +75,35 @@ class Session:
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def stop(self) -> None:
+        self.stop_explaining.set()
+        self.stop_training.set()
+
     def close(self) -> None:
-        self.stop.set()
+        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.outbox, ignore_errors=True)
 
 
 class Sessions:
     """All visitors, by the session identifier that the browser or API client chose at random.
 
+    A thread looks every minute for what was left behind, so that files go even when nobody comes any more.
+
     Args:
         root: everything lies below this folder, which is deleted at the end; Gradio's uploads in `root / "uploads"`.
+        sweep_seconds: between two looks.
     """
 
-    def __init__(self, limits: Limits, root: Path):
+    def __init__(self, limits: Limits, root: Path, sweep_seconds: float = 60):
         self.limits = limits
         self.root = root
         self.uploads = self.root / "uploads"
         self.uploads.mkdir(parents=True, exist_ok=True)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
-        self._swept = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._sweep_for_ever, args=(sweep_seconds,), name="sweeper", daemon=True).start()
         atexit.register(self.close_all)
 
     def __len__(self) -> int:
@@ -89,57 +112,73 @@ class Sessions:
     def of(self, request: Any) -> Session:
         """The session that a `gradio.Request` belongs to; a new one for a new visitor."""
         key = str(getattr(request, "session_hash", None) or "")
-        self.sweep()
         with self._lock:
-            session = self._sessions.pop(key, None) or Session(self.root / secrets.token_urlsafe(16))
+            session = self._sessions.pop(key, None)
+            if session is None:
+                names = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+                session = Session(self.root / names[0], self.uploads / names[1])
             self._sessions[key] = session  # the one used last is last
             session.used = time.monotonic()
             dropped = [self._sessions.pop(k) for k in list(self._sessions)[: -self.limits.sessions]]
-        for old in dropped:
-            old.close()
+        self._end(dropped)
         return session
 
     def close(self, request: Any) -> None:
         """Forgets a visitor who left."""
         with self._lock:
             session = self._sessions.pop(str(getattr(request, "session_hash", None) or ""), None)
-        if session:
-            session.close()
+        self._end([session] if session else [])
 
     def sweep(self) -> None:
-        """Deletes what has not been used for long; at most once a minute, at no cost else."""
-        now = time.monotonic()
-        if now - self._swept < 60:
-            return
-        self._swept = now
+        """Forgets visitors who were idle for long, and deletes uploads that are older than anything needs them."""
         with self._lock:
-            idle = now - 60 * self.limits.idle_minutes
+            idle = time.monotonic() - 60 * self.limits.idle_minutes
             dropped = [self._sessions.pop(k) for k, s in list(self._sessions.items()) if s.used < idle]
-        for session in dropped:
-            session.close()
-        delete_older(self.uploads, 60 * self.limits.upload_minutes)
+            outboxes = {s.outbox for s in self._sessions.values()}
+        self._end(dropped)
+        delete_older(self.uploads, 60 * self.limits.upload_minutes, outboxes)
 
     def close_all(self) -> None:
+        self._ended.set()
         with self._lock:
             sessions, self._sessions = list(self._sessions.values()), {}
         for session in sessions:
-            session.stop.set()
+            session.stop()
         shutil.rmtree(self.root, ignore_errors=True)
 
+    def _end(self, sessions: list[Session]) -> None:
+        """Deletes all that these visitors brought, but not what another brought as well: equal files are one file."""
+        with self._lock:
+            shared = {path for s in self._sessions.values() for path in s.uploads}
+        for session in sessions:
+            session.close()
+            for path in session.uploads - shared:
+                if path.is_relative_to(self.uploads):  # not an example of the app's own
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                        path.parent.rmdir()
 
-def delete_older(folder: Path, seconds: float) -> None:
-    """Deletes files that were last changed longer ago than this, and the folders that become empty."""
+    def _sweep_for_ever(self, seconds: float) -> None:
+        while not self._ended.wait(seconds):
+            self.sweep()
+
+
+def delete_older(folder: Path, seconds: float, keep: Collection[Path] = ()) -> None:
+    """Deletes files that were last changed longer ago than this, and the folders that become empty.
+
+    Args:
+        keep: folders directly below `folder` in which nothing is deleted.
+    """
     limit = time.time() - seconds
     for where, _, names in os.walk(folder, topdown=False):
+        if any(Path(where).is_relative_to(other) for other in keep):
+            continue
+        changed = Path(where).stat().st_mtime if Path(where).is_dir() else limit
         for name in names:
             path = Path(where, name)
-            try:
+            with contextlib.suppress(OSError):  # another thread was faster
                 if path.stat().st_mtime < limit:
                     path.unlink()
-            except OSError:  # another thread was faster
-                continue
-        if Path(where) != folder:
-            try:
+        with contextlib.suppress(OSError):  # not empty
+            if Path(where) != folder and changed < limit:  # else an upload may be on its way there
                 Path(where).rmdir()
-            except OSError:  # not empty
-                continue

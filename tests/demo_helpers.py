@@ -23,13 +23,15 @@ CALIBRATION = {
 }
 
 
-def save_model(folder: Path, **config) -> Path:
-    """A small random model of the eight blood cells, calibrated, as a folder."""
+def save_model(folder: Path, dataset: str | None = "bloodmnist", variant: str = "test", **config) -> Path:
+    """A random model, small by default, of the classes of a dataset or of three others; calibrated, as a folder."""
     torch.manual_seed(0)
-    entry = registry.get("bloodmnist")
-    training = {"dataset": entry.name}
-    settings = {"id2label": entry.id2label, "training": training, "calibration": CALIBRATION, **config}
-    return medmamba.create_model("test", entry.num_classes, **settings).save_pretrained(folder)
+    entry = registry.get(dataset) if dataset else None
+    settings = {"training": {"dataset": dataset} if dataset else {}, "calibration": CALIBRATION, **config}
+    if entry:
+        settings["id2label"] = entry.id2label
+    model = medmamba.create_model(variant, entry.num_classes if entry else 3, **settings)
+    return model.save_pretrained(folder)
 
 
 @contextmanager

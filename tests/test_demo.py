@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import os
+import re
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +19,31 @@ from PIL import Image
 
 import medmamba
 from medmamba.kernels import resolve_backend
-from medmamba.unusual import fit_unusual, pooled_features
+from medmamba.predict import UNUSUAL
+from medmamba.unusual import fit_unusual, load_unusual, pooled_features
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
-from demo import app, charts, gpu, guard, html, jobs, options, service, sessions, store  # noqa: E402
+from demo import (  # noqa: E402
+    app,
+    charts,
+    context,
+    examples,
+    gpu,
+    guard,
+    html,
+    jobs,
+    options,
+    service,
+    sessions,
+    store,
+)
 from demo.options import EXAMPLES, Limits  # noqa: E402
 from demo.service import inspect, reduced  # noqa: E402
-from demo.tabs import answers, models  # noqa: E402
+from demo.tabs import answers, finetune, models  # noqa: E402
+from demo.tabs import classify as tab_classify  # noqa: E402
 
 NEUTROPHIL = EXAMPLES / "blood_neutrophil.webp"
 SECRET = "DOE^JANE-4711"
@@ -241,6 +258,21 @@ def test_the_address_behind_a_proxy_is_the_one_it_wrote():
     assert guard.Guard(None, 1)._address(scope) == "10.0.0.1"
 
 
+def test_the_queue_is_bounded(model_folder, tmp_path, monkeypatch):
+    gate = threading.Event()
+    answer = service.Service.classify
+    monkeypatch.setattr(service.Service, "classify", lambda *a, **k: gate.wait(20) and answer(*a, **k))
+    with serving([model_folder], tmp_path, queue=2) as url:
+        client = gradio_client.Client(url, verbose=False)
+        image = gradio_client.handle_file(str(NEUTROPHIL))
+        waiting = [client.submit(image, api_name="/classify") for _ in range(6)]
+        time.sleep(1)
+        gate.set()
+        outcomes = [job.exception(20) for job in waiting]
+    refused = [str(error) for error in outcomes if error]
+    assert 1 <= len(refused) < 6 and all("full" in text.lower() for text in refused)
+
+
 def test_twenty_clients_at_once_get_their_own_answers(url):
     """A small version of benchmarks/demo.py."""
     images = sorted(EXAMPLES.glob("*.webp"))
@@ -269,6 +301,8 @@ def test_images_unlike_the_training_images_are_marked(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise)
     found = answers_.classify_files(str(folder), [known, tmp_path / "absent.png", noise])
     assert found[0].unusual is False and found[2].unusual is True
+    assert all(UNUSUAL not in f.prediction.image_notes for f in (found[0], found[2])), "of the logits, which tell less"
+    assert found[2].seen.shape == (48, 48, 3) and found[2].prediction.unusual is True
     page = answers.answer_html(answers_.classify(str(folder), noise), answers_.store.default)
     assert "does not look like what the model was trained on" in page and "0.900" in page
     assert "AUROC against Other 0.900" in answers.card_html(answers_.store.default)
@@ -305,17 +339,22 @@ def test_a_visitors_files_go_with_the_visitor(tmp_path):
     one.keep_images([str(upload)])
     assert not first.exists() and one.images[0].exists(), "an image that was replaced is deleted"
     kept.close(Request("one"))
-    assert one.stop.is_set() and not one.folder.exists() and two.images[0].exists() and upload.exists()
+    assert one.stop_training.is_set() and one.stop_explaining.is_set() and not one.folder.exists()
+    assert two.images[0].exists() and upload.exists()
     kept.close_all()
     assert not (tmp_path / "root").exists()
 
 
+def old_file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    for each in (path, path.parent):
+        os.utime(each, (1, 1))
+    return path
+
+
 def test_idle_and_surplus_visitors_are_forgotten(tmp_path, monkeypatch):
     kept = sessions.Sessions(Limits(sessions=2, idle_minutes=1, upload_minutes=1), tmp_path / "root")
-    old = kept.uploads / "hash" / "a.png"
-    old.parent.mkdir()
-    old.write_bytes(b"x")
-    os.utime(old, (1, 1))
     first = kept.of(Request("1"))
     folder = first.new_folder()
     kept.of(Request("2")), kept.of(Request("3"))
@@ -323,7 +362,36 @@ def test_idle_and_surplus_visitors_are_forgotten(tmp_path, monkeypatch):
     later = time.monotonic() + 3600
     monkeypatch.setattr(time, "monotonic", lambda: later)
     kept.of(Request("4"))
-    assert len(kept) == 1 and not old.parent.exists()
+    kept.sweep()
+    assert len(kept) == 1
+    kept.close_all()
+
+
+def test_what_belongs_to_nobody_goes_by_itself(tmp_path):
+    kept = sessions.Sessions(Limits(upload_minutes=1), tmp_path / "root", sweep_seconds=0.05)
+    forgotten, fresh = old_file(kept.uploads / "hash" / "a.png"), kept.uploads / "other" / "b.png"
+    fresh.parent.mkdir()
+    fresh.write_bytes(b"x")
+    download = old_file(kept.of(Request("1")).new_download("model.zip"))
+    until = time.monotonic() + 10
+    while forgotten.parent.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not forgotten.parent.exists(), "without anybody asking for anything"
+    assert fresh.exists() and download.exists(), "this may still be downloaded"
+    kept.close(Request("1"))
+    assert not download.exists()
+    kept.close_all()
+
+
+def test_the_servers_copies_go_with_the_visitor_unless_another_has_the_same(tmp_path):
+    kept = sessions.Sessions(Limits(), tmp_path / "root")
+    mine, shared = old_file(kept.uploads / "1" / "mine.png"), old_file(kept.uploads / "2" / "shared.png")
+    kept.of(Request("one")).keep_images([str(mine), str(shared)])
+    kept.of(Request("two")).keep_images([str(shared), str(NEUTROPHIL)])
+    kept.close(Request("one"))
+    assert not mine.parent.exists() and shared.exists()
+    kept.close(Request("two"))
+    assert not shared.exists() and NEUTROPHIL.exists(), "the app's own examples stay"
     kept.close_all()
 
 
@@ -383,8 +451,10 @@ def test_a_job_ends_in_a_model(tmp_path, model_folder):
     try:
         found = job.result()
         progress = job.progress()
+        job.learn_unusual()
     finally:
         job.stop()
+    assert load_unusual(job.out).means.shape == (2, 64), "its own warning for unusual images"
     assert found["test"].n_images == 4 and len(progress.history) == 2
     model = medmamba.MedMamba.from_pretrained(job.out)
     assert model.config.labels == ["dark", "light"]
@@ -396,6 +466,16 @@ def test_a_job_that_fails_says_why_without_paths(tmp_path, model_folder):
     with pytest.raises(jobs.JobError) as error:
         job.result()
     assert "set.zip" in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_a_job_keeps_to_its_time_and_still_ends_in_a_model(tmp_path, model_folder):
+    limits = Limits(train_minutes=0.05)
+    job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 30, tmp_path, limits, "cpu")
+    try:
+        assert job.result()["test"].n_images == 12
+    finally:
+        job.stop()
+    assert 1 <= len(job.progress().history) < 30
 
 
 def test_a_job_can_be_ended(tmp_path, model_folder):
@@ -446,6 +526,125 @@ def test_inspect_and_reduce(tmp_path, dicom_with_patient):
     assert reduced(large).size == (154, 1024) and reduced(large, 4000) is large
 
 
-def test_all_sixteen_datasets_are_listed(model_folder):
-    page = models.models_html(models.local_facts((str(model_folder),)))
-    assert page.count("<tr>") == 17 and "0.978" in page and "blood" in page
+def test_licences_as_people_write_them():
+    names = ["cc-by-4.0", "CC-BY-NC-4.0", "apache-2.0", "LicenseRef-Kvasir", None]
+    assert [html.licence_name(n) for n in names] == [
+        "CC BY 4.0", "CC BY-NC 4.0", "apache-2.0", "terms of its own", "not stated",
+    ]  # fmt: skip
+
+
+def test_windows_on_offer(tmp_path, dicom_with_patient):
+    names = dict(tab_classify.presets(inspect(dicom_with_patient)))
+    assert names["Lung (-600 / 1500)"] == (-600, 1500), "those in use for CT"
+    pydicom = pytest.importorskip("pydicom")
+    ds = pydicom.dcmread(dicom_with_patient)
+    ds.WindowCenter, ds.WindowWidth = [50, 60], [350, 300]
+    ds.WindowCenterWidthExplanation = [SECRET, "SOFT TISSUE"]
+    ds.save_as(tmp_path / "windows.dcm")
+    found = inspect(tmp_path / "windows.dcm")
+    names = [name for name, _ in tab_classify.presets(found)]
+    assert names[:2] == ["Window (50 / 350)", "Soft tissue (60 / 300)"], "free text of a header is not shown"
+    assert tab_classify.default_window(found) == (50, 350)
+
+
+# --- several models ---
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory) -> list[Path]:
+    """Two sizes of one dataset, another dataset with a measured warning, and a model of nobody's."""
+    root = tmp_path_factory.mktemp("zoo")
+    folders = [
+        save_model(root / "blood-large", variant="nano"),
+        save_model(root / "blood-small"),
+        save_model(root / "breast", dataset="breastmnist"),
+        save_model(root / "mine", dataset=None),
+    ]
+    x = np.random.default_rng(0).normal(size=(20, 64))
+    warning = fit_unusual(x, np.arange(20) % 2, x)
+    row = {"auroc": 0.912, "n": 5, "called_unusual": 0.8}
+    measured = {"own": {"n": 1234, "called_unusual": 0.04}, "auroc": {"BloodMNIST": row}}
+    dataclasses.replace(warning, measured=measured).save(folders[2])
+    return folders
+
+
+def context_of(folders, tmp_path) -> context.Context:
+    names = tuple(map(str, folders))
+    return context.Context(
+        options.Options(names, "cpu"), store.ModelStore(names, "cpu"), sessions.Sessions(Limits(), tmp_path / "root")
+    )
+
+
+def test_menus_name_what_models_are_for(zoo, tmp_path):
+    found = context_of(zoo, tmp_path)
+    assert found.choices(None)[0] == ("Blood cell microscopy · blood-large", "blood-large")
+    assert found.choices(None)[3] == ("mine", "mine"), "no dataset is known"
+    assert found.default_title == "blood-large" and found.lightest_title != "blood-large"
+    assert finetune.first_base(found) == found.lightest_title, "a CPU trains the small one"
+    session = found.sessions.of(Request("one"))
+    session.models["Yours: set"] = zoo[3]
+    assert found.choices(session)[0] == ("Yours: set", "Yours: set")
+
+
+def test_two_models_of_one_name_are_refused(zoo, tmp_path):
+    twin = save_model(tmp_path / "elsewhere" / "breast")
+    with pytest.raises(ValueError, match="two models are called 'breast'"):
+        context_of([*zoo, twin], tmp_path)
+
+
+def test_a_damaged_model_does_not_keep_the_others_from_being_offered(zoo, tmp_path):
+    broken = save_model(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    found = context_of([*zoo, broken], tmp_path)
+    assert "broken" in found.titles(None) and "broken" not in found.known
+    with pytest.raises(ValueError, match="not valid JSON"):
+        found.load(None, "broken")
+    page = models.models_html(list(found.known.values()))
+    assert page.count("<tr>") == 17
+
+
+def test_the_datasets_and_the_models_for_them(zoo, tmp_path):
+    known = list(context_of(zoo, tmp_path).known.values())
+    page = models.models_html(known)
+    assert page.count("<tr>") == 17 and "0.978" in page
+    rows = page.split("<tr>")
+    assert "BreastMNIST" in rows[2] and "BloodMNIST" in rows[3], "what has weights comes first"
+    assert [rows[3].count(f'data-mm-use="{name}"') for name in ("blood-large", "blood-small", "breast")] == [1, 1, 0]
+    warnings = models.warnings_html(known)
+    assert "0.912" in warnings and "80% marked" in warnings and "1,234" in warnings
+    assert models.warnings_html(known[:2]) == ""
+
+
+def test_every_model_answers_and_has_a_card(zoo):
+    answers_ = service.Service(store.ModelStore(tuple(map(str, zoo)), "cpu"))
+    for folder in zoo:
+        found = answers_.classify(str(folder), NEUTROPHIL)
+        loaded = answers_.store.get(str(folder))
+        assert found.prediction.label in loaded.config.labels
+        card = answers.card_html(loaded)
+        assert loaded.title in card and f"MedMamba-{loaded.config.architecture}" in card
+
+
+def test_programs_choose_among_models(zoo, tmp_path):
+    with serving(zoo, tmp_path) as url:
+        client = gradio_client.Client(url, verbose=False)
+        records = {record["name"]: record for record in client.predict(api_name="/models")}
+        assert list(records) == ["blood-large", "blood-small", "breast", "mine"]
+        assert records["breast"]["unusual"]["auroc"]["BloodMNIST"]["auroc"] == 0.912
+        assert [r["architecture"] for r in records.values()] == ["nano", "test", "test", "test"]
+        assert classify(client, NEUTROPHIL)["model"] == "blood-large"
+        assert set(classify(client, NEUTROPHIL, "breast")["probabilities"]) == {"malignant", "normal, benign"}
+
+
+def test_examples_are_those_that_a_model_knows():
+    found = examples.load_examples()
+    assert {e.dataset for e in found} == {"bloodmnist", "breastmnist", "pneumoniamnist"}, "CC BY images alone"
+    blood, other = examples.examples_html(found, "bloodmnist").split("Or something it was not made for")
+    assert blood.count("<button") == 8 and other.count("<button") == 2 and "breast ultrasound" in other
+    breast = examples.examples_html(found, "breastmnist").split("Or something")[0]
+    assert "malignant" in breast and "benign" in breast and "neutrophil" not in breast
+    assert "No example comes with the app" in examples.examples_html(found, "dermamnist")
+    numbers = sorted(int(n) for n in re.findall(r'data-mm-example="(\d+)"', blood + other))
+    assert len(set(numbers)) == 10 and all(0 <= n < len(found) for n in numbers)
+    credits = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{e.path.name.split('_')[0]}_*{e.path.suffix}`" in credits for e in found), "each has its source"

@@ -13,12 +13,12 @@ from medmamba.evaluation import PAPER_COLUMNS
 from medmamba.evaluation.result import TITLES
 from medmamba.predict import Failure
 
-from ..html import bars, callout, card, data_uri, error, esc, facts, percent, table
+from ..html import bars, callout, card, data_uri, error, esc, facts, licence_name, percent, table
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
 
 EMPTY_TITLE = "No image yet"
-EMPTY_TEXT = "Drop one on the left, paste it, or pick an example. The answer appears here in a second."
+EMPTY_TEXT = "Drop one in, paste it, or pick an example. The answer appears here in a second."
 _WARNING = "warning: "
 _NO_WINDOW = "no usable window in the file"
 SURE = 0.8
@@ -154,15 +154,24 @@ def batch_html(paths: list[Path], results: list[Answer | Failure]) -> str:
     rows = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
         name = esc(path.name)
+        none = '<span class="mm-file"><i></i>'
         if isinstance(result, Failure):
-            rows.append([name, "", "", f'<span class="mm-tag mm-error">{esc(reason(result.error, path))}</span>'])
+            rows.append(
+                [
+                    f"{none}{name}</span>",
+                    "",
+                    "",
+                    f'<span class="mm-tag mm-error">{esc(reason(result.error, path))}</span>',
+                ]
+            )
             continue
         prediction = result.prediction
         tags = ['<span class="mm-tag mm-warn">unusual</span>'] if result.unusual else []
         tags += ['<span class="mm-tag mm-warn">unsure</span>'] if result.unsure else []
         rows.append(
             [
-                f'<button type="button" class="mm-link" data-mm-index="{i}">{name}</button>',
+                f'<span class="mm-file"><img src="{data_uri(squeeze(result.seen), exact=False)}" alt="">'
+                f'<button type="button" class="mm-link" data-mm-index="{i}">{name}</button></span>',
                 esc(prediction.label),
                 f'<span data-mm-value="{prediction.probability:.6f}">{percent(prediction.probability)}</span>',
                 " ".join(tags),
@@ -221,19 +230,21 @@ def card_html(loaded: Loaded) -> str:
     dataset = entry.title if entry else str(training.get("dataset") or "not stated")
     if entry:
         dataset = f"{esc(dataset)}<span>{esc(entry.modality)}</span>"
-    licence = f"{esc(terms.licence if not terms.name else terms.name)}<span>{esc(terms.reason)}</span>"
+    named = terms.name if terms.name else licence_name(terms.licence)
+    licence = f"{esc(named)}<span>{esc(terms.reason[:1].upper() + terms.reason[1:])}</span>"
     if not loaded.licence_known:
-        licence = "not stated<span>ask whoever made the model before you use it elsewhere</span>"
+        licence = "Not stated<span>Ask whoever made the model before you use it elsewhere</span>"
     labels = "".join(f"<li>{esc(label)}</li>" for label in config.labels)
     rows = [
         ("Trained on", dataset),
-        (f"{config.num_classes} classes", f'<ul class="mm-classes">{labels}</ul>'),
         ("Licence of the weights", licence),
         ("Calibration", _calibration(loaded)),
         ("Unusual images", _unusual(loaded)),
     ]
-    title = f"MedMamba-{config.architecture}, {_parameters(loaded)}"
-    return card(facts(rows) + _figures(loaded), loaded.title, title, css="mm-model")
+    classes = facts([(f"{config.num_classes} classes", f'<ul class="mm-classes">{labels}</ul>')])
+    height, width = config.preprocess.input_size
+    title = f"MedMamba-{config.architecture}, {_parameters(loaded)}, images of {width}×{height}"
+    return card(classes + facts(rows) + _figures(loaded), loaded.title, title, css="mm-model")
 
 
 def _figures(loaded: Loaded) -> str:
@@ -247,19 +258,19 @@ def _figures(loaded: Loaded) -> str:
         estimate = evaluation.overall.get(name)
         if estimate is None or math.isnan(estimate.value):
             continue
-        interval = "" if math.isnan(estimate.low) else f"{estimate.low:.3f} – {estimate.high:.3f}"
-        rows.append([esc(TITLES[name]), f"{estimate.value:.3f}", interval])
-    by = f"{evaluation.n_images} images" + (f" of {evaluation.n_patients} patients" if evaluation.n_patients else "")
-    caption = f"On the {split} split, {by}"
-    return table(["Figure", "Value", f"{evaluation.level:.0%} interval"], rows, caption, css="mm-figures")
+        interval = "" if math.isnan(estimate.low) else f"<span>{estimate.low:.3f} – {estimate.high:.3f}</span>"
+        rows.append((TITLES[name], f"<strong>{estimate.value:.3f}</strong>{interval}"))
+    by = f"{evaluation.n_images:,} images" + (f" of {evaluation.n_patients} patients" if evaluation.n_patients else "")
+    head = f"<h3>On the {esc(split)} split <span>{by}, with {evaluation.level:.0%} intervals</span></h3>"
+    return f'<div class="mm-figures">{head}{facts(rows)}</div>'
 
 
 def _calibration(loaded: Loaded) -> str:
     found = loaded.calibration
     if found is None:
-        return "none<span>scores are not probabilities</span>"
-    change = f"calibration error {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n} images"
-    title = f"temperature {found.temperature:.2f}" if found.method == "temperature" else "not needed"
+        return "None<span>Scores are not probabilities</span>"
+    change = f"Calibration error {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n:,} images"
+    title = f"Temperature {found.temperature:.2f}" if found.method == "temperature" else "Not needed"
     return f"{title}<span>{esc(change)}</span>"
 
 
@@ -267,14 +278,14 @@ def _unusual(loaded: Loaded) -> str:
     if loaded.unusual:
         measured = loaded.unusual.measured
         each = ", ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.get("auroc", {}).items())
-        text = f"{loaded.unusual.coverage:.0%} of validation images pass; "
-        text += f"AUROC against {each}" if each else "how well it works was not measured"
-        return f"warned by the distance of features<span>{esc(text)}</span>"
+        text = f"{loaded.unusual.coverage:.0%} of validation images pass. "
+        text += f"AUROC against {each}" if each else "How well it works was not measured"
+        return f"Warned by the distance of features<span>{esc(text)}</span>"
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:
-        return "no warning<span>the model has no threshold for it</span>"
-    text = f"{ood.coverage:.0%} of validation images pass; how well it works was not measured for this model"
-    return f"warned by the {esc(ood.score.replace('_', ' '))} score<span>{esc(text)}</span>"
+        return "No warning<span>The model has no threshold for it</span>"
+    text = f"{ood.coverage:.0%} of validation images pass. How well it works was not measured for this model"
+    return f"Warned by the {esc(ood.score.replace('_', ' '))} score<span>{esc(text)}</span>"
 
 
 def _parameters(loaded: Loaded) -> str:

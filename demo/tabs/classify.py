@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,23 @@ from medmamba.images import ImageError, load_image
 from medmamba.pretrained import PretrainedError
 
 from ..context import Context
-from ..html import data_uri, empty, error, esc
-from ..options import EXAMPLES, IMAGE_TYPES
+from ..examples import examples_html, load_examples
+from ..html import data_uri, empty, error
+from ..options import IMAGE_TYPES
 from ..service import FileFacts, View, Window, inspect, reduced
 from ..sessions import Session
+from ..store import Loaded
 from ..theme import Html
 from . import answers
 
 AS_FILE = "As the file says"
 CUSTOM = "Set by hand"
+CT_WINDOWS = [("Soft tissue", (40, 400)), ("Lung", (-600, 1500)), ("Bone", (400, 1800)), ("Brain", (40, 80))]
+"""Level and width in Hounsfield units that readers of CT use."""
+WINDOW_WORDS = (
+    "abdomen angio body bone brain chest contrast default harder head liver low lung lungs medium mediastinum normal "
+    "pelvis sharp smooth soft softer spine standard stroke tissue tissues window"
+)
 Updates = dict[Any, Any]
 
 
@@ -44,7 +53,7 @@ def build(context: Context) -> ClassifyTab:
     with gr.Row(elem_classes="mm-columns"):
         with gr.Column(scale=5, min_width=320):
             model = gr.Dropdown(
-                context.titles(None),
+                context.choices(None),
                 value=context.default_title,
                 label="Model",
                 elem_id="mm-model",
@@ -71,9 +80,9 @@ def build(context: Context) -> ClassifyTab:
                     width = gr.Slider(0, 1, 1, label="Window width", min_width=140, buttons=[])
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, buttons=[])
             button = gr.Button("Classify", variant="primary", size="lg", elem_id="mm-classify")
-            examples = example_files()
+            examples = load_examples()
             picker = Html(
-                examples_html(examples),
+                examples_html(examples, dataset_of(store.default)),
                 elem_id="mm-examples",
                 js_on_load=pick_js("mm-example", "click"),
             )
@@ -140,7 +149,7 @@ def build(context: Context) -> ClassifyTab:
             return {**nothing, **about, **single(session, loaded, view)}
         results = context.service.classify_files(loaded.source, session.images)
         text = answers.batch_csv(session.images, results, loaded.config.labels)
-        path = session.new_folder() / "medmamba.csv"
+        path = session.new_download("medmamba.csv")
         path.write_text(text, encoding="utf-8")
         return {
             **about,
@@ -162,12 +171,15 @@ def build(context: Context) -> ClassifyTab:
         session = context.sessions.of(request)
         if problem := refuse(files or [], limits.batch_files, limits.image_mb):
             return {file: None, result: error("Too much at once", problem)}
-        session.keep_images(list(files or []))
+        try:
+            session.keep_images(list(files or []))
+        except OSError:  # another visitor left who had brought an equal file a moment ago
+            return {file: None, result: error("The upload was lost", "Choose the file again.")}
         return {file: None, **controls(session), **answer(session, title, View())}
 
     def choose(event: gr.EventData, title: str, request: gr.Request) -> Updates:
         index = int(event.index)
-        return take([str(examples[index][1])], title, request)
+        return take([str(examples[index].path)], title, request)
 
     def open_row(event: gr.EventData, title: str, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
@@ -204,6 +216,12 @@ def build(context: Context) -> ClassifyTab:
     def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         return {preset: CUSTOM, **look(title, CUSTOM, c, w, f, request)}
 
+    def examples_of(title: str, request: gr.Request) -> str:
+        try:
+            return examples_html(examples, dataset_of(context.load(context.sessions.of(request), title)))
+        except (PretrainedError, ConfigError, OSError, ValueError):  # answering says why
+            return examples_html(examples, None)
+
     shared: dict[str, Any] = dict(
         api_visibility="private", concurrency_id="classify", show_progress_on=[result], show_progress="minimal"
     )
@@ -215,11 +233,17 @@ def build(context: Context) -> ClassifyTab:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
     batch.click(open_row, [model], [result, explain], **shared)
     gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
+    model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
     preset.input(use_preset, [model, *view], shown, **shared)
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
     gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
     frame.release(look, [model, *view], shown, **moved)
     return ClassifyTab(model, view, explain, rerun, shown)
+
+
+def dataset_of(loaded: Loaded) -> str | None:
+    """The name in the registry of what a model was trained on."""
+    return loaded.facts.entry.name if loaded.facts.entry else None
 
 
 def view_of(preset: str, center: float, width: float, frame: float) -> View:
@@ -229,17 +253,26 @@ def view_of(preset: str, center: float, width: float, frame: float) -> View:
 
 
 def presets(found: FileFacts) -> list[tuple[str, Window]]:
-    """Windows that the file declares, by a name for people."""
-    declared = found.windows.presets if found.windows else ()
-    return [(f"{p.explanation or 'Window'} ({p.center:g} / {p.width:g})", (p.center, p.width)) for p in declared]
+    """Windows that the file declares, then, for CT, those in common use; by a name for people."""
+    if found.windows is None:
+        return []
+    windows = [(_words(p.explanation), (p.center, p.width)) for p in found.windows.presets]
+    if found.windows.unit == "HU":
+        windows += [(name, window) for name, window in CT_WINDOWS if window not in dict(windows).values()]
+    return [(f"{name} ({center:g} / {width:g})", (center, width)) for name, (center, width) in windows]
+
+
+def _words(explanation: str) -> str:
+    """A file's own name for a window, if it is one that is known: free text of a header can hold anything."""
+    known = set(re.findall(r"[a-z]+", explanation.lower())) <= set(WINDOW_WORDS.split())
+    return explanation.strip().capitalize() if explanation.strip() and known else "Window"
 
 
 def default_window(found: FileFacts) -> Window:
     """The file's first window, else the range of its values."""
-    declared = presets(found)
-    if declared:
-        return declared[0][1]
     assert found.windows is not None and found.windows.value_range is not None
+    if found.windows.presets:
+        return found.windows.presets[0].center, found.windows.presets[0].width
     low, high = found.windows.value_range
     return (low + high) / 2, high - low
 
@@ -252,32 +285,6 @@ def refuse(files: list[str], most: int, megabytes: int) -> str:
         if Path(name).stat().st_size > megabytes * 2**20:
             return f"{Path(name).name} is larger than {megabytes} MB. Crop it or save a smaller version first."
     return ""
-
-
-def example_files() -> list[tuple[str, Path]]:
-    """(what it shows, file) of the example images."""
-    names = {"blood": "blood cell", "breast": "breast ultrasound", "chest": "chest X-ray"}
-    found = []
-    for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in (".webp", ".jpg", ".jpeg", ".png")):
-        kind, _, what = path.stem.partition("_")
-        found.append((f"{what.replace('_', ' ')}, {names.get(kind, kind)}", path))
-    return found
-
-
-def examples_html(examples: list[tuple[str, Path]]) -> str:
-    """Thumbnails that are buttons."""
-    import numpy as np
-    from PIL import Image
-
-    cells = []
-    for i, (what, path) in enumerate(examples):
-        picture = Image.open(path).convert("RGB")
-        picture.thumbnail((96, 96))
-        cells.append(
-            f'<li><button type="button" data-mm-example="{i}" title="{esc(what)}">'
-            f'<img src="{data_uri(np.asarray(picture))}" alt="{esc(what)}" width="96" height="96"></button></li>'
-        )
-    return f'<div class="mm-examples"><h3>Or try an example</h3><ul>{"".join(cells)}</ul></div>'
 
 
 def pick_js(attribute: str, event: str) -> str:

@@ -14,7 +14,8 @@ from medmamba.pretrained import PretrainedError
 
 from ..context import Context
 from ..html import card, empty, error, esc
-from ..service import inspect
+from ..options import BUSY
+from ..service import MAPS_SHARE, inspect
 from ..theme import Html
 from . import answers, maps
 from .classify import ClassifyTab, view_of
@@ -45,13 +46,14 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             run = gr.Button("Explain", variant="primary", size="lg", elem_id="mm-run-explain")
             stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-explain")
         with gr.Column(scale=8, min_width=320):
+            status = Html("", visible=False, elem_id="mm-status")  # Gradio draws its bar over it, not over the maps
             picture = Html(NO_IMAGE, elem_id="mm-maps")
-            trust = Html(visible=False, elem_id="mm-trust")
             with gr.Row(visible=False, elem_id="mm-downloads") as downloads:
                 files = [
                     gr.DownloadButton(label, size="sm") for label in ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)")
                 ]
-    panel = [picture, trust, downloads, *files, run, stop]
+            trust = Html(visible=False, elem_id="mm-trust")
+    panel = [picture, trust, downloads, *files, run, stop, status]
 
     def enter(title: str, preset: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         """The image and the classes, when the tab is opened."""
@@ -72,6 +74,25 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             downloads: gr.update(visible=False),
         }
 
+    def idle() -> Updates:
+        return {run: gr.update(visible=True), stop: gr.update(visible=False), status: gr.update(visible=False)}
+
+    def refused() -> Updates:
+        """There was no place in the queue."""
+        return {picture: error("This was not explained", BUSY), **idle()}
+
+    def begin(names: list[str], request: gr.Request) -> Updates:
+        """At once, whoever else is served first."""
+        context.sessions.of(request).stop_explaining.clear()
+        return {
+            run: gr.update(visible=False),
+            stop: gr.update(value="Cancel", interactive=True, visible=True),
+            status: gr.update(value='<div class="mm-status"></div>', visible=True),
+            picture: _working(names) if names else "",
+            trust: gr.update(visible=False),
+            downloads: gr.update(visible=False),
+        }
+
     def draw(
         title: str,
         preset: str,
@@ -85,26 +106,17 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         progress: gr.Progress = gr.Progress(),  # noqa: B008  how Gradio finds out that progress is shown
     ) -> Iterator[Updates]:
         session = context.sessions.of(request)
-        session.stop.clear()
-        idle = {run: gr.update(visible=True), stop: gr.update(visible=False)}
         if not session.images:
-            yield {picture: NO_IMAGE}
+            yield {picture: NO_IMAGE, **idle()}
             return
         if not names:
-            yield {picture: error("No method chosen", "Tick at least one method on the left.")}
+            yield {picture: error("No method chosen", "Tick at least one of the methods."), **idle()}
             return
         path = session.images[session.current]
-        yield {
-            run: gr.update(visible=False),
-            stop: gr.update(visible=True),
-            picture: _working(names),
-            trust: gr.update(visible=False),
-            downloads: gr.update(visible=False),
-        }
 
         def report(share: float) -> bool:
-            progress(share, desc="Explaining")
-            return not session.stop.is_set()
+            progress(share, desc="Drawing the maps" if not check or share < MAPS_SHARE else "Checking the maps")
+            return not session.stop_explaining.is_set()
 
         found: Comparison | None = None
         try:
@@ -121,23 +133,23 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
                 yield update
         except ExplainCancelled:
             if found is None:
-                yield {picture: empty("Cancelled", "Nothing was changed. Press Explain to start again."), **idle}
+                yield {picture: empty("Cancelled", "Nothing was changed. Press Explain to start again."), **idle()}
                 return
         except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
-            yield {picture: error("This could not be explained", answers.plain(problem, path)), **idle}
+            yield {picture: error("This could not be explained", answers.plain(problem, path)), **idle()}
             return
         assert found is not None
-        folder = session.new_folder()
-        saved = [str(found.save(folder / f"explanation.{suffix}")) for suffix in ("png", "npz", "json")]
+        target_file = session.new_download("explanation.png")
+        saved = [str(found.save(target_file.with_suffix(suffix))) for suffix in (".png", ".npz", ".json")]
         yield {
             trust: gr.update(value=maps.trust_html(found), visible=True),
             downloads: gr.update(visible=True),
             **dict(zip(files, saved, strict=True)),
-            **idle,
+            **idle(),
         }
 
     def cancel(request: gr.Request) -> Any:
-        context.sessions.of(request).stop.set()
+        context.sessions.of(request).stop_explaining.set()
         return gr.update(value="Cancelling…", interactive=False)
 
     inputs = [classify.model, *classify.view]
@@ -146,15 +158,16 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
     classify.explain.click(lambda: gr.Tabs(selected="explain"), None, tabs, api_visibility="private").then(
         enter, inputs, entered, api_visibility="private", show_progress="hidden"
     )
-    run.click(lambda: gr.update(value="Cancel", interactive=True), None, stop, queue=False, api_visibility="private")
-    run.click(
+    started = run.click(begin, chosen, panel, queue=False, api_visibility="private", show_progress="hidden")
+    drawn = started.then(
         draw,
         [*inputs, target, chosen, checks],
         panel,
         api_visibility="private",
         concurrency_id="explain",
-        show_progress_on=[picture],
+        show_progress_on=[status],
     )
+    drawn.failure(refused, None, panel, queue=False, api_visibility="private")
     stop.click(cancel, None, stop, queue=False, api_visibility="private")
 
 
@@ -173,4 +186,4 @@ def _working(names: list[str]) -> str:
 
 
 def _checking(count: int) -> str:
-    return card(f'<p class="mm-wait" role="status">Checking 1 of {count}…</p>')
+    return card(f'<p class="mm-wait" role="status">Checking 1 of {count}…</p>', "Can these maps be trusted?")

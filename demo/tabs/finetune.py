@@ -21,9 +21,10 @@ from medmamba.pretrained import PretrainedError
 
 from ..charts import Line, chart
 from ..context import Context
+from ..gpu import ZERO_GPU
 from ..html import callout, card, empty, error, esc, facts, table
 from ..jobs import Job, JobError, Plan, Progress, plan
-from ..options import SAMPLE_SET
+from ..options import BUSY, SAMPLE_SET
 from ..sessions import Session
 from ..theme import Html
 from .classify import ClassifyTab
@@ -32,6 +33,7 @@ EMPTY = empty(
     "A model for your own classes",
     "Zip a folder that holds one folder of images per class, or take the sample set, and watch the model learn it.",
 )
+CANCELLED = empty("Cancelled", "Nothing was kept. Press Fine-tune to start again.")
 POLL_SECONDS = 0.7
 Updates = dict[Any, Any]
 
@@ -51,7 +53,13 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             )
             sample = gr.Button("Use the sample set: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")
-            base = gr.Dropdown(context.titles(None), value=context.default_title, label="Start from", filterable=False)
+            base = gr.Dropdown(
+                context.choices(None),
+                value=first_base(context),
+                label="Start from",
+                filterable=False,
+                elem_id="mm-base",
+            )
             epochs = gr.Slider(
                 1, limits.epochs, min(10, limits.epochs), step=1, label="Epochs", buttons=[],
                 info=f"Ends after {limits.train_minutes:g} minutes at the latest, with the best epoch so far.",
@@ -70,9 +78,10 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         if not path:
             return hidden
         session.data = None
+        session.uploads.add(Path(path))
         target = session.new_folder() / Path(path).name
-        shutil.copyfile(path, target)
         try:
+            shutil.copyfile(path, target)
             found = plan(target, limits)
         except (DatasetError, ImageError, OSError, ValueError) as problem:
             shutil.rmtree(target.parent, ignore_errors=True)
@@ -89,74 +98,94 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
     def take_sample(request: gr.Request) -> Updates:
         return take(str(SAMPLE_SET), request)
 
-    def train(title: str, count: float, request: gr.Request) -> Iterator[Updates]:
-        session = context.sessions.of(request)
-        session.stop.clear()
-        idle = {run: gr.update(visible=True), stop: gr.update(visible=False)}
-        if session.data is None:
-            yield {picture: error("No set yet", "Upload a zip file or take the sample set first."), **idle}
-            return
-        folder = session.new_folder()
-        yield {
-            picture: progress_html(Progress(), int(count)),
+    def idle() -> Updates:
+        return {run: gr.update(visible=True), stop: gr.update(visible=False)}
+
+    def refused() -> Updates:
+        """There was no place in the queue."""
+        return {picture: error("Training did not start", BUSY), **idle()}
+
+    def begin(count: float, request: gr.Request) -> Updates:
+        """At once, whoever else trains."""
+        context.sessions.of(request).stop_training.clear()
+        return {
+            picture: progress_html(Progress(), int(count), "Waiting for a free place"),
             run: gr.update(visible=False),
             stop: gr.update(visible=True, interactive=True, value="Cancel"),
             done: gr.update(visible=False),
         }
+
+    def train(title: str, count: float, request: gr.Request) -> Iterator[Updates]:
+        session = context.sessions.of(request)
+        if session.data is None:
+            yield {picture: error("No set yet", "Upload a zip file or take the sample set first."), **idle()}
+            return
+        if session.stop_training.is_set():  # cancelled while others were served
+            yield {picture: CANCELLED, **idle()}
+            return
+        folder = session.new_folder()
         job = None
         try:
             source = context.source(None, title)
-            device = context.store.device.type
+            device = training_device(context)
             job = Job(session.data, source, int(count), folder, limits, device)
             while job.running:
-                if session.stop.wait(POLL_SECONDS):
-                    yield {picture: empty("Cancelled", "Nothing was kept. Press Fine-tune to start again."), **idle}
+                if session.stop_training.wait(POLL_SECONDS):
+                    yield {picture: CANCELLED, **idle()}
                     return
                 session.used = time.monotonic()  # watching is not idling
                 yield {picture: progress_html(job.progress(), int(count))}
             found = job.result()
+            yield {picture: progress_html(job.progress(), int(count), "Learning which images are usual")}
+            job.learn_unusual()
             name = own_name(session)
             session.models[name] = job.out
             yield {
                 picture: result_html(found, job, name),
                 done: gr.update(visible=True),
-                download: packed(job.out, folder),
-                **idle,
+                download: packed(job.out, session.new_download("medmamba-model.zip")),
+                **idle(),
             }
         except (JobError, DatasetError, PretrainedError, ConfigError, OSError, ValueError) as problem:
-            yield {picture: error("Training ended early", str(problem)), **idle}
+            yield {picture: error("Training ended early", str(problem)), **idle()}
         finally:  # also when the visitor leaves
             if job:
                 job.stop()
 
     def cancel(request: gr.Request) -> Any:
-        context.sessions.of(request).stop.set()
+        context.sessions.of(request).stop_training.set()
         return gr.update(value="Cancelling…", interactive=False)
 
     def try_it(request: gr.Request) -> tuple[Any, Any]:
         session = context.sessions.of(request)
-        titles = context.titles(session)
         newest = list(session.models)[-1] if session.models else context.default_title
-        return gr.update(choices=titles, value=newest), gr.Tabs(selected="classify")
+        return gr.update(choices=context.choices(session), value=newest), gr.Tabs(selected="classify")
 
     private: dict[str, Any] = dict(api_visibility="private")
     taken = [seen, run, picture, done]
     file.upload(take, file, taken, show_progress_on=[picture], **private)
     file.clear(take, file, taken, **private)
     sample.click(take_sample, None, taken, show_progress_on=[picture], **private)
-    run.click(
-        train,
-        [base, epochs],
-        [picture, done, download, run, stop],
-        concurrency_id="train",
-        concurrency_limit=1,
-        show_progress="hidden",
-        **private,
+    panel = [picture, done, download, run, stop]
+    started = run.click(begin, epochs, panel, queue=False, show_progress="hidden", **private)
+    trained = started.then(
+        train, [base, epochs], panel, concurrency_id="train", concurrency_limit=1, show_progress="hidden", **private
     )
+    trained.failure(refused, None, panel, queue=False, **private)
     stop.click(cancel, None, stop, queue=False, **private)
     use.click(try_it, None, [classify.model, tabs], **private).then(
         classify.rerun, [classify.model, *classify.view], classify.outputs, **private
     )
+
+
+def first_base(context: Context) -> str:
+    """On a CPU the lightest model, which trains in minutes."""
+    return context.lightest_title if training_device(context) == "cpu" else context.default_title
+
+
+def training_device(context: Context) -> str:
+    """On ZeroGPU the CPU: a process of its own gets no GPU there."""
+    return "cpu" if ZERO_GPU else context.store.device.type
 
 
 def own_name(session: Session) -> str:
@@ -170,10 +199,9 @@ def own_name(session: Session) -> str:
     return name
 
 
-def packed(model: Path, folder: Path) -> str:
+def packed(model: Path, target: Path) -> str:
     """The model folder as a zip, which `MedMamba.from_pretrained` loads as it is."""
-    target = folder / "medmamba-model"
-    return shutil.make_archive(str(target), "zip", model.parent, model.name)
+    return shutil.make_archive(str(target.with_suffix("")), "zip", model.parent, model.name)
 
 
 def set_html(found: Plan) -> str:
@@ -190,9 +218,11 @@ def set_html(found: Plan) -> str:
     return card(facts(rows), found.data.name, css="mm-tight")
 
 
-def progress_html(found: Progress, epochs: int) -> str:
-    """The curves so far, and how long it will take."""
-    if found.history or found.losses:
+def progress_html(found: Progress, epochs: int, stage: str = "") -> str:
+    """The curves so far, and how long it will take; `stage` says what is going on instead of the epoch."""
+    if stage:
+        title = stage
+    elif found.history or found.losses:
         title = f"Epoch {min(len(found.history) + 1, epochs)} of {epochs}"
     else:
         title = "Reading the images"
@@ -202,7 +232,7 @@ def progress_html(found: Progress, epochs: int) -> str:
         f'<div class="mm-progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share:.0f}"><span style="width:{share:.1f}%"></span></div>'
     )
-    text = f"{duration(found.seconds)} so far, {left}"
+    text = f"{duration(found.seconds)} so far, {left}" if found.seconds else "One model is trained at a time here."
     return card(bar + curves_html(found, epochs), title, text, attributes='aria-live="off"')
 
 
@@ -257,10 +287,7 @@ def confusion_html(evaluation: Evaluation) -> str:
     body = ""
     for name, row in zip(evaluation.classes, evaluation.confusion, strict=True):
         total = sum(row) or 1
-        cells = "".join(
-            f'<td style="--share:{count / total:.3f}"{" class=mm-strong" if count / total > 0.55 else ""}>{count}</td>'
-            for count in row
-        )
+        cells = "".join(f'<td style="--share:{count / total:.3f}">{count}</td>' for count in row)
         body += f'<tr><th scope="row">{esc(name)}</th>{cells}</tr>'
     return (
         f'<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'

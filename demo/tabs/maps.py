@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from medmamba.explain import Comparison, Explanation, Trust, methods
 
-from ..charts import Line, chart
+from ..charts import NARROW, Line, chart
 from ..html import callout, card, data_uri, esc, table
 
 OPACITY = 65
@@ -57,7 +57,7 @@ def _map(explanation: Explanation, below: str) -> str:
         f'<img class="mm-over" src="{data_uri(explanation.overlay_pixels(1.0))}" '
         f'alt="{esc(title)}: the image, coloured where the map is strong"></div>'
         f"<figcaption><strong>{esc(title)}</strong><span>{esc(about[:1].upper() + about[1:])}. "
-        f"{explanation.seconds:.1f} s</span></figcaption>{more}</figure>"
+        f"{explanation.seconds:.1f}&nbsp;s</span></figcaption>{more}</figure>"
     )
 
 
@@ -102,7 +102,7 @@ def trust_html(found: Comparison, checking: int | None = None) -> str:
         "Parts of the image are blurred away, strongest evidence first, or brought back in that order. A map that says "
         "what the model uses makes the logit fall fast and rise fast; the grey lines are random orders."
     )
-    removal = card(f'<div class="mm-chart-grid">{curves}</div>', "Removing and restoring the evidence", lead)
+    removal = card(f'<div class="mm-chart-grid mm-narrow">{curves}</div>', "Removing and restoring the evidence", lead)
     return card(checks + wait + agreement, "Can these maps be trusted?") + removal
 
 
@@ -134,4 +134,4 @@ def _curves(explanation: Explanation, trust: Trust) -> str:
         Line("random orders", x, list(row), "faint") for row in (*curves.random_deletion, *curves.random_insertion)
     ]
     lines += [Line("removed", x, list(curves.deletion), "a"), Line("restored", x, list(curves.insertion), "b")]
-    return chart(lines, title_of(explanation), "share of the image, %", "relative logit", (0, 100))
+    return chart(lines, title_of(explanation), "share of the image, %", "relative logit", (0, 100), width=NARROW)

@@ -3,94 +3,123 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-import medmamba
 from medmamba import registry
-from medmamba.card import CardError, ModelFacts, read_facts
-from medmamba.config import ConfigError
-from medmamba.licences import LicenceError
 from medmamba.registry import DatasetEntry
 
-from ..context import Context
-from ..html import card, esc, table
-from ..store import display_name
+from ..context import Context, Known
+from ..html import card, esc, licence_name, table
 from ..theme import Html
+from .classify import ClassifyTab, pick_js
 
-HEADER = ["Dataset", "Images", "Licence", "Paper, accuracy", "Paper, AUC", "Ours, accuracy", "Ours, AUROC", "Weights"]
+HEADER = ["Dataset", "Images", "Licence", "Accuracy, paper", "Accuracy, ours", "AUC, paper", "AUC, ours", "Weights"]
 VARIANTS = ("tiny", "small", "base")
+NONE = '<span class="mm-none">–</span>'
 
 
-def build(context: Context) -> None:
-    """Lays the tab out; to be called inside `gr.Tab`. Nothing is asked of a network."""
-    with gr.Column():
-        Html(models_html(local_facts(context.store.names)))
+def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
+    """Lays the tab out and connects it; to be called inside `gr.Tab`. Nothing is asked of a network."""
+    known = list(context.known.values())
+    page = Html(models_html(known) + warnings_html(known), js_on_load=pick_js("mm-use", "click"), elem_id="mm-zoo")
 
+    def use(event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:
+        session = context.sessions.of(request)
+        title = str(event.index)
+        if title not in context.titles(session):  # not what the page sends
+            return gr.skip(), gr.skip()
+        return gr.update(choices=context.choices(session), value=title), gr.Tabs(selected="classify")
 
-def local_facts(names: tuple[str, ...]) -> list[tuple[str, ModelFacts]]:
-    """(title, facts) of the models that are on this machine already."""
-    bundled, found = medmamba.bundled_models(), []
-    for name in names:
-        folder = bundled.get(name, Path(name))
-        try:
-            found.append((display_name(name), read_facts(folder)))
-        except (OSError, ConfigError, CardError, LicenceError):  # not here, or without a stated licence
-            continue
-    return found
-
-
-def models_html(ours: list[tuple[str, ModelFacts]]) -> str:
-    """The table, and what must be known to read it."""
-    by_dataset = {facts.entry.name: (title, facts) for title, facts in ours if facts.entry}
-    rows = [_row(registry.get(name), by_dataset.get(name)) for name in registry.names()]
-    differs = any(_other_split(facts) for _, facts in by_dataset.values())
-    star = " * Measured on another split than the published figures: compare with care." if differs else ""
-    lead = (
-        "The paper’s figures are for the variants T, S and B, as its authors printed them; nobody here has verified "
-        "them. Ours come from the test split of each model, with a 95 % bootstrap interval." + star
+    private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    page.click(use, None, [classify.model, tabs], **private).then(
+        classify.rerun, [classify.model, *classify.view], classify.outputs, concurrency_id="classify", **private
     )
+
+
+def models_html(known: list[Known]) -> str:
+    """The table, those with weights first, and what must be known to read it."""
+    ours = {name: [k for k in known if k.facts.entry and k.facts.entry.name == name] for name in registry.names()}
+    rows = [_row(registry.get(name), ours[name]) for name in sorted(registry.names(), key=lambda n: not ours[n])]
+    lead = (
+        "Published figures are as the paper’s authors printed them, for its variants T, S and B; nobody here has "
+        "verified them. Ours are from the test split of each model, which selected nothing, with 95% bootstrap "
+        "intervals; N is nano, the variant for CPUs."
+    )
+    if any(_other_split(model) for model in known):
+        lead += " * Measured on another split than the published figure: compare with care."
     return card(table(HEADER, rows, "Datasets and figures", css="mm-zoo"), "The sixteen datasets of the paper", lead)
 
 
-def _row(entry: DatasetEntry, ours: tuple[str, ModelFacts] | None) -> list[str]:
+def warnings_html(known: list[Known]) -> str:
+    """How well each model tells images of other datasets from its own test images."""
+    measured = {k.title: k.unusual.measured for k in known if k.unusual and k.unusual.measured}
+    if not measured:
+        return ""
+    others = sorted({name for record in measured.values() for name in record["auroc"]})
+    rows = []
+    for title, record in measured.items():
+        cells = [
+            f"<strong>{row['auroc']:.3f}</strong><small>{row['called_unusual']:.0%} marked</small>"
+            if (row := record["auroc"].get(name))
+            else NONE
+            for name in others
+        ]
+        own = f"<strong>{record['own']['called_unusual']:.0%}</strong><small>of {record['own']['n']:,} marked</small>"
+        rows.append([f"<strong>{esc(title)}</strong>", own, *cells])
+    lead = (
+        "How well each model’s warning tells images of another dataset from its own test images: AUROC, where 1 is "
+        "always and 0.5 is chance, and the share that is marked as unusual. The threshold was set on validation images "
+        "of the model’s own dataset; the others had no part in it."
+    )
+    return card(table(["Model", "Own test images", *others], rows, "AUROC of the warning"), "Unusual images", lead)
+
+
+def _row(entry: DatasetEntry, ours: list[Known]) -> list[str]:
     images = f"{entry.n_images:,}" if entry.n_images else "unknown"
-    licence = esc(entry.licence.id or "not stated")
+    licence = esc(licence_name(entry.licence.id))
     if entry.licence.non_commercial:
         licence += "<small>non-commercial</small>"
     if not entry.source.public:
         licence += "<small>images not public</small>"
+    weights = "".join(
+        f'<button type="button" class="mm-tag mm-have" data-mm-use="{esc(k.title)}">{esc(k.title)}</button>'
+        for k in ours
+    )
     return [
         f"<strong>{esc(entry.title)}</strong><small>{esc(entry.modality)}</small>",
         f"{images}<small>{entry.num_classes} classes</small>",
         licence,
         _published(entry, "accuracy"),
-        _published(entry, "auc"),
         _ours(ours, "accuracy"),
+        _published(entry, "auc"),
         _ours(ours, "auroc"),
-        f'<span class="mm-tag mm-have">{esc(ours[0])}</span>' if ours else '<span class="mm-none">not yet</span>',
+        weights or '<span class="mm-none">not yet</span>',
     ]
 
 
 def _published(entry: DatasetEntry, score: str) -> str:
     values = [(name[0].upper(), getattr(entry.published[name], score)) for name in VARIANTS if name in entry.published]
     shown = [f"<span><i>{letter}</i> {value:.3f}</span>" for letter, value in values if value is not None]
-    return f'<span class="mm-tsb">{"".join(shown)}</span>' if shown else '<span class="mm-none">–</span>'
+    return f'<span class="mm-tsb">{"".join(shown)}</span>' if shown else NONE
 
 
-def _ours(ours: tuple[str, ModelFacts] | None, score: str) -> str:
-    if ours is None or not ours[1].split:
-        return '<span class="mm-none">–</span>'
-    facts = ours[1]
-    estimate = facts.evaluations[facts.split].overall.get(score) if facts.split else None
-    if estimate is None or math.isnan(estimate.value):
-        return '<span class="mm-none">–</span>'
-    star = "*" if _other_split(facts) else ""
-    interval = "" if math.isnan(estimate.low) else f"<small>{estimate.low:.3f} – {estimate.high:.3f}</small>"
-    return f"<strong>{estimate.value:.3f}{star}</strong>{interval}"
+def _ours(ours: list[Known], score: str) -> str:
+    shown = []
+    for model in ours:
+        facts = model.facts
+        estimate = facts.evaluations[facts.split].overall.get(score) if facts.split else None
+        if estimate is None or math.isnan(estimate.value):
+            continue
+        star = "*" if _other_split(model) else ""
+        interval = "" if math.isnan(estimate.low) else f"<small>{estimate.low:.3f} – {estimate.high:.3f}</small>"
+        letter = esc(facts.config.architecture[:1].upper())
+        shown.append(f"<span><i>{letter}</i> <strong>{estimate.value:.3f}{star}</strong>{interval}</span>")
+    return f'<span class="mm-tsb">{"".join(shown)}</span>' if shown else NONE
 
 
-def _other_split(facts: ModelFacts) -> bool:
+def _other_split(model: Known) -> bool:
+    facts = model.facts
     sizes = facts.config.training.get("split_sizes")
     return bool(facts.entry and facts.entry.splits and sizes and dict(facts.entry.splits) != sizes)

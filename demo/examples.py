@@ -1,0 +1,76 @@
+"""The example images that come with the app, and which of them are of the kind that a model knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .html import data_uri, esc
+from .options import EXAMPLES
+
+KINDS = {
+    "blood": ("bloodmnist", "blood cell"),
+    "breast": ("breastmnist", "breast ultrasound"),
+    "chest": ("pneumoniamnist", "chest X-ray"),
+}
+"""First word of a file name: the dataset in whose test split the image is, and what to call it."""
+SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
+FOREIGN = 1
+"""So many images of each other kind are offered, to see what the app says of them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image; `what` is its true class, `kind` the kind of image, `dataset` where it is from."""
+
+    path: Path
+    what: str
+    kind: str
+    dataset: str
+    thumbnail: str
+
+
+def load_examples() -> list[Example]:
+    """All of them, by name."""
+    found = []
+    for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES):
+        first, _, what = path.stem.partition("_")
+        dataset, kind = KINDS[first]
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((120, 120))
+        what = what.rstrip("0123456789").strip("_").replace("_", " ")
+        found.append(Example(path, what, kind, dataset, data_uri(np.asarray(small), exact=False)))
+    return found
+
+
+def examples_html(examples: list[Example], dataset: str | None) -> str:
+    """Thumbnails that are buttons: what the model knows, then what it does not know.
+
+    Args:
+        dataset: that the model was trained on.
+    """
+    numbered = list(enumerate(examples))
+    own = [(i, e) for i, e in numbered if e.dataset == dataset]
+    others: list[tuple[int, Example]] = []
+    for kind in dict.fromkeys(e.kind for e in examples if e.dataset != dataset):
+        others += [(i, e) for i, e in numbered if e.kind == kind][: FOREIGN if own else 4]
+    if not own:
+        lead = "No example comes with the app that is of this model’s kind. Of other kinds:"
+        return f'<div class="mm-examples">{_group("Or try an example", others, lead)}</div>'
+    first = _group("Or try an example", own, "Test images, with their true class.")
+    return f'<div class="mm-examples">{first}{_group("Or something it was not made for", others)}</div>'
+
+
+def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> str:
+    """A heading and its images; without a lead, by the kind of image instead of the class."""
+    cells = "".join(
+        f'<li><button type="button" data-mm-example="{i}" aria-label="{esc(e.what)}, {esc(e.kind)}">'
+        f'<img src="{e.thumbnail}" alt="" width="120" height="120">'
+        f"<span>{esc(e.what if lead else e.kind)}</span></button></li>"
+        for i, e in examples
+    )
+    return f"<h3>{esc(title)}</h3>{f'<p>{esc(lead)}</p>' if lead else ''}<ul>{cells}</ul>" if cells else ""
