@@ -94,8 +94,8 @@ class Run:
         return cls(data)
 
 
-def load_runs(folder: Path = RESULTS) -> list[Run]:
-    return [Run(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*/*.json"))]
+def load_runs() -> list[Run]:
+    return [Run(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*/*.json"))]
 
 
 def add(folders: Iterable[Path]) -> list[Path]:
