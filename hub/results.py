@@ -46,8 +46,8 @@ CAVEATS = {
     "squashed to a square, MedMNIST crops them. One picture stands in train and in test, under different labels. One "
     "of the 156 test images is 0.64 points.",
     "pneumoniamnist": "Official sizes; the test folder of the source, of which 557 of 624 images are known to be in "
-    "the official test set. Test images come from another collection than train and val, so validation says little "
-    "about them. Eight identical pictures stand in more than one split.",
+    "the official test set. That folder differs from the one which train and val are from: figures on val are much "
+    "higher and say little about test. Eight identical pictures stand in more than one split.",
     "dermamnist": "Split by lesion: all images of a lesion are in one split. The official split is by image and has "
     "lesions in several splits, so figures here are expected to be lower than published ones. Non-commercial images.",
     "bloodmnist": "The official images in another random split, 70/10/20 within each class, without 18 doubles.",
