@@ -268,7 +268,7 @@ class MedMamba(PretrainedMixin, nn.Module):
                 module.grad_checkpointing = enable
 
     def set_scan_backend(self, name: str | None) -> None:
-        """Fixes the scan backend of this model ("native", "triton", "mamba_ssm", "torch"); None: choose at run time.
+        """Fixes the scan backend of this model ("native", "cuda", "triton", "mamba_ssm", "torch"); None: choose.
 
         Raises:
             BackendError: unknown, or not available on this model's device.

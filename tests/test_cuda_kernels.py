@@ -78,7 +78,11 @@ def without_a_gpu(monkeypatch):
     class Stream:
         cuda_stream = 0
 
+    class Properties:
+        multi_processor_count, shared_memory_per_block_optin = 2, 100_000
+
     monkeypatch.setattr(nvrtc, "load_kernel", emulated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
 
 
@@ -139,7 +143,15 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 @pytest.mark.parametrize("per_thread", [2, 4])
 def test_every_plan_computes_the_same(lanes, per_thread):
-    check(problem(H=5, W=4, C=64, R=2), Plan(32, lanes), Plan(64, 1, per_thread))
+    check(problem(H=5, W=4, C=64, R=2), Plan(32, lanes), Plan(64, per_thread=per_thread))
+
+
+@runs
+@pytest.mark.parametrize("segments", [2, 3, 9])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_segments_compute_the_same(segments, lanes):
+    """Of unequal length, the last cut short; more segments than tiles."""
+    check(problem(H=9, W=7, C=34, R=4), Plan(32, lanes, segments), Plan(32))
 
 
 # --- what surrounds the scan ----------------------------------------------------------------------------------------
@@ -309,8 +321,9 @@ def test_same_bits_every_time(dtype):
 
 
 @gpu
-def test_model_compiles_and_trains():
+def test_model_compiles_and_trains(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # would flip a ReLU here and there
     model = medmamba.create_model("test", num_classes=4).to(DEVICE)
     images = torch.randn(4, 3, 64, 64, device=DEVICE)
     gradients = []
@@ -319,5 +332,6 @@ def test_model_compiles_and_trains():
         model.zero_grad()
         network(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+    largest = max(g.abs().max().item() for g in gradients[0])  # some are zero but for rounding: biases before a norm
     for a, e in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-2 * e.abs().max().item() + 1e-6)
+        torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-3 * largest)

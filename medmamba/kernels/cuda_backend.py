@@ -5,6 +5,7 @@ they do not cover (more than 16 states, one-dimensional scans) goes to the Trito
 plain definition.
 """
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -28,7 +29,8 @@ class Plan(NamedTuple):
     """One launch."""
 
     channels: int  # per program
-    lanes: int  # forward: that share a channel. backward: unused
+    lanes: int = 1  # forward: that share a channel
+    segments: int = 1  # forward: pieces of the length; more than one costs a second walk along the tokens
     per_thread: int = 2  # backward: channels per thread
     occupancy: int = 2  # backward: programs that a processor should hold
 
@@ -89,24 +91,31 @@ def scan_parts(
     D: Tensor,
     states: Tensor | None = None,
     plan: Plan | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What each direction adds to y: (B, K, L, C) of `dtype`."""
+    """What each direction adds to y: (B, K, L, C) in the dtype of x."""
     B, H, W, C = x.shape
+    N = A.shape[2]
     save = states is not None and states.numel() > 0
     x, proj = _map(x), _map(proj)
-    plan = plan or forward_plan(B, C, x.device)
-    blocks = -(-C // plan.channels)
-    out = x.new_empty((B, K, H * W, C), dtype=dtype)
+    plan = plan or forward_plan(B, H * W, C, x.get_device())
+    blocks, tiles = -(-C // plan.channels), -(-H * W // CHUNK)
+    length = -(-tiles // plan.segments)
+    segments = -(-tiles // length)
+    out = x.new_empty((B, K, H * W, C))
+    ends = x.new_empty((B, K, segments, N, C), dtype=torch.float32) if segments > 1 else None
+    sums = x.new_empty((B, K, segments, C), dtype=torch.float32) if segments > 1 else None
     threads = plan.channels * plan.lanes
-    constants = _constants(x, proj, dtype, dt_weight, A) + (
-        ("LANES", plan.lanes), ("THREADS", threads), ("SAVE", int(save)),
-    )  # fmt: skip
-    launch(
-        "forward.cu", "scan_forward", "ppppppppiiiilili" + "i", constants, 0, B * K * blocks, threads, x,
-        x, proj, *_float(dt_weight, dt_bias, A, D), out, states if save else None, H, W, C, blocks,
-        *_strides(x), *_strides(proj), proj.stride(3),
-    )  # fmt: skip
+    sizes = (H, W, C, blocks, segments, length, *_strides(x), *_strides(proj), proj.stride(3))
+    arguments = (x, proj, *_float(dt_weight, dt_bias, A, D), out, states if save else None, ends, sums, *sizes)
+    constants = (*_constants(x, proj, x.dtype, dt_weight, A), ("LANES", plan.lanes), ("THREADS", threads))
+    modes = [(0, 0, int(save))] if segments == 1 else [(1, 0, 0), (0, 1, int(save))]
+    for mode in modes:
+        flags = tuple(zip(("ENDS", "CARRY", "SAVE"), mode, strict=True))
+        grid = B * K * segments * blocks
+        launch(
+            "forward.cu", "scan_forward", "pppppppppp" + "iiiiii" + "lilii", (*constants, *flags), 0, grid, threads, x,
+            *arguments,
+        )  # fmt: skip
     return out
 
 
@@ -127,10 +136,10 @@ def scan_2d_backward(
     B, H, W, C = x.shape
     R, N, P = dt_weight.shape[2], A.shape[2], proj.shape[4]
     dy, x, proj = _map(dy), _map(x), _map(proj)
-    plan = plan or backward_plan(C, R, x.device)
+    plan = plan or backward_plan(C, R, x.get_device())
     blocks = -(-C // plan.channels)
     warps = plan.channels // (8 * plan.per_thread)
-    dxs = x.new_empty((B, K, H * W, C), dtype=torch.float32)
+    dxs = x.new_empty((B, K, H * W, C))
     dproj = proj.new_empty((blocks, B, H, W, K, P), dtype=torch.float32 if blocks > 1 else proj.dtype)
     dtable = x.new_empty((B, K, N + R + 2, C), dtype=torch.float32)
     constants = _constants(x, proj, dproj.dtype, dt_weight, A) + (
@@ -158,7 +167,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[:, 0]
     out = parts.new_empty((outer, inner), dtype=dtype)
     step = 4 if inner % 4 == 0 else 1
-    constants = (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]), ("RANK", 1), ("STATES", 1))
+    constants = (("X_TYPE", TYPES[parts.dtype]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]), ("RANK", 1), ("STATES", 1))
     constants += (("PARTS", count), ("VEC", int(step == 4)))
     grid = -(-outer * inner // (256 * step))
     launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
@@ -168,24 +177,27 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-def forward_plan(batch: int, channels: int, device: torch.device) -> Plan:
-    """As many lanes per channel as it takes to fill the chip; each repeats the computation of the step size."""
+@functools.cache
+def forward_plan(batch: int, length: int, channels: int, device: int) -> Plan:
+    """For small batches first more lanes per channel, each of which repeats the computation of the step size, then
+    segments."""
     block = _block(channels, BLOCKS)
+    full = 8 * _properties(device).multi_processor_count  # warps: two for each of a processor's four schedulers
     warps = batch * K * -(-channels // 32)
     lanes = 1
-    while lanes < 4 and warps * lanes < 8 * _processors(device):
+    while lanes < 4 and warps * lanes < full:
         lanes *= 2
     while block * lanes > 256:
         block = block // 2 if block % 64 == 0 else 32
-    return Plan(block, lanes)
+    segments = min(full // (warps * lanes), -(-length // CHUNK) // 2)
+    return Plan(block, lanes, segments if segments >= 3 else 1)
 
 
-def backward_plan(channels: int, rank: int, device: torch.device) -> Plan:
-    room = 48 * 1024
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+@functools.cache
+def backward_plan(channels: int, rank: int, device: int) -> Plan:
+    room = _properties(device).shared_memory_per_block_optin
     fit = [block for block in BLOCKS if backward_shared(rank, block // 16, 2) <= room]
-    return Plan(_block(channels, fit or BLOCKS[-1:]), 1)
+    return Plan(_block(channels, fit or BLOCKS[-1:]))
 
 
 def backward_shared(rank: int, warps: int, per_thread: int) -> int:
@@ -202,13 +214,18 @@ def _block(channels: int, blocks: Sequence[int]) -> int:
     return min(blocks, key=lambda block: (-(-channels // block) * block, -block))
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+@functools.cache
+def _properties(device: int):
+    return torch.cuda.get_device_properties(device)
 
 
 def _constants(x: Tensor, proj: Tensor, out: torch.dtype, dt_weight: Tensor, A: Tensor) -> tuple[tuple[str, int], ...]:
     types = ("X_TYPE", TYPES[x.dtype]), ("P_TYPE", TYPES[proj.dtype]), ("Y_TYPE", TYPES[out])
-    return *types, ("RANK", dt_weight.shape[2]), ("STATES", A.shape[2])
+    R, N = dt_weight.shape[2], A.shape[2]
+    steps = (proj.stride(0), proj.stride(1), proj.stride(2), proj.stride(3))
+    aligned = proj.data_ptr() % (4 * proj.element_size()) == 0 and all(step % 4 == 0 for step in steps)
+    quads = R % 4 == 0 and N == PADDED_STATES and aligned
+    return *types, ("RANK", R), ("STATES", N), ("QUADS", int(quads))
 
 
 def launch(

@@ -27,7 +27,7 @@ def scan_gate(
 ) -> Tensor:
     """silu(gate) * layer_norm(scan_2d(...)): (B, H, W, C). `gate` may be half of a wider map."""
     B, H, W, C = x.shape
-    parts = scan_parts(x, proj, dt_weight, dt_bias, A, D, dtype=x.dtype)
+    parts = scan_parts(x, proj, dt_weight, dt_bias, A, D)
     out = x.new_empty(x.shape)
     pixels = B * H * W
     arguments = (parts, gate, weight, bias, out, pixels, H * W, gate.stride(2), eps)

@@ -91,8 +91,9 @@ class Kernel:
         shared: bytes of dynamic shared memory.
     """
 
-    def __init__(self, code: bytes, name: str, signature: str, shared: int):
-        self.name, self.shared = name, shared
+    def __init__(self, code: bytes, name: str, signature: str, shared: int, device: int):
+        self.name, self.shared, self.device = name, shared, device
+        _use_context(device)
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _loaded("cuModuleLoadData", ctypes.byref(self._module), code)
         _loaded("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
@@ -113,8 +114,8 @@ class Kernel:
         self._format.pack_into(self._buffer, 0, *arguments)
         size = (grid, 1, 1, threads, 1, 1, self.shared, ctypes.c_void_p(stream))
         status = self._launch(self._function, *size, self._arguments, None)
-        if status == INVALID_CONTEXT:  # a thread that has not used the GPU yet, such as autograd's
-            torch.cuda.synchronize()
+        if status == INVALID_CONTEXT:
+            _use_context(self.device)
             status = self._launch(self._function, *size, self._arguments, None)
         if status:
             raise CudaError(f"{self.name} does not launch on {grid} blocks of {threads} threads: {_message(status)}")
@@ -142,7 +143,7 @@ def load_kernel(
         code = compile_kernel(source, flags, capability)
         _keep(path, code)
     with torch.cuda.device(device):
-        return Kernel(code, name, signature, shared)
+        return Kernel(code, name, signature, shared, device)
 
 
 def kernel_source(file: str) -> str:
@@ -178,6 +179,15 @@ def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
     buffer = ctypes.create_string_buffer(size.value)
     _compiled(getattr(nvrtc, f"nvrtcGet{what}")(program, buffer), "")
     return buffer.raw
+
+
+def _use_context(device: int) -> None:
+    """PyTorch's context, for a thread that has not used the GPU yet, such as one of autograd's."""
+    context = ctypes.c_void_p()
+    _loaded("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        _loaded("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        _loaded("cuCtxSetCurrent", context)
 
 
 def _loaded(function: str, *arguments) -> None:

@@ -4,6 +4,7 @@
 //     CPT       channels per thread: 2, or 4, which costs fewer instructions and more registers
 //     OCCUPANCY programs that a processor should hold
 //     ALIGNED   whether C is a multiple of 4
+//     QUADS     whether proj can be read four numbers at a time: R a multiple of 4, N = 16, aligned
 //
 // Grid: B * K * blocks of channels. Writes what each direction adds to dx, (B, K, L, C), what each block of channels adds
 // to dproj, (blocks, B, L, K, P), and what each image adds to the parameters' gradients, (B, K, N + R + 2, C). They are
@@ -23,7 +24,23 @@ constexpr int PITCH = CB + 4;  // neighbouring tokens of a channel lie in other 
 constexpr int GROUP = 4;
 constexpr int GROUPS = TILE / GROUP;
 constexpr int OWN = TILE / SHARE;
+constexpr int STEP = QUADS ? 4 : 1;  // numbers per load of proj
+typedef Several<P_TYPE, STEP>::type load_t;
+// Lanes that share one gradient of the code in (5): where there are few, else most threads would wait. A warp takes the
+// same number of rounds as a whole: 16 tokens times any rank are a multiple of its outputs.
+constexpr int SPLIT = RANK <= 8 ? 4 : 1;
 constexpr float LN2 = 0.6931471805599453f;
+
+// A sum of thousands of numbers in float32 with the error of a short one (Kahan).
+struct Sum {
+    float total = 0.f, lost = 0.f;
+    __device__ __forceinline__ void add(float v) {
+        v -= lost;
+        const float next = total + v;
+        lost = (next - total) - v;
+        total = next;
+    }
+};
 
 struct Shared {
     float rows[TILE][ROW];
@@ -67,7 +84,7 @@ __device__ __forceinline__ void load4(float* to, const float* from) {
 extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
     const x_t* __restrict__ dy, const x_t* __restrict__ x, const p_t* __restrict__ proj,
     const float* __restrict__ dt_weight, const float* __restrict__ dt_bias, const float* __restrict__ A,
-    const float* __restrict__ D, const float* __restrict__ states, float* __restrict__ dx, y_t* __restrict__ dproj,
+    const float* __restrict__ D, const float* __restrict__ states, x_t* __restrict__ dx, y_t* __restrict__ dproj,
     float* __restrict__ dtable, int batch, int H, int W, int C, int blocks, i64 dy_b, int dy_l, i64 x_b, int x_l,
     i64 p_b, int p_l, int p_k) {
     DYNAMIC_SHARED(memory);
@@ -81,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
     const bool mine = c < C;
     const int cc = mine ? c : C - 1;
     const float bias = dt_bias[k * C + cc], skip = D[k * C + cc];
-    float dskip = 0.f, dbias = 0.f;
+    Sum dskip, dbias;
 
     // In (2), (3): states 4s + i of channels cw + q.
     const int s = lane % 4, cs = warp * WC + lane / 4 * CPT, cw = block * CB + cs;
@@ -123,12 +140,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
             xs[i] = x[(i64)pixel * x_l];
             dys[i] = dy[(i64)pixel * dy_l];
         }
-        for (int i = tid; i < TILE * P; i += THREADS)
-            S.rows[i / P][place_of(i % P)] = to_float<P_TYPE>(proj[(i64)pixels[i / P] * p_l + i % P]);
+        for (int i = tid; i < TILE * (P / STEP); i += THREADS) {
+            const int t = i / (P / STEP), j = i % (P / STEP);
+            const load_t v = *(const load_t*)(proj + (i64)pixels[t] * p_l + j * STEP);
+            unpack<P_TYPE, STEP>(&S.rows[t][QUADS ? 4 * j : place_of(j)], v);
+        }
         float w[RANK];
 #pragma unroll
         for (int r = 0; r < RANK; r++) w[r] = S.w[r][ct];
         __syncthreads();
+        float products = 0.f;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int t = share + i * SHARE;
@@ -138,11 +159,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
             const bool there = mine && tile * TILE + t < L;  // what is not there changes no state and no sum
             const float dt = there ? softplus(pre) : 0.f;
             const float xt = there ? to_float<X_TYPE>(xs[i]) : 0.f, dyt = there ? to_float<X_TYPE>(dys[i]) : 0.f;
-            dskip += xt * dyt;
+            products += xt * dyt;
             S.dt[t][ct] = dt;
             S.in[t][ct] = dt * xt;
             S.dy[t][ct] = dyt;
         }
+        dskip.add(products);
         __syncthreads();
 
         // (2)
@@ -236,17 +258,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
         __syncthreads();
 
         // (4)
+        float slopes = 0.f;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int t = share + i * SHARE, pixel = pixels[t];
-            const bool there = mine && tile * TILE + t < L;
             const float xt = to_float<X_TYPE>(x[(i64)pixel * x_l]), dyt = to_float<X_TYPE>(dy[(i64)pixel * dy_l]);
             const float dt = S.dt[t][ct], din = S.in[t][ct];
-            if (there) dx[(i64)pixel * C] = dt * din + skip * dyt;
-            const float dpre = there ? (S.dy[t][ct] * LN2 + xt * din) * one_minus_exp(dt) : 0.f;
-            dbias += dpre;
+            if (mine && tile * TILE + t < L) dx[(i64)pixel * C] = from_float<X_TYPE>(dt * din + skip * dyt);
+            // Zero for tokens and channels that are not there, as their dt is.
+            const float dpre = (S.dy[t][ct] * LN2 + xt * din) * one_minus_exp(dt);
+            slopes += dpre;
             S.dy[t][ct] = dpre;
         }
+        dbias.add(slopes);
         __syncthreads();
 
         // (5)
@@ -256,18 +280,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
             for (int t = 0; t < TILE; t++) sum += S.dy[t][ct] * S.rows[t][r];
             S.dw[r][ct] += sum;
         }
-        for (int i = tid; i < TILE * RANK; i += THREADS) {
+        for (int i = tid / SPLIT; i < TILE * RANK; i += THREADS / SPLIT) {  // the same number of rounds for a whole warp
             const int t = i % TILE, r = i / TILE;
             float sums[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
-            for (int q = 0; q < CB; q += 4) {
+            for (int q = tid % SPLIT * 4; q < CB; q += 4 * SPLIT) {
                 float u[4], v[4];
                 load4(u, &S.dy[t][q]), load4(v, &S.w[r][q]);
 #pragma unroll
                 for (int j = 0; j < 4; j++) sums[j] += u[j] * v[j];
             }
-            if (tile * TILE + t < L)
-                dproj[(i64)pixels[t] * (DIRECTIONS * P) + r] = from_float<Y_TYPE>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+            for (int mask = 1; mask < SPLIT; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+            if (tid % SPLIT == 0 && tile * TILE + t < L) dproj[(i64)pixels[t] * (DIRECTIONS * P) + r] = from_float<Y_TYPE>(sum);
         }
         for (int i = tid; i < TILE * 2 * N; i += THREADS) {
             const int t = i / (2 * N), j = i % (2 * N), from = j < N ? j : NP + j - N;
@@ -284,12 +310,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
         for (int q = 0; q < CPT; q++)
             if (4 * s + i < N && cw + q < C) dtable[(4 * s + i) * C + cw + q] = da[i][q];
     __syncthreads();
-    S.dt[share][ct] = dbias, S.in[share][ct] = dskip;
+    S.dt[share][ct] = dbias.total, S.in[share][ct] = dskip.total;
     __syncthreads();
     if (share == 0 && mine) {
         for (int r = 0; r < RANK; r++) dtable[(N + r) * C + c] = S.dw[r][ct];
-        for (int i = 1; i < SHARE; i++) dbias += S.dt[i][ct], dskip += S.in[i][ct];
-        dtable[(N + RANK) * C + c] = dbias;
-        dtable[(N + RANK + 1) * C + c] = dskip;
+        for (int i = 1; i < SHARE; i++) dbias.add(S.dt[i][ct]), dskip.add(S.in[i][ct]);
+        dtable[(N + RANK) * C + c] = dbias.total;
+        dtable[(N + RANK + 1) * C + c] = dskip.total;
     }
 }

@@ -32,9 +32,15 @@ __device__ __forceinline__ u16 float_to_half(float f) { u16 v; asm("cvt.rn.f16.f
 #endif
 
 __device__ __forceinline__ u16 float_to_bfloat(float f) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u16 v;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+    return v;
+#else
     unsigned bits = __float_as_uint(f);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // not a number
     return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 
 template <int TYPE> __device__ __forceinline__ float to_float(typename Element<TYPE>::type v) {
@@ -47,6 +53,24 @@ template <int TYPE> __device__ __forceinline__ typename Element<TYPE>::type from
     if constexpr (TYPE == 0) return f;
     else if constexpr (TYPE == 1) return float_to_half(f);
     else return float_to_bfloat(f);
+}
+
+// Four neighbouring numbers in one load, or one.
+template <int TYPE, int COUNT> struct Several { typedef typename Element<TYPE>::type type; };
+template <> struct Several<0, 4> { typedef float4 type; };
+template <> struct Several<1, 4> { typedef uint2 type; };
+template <> struct Several<2, 4> { typedef uint2 type; };
+
+template <int TYPE> __device__ __forceinline__ float4 to_floats(typename Several<TYPE, 4>::type v) {
+    if constexpr (TYPE == 0) return v;
+    else return make_float4(to_float<TYPE>((u16)v.x), to_float<TYPE>((u16)(v.x >> 16)), to_float<TYPE>((u16)v.y),
+                            to_float<TYPE>((u16)(v.y >> 16)));
+}
+
+// COUNT numbers to shared memory, aligned as a float4 if they are four.
+template <int TYPE, int COUNT> __device__ __forceinline__ void unpack(float* to, typename Several<TYPE, COUNT>::type v) {
+    if constexpr (COUNT == 4) *(float4*)to = to_floats<TYPE>(v);
+    else *to = to_float<TYPE>(v);
 }
 
 typedef Element<X_TYPE>::type x_t;

@@ -4,22 +4,32 @@
 //               fill the chip, more where there are not
 //     THREADS   per program; it takes THREADS / LANES channels
 //     SAVE      whether to save the state before each tile, (B, K, tiles, N, C)
+//     ENDS      write no y, but the state after each segment, had it started from zero, (B, K, segments, N, C), and the
+//               sum of its step sizes, (B, K, segments, C)
+//     CARRY     start each segment from the state that these give
+//     QUADS     whether proj can be read four numbers at a time: R a multiple of 4, N = 16, aligned
 //
-// Grid: B * K * blocks of channels. Writes what each direction adds to y, (B, K, L, C).
+// Where there are too few lines to fill the chip, the length is cut into segments of whole tiles, and two launches, ENDS
+// and CARRY, take them all at once. Grid: B * K * segments * blocks of channels. Writes what each direction adds to y,
+// (B, K, L, C).
 
 constexpr int SPT = NP / LANES;  // states per thread
 constexpr int CB = THREADS / LANES;
-constexpr int LOADS = (TILE * P + THREADS - 1) / THREADS;
+constexpr int STEP = QUADS ? 4 : 1;  // numbers per load of proj
+constexpr int LOADS = (TILE * (P / STEP) + THREADS - 1) / THREADS;
 constexpr int GROUP = 4;  // tokens of x that are loaded ahead
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     const x_t* __restrict__ x, const p_t* __restrict__ proj, const float* __restrict__ dt_weight,
     const float* __restrict__ dt_bias, const float* __restrict__ A, const float* __restrict__ D, y_t* __restrict__ y,
-    float* __restrict__ states, int H, int W, int C, int blocks, i64 x_b, int x_l, i64 p_b, int p_l, int p_k) {
+    float* __restrict__ states, float* __restrict__ ends, float* __restrict__ sums_of_dt, int H, int W, int C, int blocks,
+    int segments, int length, i64 x_b, int x_l, i64 p_b, int p_l, int p_k) {
     __shared__ float4 rows4[2][TILE][ROW / 4];
     __shared__ int pixels[4][TILE];  // of four tiles in turn: two are in use while the next is written
     const int L = H * W, tiles = (L + TILE - 1) / TILE;
-    const int block = blockIdx.x % blocks, line = blockIdx.x / blocks, k = line % DIRECTIONS, b = line / DIRECTIONS;
+    const int block = blockIdx.x % blocks, segment = blockIdx.x / blocks % segments;
+    const int line = blockIdx.x / blocks / segments, k = line % DIRECTIONS, b = line / DIRECTIONS;
+    const int first = segment * length, last = min(first + length, tiles);  // tiles
     const int tid = threadIdx.x, part = tid % LANES, c = block * CB + tid / LANES;
     const bool mine = c < C;
     const int cc = mine ? c : C - 1;
@@ -41,34 +51,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     y += (i64)line * L * C + cc;
     if (SAVE) states += (i64)line * tiles * N * C + cc;
 
+    ends += (i64)line * segments * N * C + cc;
+    sums_of_dt += (i64)line * segments * C + cc;
+    if (CARRY)
+        for (int s = 0; s < segment; s++) {
+            const float dt = sums_of_dt[(i64)s * C];
+#pragma unroll
+            for (int i = 0; i < SPT; i++) {
+                const int n = part * SPT + i;
+                h[i] = exp2f(dt * a[i]) * h[i] + (n < N ? ends[((i64)s * N + n) * C] : 0.f);
+            }
+        }
+    float dts = 0.f;
+
     for (int i = tid; i < 2 * TILE * ROW; i += THREADS) ((float*)rows4)[i] = 0.f;  // the padding stays so
-    if (tid < TILE) pixels[0][tid] = pixel_of(min(tid, L - 1), k, H, W);
+    if (tid < TILE) pixels[first & 3][tid] = pixel_of(min(first * TILE + tid, L - 1), k, H, W);
     __syncthreads();
 
-    p_t ahead[LOADS];
+    typedef typename Several<P_TYPE, STEP>::type load_t;
+    load_t ahead[LOADS];
     auto fetch = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            int index = tid + i * THREADS, t = index / P;
-            if (index < TILE * P) ahead[i] = proj[(i64)pixels[tile & 3][t] * p_l + index % P];
+            const int index = tid + i * THREADS, t = index / (P / STEP);
+            if (t < TILE) ahead[i] = *(const load_t*)(proj + (i64)pixels[tile & 3][t] * p_l + index % (P / STEP) * STEP);
         }
     };
     auto input = [&](int t) { return x[(i64)pixels[t / TILE & 3][t % TILE] * x_l]; };
     x_t next[GROUP];
-    fetch(0);
+    fetch(first);
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) next[i] = input(i);
+    for (int i = 0; i < GROUP; i++) next[i] = input(first * TILE + i);
 
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = first; tile < last; tile++) {
         float* rows = (float*)rows4[tile & 1];
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            int index = tid + i * THREADS;
-            if (index < TILE * P) rows[index / P * ROW + place_of(index % P)] = to_float<P_TYPE>(ahead[i]);
+            const int index = tid + i * THREADS, t = index / (P / STEP), j = index % (P / STEP);
+            if (t < TILE) unpack<P_TYPE, STEP>(rows + t * ROW + (QUADS ? 4 * j : place_of(j)), ahead[i]);
         }
         if (tid < TILE) pixels[tile + 1 & 3][tid] = pixel_of(min((tile + 1) * TILE + tid, L - 1), k, H, W);
         __syncthreads();
-        if (tile + 1 < tiles) fetch(tile + 1);
+        if (tile + 1 < last) fetch(tile + 1);
         if (SAVE && mine) {
             float* here = states + (i64)tile * N * C;
 #pragma unroll
@@ -95,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
                     if (4 * r + 3 < RANK) pre += w[4 * r + 3] * code.w;
                 }
                 const float dt = softplus(pre), in = dt * xs[i];
+                if (ENDS) dts += dt;  // a segment that is not the last has no padding
                 float sums[4] = {skip * xs[i], 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int q = 0; q < SPT / 4; q++) {
@@ -107,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
                         sums[j] += state * cs[j];
                     }
                 }
+                if (ENDS) continue;
                 float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #pragma unroll
                 for (int mask = 1; mask < LANES; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
@@ -114,5 +140,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
                     y[(i64)pixels[tile & 3][t] * C] = from_float<Y_TYPE>(sum);
             }
         }
+    }
+    if (ENDS && mine) {
+#pragma unroll
+        for (int i = 0; i < SPT; i++) {
+            const int n = part * SPT + i;
+            if (n < N) ends[((i64)segment * N + n) * C] = h[i];
+        }
+        if (part == 0) sums_of_dt[(i64)segment * C] = dts;
     }
 }
