@@ -55,6 +55,7 @@ def train_baseline(
     device: str = "auto",
     max_seconds: float | None = None,
     cache: Path | None = None,
+    graphs: str = "auto",
     progress: bool = True,
     **settings: Any,
 ) -> bool:
@@ -107,6 +108,7 @@ def train_baseline(
         seed=seed,
         identity=identity,
         deadline=None if max_seconds is None else started + max_seconds,
+        graphs=graphs,
     )
     state = trainer.fit()
     if not state.finished(chosen) or state.best is None:

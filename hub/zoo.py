@@ -30,6 +30,7 @@ from medmamba.data import ImageDataset, open_dataset
 from medmamba.data.dataset import Record
 from medmamba.data.files import FolderReader
 from medmamba.training import TrainResult, train
+from medmamba.training.graphs import GRAPHS
 from medmamba.training.recipe import parse_setting
 
 # What is known to stand in more than one split and is said with the figures: in breastmnist one picture in train and
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": args.device,
         "max_seconds": args.max_seconds,
         "cache": args.cache / (args.dataset if args.command != "pretrain" else "joint") if args.cache else None,
+        "graphs": args.graphs,
         "progress": not args.quiet,
     }
     if args.command == "baseline" and args.model != "medmamba":
@@ -158,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--variant", default="tiny", help="size of a new MedMamba (%(default)s)")
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the recipe")
     run.add_argument("--device", default="auto")
+    run.add_argument("--graphs", default="auto", choices=GRAPHS, help="CUDA graphs (%(default)s)")
     run.add_argument("--max-seconds", type=float)
     run.add_argument("--checkpoint-seconds", type=float, default=60.0)
     run.add_argument("--quiet", action="store_true")

@@ -46,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(%(default)s)")
     machine.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, for less memory")
+    machine.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs (%(default)s)")
     machine.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds, to be continued")
     machine.add_argument("--finish-early", action="store_true", help="stopped, keep the best epoch so far as the model")
     machine.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="(%(default)s)")
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         finish_early=args.finish_early,
         checkpoint_seconds=args.checkpoint_seconds,
         cache=args.cache,
+        graphs=args.graphs,
         restart=args.restart,
         progress=not args.quiet,
         tensorboard=args.tensorboard,
