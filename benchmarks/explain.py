@@ -1,33 +1,39 @@
 """Which attribution method to trust: method x faithfulness x time over test images, and the tables of docs/explain.md.
 
-    python benchmarks/explain.py run --model medmamba/bloodmnist --data FOLDER --images 100 --json FILE
-    python benchmarks/explain.py speed --json FILE
+    python benchmarks/explain.py run --models FOLDER --data FOLDER --out FOLDER [--device cuda --deadline SECONDS]
+    python benchmarks/explain.py speed --device cuda --json FILE
     python benchmarks/explain.py docs FILE...
 
-`run` explains the predicted class of test images, drawn evenly from the class folders of FOLDER, and goes on where it
-stopped when FILE exists. `docs` writes the tables of these files into docs/explain.md.
+`run` takes every dataset of which --models has a model, <dataset>/config.json, and --data has test images,
+<dataset>/test/<class>/<image>. It explains the predicted class of images drawn evenly from the classes, times each
+method alone on the first few, and then shares the checks among processes. It writes <out>/<dataset>.json all the time,
+ends at the deadline with what it has, and goes on from there when called again. `speed` times `tiny` with random
+weights. `docs` writes the tables of these files into docs/explain.md.
 """
 
 import argparse
+import hashlib
 import json
-import math
+import os
 import platform
-import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import explain_controls
+import explain_report
+import explain_workers
 import torch
 
 import medmamba
-from medmamba.explain import assess, explain
+from medmamba.explain import explain
 from medmamba.explain.comparison import parse_method
+from medmamba.explain.methods import METHODS as ALL_METHODS
 from medmamba.images import expand_inputs, load_image
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "explain.md"
-MARKERS = "<!-- tables: python benchmarks/explain.py docs -->", "<!-- end of tables -->"
 METHODS = (
     "integrated_gradients",
     "gradient_shap",
@@ -42,194 +48,171 @@ METHODS = (
     "occlusion",
     "feature_ablation",
 )
-COLUMNS = (
-    "| method | unexplained | deletion gain | insertion gain | better than random | max-sensitivity | "
-    "same with random weights | passed | seconds |\n|---|---|---|---|---|---|---|---|---|"
-)
-LEGEND = (
-    "Medians over images. Unexplained: share of the change of the logit under random removals that the map does not "
-    "predict. Gains: area between the curve of the map and the mean of 5 random orders, in units of the logit "
-    "difference between the image and the image with everything removed; positive is better than random. Better than "
-    "random: share of images on which deletion / insertion beat every random order. Passed: share of images whose map "
-    "changed when the weights were replaced by random ones."
-)
-
-
-def noise_map(model: Any, x: torch.Tensor, target: int) -> torch.Tensor:
-    """Control: knows nothing. `explain` has fixed the seed, so it is the same for every image."""
-    return torch.randn(x.shape[2:], device=x.device)
-
-
-def edge_map(model: Any, x: torch.Tensor, target: int) -> torch.Tensor:
-    """Control: knows the image and not the model."""
-    grey = x.mean(1)[0]
-    return (grey - grey.roll(1, 0)).abs() + (grey - grey.roll(1, 1)).abs()
-
-
-CONTROLS: dict[str, Callable] = {"noise (control)": noise_map, "edges (control)": edge_map}
+CHECKS = {  # settings of the checks; those not named are the defaults of `Assessor`
+    "removal": "blur",
+    "perturbations": 40,
+    "random_orders": 5,
+    "steps": 14,
+    "repeats": 3,
+    "random_models": 3,
+}
+FIRST = {"faithfulness": 8, "randomisation": 8, "sensitivity": 4}
+"""Images that get each check before any gets more, so that a run that is cut off has some of all."""
 
 
 def run(args: argparse.Namespace) -> None:
-    model = medmamba.MedMamba.from_pretrained(args.model).to(args.device)
-    images = sample(args.data, args.images, args.seed)
-    settings = {
-        "model": args.name or args.model,
-        "images": len(images),
-        "seed": args.seed,
-        "sensitivity_images": args.sensitivity_images,
-        "removal": args.removal,
-        "methods": args.methods or [*METHODS, *CONTROLS],
+    started = time.monotonic()
+    settings = {"seed": args.seed, "methods": args.methods or [*METHODS, *explain_controls.CONTROLS], "checks": CHECKS}
+    goals = {
+        "faithfulness": args.images,
+        "randomisation": args.randomisation_images,
+        "sensitivity": args.sensitivity_images,
     }
-    path = Path(args.json)
-    results: dict[str, Any] = {"settings": settings, "machine": machine(args.device), "images": {}}
-    if path.exists():
-        results = json.loads(path.read_text())
-        if results["settings"] != settings:
-            raise SystemExit(f"{path} holds another run, {results['settings']}; choose another --json")
-    for i, image_path in enumerate(images):
-        key = f"{image_path.parent.name}/{image_path.name}"
-        if key in results["images"]:
-            continue
-        began = time.perf_counter()
-        results["images"][key] = one_image(model, image_path, settings, i, args.batch_size)
-        path.write_text(json.dumps(results, indent=1))
-        print(f"{i + 1}/{len(images)} {key}: {time.perf_counter() - began:.1f} s", flush=True)
-    print(table(results))
+    jobs, results = [], {}
+    for name in args.datasets or datasets(args.models, args.data):
+        images = sample(args.data / name / "test", max(goals.values()), args.seed)
+        results[name] = load_results(args.out / f"{name}.json", name, settings, args.device)
+        jobs.append(explain_workers.Job(name, str(args.models / name), [str(p) for p in images]))
+    if not jobs:
+        raise SystemExit(f"no dataset has both {args.models}/<dataset>/config.json and {args.data}/<dataset>/test")
+    deadline = started + args.deadline if args.deadline else None
+    with tempfile.TemporaryDirectory() as scratch:
+        team = explain_workers.Team(jobs, settings, args.device, args.batch_size, args.fuse, scratch, args.workers)
+        team.start()  # they load their libraries while this process measures
+        try:
+            for job in jobs:
+                if len(results[job.dataset]["seconds"]) < args.timed_images:
+                    results[job.dataset]["seconds"] = time_methods(job, settings, args)
+                    save(args.out, results[job.dataset])
+            tasks = schedule(jobs, results, goals)
+            print(f"{time.monotonic() - started:.0f} s: {len(tasks)} tasks", flush=True)
+            for count, (dataset, key, record) in enumerate(team.work(tasks, deadline), 1):
+                merge(results[dataset]["images"].setdefault(key, {"methods": {}}), record)
+                save(args.out, results[dataset])
+                if count % 20 == 0:
+                    print(f"{time.monotonic() - started:.0f} s: {count} of {len(tasks)}", flush=True)
+        finally:
+            team.stop()
+    for result in results.values():
+        counts = {check: explain_report.count(result, check) for check in goals}
+        print(f"\n{result['dataset']}: images {counts}\n\n{explain_report.table(result)}")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+    if team.failures:
+        raise SystemExit(f"{team.failures} tasks failed, as said above; the same command tries them again")
 
 
-def sample(folder: str, n: int, seed: int) -> list[Path]:
-    """n images, as evenly from the class folders as their sizes allow."""
+def datasets(models: Path, data: Path) -> list[str]:
+    """Those with a model and test images."""
+    return sorted(p.parent.name for p in models.glob("*/config.json") if (data / p.parent.name / "test").is_dir())
+
+
+def load_results(path: Path, dataset: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """What an earlier run of the same settings left, or an empty record."""
+    new = {"dataset": dataset, "settings": settings, "machine": machine(device), "seconds": [], "images": {}}
+    if not path.exists():
+        return new
+    found = json.loads(path.read_text())
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} holds a run with other settings, {found['settings']}; choose another --out")
+    return found
+
+
+def save(folder: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{result['dataset']}.part"
+    part.write_text(json.dumps(result))
+    os.replace(part, folder / f"{result['dataset']}.json")
+
+
+def merge(record: dict[str, Any], part: dict[str, Any]) -> None:
+    """Adds the outcome of one check to what is known of an image."""
+    for name, values in part.pop("methods").items():
+        record["methods"].setdefault(name, {}).update(values)
+    record.update(part)
+
+
+def schedule(
+    jobs: list[explain_workers.Job], results: dict[str, Any], goals: dict[str, int]
+) -> list[explain_workers.Task]:
+    """What is still to do, the datasets in turn: a few images of everything, then the most important first."""
+    tasks = []
+    for first in (True, False):
+        for check, goal in goals.items():
+            for i in range(goal):
+                for number, job in enumerate(jobs):
+                    if i >= len(job.images) or (i < FIRST[check]) != first:
+                        continue
+                    known = results[job.dataset]["images"].get(explain_workers.key(job.images[i]), {"methods": {}})
+                    if not explain_report.has(known, check):
+                        tasks.append(explain_workers.Task(number, i, check))
+    return tasks
+
+
+def sample(folder: Path, n: int, seed: int) -> list[Path]:
+    """n images, as evenly from the class folders as their sizes allow. The choice of a smaller n, or from a folder that
+    holds nothing but this choice, is the beginning of the same list."""
     by_class: dict[str, list[Path]] = {}
     for path in expand_inputs(folder):
         by_class.setdefault(path.parent.name, []).append(path)
-    generator = random.Random(seed)
     for paths in by_class.values():
-        generator.shuffle(paths)
-    order = [paths[i] for i in range(max(map(len, by_class.values()))) for paths in by_class.values() if i < len(paths)]
+        paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{path.parent.name}/{path.name}".encode()).digest())
+    classes = [by_class[name] for name in sorted(by_class)]
+    order = [paths[i] for i in range(max(map(len, classes))) for paths in classes if i < len(paths)]
     return order[:n]
 
 
-def one_image(model: Any, path: Path, settings: dict[str, Any], index: int, batch_size: int) -> dict[str, Any]:
-    """Figures by method."""
-    image = load_image(path)
-    record: dict[str, Any] = {"methods": {}}
-    target, known = None, None
-    metrics = ["infidelity", "removal", "randomisation"]
-    if index < settings["sensitivity_images"]:
-        metrics.append("sensitivity")
-    for name in settings["methods"]:
-        method, options = (CONTROLS[name], {}) if name in CONTROLS else parse_method(name)
-        e = explain(model, image, method, target, seed=settings["seed"], batch_size=batch_size, **options)
-        target = e.target
-        truth = path.parent.name.replace("_", " ").casefold()
-        record |= {"label": e.label, "correct": e.label.casefold() == truth, "probability": e.probability}
-        trust = assess(
-            model, e, metrics, removal=settings["removal"], known=known, seed=settings["seed"], batch_size=batch_size
-        )
-        curves, check = trust.curves, trust.randomisation
-        assert curves is not None and check is not None
-        known = curves
-        random_deletion = [medmamba.explain.faithfulness.area(c, curves.fractions) for c in curves.random_deletion]
-        random_insertion = [medmamba.explain.faithfulness.area(c, curves.fractions) for c in curves.random_insertion]
-        record["methods"][name] = {
-            "seconds": e.seconds,
-            "unexplained": trust.unexplained,
-            "deletion_gain": statistics.mean(random_deletion) - curves.deletion_auc,
-            "insertion_gain": curves.insertion_auc - statistics.mean(random_insertion),
-            "deletion_wins": curves.deletion_auc < min(random_deletion),
-            "insertion_wins": curves.insertion_auc > max(random_insertion),
-            "sensitivity": trust.sensitivity,
-            "randomisation": check.steps[-1],
-            "similarity": check.similarity,
-            "passed": check.passed,
-            "completeness_error": e.diagnostics.get("completeness_error"),
-            "steps": e.diagnostics.get("steps"),
-            "converged": e.diagnostics.get("converged"),
-        }
-    return record
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [COLUMNS]
-    images = list(results["images"].values())
-    for name in results["settings"]["methods"]:
-        rows = [image["methods"][name] for image in images]
-
-        def median(key: str, rows: list[dict] = rows) -> float:
-            values = [row[key] for row in rows if row[key] is not None]
-            return statistics.median(values) if values else math.nan
-
-        def share(key: str, rows: list[dict] = rows) -> str:
-            return f"{sum(row[key] for row in rows) / len(rows):.0%}"
-
-        sensitivity = median("sensitivity")
-        lines.append(
-            f"| {name} | {median('unexplained'):.2f} | {median('deletion_gain'):+.3f} | "
-            f"{median('insertion_gain'):+.3f} | {share('deletion_wins')} / {share('insertion_wins')} | "
-            f"{'-' if math.isnan(sensitivity) else format(sensitivity, '.2f')} | {median('similarity'):.2f} | "
-            f"{share('passed')} | {median('seconds'):.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def section(results: dict[str, Any]) -> str:
-    """One run as Markdown: what was measured, on what, the table, and how integrated gradients converged."""
-    s, images = results["settings"], list(results["images"].values())
-    correct = sum(image["correct"] for image in images)
-    text = (
-        f"### {s['model']}\n\n{len(images)} test images, the predicted class of each explained (right for {correct}). "
-        f"Removed parts are replaced by: {s['removal']}. Max-sensitivity on the first {s['sensitivity_images']}. "
-        f"{results['machine']}.\n\n{table(results)}\n"
-    )
-    runs = [image["methods"].get("integrated_gradients") for image in images]
-    if runs := [r for r in runs if r is not None]:
-        worst = max(r["completeness_error"] for r in runs)
-        steps = sorted(r["steps"] for r in runs)
-        text += (
-            f"\nIntegrated gradients converged on {sum(r['converged'] for r in runs)} of {len(runs)} images, with "
-            f"{steps[len(steps) // 2]} steps in the median and {steps[-1]} at most; the largest completeness error is "
-            f"{worst:.2%} of the logit difference.\n"
-        )
-    return text
+def time_methods(job: explain_workers.Job, settings: dict[str, Any], args: argparse.Namespace) -> list[dict]:
+    """Seconds by method for each of the first images, nothing else running."""
+    model = explain_workers.load(job.model, args.device, args.fuse)
+    batch_size = args.batch_size
+    rows: list[dict[str, float]] = []
+    for path in [job.images[0], *job.images[: args.timed_images]]:  # the first once more, to warm up
+        image, row, target = load_image(path), {}, None
+        for name in settings["methods"]:
+            method, options = explain_controls.parse(name)
+            e = explain(model, image, method, target, seed=settings["seed"], batch_size=batch_size, **options)
+            row[name], target = round(e.seconds, 5), e.target
+        rows.append(row)
+    return rows[1:]
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Integrated gradients with 50 steps and Grad-CAM of `tiny` at 224 pixels, each the best of a few runs."""
+    """`tiny` at 224 pixels: a forward pass, integrated gradients with 50 points, Grad-CAM, and the other methods, in
+    turns, so that other work on the machine slows all of them."""
     torch.manual_seed(0)
     model = medmamba.create_model("tiny", num_classes=8).eval().to(args.device)
-    image = torch.rand(224, 224, 3).numpy()
+    image = load_image(torch.rand(224, 224, 3).numpy())
     x = torch.randn(1, 3, 224, 224, device=args.device)
 
     def forward() -> None:
         with torch.no_grad():
             model(x).cpu()
 
-    def best(function: Callable, n: int = 2) -> float:
-        times = []
-        for _ in range(n):
-            began = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - began)
-        return min(times)
+    def method(name: str) -> Callable[[], Any]:
+        kind, options = parse_method(name)
+        # Random weights never add up within 1%, which would measure 400 points.
+        options |= {"n_steps": 50, "max_steps": 50} if kind == "integrated_gradients" else {}
+        return lambda: explain(model, image, kind, 0, batch_size=args.batch_size, **options)
 
-    def gradients() -> None:
-        explain(model, image, "integrated_gradients", 0, n_steps=50, max_steps=50, batch_size=args.batch_size)
-
-    rows = {"one forward pass": best(forward, 10), "integrated_gradients, 50 steps": best(gradients)}
-    for layer in ("stage4", "stage3", "stage3.scan", "stage1"):
-        rows[f"gradcam ({layer})"] = best(lambda layer=layer: explain(model, image, "gradcam", layer=layer), 4)
-    results = {"speed": rows, "machine": machine(args.device)}
-    Path(args.json).write_text(json.dumps(results, indent=1))
-    print(speed_section(results))
-
-
-def speed_section(results: dict[str, Any]) -> str:
-    rows = results["speed"]
-    forward = rows["one forward pass"]
-    lines = ["| `tiny`, 224 pixels | seconds | forward passes |", "|---|---|---|"]
-    lines += [f"| {name} | {seconds:.3f} | {seconds / forward:.1f} |" for name, seconds in rows.items()]
-    return f"### Speed\n\n{results['machine']}.\n\n" + "\n".join(lines) + "\n"
+    layers = ("stage4", "stage3", "stage3.conv", "stage3.scan", "stage1")
+    names = [*(f"gradcam:{layer}" for layer in layers), *(name for name in ALL_METHODS if name != "gradcam")]
+    calls = {"one forward pass": forward} | {name: method(name) for name in names}
+    slow = {"occlusion", "feature_ablation", "integrated_gradients", "gradient_shap", "smoothgrad"}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    load = os.getloadavg()[0]
+    for i in range(args.rounds):
+        for name, call in calls.items():
+            for _ in range(1 if name in slow else 5):
+                began = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began)
+        if i == 0 and args.rounds > 1:
+            times = {name: [] for name in calls}  # warming up
+    rows = {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+    result = {"speed": rows, "machine": machine(args.device), "rounds": args.rounds, "load": load}
+    Path(args.json).write_text(json.dumps(result, indent=1))
+    print(explain_report.speed_section([result]))
 
 
 def machine(device: str) -> str:
@@ -238,46 +221,37 @@ def machine(device: str) -> str:
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
     threads = f", {torch.get_num_threads()} threads" if where.type == "cpu" else ""
     backend = medmamba.kernels.resolve_backend(where, torch.float32)
-    return f"{name}{threads}, torch {torch.__version__}, scan backend {backend}"
-
-
-def docs(args: argparse.Namespace) -> None:
-    loaded = [json.loads(Path(path).read_text()) for path in args.files]
-    sections = [section(r) for r in loaded if "settings" in r]
-    if sections:
-        sections.insert(0, LEGEND + "\n")
-    sections += [speed_section(r) for r in loaded if "speed" in r]
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKERS[0])
-    _, found, after = rest.partition(MARKERS[1])
-    if not found:
-        raise SystemExit(f"{DOCS} has lost its markers {MARKERS}")
-    body = "\n".join(sections)
-    DOCS.write_text(f"{before}{MARKERS[0]}\n\n{body}\n{MARKERS[1]}{after}", encoding="utf-8")
+    return f"{name}{threads}, torch {torch.__version__.partition('+')[0]}, scan backend {backend}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run")
-    command.add_argument("--model", required=True)
-    command.add_argument("--name", help="what the table calls the model (--model)")
-    command.add_argument("--data", required=True, metavar="FOLDER", help="test images in one folder per class")
-    command.add_argument("--images", type=int, default=100)
-    command.add_argument("--sensitivity-images", type=int, default=25, help="repeats explanations, so costs the most")
+    command.add_argument("--models", required=True, type=Path, metavar="FOLDER", help="<dataset>/config.json")
+    command.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="<dataset>/test/<class>/<image>")
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    command.add_argument("--datasets", nargs="+", metavar="NAME")
+    command.add_argument("--images", type=int, default=100, help="for infidelity, deletion and insertion (%(default)s)")
+    command.add_argument("--randomisation-images", type=int, default=100, help="(%(default)s)")
+    command.add_argument("--sensitivity-images", type=int, default=25, help="(%(default)s)")
+    command.add_argument("--timed-images", type=int, default=5, help="to time each method on (%(default)s)")
     command.add_argument("--methods", nargs="+")
-    command.add_argument("--removal", default="blur")
+    command.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    command.add_argument("--fuse", action="store_true", help="explain model.fuse(), if it gives the same logits")
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="after the start, to end with what there is")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(function=run)
     fast = commands.add_parser("speed")
+    fast.add_argument("--rounds", type=int, default=4, help="the first warms up (%(default)s)")
+    fast.add_argument("--json", required=True, metavar="FILE")
     fast.set_defaults(function=speed)
     for c in (command, fast):
         c.add_argument("--device", default="cpu")
-        c.add_argument("--batch-size", type=int, default=8)
-        c.add_argument("--json", required=True, metavar="FILE")
+        c.add_argument("--batch-size", type=int, metavar="N", help="default: as explain() chooses")
     write = commands.add_parser("docs")
-    write.add_argument("files", nargs="+", metavar="FILE")
-    write.set_defaults(function=docs)
+    write.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    write.set_defaults(function=lambda args: explain_report.write([json.loads(p.read_text()) for p in args.files]))
     args = parser.parse_args()
     args.function(args)
 

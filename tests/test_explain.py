@@ -297,6 +297,13 @@ def test_a_view_is_a_model_of_its_own(trained):
         handle.remove()
 
 
+def test_a_view_of_a_fused_model_forgets_what_was_derived_from_other_weights(trained):
+    fused = trained.fuse()
+    fused._blocks = [[]]  # as its kernels leave it
+    assert frozen_view(fused)._blocks is None
+    assert fused._blocks == [[]]
+
+
 def test_full_precision_is_put_back_when_the_last_thread_leaves():
     cublas = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(cublas, "fp32_precision") else "allow_tf32"

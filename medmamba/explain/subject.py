@@ -117,6 +117,7 @@ def frozen_view(model: MedMamba) -> MedMamba:
         memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if is_parameter else shared
     view = cast(MedMamba, _copy_module(model, memo)).eval()
     view.set_grad_checkpointing(False)  # would run each hooked block twice
+    view._apply(lambda tensor: tensor, recurse=False)  # a fused model forgets what it has derived from its weights
     return view
 
 
