@@ -6,7 +6,8 @@ or writes more than it must. Elsewhere (CPUs, gradients, torch.compile, autocast
 `model.py` run one by one. Hooks on layers inside a block are called only there.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,36 @@ class FusedMedMamba(MedMamba):
         self._check_input(x)
         return self.cuda_pyramid(x) if self._runs_fused(x) else super().forward_pyramid(x)
 
+    @torch.inference_mode()
+    def graphed(self, example: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from images of the shape of `example` to their logits, as one CUDA graph: what is left of small
+        batches is the time of the GPU, without that of Python. Each call overwrites the logits of the last.
+
+        Raises:
+            ValueError: not on an NVIDIA GPU. The function: images of another shape.
+        """
+        images = example.to(self.patch_embed.proj.weight.device).clone()
+        if not images.is_cuda:
+            raise ValueError("CUDA graphs need a model on an NVIDIA GPU: call model.cuda() first")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are compiled and algorithms chosen before
+                self(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self(images)
+
+        def run(batch: Tensor) -> Tensor:
+            if batch.shape != images.shape:
+                raise ValueError(f"this graph takes {tuple(images.shape)}, got {tuple(batch.shape)}")
+            images.copy_(batch)
+            graph.replay()
+            return logits
+
+        return run
+
     def _apply(self, fn, recurse=True):
         self._blocks = None  # moved, or of another type
         return super()._apply(fn, recurse)
@@ -50,7 +81,8 @@ class FusedMedMamba(MedMamba):
             return False
         if weight.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
             return False
-        ssm = self.stages[0].blocks[0].ssm
+        stages: Any = self.stages
+        ssm = stages[0].blocks[0].ssm
         fits = all(dim % 4 == 0 for dim in self.config.dims) and self.config.d_state <= 16
         return fits and resolve_backend(x.device, weight.dtype, ssm.scan_backend) == "cuda"
 
@@ -58,19 +90,22 @@ class FusedMedMamba(MedMamba):
     def cuda_pyramid(self, x: Tensor) -> list[Tensor]:
         """`forward_pyramid` by the kernels of `kernels/fused.py`, for tensors where these run."""
         if self._blocks is None:
-            self._blocks = [[_prepare(block) for block in stage.blocks] for stage in self.stages]
-        embed = self.patch_embed
+            stages: Any = self.stages
+            self._blocks = [[_prepare(block) for block in stage.blocks] for stage in stages]
+        embed: Any = self.patch_embed
         x = embed.proj(x.to(embed.proj.weight.dtype).contiguous(memory_format=torch.channels_last))
         x = fused.norm(x.permute(0, 2, 3, 1).contiguous(), *_norm(embed.norm))  # (B, H, W, C)
         maps = []
         for i, blocks in enumerate(self._blocks):
             if i:
-                merging = self.downsamples[i - 1]
+                merging: Any = self.downsamples[i - 1]
                 x = F.linear(fused.gather_norm(x, *_norm(merging.norm)), merging.reduction.weight)
-            _, left, right = fused.mix_split(x, None, blocks[0].split)
+            _, *halves = fused.mix_split(x, None, blocks[0].split)
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+                left, right = halves
+                assert left is not None and right is not None
                 mixed = _conv_branch(left, block), _scan_branch(right, block)
-                x, left, right = fused.mix_split(x, mixed, following.split if following else None)
+                x, *halves = fused.mix_split(x, mixed, following.split if following else None)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 
@@ -95,8 +130,9 @@ def _scan_branch(x: Tensor, block: _Block) -> Tensor:
 
 
 def _prepare(block: SSConvSSM) -> _Block:
-    affine, conv1, _, conv2, _, pointwise, _ = block.conv
-    ssm = block.ssm
+    layers: Any = list(block.conv)
+    affine, conv1, _, conv2, _, pointwise, _ = layers
+    ssm: Any = block.ssm
     pad = -ssm.dt_weight.shape[2] % 4
     R = ssm.dt_weight.shape[2]
     code, vectors = ssm.x_proj.split((R, ssm.x_proj.shape[1] - R), dim=1)

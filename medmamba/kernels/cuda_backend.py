@@ -167,8 +167,8 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[:, 0]
     out = parts.new_empty((outer, inner), dtype=dtype)
     step = 4 if inner % 4 == 0 else 1
-    constants = (("X_TYPE", TYPES[parts.dtype]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]), ("RANK", 1), ("STATES", 1))
-    constants += (("PARTS", count), ("VEC", int(step == 4)))
+    types = (("X_TYPE", TYPES[parts.dtype]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]))
+    constants = (*types, ("RANK", 1), ("STATES", 1), ("PARTS", count), ("VEC", int(step == 4)))
     grid = -(-outer * inner // (256 * step))
     launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
     return out

@@ -29,7 +29,7 @@ def selective_scan_2d(
         x: (B, H, W, C) feature map, any float dtype. The recurrence runs in float32 at least.
         proj: (B, H, W, 4, R + 2N) per pixel and direction: step size code, B and C.
         dt_weight: (4, C, R). dt_bias: (4, C). A: (4, C, N), negative. D: (4, C).
-        backend: "native", "cuda", "triton", "mamba_ssm", "torch", or None for MEDMAMBA_SCAN, else the fastest available.
+        backend: "native", "cuda", "triton", "mamba_ssm", "torch", or None for MEDMAMBA_SCAN, else the fastest there is.
 
     Returns:
         (B, H, W, C) in the dtype of x.
@@ -50,7 +50,7 @@ def selective_scan_2d(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-    # An exported program chooses where it runs, not where it was made. (PyTorch 2.11 takes torch.compile for an export.)
+    # An exported program chooses where it runs, not where it was made. PyTorch 2.11 takes torch.compile for an export.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     name = "auto" if exporting else resolve_backend(x.device, x.dtype, backend)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
