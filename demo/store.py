@@ -17,10 +17,11 @@ from medmamba.cli import pick_device
 from medmamba.config import MedMambaConfig
 from medmamba.kernels import resolve_backend
 from medmamba.licences import LicenceError
+from medmamba.predict import predict_logits
 from medmamba.pretrained import fetch
 from medmamba.unusual import Unusual, load_unusual
 
-MAX_LOADED = 4
+MAX_LOADED = 6
 
 
 @dataclass(eq=False)
@@ -83,6 +84,9 @@ class ModelStore:
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = threading.Lock()
         self.default = self.get(names[0])
+        if self.device.type == "cpu":  # the first run of a model takes several times as long as the next
+            config = self.default.config
+            predict_logits(self.default.fused, torch.zeros(1, config.in_chans, *config.preprocess.input_size))
 
     def get(self, source: str, title: str | None = None) -> Loaded:
         """The model, from memory where it is there.

@@ -76,7 +76,7 @@ def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
             text = note.removeprefix(_WARNING)
             remarks.append(("warn", text[:1].upper() + text[1:], ""))
     if any(note.startswith(_NO_WINDOW) for note in prediction.image_notes):
-        text = "All values are shown, so the contrast is low. Set level and width on the left to what matters."
+        text = "All values are shown, so the contrast is low. Choose a window, or set level and width."
         remarks.append(("info", "The file declares no window", text))
     share = round(100 * prediction.probability)
     right = f"about {share} of 100" if share < 100 else "more than 99 of 100"

@@ -73,7 +73,9 @@ def warnings_html(known: list[Known]) -> str:
         "always and 0.5 is chance, and the share that is marked as unusual. The threshold was set on validation images "
         "of the model’s own dataset; the others had no part in it."
     )
-    return card(table(["Model", "Own test images", *others], rows, "AUROC of the warning"), "Unusual images", lead)
+    return card(
+        table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo"), "Unusual images", lead
+    )
 
 
 def _row(entry: DatasetEntry, ours: list[Known]) -> list[str]:
