@@ -62,6 +62,7 @@ class FusedMedMamba(MedMamba):
         with torch.cuda.graph(graph):
             logits = self(images)
 
+        @torch.inference_mode()
         def run(batch: Tensor) -> Tensor:
             if batch.shape != images.shape:
                 raise ValueError(f"this graph takes {tuple(images.shape)}, got {tuple(batch.shape)}")

@@ -39,9 +39,12 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         buffers = list(model.buffers())
         kept = [buffer.clone() for buffer in buffers]
+        generator = torch.cuda.default_generators[self._images.get_device()]
+        state = generator.clone_state()
         try:
             self._loss = self._capture(loss)
         except BaseException:
+            generator.graphsafe_set_state(state)  # a capture that failed leaves it waiting for the graph
             self._drop_gradients()
             raise
         finally:

@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
                 const int which = lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
                 S.dbc[warp][t][which / 4 * NP + 4 * s + which % 4] = dbc[0];
                 fold<2 * CPT>(dc, lane, 1), fold<CPT>(dc, lane, 2);
-                // Every lane of the warp has read these places by now: the folds wait for all of them.
+                __syncwarp();  // every lane has read what is overwritten now
                 float* to = (lane & 1 ? S.dy[t] : S.in[t]) + cs + lane / 2 % 2 * (CPT / 2);
                 to[0] = dc[0];
                 if (CPT == 4) to[1] = dc[1];
