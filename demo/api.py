@@ -31,6 +31,10 @@ def build(context: Context) -> None:
     """Adds the endpoints; to be called inside `gr.Blocks`. Their components are never shown."""
     limits = context.options.limits
 
+    def accept(files: list[str]) -> None:
+        if problem := refuse(files, limits.batch_files, limits.image_mb):
+            raise ValueError(problem)
+
     def list_models() -> list[dict[str, Any]]:
         """The models on offer.
 
@@ -61,6 +65,7 @@ def build(context: Context) -> None:
             milliseconds and the notice.
         """
         with told(file):
+            accept([file])
             view = _view(frame, window_center, window_width)
             loaded = context.load(None, model)
             return _record(context.service.classify(loaded.source, Path(file), view), loaded)
@@ -76,8 +81,7 @@ def build(context: Context) -> None:
             One record per file in order, and a table as CSV text.
         """
         with told(*(files or [])):
-            if problem := refuse(files or [], limits.batch_files, limits.image_mb):
-                raise ValueError(problem)
+            accept(files)
             loaded = context.load(None, model)
             paths = [Path(name) for name in files or []]
             results = context.service.classify_files(loaded.source, paths)
@@ -110,6 +114,7 @@ def build(context: Context) -> None:
             The record (settings, diagnostics, checks), the overlay as PNG, the maps as NumPy archive.
         """
         with told(file):
+            accept([file])
             loaded = context.load(None, model)
             *_, found = context.service.explain(loaded.source, Path(file), View(), [method], target or None, check)
             target_file = context.sessions.of(request).new_download("explanation.png")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import medmamba
 from medmamba.card import ModelFacts, read_facts
 from medmamba.checksums import WEIGHTS_NAME
 from medmamba.licences import LicenceError
+from medmamba.pretrained import fetch
 from medmamba.unusual import Unusual, load_unusual
 
 from .options import Options
@@ -104,10 +103,10 @@ class Context:
 
 def known_models(names: tuple[str, ...]) -> list[Known]:
     """Those of the models that are on this machine already; nothing is asked of a network."""
-    bundled, found = medmamba.bundled_models(), []
+    found = []
     for name in names:
-        folder = bundled.get(name, Path(name))
         try:
+            folder = fetch(name, local_files_only=True, sidecars=True)
             try:
                 facts = read_facts(folder)
             except LicenceError:  # nobody stated one, which the page says where it shows the model
