@@ -12,11 +12,12 @@ from .html import data_uri, esc
 from .options import EXAMPLES
 
 KINDS = {
-    "blood": ("bloodmnist", "blood cell"),
-    "breast": ("breastmnist", "breast ultrasound"),
-    "chest": ("pneumoniamnist", "chest X-ray"),
+    "blood": ("bloodmnist", "blood cell", "Acevedo et al. 2020, doi:10.17632/snkd93bnjr.1"),
+    "breast": ("breastmnist", "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863"),
+    "chest": ("pneumoniamnist", "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2"),
 }
-"""First word of a file name: the dataset in whose test split the image is, and what to call it."""
+"""First word of a file name: the dataset in whose test split the image is, what to call it, and its source."""
+LICENCE = "CC BY 4.0"
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
 FOREIGN = 1
 """So many images of each other kind are offered, to see what the app says of them."""
@@ -38,7 +39,7 @@ def load_examples() -> list[Example]:
     found = []
     for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES):
         first, _, what = path.stem.partition("_")
-        dataset, kind = KINDS[first]
+        dataset, kind, _ = KINDS[first]
         with Image.open(path) as picture:
             small = picture.convert("RGB")
         small.thumbnail((120, 120))
@@ -60,9 +61,15 @@ def examples_html(examples: list[Example], dataset: str | None) -> str:
         others += [(i, e) for i, e in numbered if e.kind == kind][: FOREIGN if own else 4]
     if not own:
         lead = "No example comes with the app that is of this model’s kind. Of other kinds:"
-        return f'<div class="mm-examples">{_group("Or try an example", others, lead)}</div>'
+        return f'<div class="mm-examples">{_group("Or try an example", others, lead)}{_sources()}</div>'
     first = _group("Or try an example", own, "Test images, with their true class.")
-    return f'<div class="mm-examples">{first}{_group("Or something it was not made for", others)}</div>'
+    second = _group("Or something it was not made for", others)
+    return f'<div class="mm-examples">{first}{second}{_sources()}</div>'
+
+
+def _sources() -> str:
+    rows = "".join(f"<li>{esc(kind)}: {esc(source)}</li>" for _, kind, source in KINDS.values())
+    return f'<details class="mm-more"><summary>Sources, all {LICENCE}</summary><ul>{rows}</ul></details>'
 
 
 def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> str:

@@ -65,7 +65,8 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
     if not names:
         raise SpaceError("no model comes with this copy of medmamba; name some with --models, or train one first")
     _clear(folder)
-    shutil.copytree(ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns(*IGNORED, "README.md", "*.txt"))
+    shutil.copytree(ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns(*IGNORED, "*.txt"))
+    (folder / "demo" / "README.md").unlink()  # becomes that of the Space; the one with the images' sources stays
     shutil.copytree(
         ROOT / "medmamba", folder / "medmamba", ignore=shutil.ignore_patterns(*IGNORED, "weights"), dirs_exist_ok=True
     )

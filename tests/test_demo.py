@@ -657,5 +657,6 @@ def test_examples_are_those_that_a_model_knows():
     assert "No example comes with the app" in examples.examples_html(found, "dermamnist")
     numbers = sorted(int(n) for n in re.findall(r'data-mm-example="(\d+)"', blood + other))
     assert len(set(numbers)) == 10 and all(0 <= n < len(found) for n in numbers)
+    assert blood.count("CC BY 4.0") + other.count("CC BY 4.0") == 1 and "doi:10.17632/snkd93bnjr.1" in other
     credits = (EXAMPLES / "README.md").read_text()
     assert all(f"`{e.path.name.split('_')[0]}_*{e.path.suffix}`" in credits for e in found), "each has its source"

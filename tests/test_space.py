@@ -98,6 +98,7 @@ def test_nothing_is_in_it_that_does_not_belong(folder):
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     assert {"app.py", "README.md", "requirements.txt", "LICENSE", "demo/app.py", "medmamba/model.py"} <= set(files)
     assert "medmamba/weights/blood-test/model.safetensors" in files
+    assert "demo/examples/README.md" in files and "demo/README.md" not in files, "the images keep their sources"
     wrong = re.compile(r"__pycache__|\.pyc$|\.dll$|\.dylib$|/csrc/|\.pth$|\.pt$|\.pkl$")
     assert not [name for name in files if wrong.search(name)]
     assert max((folder / name).stat().st_size for name in files) < 10 * 2**20, "would need LFS"
