@@ -1,7 +1,7 @@
 """MedMamba for torch.hub, without installing anything but the dependencies.
 
 >>> import torch
->>> model = torch.hub.load("medmamba/medmamba", "pretrained", "medmamba/bloodmnist")
+>>> model = torch.hub.load("path/to/a/clone", "pretrained", "medmamba/bloodmnist", source="local")
 >>> model.predict("cell.png")
 """
 

@@ -105,7 +105,7 @@ def reliability_figure(
         upper.plot(said, happened, marker="o", markersize=4, linewidth=1.4, label=f"{name}, ECE {ece:.3f}")
         lower.stairs(count, edges, fill=True, alpha=0.4)
     upper.set(ylabel="observed frequency" if truth.ndim == 2 else "accuracy", title=title, ylim=(-0.02, 1.02))
-    upper.legend(loc="upper left", fontsize=8)
+    upper.legend(loc="best", fontsize=8)
     lower.set(xlabel="probability said", ylabel="count", xlim=(0, 1))
     return figure
 

@@ -21,10 +21,15 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def cell(tmp_path, monkeypatch):
-    if "medmamba/bloodmnist" not in medmamba.bundled_models():
-        pytest.skip("the weights of medmamba/bloodmnist are not in this checkout")
     shutil.copy(ROOT / "demo" / "examples" / "blood_neutrophil.webp", tmp_path / "cell.webp")
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_first_model_is_the_one_that_needs_no_network():
+    loaded = re.findall(r'from_pretrained\("([^"]+)"\)', README)
+    assert loaded[0] == medmamba.DEFAULT_MODEL
+    named = set(re.findall(r"medmamba/[a-z]+mnist(?:-[a-z]+)?", README))
+    assert named <= set(medmamba.bundled_models()), "a name that no folder in hub/models has"
 
 
 def test_python_snippets(cell, capsys):
