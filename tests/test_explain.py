@@ -531,6 +531,29 @@ def test_the_overlay_shows_the_image_at_its_own_resolution(trained):
     assert best < 1.5
 
 
+def test_an_image_without_contrast_is_stretched_in_figures_and_said_to_be(trained):
+    """A DICOM file without a window: its full range is not seen on a screen."""
+    faint = 0.5 + 0.02 * np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    e = explain(trained, faint, "saliency")
+    assert any("hardly any contrast" in note for note in e.notes)
+    shown = e.overlay_pixels(0.0)[..., 0].astype(float)
+    assert shown.std() > 60
+    assert np.corrcoef(shown.ravel(), faint.ravel())[0, 1] > 0.99
+    normal = explain(trained, picture(), "saliency")
+    assert not any("contrast" in note for note in normal.notes)
+    expected = np.rint(255 * np.broadcast_to(picture().mean(-1, keepdims=True), (32, 32, 3)))
+    assert np.array_equal(normal.overlay_pixels(0.0), expected)
+
+
+def test_the_bar_says_what_the_colours_mean(trained):
+    texts = {
+        method: " ".join(axis.get_ylabel() for axis in explain(trained, picture(), method).overlay().axes)
+        for method in ("occlusion", "saliency")
+    }
+    assert "logit: blue against, red for the class" in texts["occlusion"]
+    assert "|d logit / d pixel|" in texts["saliency"] and "blue" not in texts["saliency"]
+
+
 def test_signed_maps_are_centred_on_a_neutral_colour(trained):
     e = explain(trained, np.full((32, 32), 128, np.uint8), "occlusion")
     assert e.signed

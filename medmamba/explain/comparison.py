@@ -17,7 +17,8 @@ from ..model import MedMamba
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, text_table
 from .methods import METHODS
-from .randomisation import correlation, ranks
+from .randomisation import rank_correlation
+from .removal import cell_means
 from .subject import Progress, sub_progress
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Comparison:
     Attributes:
         explanations: in the order asked for.
         trust: what the checks found of each; empty where they were not asked for.
-        agreement: float64 (n, n) rank correlation between the maps: where methods disagree, at most one is right.
+        agreement: float64 (n, n) rank correlation between the maps, averaged over 14x14 cells, since some are fine and
+            some are coarse: where methods disagree, at most one is right.
     """
 
     explanations: tuple[Explanation, ...]
@@ -125,8 +127,8 @@ def compare(
         target = e.target
         if assessor:
             trust.append(assessor.assess(e, metrics, sub_progress(progress, middle, end)))
-    maps = [ranks(torch.from_numpy(e.attribution)) for e in explanations]
-    agreement = np.array([[correlation(a, b) for b in maps] for a in maps])
+    maps = [cell_means(torch.from_numpy(e.attribution))[0] for e in explanations]
+    agreement = np.array([[rank_correlation(a, b) for b in maps] for a in maps])
     return Comparison(tuple(explanations), tuple(trust), agreement)
 
 

@@ -24,6 +24,7 @@ from ..model import MedMamba
 from ..predict import probabilities
 from ..preprocess import placement, preprocess
 from .methods import METHODS, Attribution, Method, check_options
+from .render import faint_range
 from .subject import Progress, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
 
 if TYPE_CHECKING:
@@ -93,13 +94,13 @@ class Explanation:
             "notes": list(self.notes),
         }
 
-    def overlay(self, alpha: float = 0.6) -> Figure:
+    def overlay(self, alpha: float = 0.75) -> Figure:
         """The map over the image at original resolution, with a colour bar, as a matplotlib `Figure`."""
         from .render import overlay_figure
 
         return overlay_figure(self, alpha)
 
-    def overlay_pixels(self, alpha: float = 0.6) -> np.ndarray:
+    def overlay_pixels(self, alpha: float = 0.75) -> np.ndarray:
         """The same without bar and title: uint8 (h, w, 3)."""
         from .render import overlay_pixels
 
@@ -268,6 +269,11 @@ def _notes(image: MedicalImage, config: MedMambaConfig, model: MedMamba) -> list
         notes.append(
             f"the image is constant (every value is {float(image.pixels.flat[0]):.3g}): it holds no evidence to "
             "locate, and what the map shows is how the model treats borders"
+        )
+    elif (span := faint_range(image)) is not None:
+        notes.append(
+            f"the image has hardly any contrast, nearly all values are from {span[0]:.2f} to {span[1]:.2f}; figures "
+            "show it stretched, the model sees it as it is"
         )
     if size[0] < target[0] or size[1] < target[1]:
         notes.append(

@@ -127,12 +127,7 @@ def similarities(a: Tensor, b: Tensor, signed: bool) -> dict[str, float]:
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's, with mean ranks for ties; 0 where a map is constant."""
-    return correlation(ranks(a), ranks(b))
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; 0 where a map is constant."""
-    both = torch.stack((a.flatten(), b.flatten()))
+    both = torch.stack((ranks(a).flatten(), ranks(b).flatten()))
     centred = both - both.mean(1, keepdim=True)
     norms = centred.norm(dim=1)
     return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if norms.min() > 0 else 0.0

@@ -77,13 +77,10 @@ def removal_curves(
         known: curves of another map of the same image, class and settings, whose random orders are taken over.
     """
     x, start = subject.x, make_baseline(subject.x, removal, subject.config.preprocess)
-    H, W = x.shape[2:]
-    labels = grid(H, W, min(cells, (H // 4) * (W // 4)))
-    count = int(labels.max()) + 1
+    score, labels = cell_means(map_, cells)
+    count = len(score)
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(count, generator=generator)
-    score = torch.zeros(count, dtype=torch.float64).index_add_(0, labels.flatten(), map_.cpu().double().flatten())
-    score /= labels.flatten().bincount()
     orders = [shuffled[score[shuffled].argsort(descending=True, stable=True)]]
     if known is None:
         orders += [torch.randperm(count, generator=generator) for _ in range(random_orders)]
@@ -108,6 +105,15 @@ def removal_curves(
         insertion[1:] if known is None else known.random_insertion,
         removal,
     )
+
+
+def cell_means(map_: Tensor, cells: int = 196) -> tuple[Tensor, Tensor]:
+    """Means (n,) of a map (H, W) over about so many cells of at least 4x4 pixels, and the cell of each pixel (H, W)."""
+    H, W = map_.shape
+    labels = grid(H, W, min(cells, (H // 4) * (W // 4)))
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, labels.flatten(), map_.cpu().double().flatten())
+    return sums / labels.flatten().bincount(), labels
 
 
 @torch.no_grad()

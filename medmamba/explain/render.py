@@ -10,6 +10,7 @@ from ..images import MedicalImage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
     from .explanation import Explanation
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 DPI = 100
 SMALLEST, LARGEST = 384, 4096  # pixels of the image's long side on a figure; between them its own resolution is kept
+FAINT = 0.25
+"""An image whose values span less than this share of black to white is stretched for display."""
 _MARGIN = 12  # pixels
-_TITLE, _BAR = 46, 96
+_TITLE, _BAR = 46, 106
 
 
-def overlay_figure(explanation: Explanation, alpha: float = 0.6) -> Figure:
+def overlay_figure(explanation: Explanation, alpha: float = 0.75) -> Figure:
     """The overlay with title and colour bar, one figure pixel per image pixel (small images enlarged by a whole
     factor, those above 4096 pixels reduced)."""
     height, width = _shown_size(explanation.image.size)
@@ -35,14 +38,15 @@ def overlay_figure(explanation: Explanation, alpha: float = 0.6) -> Figure:
         overlay_pixels(explanation, alpha), interpolation="antialiased" if reduced else "nearest", aspect="auto"
     )
     axes.set_axis_off()
-    add_bar(figure, figure.add_axes(bar_box), explanation)
+    bar = add_bar(figure, figure.add_axes(bar_box), explanation)
+    bar.set_label(bar_label(explanation), fontsize=8)
     text = f"{explanation.label}: logit {explanation.logit:.2f}, probability {explanation.probability:.1%}"
     text = f"{explanation.title}\n{text}"
     figure.text(_MARGIN / total_w, 1 - 6 / total_h, text, va="top", fontsize=9)
     return figure
 
 
-def overlay_pixels(explanation: Explanation, alpha: float = 0.6) -> np.ndarray:
+def overlay_pixels(explanation: Explanation, alpha: float = 0.75) -> np.ndarray:
     """uint8 (h, w, 3): the grey image, coloured where the map is strong."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -50,16 +54,17 @@ def overlay_pixels(explanation: Explanation, alpha: float = 0.6) -> np.ndarray:
     share = np.clip(np.abs(values) / limit, 0, 1)[..., None]  # (h, w, 1)
     colours = colour_map(explanation.signed)(_to_unit(values, limit, explanation.signed))[..., :3]
     grey = display_image(explanation.image).mean(-1, keepdims=True)
-    # The weaker the attribution, the more of the image shows through, so that a map near 0 does not tint it.
-    weight = alpha * np.sqrt(share)
+    # The weaker the attribution, the more of the image shows through, so that a map near 0 does not tint it. Any slower
+    # than in proportion would draw outlines where the sign changes.
+    weight = alpha * share
     return np.rint(255 * ((1 - weight) * grey + weight * colours)).astype(np.uint8)
 
 
-def comparison_figure(explanations: list[Explanation], alpha: float = 0.6) -> Figure:
+def comparison_figure(explanations: list[Explanation], alpha: float = 0.75) -> Figure:
     """The image and each overlay, in a grid, each with its own colour bar: units differ between methods."""
     panels = len(explanations) + 1
-    columns = min(panels, 4)
-    rows = -(-panels // columns)
+    rows = -(-panels // 4)
+    columns = -(-panels // rows)
     height, width = explanations[0].image.size
     side = 2.6
     figure = new_figure(
@@ -122,7 +127,7 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
     return figure
 
 
-def add_bar(figure: Figure, axes: Axes, explanation: Explanation) -> None:
+def add_bar(figure: Figure, axes: Axes, explanation: Explanation) -> Colorbar:
     """A colour bar in `axes`."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -133,6 +138,17 @@ def add_bar(figure: Figure, axes: Axes, explanation: Explanation) -> None:
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))  # type: ignore[attr-defined]
     bar.ax.yaxis.get_offset_text().set(fontsize=7, x=0)
+    return bar
+
+
+def bar_label(explanation: Explanation) -> str:
+    """What the values are, and of a signed map which colour speaks for the class."""
+    from .methods import METHODS
+
+    method = METHODS.get(explanation.method)
+    unit = method.unit if method else ""
+    sides = "blue against, red for the class" if explanation.signed and method else ""
+    return f"{unit}: {sides}" if unit and sides else unit or sides
 
 
 def colour_map(signed: bool) -> Any:
@@ -149,9 +165,18 @@ def colour_limit(explanation: Explanation) -> float:
 
 
 def display_image(image: MedicalImage) -> np.ndarray:
-    """float (h, w, 3) in [0, 1]."""
+    """float (h, w, 3) in [0, 1]; an image with hardly any contrast is stretched."""
     pixels = image.pixels
+    if (span := faint_range(image)) is not None:
+        pixels = np.clip((pixels - span[0]) / (span[1] - span[0]), 0, 1)
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels.mean(-1, keepdims=True), 3, axis=2)
+
+
+def faint_range(image: MedicalImage) -> tuple[float, float] | None:
+    """The values that nearly all pixels lie between, if these are close together, but not the same."""
+    step = max(max(image.size) // 512, 1)
+    low, high = (float(v) for v in np.percentile(image.pixels[::step, ::step], (0.5, 99.5)))
+    return (low, high) if 1e-4 < high - low < FAINT else None
 
 
 def _to_unit(values: np.ndarray, limit: float, signed: bool) -> np.ndarray:
