@@ -92,18 +92,19 @@ def train_one(
     return train(open_one(data, name), out, recipe or f"zoo-{name}", init=source, dataset=name, notes=notes, **options)
 
 
-def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int]) -> None:
+def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int], processes: int = 1) -> None:
     """Decodes all splits of a dataset, or of "joint", to where the other commands look with the same --cache."""
-    from medmamba.config import variant_config
-    from medmamba.training.setup import ImageCache, make_accelerator
+    from medmamba.config import PreprocessConfig
+    from medmamba.data import cache_images
 
     index = open_joint(data) if name == "joint" else open_one(data, name)
-    accelerator = make_accelerator("cpu", "fp32")
+    (cache / name).mkdir(parents=True, exist_ok=True)
     for size in sizes:
-        images = ImageCache(index, variant_config("tiny"), accelerator, cache / name)
-        for split in index.split_sizes:
-            if split:
-                images(split, size)
+        config = PreprocessConfig(input_size=(size, size))
+        for split, count in index.split_sizes.items():
+            if split and count:
+                file = cache / name / f"{split}-{size}.npy"
+                cache_images(index.split(split), config, file=file, processes=processes)
 
 
 def wait_for(init: Path, device: str) -> None:
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "decode":
         for name in args.dataset:
-            decode(name, args.data, args.cache, args.size)
+            decode(name, args.data, args.cache, args.size, args.processes)
         return 0
     settings = dict(parse_setting(text) for text in args.set)
     options: dict[str, Any] = {
@@ -143,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
             init = args.init if args.command == "train" else None
             if init and args.wait:
                 wait_for(init, args.device)
+            if args.no_duplicate_check:
+                options["allow_leakage"] = ("duplicates",)
             result = train_one(args.dataset, args.data, args.out, args.recipe, init, **options)
         finished = result.finished
     if not finished:
@@ -166,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-seconds", type=float)
     run.add_argument("--checkpoint-seconds", type=float, default=60.0)
     run.add_argument("--quiet", action="store_true")
+    run.add_argument("--no-duplicate-check", action="store_true", help="it has passed; saves decoding every image")
 
     parser = argparse.ArgumentParser(
         prog="python -m hub.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     only = commands.add_parser("decode", parents=[common], help="decode images into --cache")
     only.add_argument("dataset", nargs="+", choices=[*DATASETS, "joint"])
     only.add_argument("--size", type=int, nargs="+", default=[224])
+    only.add_argument("--processes", type=int, default=1, help="forks that decode, for many cores (%(default)s)")
     return parser
 
 

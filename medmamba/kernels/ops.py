@@ -155,6 +155,11 @@ def _backend(name: str, x: Tensor) -> ModuleType:
     return load_backend(resolve_backend(x.device, x.dtype) if name == "auto" else name)
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """A backend decides itself what is computed in which type; its float32 must not become bfloat16 underneath."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _states_shape(x: Tensor, A: Tensor, chunk: int) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
     return (batch, A.shape[0], -(-(height * width) // chunk), A.shape[2], channels)
@@ -176,7 +181,8 @@ def _scan_2d(
         raise ValueError(f"backend {backend!r} saves a state every {module.CHUNK} tokens, not every {chunk}")
     shape = _states_shape(x, A, chunk) if chunk else (0,)
     states = x.new_empty(shape, dtype=torch.float32)
-    return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
+    with _without_autocast(x):
+        return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
 
 
 @_scan_2d.register_fake
@@ -198,10 +204,11 @@ def _scan_2d_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     module = _backend(backend, x)
-    if module.CHUNK and not states.numel():  # an exported program saves none in its forward
-        states = x.new_empty(_states_shape(x, A, module.CHUNK), dtype=torch.float32)
-        module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states)
-    return module.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
+    with _without_autocast(x):
+        if module.CHUNK and not states.numel():  # an exported program saves none in its forward
+            states = x.new_empty(_states_shape(x, A, module.CHUNK), dtype=torch.float32)
+            module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states)
+        return module.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
 
 
 @_scan_2d_backward.register_fake
@@ -237,7 +244,8 @@ def _scan_1d(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return load_backend(backend).scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
+    with _without_autocast(u):
+        return load_backend(backend).scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
 
 
 @_scan_1d.register_fake
@@ -259,7 +267,8 @@ def _scan_1d_backward(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return load_backend(backend).scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+    with _without_autocast(u):
+        return load_backend(backend).scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
 
 
 @_scan_1d_backward.register_fake
