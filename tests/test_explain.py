@@ -304,23 +304,47 @@ def test_a_view_of_a_fused_model_forgets_what_was_derived_from_other_weights(tra
     assert fused._blocks == [[]]
 
 
-def test_full_precision_is_put_back_when_the_last_thread_leaves():
+def tf32_settings() -> dict:
+    found = {}
+    cublas, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for owner, name in (
+        (cublas, "allow_tf32"), (cudnn, "allow_tf32"), (torch, "get_float32_matmul_precision"),
+        (cublas, "fp32_precision"), (getattr(cudnn, "conv", None), "fp32_precision"),
+    ):  # fmt: skip
+        try:
+            value = getattr(owner, name, None)
+            found[str(owner), name] = value() if callable(value) else value
+        except RuntimeError:
+            found[str(owner), name] = "refused"
+    return found
+
+
+@pytest.mark.parametrize("caller", ["default", "older", "newer"])
+def test_full_precision_is_put_back_when_the_last_thread_leaves(caller):
+    """Whichever of torch's two interfaces the caller has used to allow TF32."""
     cublas = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(cublas, "fp32_precision") else "allow_tf32"
-    exact, before = ("ieee", getattr(cublas, name)) if name == "fp32_precision" else (False, getattr(cublas, name))
-    setattr(cublas, name, "tf32" if name == "fp32_precision" else True)
-    other = getattr(cublas, name)
+    if caller == "newer" and not hasattr(cublas, "fp32_precision"):
+        pytest.skip("this torch has only the older interface")
     try:
+        if caller == "older":
+            torch.set_float32_matmul_precision("high")
+        elif caller == "newer":
+            cublas.fp32_precision = "tf32"
+        before = tf32_settings()
         one, two = FullPrecision(), FullPrecision()
         one.__enter__()
         two.__enter__()
-        assert getattr(cublas, name) == exact
         one.__exit__()
-        assert getattr(cublas, name) == exact
+        assert not cublas.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
         two.__exit__()
-        assert getattr(cublas, name) == other
+        after = tf32_settings()
+        # Torch's default for cuDNN is TF32, which it calls "none" until someone has set it.
+        assert {k: v for k, v in after.items() if before[k] != "none"} == {
+            k: v for k, v in before.items() if v != "none"
+        }
     finally:
-        setattr(cublas, name, before)
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_default_batch_sizes(monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -187,15 +188,15 @@ class FullPrecision:
 
     _lock: ClassVar = threading.Lock()
     _inside: ClassVar[int] = 0
-    _before: ClassVar[list[Any]] = []
+    _before: ClassVar[list[tuple[Callable, Any]]] = []
 
     def __enter__(self) -> None:
         cls = FullPrecision
         with cls._lock:
             if not cls._inside:
-                cls._before = [getattr(owner, name) for owner, name, _ in _precision_settings()]
-                for owner, name, exact in _precision_settings():
-                    setattr(owner, name, exact)
+                cls._before = _tf32_settings()
+                torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
             cls._inside += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -203,17 +204,25 @@ class FullPrecision:
         with cls._lock:
             cls._inside -= 1
             if not cls._inside:
-                for (owner, name, _), value in zip(_precision_settings(), cls._before, strict=True):
-                    setattr(owner, name, value)
+                for put_back, value in cls._before:
+                    put_back(value)
 
 
-def _precision_settings() -> list[tuple[Any, str, Any]]:
-    """(object, attribute, its value for exact float32): the interface of torch 2.9, which must not be mixed with the
-    older one, or that one."""
+def _tf32_settings() -> list[tuple[Callable, Any]]:
+    """All settings that decide on TF32: functions that put them back, to be called in this order, and values. The older
+    ones set the newer ones too, of torch 2.9. To set the newer alone is no way out: torch then refuses the older."""
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings: list[tuple[Callable, Any]] = []
+    with suppress(RuntimeError):  # the caller has set the newer alone
+        settings.append((torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    owners: list[tuple[Any, str]] = [(cudnn, "allow_tf32")]
     if hasattr(cublas, "fp32_precision"):
-        return [(cublas, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]  # type: ignore[attr-defined]
-    return [(cublas, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+        newer = cublas, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
+        owners += [(owner, "fp32_precision") for owner in newer]
+    for owner, name in owners:
+        with suppress(RuntimeError):
+            settings.append((partial(setattr, owner, name), getattr(owner, name)))
+    return settings
 
 
 def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | None:
