@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> None:
     deadline = started + args.deadline if args.deadline else None
     with tempfile.TemporaryDirectory() as scratch:
         team = explain_workers.Team(jobs, settings, args.device, args.batch_size, args.fuse, scratch, args.workers)
-        team.start()  # they load their libraries while this process measures
+        team.start()
         try:
+            team.wait()  # so that nothing else runs while this process measures
             for job in jobs:
                 if len(results[job.dataset]["seconds"]) < args.timed_images:
                     results[job.dataset]["seconds"] = time_methods(job, settings, args)

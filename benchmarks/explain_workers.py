@@ -94,6 +94,11 @@ class Team:
         for process in self._processes:
             process.start()
 
+    def wait(self) -> None:
+        """Until all have loaded their libraries and rest."""
+        for _ in self._processes:
+            self._results.get(timeout=300)
+
     def work(self, tasks: list[Task], deadline: float | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(dataset, image, record) of each task that is done before the deadline, of time.monotonic()."""
         if deadline is not None:
@@ -143,6 +148,7 @@ def _work(
     def in_time(fraction: float = 0) -> bool:
         return not deadline.value or time.time() < deadline.value
 
+    results.put("ready")
     benches: dict[int, _Bench] = {}
     errors = 0
     while errors < 3 and (task := tasks.get()) is not None and in_time():
