@@ -19,6 +19,7 @@ import torch
 import medmamba
 from medmamba.explain import Assessor, ExplainCancelled, Explanation, explain
 from medmamba.explain.removal import area
+from medmamba.explain.subject import FullPrecision
 from medmamba.images import load_image
 
 METRICS = {
@@ -58,7 +59,7 @@ def load(name: str, device: str, fuse: bool) -> medmamba.MedMamba:
     fused = model.fuse()
     size = model.config.preprocess.input_size
     x = torch.randn(2, model.config.in_chans, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
+    with FullPrecision(), torch.no_grad():
         expected, got = model(x), fused(x)
     if (got - expected).abs().max() < 1e-3 * expected.abs().max():
         return fused
