@@ -1,7 +1,9 @@
 """Runs the notebooks and keeps their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
 
-Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size. A hash of the code that made the
-outputs is stored with them; a test compares it, so that outputs cannot grow stale unnoticed.
+Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size. With the outputs is stored which
+code and weights they are of, and which cell has which; `problems` compares, so that outputs cannot go missing or grow
+stale unnoticed. `--address` runs nothing and only writes the address of the repository, Repository of [project.urls] in
+pyproject.toml, into the badges and the first cell.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,15 +20,62 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-FOLDER = Path(__file__).parent
+import medmamba
+
+FOLDER = Path(__file__).resolve().parent
 MAX_WIDTH = 800
-STAMP = "medmamba_source_sha256"
+SOURCE, WEIGHTS, OUTPUTS = "medmamba_source_sha256", "medmamba_weights_sha256", "medmamba_outputs"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+COLAB = "https://colab.research.google.com/github/"
+# Drawn at once, not in a function for later.
+DRAWS = re.compile(r"^\S.*(subplots|[._]figure\(|\.overlay\(|\.plot\.|display\()|^draw\(", re.MULTILINE)
+PRIVATE = re.compile(r"/(home|root|tmp|Users|work|usr|var|opt)/|site-packages|[A-Z]:\\")
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
-    """Of all code cells, in order."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """Of all code cells, in order, but for the first: where medmamba comes from changes no output."""
+    code = [cell.source for cell in code_cells(notebook) if "setup" not in cell.metadata.get("tags", [])]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
+
+
+def weights_hash() -> str:
+    """Of the model that the notebooks use, as its configuration records it."""
+    folder = medmamba.bundled_models()[medmamba.DEFAULT_MODEL]
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["weights_sha256"]
+
+
+def output_types(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
+    return {cell.id: [output.output_type for output in cell.outputs] for cell in code_cells(notebook) if cell.outputs}
+
+
+def problems(notebook: nbformat.NotebookNode) -> list[str]:
+    """What is wrong with stored outputs: stale, missing, errors, noise, too large, or telling of this machine."""
+    found, cells = [], code_cells(notebook)
+    if notebook.metadata.get(SOURCE) != source_hash(notebook):
+        found.append("the outputs are of other code")
+    if notebook.metadata.get(WEIGHTS) != weights_hash():
+        found.append(f"the outputs are of other weights than those of {medmamba.DEFAULT_MODEL}")
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        found.append("the cells were not run once each, in order")
+    if notebook.metadata.get(OUTPUTS) != output_types(notebook):
+        found.append("outputs are missing or were added")
+    for number, cell in enumerate(cells, 1):
+        pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+        texts = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in cell.outputs)
+        wrong = {
+            "an error": any(o.output_type == "error" for o in cell.outputs),
+            "warnings": any(o.get("name") == "stderr" for o in cell.outputs) or "Warning" in texts,
+            "no picture": bool(DRAWS.search(cell.source)) and not pictures,
+            "a picture that is too large": any(max(_open(png).size) > MAX_WIDTH for png in pictures),
+            "a path of somebody's machine": bool(PRIVATE.search(texts)),
+            "a progress bar": "it/s" in texts,
+        }
+        found += [f"cell {number} has {what}" for what, is_so in wrong.items() if is_so]
+    return found
 
 
 def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
@@ -40,28 +91,64 @@ def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
     )
-    notebook.metadata[STAMP] = source_hash(notebook)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
+    notebook.metadata |= {
+        SOURCE: source_hash(notebook),
+        WEIGHTS: weights_hash(),
+        OUTPUTS: output_types(notebook),
+    }
     return notebook
 
 
+def repository() -> str:
+    """The address of the repository, from pyproject.toml; "" where it is not known yet."""
+    text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^\[project\.urls\]\n(?:[^\[]*\n)?Repository = "([^"]+)"', text, re.MULTILINE)
+    return found[1].rstrip("/") if found else ""
+
+
+def set_address(notebook: nbformat.NotebookNode, name: str, address: str) -> None:
+    """Writes the address into the badge and the first cell. Without one, the badge opens Colab's own dialogue for
+    repositories: a link to a repository that somebody guessed would lead nowhere, or to somebody else."""
+    badge = f"{BADGE}({COLAB}) and enter the address of this repository there."
+    if address:
+        badge = f"{BADGE}({COLAB}{address.removeprefix('https://github.com/')}/blob/main/notebooks/{name})"
+    notebook.cells[0].source = re.sub(
+        r"^\[!\[Open in Colab\].*$", lambda _: badge, notebook.cells[0].source, flags=re.MULTILINE
+    )
+    setup = code_cells(notebook)[0]
+    setup.source = re.sub(r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address}"', setup.source, flags=re.MULTILINE)
+
+
+def _open(png: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(png)))
+
+
 def _smaller(png: str) -> str:
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture = _open(png).convert("RGB")
     picture.thumbnail((MAX_WIDTH, MAX_WIDTH))
     stream = io.BytesIO()
     picture.quantize(256, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    names = [name for name in arguments if name != "--address"]
+    only_address, failures = "--address" in arguments, 0
     for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
-        nbformat.write(execute(path), path)
-        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+        notebook = nbformat.read(path, as_version=4) if only_address else execute(path)
+        set_address(notebook, path.name, repository())
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, from {repository() or 'an address to be entered'}")
+        for problem in [] if only_address else problems(notebook):
+            failures += 1
+            print(f"  {problem}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
