@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from hub_folder import finished_model, training
 from hub_server import LICENCES, serve
@@ -16,6 +17,7 @@ from medmamba.card import NOTICE, CardError, ModelFacts, check_card, read_facts,
 from medmamba.card_text import _changed_settings
 from medmamba.licences import HUB_LICENCES, LicenceError, terms_of
 from medmamba.training import load_recipe
+from medmamba.unusual import Unusual
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,41 @@ def test_an_example_is_drawn_and_credited(folder, tmp_path, capsys, monkeypatch)
     text = (folder / "README.md").read_text()
     assert "](attribution.png)" in text and "Image: own drawing, CC0." in text
     assert str(tmp_path) not in text + (folder / "attribution.json").read_text()
+
+
+def test_a_model_of_the_zoo_is_trained_again_by_two_commands(tmp_path):
+    from hub.zoo import _parser as zoo_parser
+
+    sets = ["breastmnist", "pneumoniamnist", "dermamnist", "bloodmnist"]
+    record = dict(recipe="zoo-breastmnist", init="zoo-joint, seed 3", pretraining=sets)
+    folder = finished_model(tmp_path / "breastmnist", "breastmnist", seed=7, **record)
+    text = write_card(folder).read_text()
+    commands = text.partition("## How to reproduce")[2].partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert [command.split()[:4] for command in commands] == [
+        ["python", "-m", "hub.zoo", "pretrain"],
+        ["python", "-m", "hub.zoo", "train"],
+    ]
+    first, second = (zoo_parser().parse_args(command.split()[3:]) for command in commands)  # options that exist
+    assert (first.seed, second.seed, second.dataset, second.init) == (3, 7, "breastmnist", first.out)
+    assert "started from zoo-joint, seed 3, trained on BreastMNIST, PneumoniaMNIST, DermaMNIST and BloodMNIST" in text
+    assert ModelCard(text).data.license == "cc-by-nc-4.0" and ModelCard(text).data.base_model is None
+    assert check_card(text, read_facts(folder)) == []
+
+
+def test_what_is_known_of_other_images_is_on_the_card(folder):
+    means, spread = np.zeros((8, 64)), np.ones(64)
+    measured = {
+        "own": {"n": 160, "called_unusual": 0.05},
+        "auroc": {"BreastMNIST": {"auroc": 0.987, "n": 156, "called_unusual": 0.913, "energy": 0.31, "max_prob": 0.4}},
+    }
+    Unusual(means, spread, 1.5, 0.95, measured).save(folder)
+    facts = read_facts(folder)
+    text = render_card(facts, "org/bloodmnist")
+    assert "| BreastMNIST | 156 | 91.3% | 0.987 |" in text
+    assert "| BloodMNIST, its own test images | 160 | 5.0% |  |" in text
+    energy_fails = "against other kinds of images its AUROC is 0.31 to 0.31" in text
+    assert energy_fails == (facts.config.calibration.get("ood", {}).get("score") == "energy")
+    assert any("Images of another kind" in p for p in check_card(text.replace("## Images of another", "## "), facts))
+    (folder / "unusual.json").write_text("{")
+    with pytest.raises(CardError, match=r"unusual\.json cannot be read"):
+        read_facts(folder)
