@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba import MedMamba, __version__
-from medmamba.card import default_repo
+from medmamba.card import CARD_NAME, default_repo
 from medmamba.pretrained import ORGANISATION, PretrainedError
 from medmamba.sources import bundled_models
 
@@ -129,7 +129,10 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
             raise PublishError(f"{repo} is public, and these weights may not be")
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=report.folder / name) for name in report.files],
+            [
+                CommitOperationAdd(name, report.card.encode() if name == CARD_NAME else report.folder / name)
+                for name in report.files
+            ],
             commit_message=f"Publish {report.folder.name} with medmamba {__version__}",
             revision=revision,
             parent_commit=before.sha,  # refused if somebody else was faster

@@ -40,6 +40,8 @@ class Report:
         problems: each keeps the folder from being published.
         warnings: worth a look.
         facts: what the card is written from; None where the folder cannot be read.
+        card: README.md as it is to be uploaded: that of the folder, or, where nobody edited that, as it reads for the
+            repository it goes to.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: ModelFacts | None = None
+    card: str = ""
     model: MedMamba | None = None
     golden: dict = field(default_factory=dict)
 
@@ -54,7 +57,7 @@ class Report:
 def validate(
     folder: Path, repo_id: str, *, licence: str | None = None, permission: str = "", private: bool = False
 ) -> Report:
-    """Checks a folder and finds every problem at once. Writes README.md and golden.json where they are missing.
+    """Checks a folder and finds every problem at once. Writes README.md and golden.json only where they are missing.
 
     Args:
         licence, permission: see `medmamba.card.read_facts`.
@@ -73,10 +76,15 @@ def validate(
     _check_config(report)
     _check_licence(report, private)
     card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
-    if not card or _is_untouched(folder, card):
-        before, card = card, write_card(folder, repo_id, licence, permission).read_text(encoding="utf-8")
-        if card != before:
-            report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
+    if not card:
+        card = write_card(folder, repo_id, licence, permission).read_text(encoding="utf-8")
+        report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
+    elif _is_untouched(folder, card) and (fresh := render_card(report.facts, repo_id)) != card:
+        card = fresh
+        report.warnings.append(
+            f"the card is written anew for {repo_id}; to read it: python -m hub.card --repo {repo_id}"
+        )
+    report.card = card
     report.problems += check_card(card, report.facts)
     if (loads := _loads(card)) and repo_id not in loads:
         report.problems.append(f"{CARD_NAME}: it shows how to load {loads[0]}, not {repo_id}; write the card again")

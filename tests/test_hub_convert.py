@@ -11,6 +11,7 @@ from PIL import Image
 from hub import convert as tool
 from hub.publish import PublishError, publish
 from hub.reference import reference_logits
+from hub.validate import validate
 from medmamba import ConversionError, MedMamba, load_upstream, registry
 from medmamba.config import VARIANTS
 from medmamba.convert import WEIGHT_MAP
@@ -153,9 +154,11 @@ def test_publishing_them_needs_permission(saved, tmp_path):
     said = []
     publish(folder, "medmamba/kvasir", dry_run=True, private=True, say=said.append)
     assert any("keep the repository private" in line for line in said)
-    publish(folder, "me/kvasir", dry_run=True, permission="Y. Yue by mail, 2026-01-05", say=said.append)
-    card = (folder / "README.md").read_text()  # nobody had edited it, so it was written again
-    assert "published with permission: Y. Yue by mail, 2026-01-05" in card and "me/kvasir" in card
+    permission = "Y. Yue by mail, 2026-01-05"
+    publish(folder, "me/kvasir", dry_run=True, permission=permission, say=said.append)
+    card = validate(folder, "me/kvasir", permission=permission).card  # nobody had edited it, so it is written again
+    assert f"published with permission: {permission}" in card and "me/kvasir" in card
+    (folder / "README.md").write_text(card)
     with pytest.raises(PublishError, match=r"license is by-permission-of-the-authors, and.*no-licence-stated"):
         publish(folder, "me/kvasir", dry_run=True, private=True, say=said.append)
 
