@@ -6,16 +6,14 @@
 
 "forward" is inference, "training" the forward that saves states, "backward" all gradients. The exponentials are what
 bounds a scan: N per token, channel and direction, of which a GPU computes 16 per processor and cycle; "share" is the
-part of that rate reached. --sweep times every launch plan of `medmamba/kernels/triton_plan.py` that makes sense and
-prints the fastest beside the one chosen now. It compiles the variants first, in as many processes as there are cores.
+part of that rate reached. --sweep times every launch plan of `medmamba/kernels/cuda_backend.py` that makes sense and
+prints the fastest beside the one chosen now.
 --padded gives proj the layout of a projection whose step size codes are padded to a multiple of 4 (for R = 3: to 4).
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -23,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from medmamba.kernels import triton_backend
+from medmamba.kernels import cuda_backend
+from medmamba.kernels.cuda_backend import BLOCKS, Plan
 from medmamba.kernels.dispatch import load_backend
-from medmamba.kernels.triton_plan import Plan, backward_plan, forward_plan
+from medmamba.kernels.nvrtc import CudaError
 
 MODELS = {"tiny": ((2, 2, 4, 2), 96), "small": ((2, 2, 8, 2), 96), "base": ((2, 2, 12, 2), 128)}
 N = 16
@@ -134,80 +133,44 @@ def show(size: str, channels: int, batch: int, dtype: str, name: str, row: dict,
 # --- the sweep ------------------------------------------------------------------------------------------------------
 
 
-def plans(direction: str, lines: int, length: int, channels: int, smoke: bool) -> list[Plan]:
+def plans(direction: str, batch: int, length: int, channels: int) -> list[Plan]:
     """Launches worth trying."""
-    if smoke:
-        return [Plan(16, 4), Plan(16, 2)]
-    blocks = (16, 32, 64) if direction == "forward" else (16, 32)
-    unrolls = (1, 2, 4, 8) if direction == "forward" else (2, 4, 8)
-    limits = (None, 96, 128, 168) if direction == "forward" else (None, 168, 208)
-    found = []
-    for block, unroll, registers in itertools.product(blocks, unrolls, limits):
-        programs = lines * -(-channels // block)
-        splits = [s for s in (1, 4, 8, 16, 32, 64) if s == 1 or (programs < 1500 and length >= 32 * s)]
-        found += [Plan(block, unroll, s, registers=registers) for s in splits]
-    return found + [Plan(p.block, p.unroll, p.segments, True, p.registers) for p in found if p.registers is None]
-
-
-def variant(plan: Plan) -> Plan:
-    """What of a plan makes another binary; the rest is arguments. Two segments stand for any number of them."""
-    return Plan(plan.block, plan.unroll, min(plan.segments, 2), plan.half_sums, plan.registers)
-
-
-def compile_variant(job: tuple) -> str | None:
-    """Runs one plan once, at batch 1, in a process of its own; the binary stays in Triton's cache."""
-    direction, plan, side, channels, dtype, padded = job
-    tensors = inputs(1, side, channels, getattr(torch, dtype), "cuda", padded)
-    try:
-        for name, function in calls(triton_backend, tensors, plan=plan).items():
-            if (name == "backward") == (direction == "backward"):
-                function()
-        torch.cuda.synchronize()
-    except Exception as error:  # too many registers or too little shared memory: a plan that cannot be
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return None
+    blocks = [block for block in BLOCKS if -(-channels // block) * block <= 1.1 * max(channels, min(BLOCKS))]
+    if direction == "backward":
+        shapes = itertools.product(blocks, (2, 4), (1, 2, 3))
+        return [Plan(block, per_thread=each, occupancy=held) for block, each, held in shapes]
+    few = 4 * batch * -(-channels // 32) < 1000
+    cuts = [cut for cut in (1, 4, 8, 16, 32) if cut == 1 or (few and length >= 32 * cut)]
+    return [Plan(block, lanes, cut) for block, lanes, cut in itertools.product(blocks, (1, 2, 4), cuts)]
 
 
 def sweep(options: argparse.Namespace) -> list[dict]:
     rows = []
-    cuda = not options.smoke
-    device = torch.device("cuda" if cuda else "cpu")
-    for dtype, (_, side, channels) in itertools.product(options.dtypes, stages(options.model, options.smoke)):
+    shapes = itertools.product(options.dtypes, options.batches, stages(options.model, False))
+    for dtype, batch, (_, side, channels) in shapes:
+        tensors = inputs(batch, side, channels, getattr(torch, dtype), "cuda", options.padded)
+        device = torch.cuda.current_device()
         for direction in ("forward", "backward"):
-            wanted = {b: plans(direction, 4 * b, side * side, channels, options.smoke) for b in options.batches}
-            if cuda:
-                variants = dict.fromkeys(variant(p) for some in wanted.values() for p in some)
-                jobs = [(direction, p, side, channels, dtype, options.padded) for p in variants]
-                start = time.perf_counter()
-                with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1, 16)) as pool:
-                    failed = {
-                        job[1]: why for job, why in zip(jobs, pool.map(compile_variant, jobs, 1), strict=True) if why
-                    }
-                print(
-                    f"compiled {len(jobs)} variants in {time.perf_counter() - start:.0f} s, {len(failed)} failed",
-                    flush=True,
+            if direction == "forward":
+                chosen = cuda_backend.forward_plan(batch, side * side, channels, device)
+            else:
+                chosen = cuda_backend.backward_plan(channels, tensors[2].shape[2], device)
+            timed: dict[Plan, float] = {}
+            for plan in dict.fromkeys([chosen, *plans(direction, batch, side * side, channels)]):
+                function = calls(cuda_backend, tensors, plan=plan)[direction]
+                try:
+                    timed[plan] = milliseconds(function, options.rounds, True)
+                except CudaError as error:  # too many registers or too little shared memory: a plan that cannot be
+                    print(f"    {tuple(plan)}: {str(error).splitlines()[0]}")
+                    continue
+                rows.append(
+                    {"direction": direction, "side": side, "channels": channels, "batch": batch, "dtype": dtype}
+                    | {"plan": plan._asdict(), "ms": timed[plan], "chosen": plan == chosen}
                 )
-                wanted = {b: [p for p in some if variant(p) not in failed] for b, some in wanted.items()}
-            for batch, some in wanted.items():
-                tensors = inputs(batch, side, channels, getattr(torch, dtype), device.type, options.padded)
-                choose = forward_plan if direction == "forward" else backward_plan
-                chosen = choose(4 * batch, side * side, channels, N, device)
-                timed = {}
-                for plan in dict.fromkeys([chosen, *some]):
-                    function = calls(triton_backend, tensors, plan=plan)[direction]
-                    timed[plan] = milliseconds(function, options.rounds, cuda)
-                    rows.append(
-                        {"direction": direction, "side": side, "channels": channels, "batch": batch, "dtype": dtype}
-                        | {"plan": vars(plan), "ms": timed[plan], "chosen": plan == chosen}
-                    )
-                exact = [p for p in timed if not p.half_sums]
-                best = sorted(exact, key=lambda p: timed[p])[:3]
-                print(
-                    f"{direction} {side}x{side}x{channels}, {batch} x {dtype}: chosen {timed[chosen]:.3f} ms {chosen}"
-                )
-                for plan in best:
-                    print(f"    {timed[plan]:.3f} ms {plan}", flush=True)
-                save(options, {"sweep": rows})
+            print(f"{direction} {side}x{side}x{channels}, {batch} x {dtype}: chosen {timed[chosen]:.3f} ms {chosen}")
+            for plan in sorted(timed, key=lambda plan: timed[plan])[:3]:
+                print(f"    {timed[plan]:.3f} ms {plan}", flush=True)
+            save(options, {"sweep": rows})
     return rows
 
 
@@ -239,7 +202,7 @@ def main() -> None:
         options.batches, options.dtypes, options.rounds = [1], ["float32"], 1
     elif not torch.cuda.is_available():
         sys.exit("this measures a GPU and PyTorch finds none; --smoke runs the code on the CPU")
-    names = ["torch", "triton"] if options.smoke else ["triton", "mamba_ssm"]
+    names = ["torch"] if options.smoke else ["cuda", "triton", "mamba_ssm"]
     backends = {}
     for name in names:
         reason = load_backend(name).unavailable()
@@ -248,8 +211,8 @@ def main() -> None:
         else:
             backends[name] = load_backend(name)
     if options.sweep:
-        if "triton" not in backends:
-            sys.exit("the sweep needs the Triton backend; on a CPU set TRITON_INTERPRET=1")
+        if "cuda" not in backends:
+            sys.exit("the sweep needs the backend cuda")
         sweep(options)
     else:
         save(options, {"rows": table(options, backends)})

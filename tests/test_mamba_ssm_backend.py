@@ -199,3 +199,17 @@ def test_same_logits():
             model.set_scan_backend(backend)
             logits.append(model(images))
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+@gpu
+def test_under_autocast():
+    """The published design's usual precision; the kernel wants all of its tensors in one type."""
+    import medmamba
+
+    torch.manual_seed(0)
+    model = medmamba.create_model("test", num_classes=4, drop_path_rate=0.0).cuda()
+    model.set_scan_backend("mamba_ssm")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 64, 64, device="cuda")).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -214,3 +214,16 @@ def test_missing_fast_backend_warns_once_with_the_fix(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "no library for this platform; do X")
     with pytest.warns(UserWarning, match=r"plain PyTorch.*native: no library for this platform; do X"):
         assert resolve_backend(torch.device("cpu"), torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_autocast_does_not_reach_into_the_scan(backend):
+    """Matrix products inside a backend would else be in bfloat16."""
+    tensors = [t.requires_grad_() for t in inputs_2d(dtype=torch.float32)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = selective_scan_2d(*tensors, backend=backend)
+            results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
