@@ -33,6 +33,7 @@ KEPT: tuple[str, ...] = (
     "seed",
     "init",
     "pretraining",
+    "datasets",
     "allowed_leakage",
     "split_sizes",
     "selected_by",
@@ -196,9 +197,10 @@ def _row(key: tuple[str, str, str], runs: Sequence[Run]) -> str:
 
 def _joint(run: Run) -> str:
     data = run.data
+    names = ", ".join(data.get("datasets") or ["several datasets"])
     return (
-        f"`{data['recipe']}`, seed {run.seed}, from which our recipes start, was trained on the training images of all "
-        f"four datasets: {data['split_sizes']['train']:,} images of all their classes, {data['epochs']} epochs at "
+        f"`{data['recipe']}`, seed {run.seed}, from which our recipes start, was trained on the training images of "
+        f"{names}: {data['split_sizes']['train']:,} images of all their classes, {data['epochs']} epochs at "
         f"{data['settings']['size']} pixels, {data['seconds']:.0f} s on {data['device']}; accuracy on the validation "
         f"images together {data['val']['accuracy']['value']:.3f}."
     )
