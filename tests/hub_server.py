@@ -1,7 +1,7 @@
 """A Hub on loopback: enough of its HTTP API for the real huggingface_hub client to publish, load and fail against.
 
-No package can take its place: olah (0.5.4) is a mirror for reading, hf-local-hub (3.0.0) starts a program that is not in
-it. So this is one, in memory: repositories with commits and branches, regular and LFS uploads, private repositories
+No package can take its place: olah (0.5.4) is a mirror for reading, hf-local-hub (3.0.0) starts a program that is not
+in it. So this is one, in memory: repositories with commits and branches, regular and LFS uploads, private repositories
 behind tokens, collections; and faults on demand.
 """
 
