@@ -141,7 +141,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/patch, W/patch, dim)
+        return self.norm(x).to(x.dtype)  # under autocast norms return float32, which all of stage 1 would stay in
 
 
 class PatchMerging(nn.Module):
