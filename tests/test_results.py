@@ -90,4 +90,4 @@ def test_every_dataset_of_the_zoo_has_a_caveat_and_a_recipe(name):
     from hub.zoo import DATASETS
     from medmamba.training import load_recipe
 
-    assert results.CAVEATS[name] and load_recipe(f"zoo-{name}").size == 224 and name in DATASETS
+    assert results.CAVEATS[name] and load_recipe(f"zoo-{name}").evaluated_at == 224 and name in DATASETS
