@@ -122,6 +122,9 @@ def prepare() -> Path:
     No reports to anybody, and no warnings of pydicom's, which quote values of patients' headers.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio's own statistics would keep ten thousand requests and summarise all of them after each.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)

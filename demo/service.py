@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +33,7 @@ LARGEST_SHOWN = 1024
 """Longest side in pixels of an image in a page."""
 
 Window = tuple[float, float]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,14 @@ class Service:
     def __init__(self, store: ModelStore):
         self.store = store
         self._forward = on_gpu(20)(self._predict)
+        # Always the same thread: libraries below PyTorch keep buffers for each thread that ever used them, and the
+        # server's own threads come and go.
+        self._thread = ThreadPoolExecutor(1, "predict")
         self._explain = on_gpu(_explain_seconds)(self._explained)
+
+    def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of the function; it knows whose request it works for, as ZeroGPU asks."""
+        return self._thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
     def classify(self, source: str, path: Path, view: View | None = None, title: str | None = None) -> Answer:
         """
@@ -109,9 +120,11 @@ class Service:
             ImageError: the file cannot be read.
             PretrainedError, ConfigError: the model cannot be loaded.
         """
+        return self._in_thread(self._classify, source, path, view or View(), title)
+
+    def _classify(self, source: str, path: Path, view: View, title: str | None) -> Answer:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
-        view = view or View()
         image = load_image(path, frame=view.frame, window=view.window)
         (result,), (unusual,), _ = self._forward(source, [image])
         if isinstance(result, Failure):
@@ -121,6 +134,9 @@ class Service:
 
     def classify_files(self, source: str, paths: list[Path], title: str | None = None) -> list[Answer | Failure]:
         """One entry per file, in order; files with several frames are failures that say so."""
+        return self._in_thread(self._classify_files, source, paths, title)
+
+    def _classify_files(self, source: str, paths: list[Path], title: str | None) -> list[Answer | Failure]:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
         results, unusual, thumbnails = self._forward(source, paths)

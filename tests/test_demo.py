@@ -1,5 +1,6 @@
 """The web app without a browser: endpoints through gradio_client, safety, sessions, pieces of pages."""
 
+import contextvars
 import dataclasses
 import io
 import json
@@ -240,7 +241,8 @@ def test_pages_are_kept_to_this_server(url):
 
 
 def test_defaults_are_private(monkeypatch):
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_DISABLE_TELEMETRY"):
+    names = ["GRADIO_ANALYTICS_ENABLED", "GRADIO_ANALYTICS_MAX_EVENTS", "GRADIO_ANALYTICS_CACHE_FREQUENCY"]
+    for name in (*names, "GRADIO_TEMP_DIR", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "")  # put back afterwards
     launched = {}
     monkeypatch.setattr(app, "build_demo", lambda *_: type("Demo", (), {"launch": lambda _, **k: launched.update(k)})())
@@ -250,8 +252,19 @@ def test_defaults_are_private(monkeypatch):
     assert "medmamba-" in os.environ["GRADIO_TEMP_DIR"], "a folder of its own"
 
 
-def test_an_unknown_model_is_explained(capsys, monkeypatch):
+def test_nothing_is_kept_of_each_request(model_folder, tmp_path, monkeypatch):
+    """Gradio's statistics, which would grow with every request, are bounded and never summarised."""
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_ANALYTICS_MAX_EVENTS", "GRADIO_ANALYTICS_CACHE_FREQUENCY"):
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    app.prepare()
+    demo = app.build_demo(options.Options((str(model_folder),), "cpu"), tmp_path)
+    assert demo._queue.ANALYTICS_MAX_EVENTS == 100 and demo._queue.ANAYLTICS_CACHE_FREQUENCY >= 10**6
+
+
+def test_an_unknown_model_is_explained(capsys, monkeypatch):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_MAX_EVENTS", "GRADIO_ANALYTICS_CACHE_FREQUENCY"):
+        monkeypatch.setenv(name, "")
     assert app.main(["--model", "/nowhere/at/all"]) == 2
     assert "no such folder" in capsys.readouterr().err
 
@@ -317,6 +330,30 @@ def test_images_unlike_the_training_images_are_marked(tmp_path):
     page = answers.answer_html(answers_.classify(str(folder), noise), answers_.store.default)
     assert "does not look like what the model was trained on" in page and "0.900" in page
     assert "AUROC against Other 0.900" in answers.card_html(answers_.store.default)
+
+
+def test_one_thread_answers_everybody(model_folder, monkeypatch):
+    """Else the libraries below PyTorch keep buffers for every thread that the server ever had."""
+    answers_, threads, contexts = service.Service(store.ModelStore((str(model_folder),), "cpu")), set(), []
+    visitor = contextvars.ContextVar("visitor")
+
+    def load(*arguments, **named):
+        threads.add(threading.get_ident())
+        contexts.append(visitor.get())
+        return medmamba.images.load_image(*arguments, **named)
+
+    monkeypatch.setattr(service, "load_image", load)
+
+    def ask(number):
+        visitor.set(number)
+        answers_.classify(str(model_folder), NEUTROPHIL)
+        answers_.classify_files(str(model_folder), [NEUTROPHIL])
+
+    for number in range(3):
+        thread = threading.Thread(target=ask, args=(number,))
+        thread.start()
+        thread.join()
+    assert len(threads) == 1 and contexts == [0, 0, 1, 1, 2, 2]
 
 
 def test_functions_on_zero_gpu(model_folder, monkeypatch):
