@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             team.wait()  # so that nothing else runs while this process measures
             for job in jobs:
                 if len(results[job.dataset]["seconds"]) < args.timed_images:
-                    results[job.dataset]["seconds"] = time_methods(job, settings, args)
+                    results[job.dataset]["seconds"] = time_methods(job, settings, args, warm_up=job is jobs[0])
                     save(args.out, results[job.dataset])
             tasks = schedule(jobs, results, goals)
             print(f"{time.monotonic() - started:.0f} s: {len(tasks)} tasks", flush=True)
@@ -163,19 +163,21 @@ def sample(folder: Path, n: int, seed: int) -> list[Path]:
     return order[:n]
 
 
-def time_methods(job: explain_workers.Job, settings: dict[str, Any], args: argparse.Namespace) -> list[dict]:
+def time_methods(
+    job: explain_workers.Job, settings: dict[str, Any], args: argparse.Namespace, warm_up: bool
+) -> list[dict[str, float]]:
     """Seconds by method for each of the first images, nothing else running."""
     model = explain_workers.load(job.model, args.device, args.fuse)
     batch_size = args.batch_size
     rows: list[dict[str, float]] = []
-    for path in [job.images[0], *job.images[: args.timed_images]]:  # the first once more, to warm up
+    for path in [*job.images[: int(warm_up)], *job.images[: args.timed_images]]:
         image, row, target = load_image(path), {}, None
         for name in settings["methods"]:
             method, options = explain_controls.parse(name)
             e = explain(model, image, method, target, seed=settings["seed"], batch_size=batch_size, **options)
             row[name], target = round(e.seconds, 5), e.target
         rows.append(row)
-    return rows[1:]
+    return rows[int(warm_up) :]
 
 
 def speed(args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,7 +114,9 @@ def _cascade(model: MedMamba, fresh: MedMamba) -> Iterator[tuple[str, MedMamba]]
 
 def similarities(a: Tensor, b: Tensor, signed: bool) -> dict[str, float]:
     """How alike two maps (H, W) are, by each measure; see `Randomisation`."""
-    a, b = (t.detach().cpu().double() for t in (a, b))
+    if a.device.type != "cuda":  # not all others have float64
+        a, b = a.cpu(), b.cpu()
+    a, b = a.detach().double(), b.detach().double()
     rank = rank_correlation(a, b)
     return {
         "rank_correlation": abs(rank),
@@ -166,6 +167,9 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """Each value by its rank, 1 the lowest, ties by their mean rank; float64, in the same shape."""
-    _, inverse, counts = np.unique(values.flatten().numpy(), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return torch.from_numpy((last - (counts - 1) / 2)[inverse.reshape(-1)]).view(values.shape)
+    ordered, order = values.flatten().sort()
+    _, run, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    result = torch.empty(len(ordered), dtype=torch.float64, device=values.device)
+    result[order] = (last - (counts - 1) / 2.0).double()[run]
+    return result.view(values.shape)
