@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     jobs, results = [], {}
     for name in args.datasets or datasets(args.models, args.data):
         images = sample(args.data / name / "test", max(goals.values()), args.seed)
-        results[name] = load_results(args.out / f"{name}.json", name, settings, args.device)
+        results[name] = load_results(args.out / f"{name}.json", name, settings, args)
         jobs.append(explain_workers.Job(name, str(args.models / name), [str(p) for p in images]))
     if not jobs:
         raise SystemExit(f"no dataset has both {args.models}/<dataset>/config.json and {args.data}/<dataset>/test")
@@ -107,9 +107,18 @@ def datasets(models: Path, data: Path) -> list[str]:
     return sorted(p.parent.name for p in models.glob("*/config.json") if (data / p.parent.name / "test").is_dir())
 
 
-def load_results(path: Path, dataset: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+def load_results(path: Path, dataset: str, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier run of the same settings left, or an empty record."""
-    new = {"dataset": dataset, "settings": settings, "machine": machine(device), "seconds": [], "images": {}}
+    config = json.loads((args.models / dataset / "config.json").read_text())
+    height, width = config["preprocess"]["input_size"]
+    new: dict[str, Any] = {
+        "dataset": dataset,
+        "model": f"{config.get('variant') or 'MedMamba'} at {height}x{width} pixels",
+        "machine": machine(args.device),
+        "settings": settings,
+        "seconds": [],
+        "images": {},
+    }
     if not path.exists():
         return new
     found = json.loads(path.read_text())
