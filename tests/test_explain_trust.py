@@ -184,6 +184,15 @@ def test_assess_reports_everything_and_repeats_itself(trained):  # noqa: F811
     assert trust.sensitivity > assess(trained, e, ["sensitivity"], radius=1e-6, repeats=2).sensitivity
 
 
+def same_figures(a, b) -> bool:
+    """Equal but for rounding: the same images in batches of another size."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_figures(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_figures, a, b))
+    return a == (pytest.approx(b, rel=1e-4, abs=1e-5) if isinstance(a, float) else b)
+
+
 def test_an_assessor_gives_each_map_the_same_figures_for_fewer_evaluations(trained, monkeypatch):  # noqa: F811
     count = []
     forward = medmamba.MedMamba.forward
@@ -201,7 +210,7 @@ def test_an_assessor_gives_each_map_the_same_figures_for_fewer_evaluations(train
         costs.append(sum(count))
         count.clear()
     for e, got in zip((a, b, other), shared, strict=True):
-        assert assess(trained, e, metrics, **settings).to_dict() | {"seconds": 0} == got
+        assert same_figures(assess(trained, e, metrics, **settings).to_dict() | {"seconds": 0}, got)
     # Two ends; four inner points in two directions; two random models. For the first map also the image itself, eight
     # squares with the image again, and three random orders.
     assert costs == [12 + 1 + 9 + 24, 12, 12 + 1 + 9 + 24]
