@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import zipfile
@@ -222,6 +223,21 @@ def test_explain(client, model_folder):
     np.testing.assert_allclose(np.load(maps)["attribution"], expected.attribution, atol=1e-5)
     with pytest.raises(Exception, match="unknown method"):
         client.predict(handle, method="magic", api_name="/explain")
+
+
+def test_the_snippet_in_the_guide_runs(url, tmp_path, monkeypatch, capsys):
+    pydicom = pytest.importorskip("pydicom")
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert "http://127.0.0.1:7860/" in snippet
+    shutil.copy(NEUTROPHIL, tmp_path / "cell.webp")
+    Image.open(NEUTROPHIL).save(tmp_path / "a.png")
+    shutil.copy(pydicom.data.get_testdata_file("CT_small.dcm", download=False), tmp_path / "b.dcm")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(snippet.replace("http://127.0.0.1:7860/", url), "app.md", "exec"), names)
+    assert names["found"]["label"] in capsys.readouterr().out and len(names["records"]) == 2
+    assert Image.open(names["overlay"]).format == "PNG"
 
 
 def test_models_endpoint(client):
