@@ -29,7 +29,7 @@ def take(url: str, folder: Path, chromium: str, flags: list[str]) -> dict[str, A
             scheme = "dark" if dark else "light"
             size = {"width": width, "height": height}
             found = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=SCALE)
-            found.set_default_timeout(600_000)
+            found.set_default_timeout(60_000)
             found.goto(url)
             found.get_by_text("No image yet").wait_for()
             return found
@@ -70,13 +70,13 @@ def _train(page: Any) -> tuple[Any, float]:
     page.locator("#mm-set .mm-card").wait_for()
     began = time.perf_counter()
     page.locator("#mm-run-train").click()
-    page.locator("#mm-try").wait_for()
+    page.locator("#mm-try").wait_for(timeout=900_000)
     return page, round(time.perf_counter() - began, 1)
 
 
 def _unusual(page: Any) -> Any:
     """What the page says of an image of another kind than the model was made for."""
-    page.locator(".mm-examples ul").last.locator("button").first.click()
+    page.locator(".mm-examples ul:has(button)").last.locator("button").first.click()
     page.locator(".mm-answer").wait_for()
     page.wait_for_timeout(1200)  # it scrolls there
     return page

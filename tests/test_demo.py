@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -276,6 +278,15 @@ def test_nothing_is_kept_of_each_request(model_folder, tmp_path, monkeypatch):
     app.prepare()
     demo = app.build_demo(options.Options((str(model_folder),), "cpu"), tmp_path)
     assert demo._queue.ANALYTICS_MAX_EVENTS == 100 and demo._queue.ANAYLTICS_CACHE_FREQUENCY >= 10**6
+
+
+def test_waiting_threads_sleep():
+    """Which they must be told before PyTorch is loaded."""
+    code = "import demo, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=Path(app.__file__).parents[1], env=clean,
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert found.stdout.split() == ["passive", "False"]
 
 
 def test_an_unknown_model_is_explained(capsys, monkeypatch):
