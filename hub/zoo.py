@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         "graphs": args.graphs,
         "progress": not args.quiet,
     }
+    if args.command != "pretrain":
+        options["check_duplicates"] = not args.no_duplicate_check
     if args.command == "baseline" and args.model != "medmamba":
         from .baseline import train_baseline
 
@@ -144,8 +146,6 @@ def main(argv: list[str] | None = None) -> int:
             init = args.init if args.command == "train" else None
             if init and args.wait:
                 wait_for(init, args.device)
-            if args.no_duplicate_check:
-                options["allow_leakage"] = ("duplicates",)
             result = train_one(args.dataset, args.data, args.out, args.recipe, init, **options)
         finished = result.finished
     if not finished:
@@ -169,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-seconds", type=float)
     run.add_argument("--checkpoint-seconds", type=float, default=60.0)
     run.add_argument("--quiet", action="store_true")
-    run.add_argument("--no-duplicate-check", action="store_true", help="it has passed; saves decoding every image")
 
     parser = argparse.ArgumentParser(
         prog="python -m hub.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     base = commands.add_parser("baseline", parents=[run], help="a dataset by the published recipe, from scratch")
     base.add_argument("dataset", choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
+    for command in (one, base):
+        unchecked = "an earlier run has found none; saves decoding every image"
+        command.add_argument("--no-duplicate-check", action="store_true", help=unchecked)
     base.add_argument("--model", default="medmamba", help="medmamba or a name in timm, such as resnet50")
     only = commands.add_parser("decode", parents=[common], help="decode images into --cache")
     only.add_argument("dataset", nargs="+", choices=[*DATASETS, "joint"])

@@ -1,6 +1,7 @@
 """The CUDA kernels against the float64 definition: on a GPU where there is one, else in an emulator (cuda_emulator.h)
 that runs their source on the CPU, thread by thread, compiled by the C++ compiler of the `ziglang` package."""
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -86,6 +87,60 @@ def without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
 
 
+@pytest.fixture
+def compilations(monkeypatch, tmp_path):
+    """`nvrtc.load_kernel` without a compiler and a GPU; gives the list of what is compiled."""
+    compiled = []
+
+    class Kernel:
+        def __init__(self, code, *_):
+            if not code.startswith(b"good"):
+                raise nvrtc.CudaError("no code")
+
+    class Library:
+        def nvrtcVersion(self, *_):
+            return 0
+
+    def compile_kernel(source, flags, capability):
+        compiled.append(flags)
+        return b"good code"
+
+    monkeypatch.undo()  # of the emulator
+    monkeypatch.setenv("MEDMAMBA_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "Kernel", Kernel)
+    monkeypatch.setattr(nvrtc, "compiler", Library)
+    monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return compiled
+
+
+def load(value=1):
+    """As a new process would: past the cache in memory."""
+    return nvrtc.load_kernel.__wrapped__("sum.cu", "sum_parts", "ppll", (("PARTS", value),), 0, 0)
+
+
+def test_machine_code_is_kept_and_made_anew_where_it_is_damaged(compilations):
+    load(), load()
+    assert compilations == [["-DPARTS=1"]]
+    load(2)
+    assert len(compilations) == 2
+    for path in nvrtc.cache_folder().iterdir():
+        assert path.suffix == ".bin"
+        path.write_bytes(b"half")
+    load()
+    assert len(compilations) == 3
+    load()
+    assert len(compilations) == 3
+
+
+def test_without_a_place_to_keep_code_it_is_compiled_each_time(compilations, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDMAMBA_CACHE", str(tmp_path / "file"))
+    load(), load()
+    assert len(compilations) == 2
+
+
 # --- problems -------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +207,25 @@ def test_every_plan_computes_the_same(lanes, per_thread):
 def test_segments_compute_the_same(segments, lanes):
     """Of unequal length, the last cut short; more segments than tiles."""
     check(problem(H=9, W=7, C=34, R=4), Plan(32, lanes, segments), Plan(32))
+
+
+@runs
+def test_views_are_read_where_they_lie():
+    """Half of a wider map, a map that lies column by column, a gradient that is one number for all."""
+    tensors = problem(H=3, W=5, C=32, R=4)
+    x, proj = tensors[:2]
+    expected = cuda_backend.scan_2d_forward(*tensors, x.new_empty(0))
+    states, ones = saved_states(x, 16), torch.ones_like(x)
+    cuda_backend.scan_2d_forward(*tensors, states)
+    gradients = cuda_backend.scan_2d_backward(ones, *tensors, states)
+    half = torch.cat((x, x + 1), -1).chunk(2, -1)[0]
+    columns = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for view in (half, columns):
+        for codes in (proj, torch.cat((proj, proj + 1), -1).chunk(2, -1)[0]):
+            views = [view, codes, *tensors[2:]]
+            assert torch.equal(cuda_backend.scan_2d_forward(*views, x.new_empty(0)), expected)
+            found = cuda_backend.scan_2d_backward(ones[:1, :1, :1, :1].expand_as(x), *views, states)
+            assert all(map(torch.equal, found, gradients))
 
 
 # --- what surrounds the scan ----------------------------------------------------------------------------------------

@@ -672,6 +672,18 @@ def test_cache_file_is_used_again_only_for_the_same_images(
     assert sorted(path.name for path in file.parent.iterdir()) == ["pixels.npy", "pixels.npy.json"]
 
 
+def test_forks_decode_the_same_and_name_what_cannot_be_read(mixed: data.ImageDataset, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    threads = data.cache_images(mixed, SMALL)
+    forks = data.cache_images(mixed, SMALL, file=folder / "a.npy", processes=4)
+    assert torch.equal(forks.images, threads.images)
+    source = str(mixed.records[3].source)
+    (Path(mixed.reader.root) / source).write_bytes(b"")  # type: ignore[attr-defined]
+    with pytest.raises(ImageError, match=source):
+        data.cache_images(mixed, SMALL, file=folder / "b.npy", processes=4)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.npy", "a.npy.json"]
+
+
 def test_cache_names_the_image_that_cannot_be_read(mixed: data.ImageDataset) -> None:
     broken = Path(mixed.reader.root) / str(mixed.records[3].source)  # type: ignore[attr-defined]
     broken.write_bytes(b"")

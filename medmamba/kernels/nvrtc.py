@@ -3,6 +3,7 @@
 Nobody needs nvcc. Machine code is kept in `$MEDMAMBA_CACHE` (default ~/.cache/medmamba), so that it is made once.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,7 +11,6 @@ import importlib.util
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,12 +137,11 @@ def load_kernel(
     compiler().nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
     key = repr((source, flags, capability, OPTIONS, [number.value for number in version]))
     path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
-    try:
-        code = path.read_bytes()
-    except OSError:
+    with torch.cuda.device(device):
+        with contextlib.suppress(OSError, CudaError):  # not there yet, or damaged
+            return Kernel(path.read_bytes(), name, signature, shared, device)
         code = compile_kernel(source, flags, capability)
         _keep(path, code)
-    with torch.cuda.device(device):
         return Kernel(code, name, signature, shared, device)
 
 
@@ -159,9 +158,12 @@ def _keep(path: Path, code: bytes) -> None:
     """Written beside and renamed, so that another process never reads half of it. Without a place, it is not kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            partial.write_bytes(code)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError:
         return
 

@@ -67,6 +67,7 @@ def train(
     split: str | Sequence[float] | None = None,
     patient_pattern: str | None = None,
     allow_leakage: Collection[str] = (),
+    check_duplicates: bool = True,
     in_chans: int | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -101,6 +102,7 @@ def train(
         split: how to make splits where `data` has none: three fractions, or "published" for the registry's rule.
         patient_pattern: regular expression; group 1 in a file name is the patient.
         allow_leakage: "patients", "duplicates": go on although they are in more than one split.
+        check_duplicates: False where an earlier run has found none: it decodes every image. Noted with the weights.
         in_chans: channels of the model; default: those of `init`, or 3.
         device, precision: see `make_accelerator`.
         accumulate: parts in which each process takes its share of a batch, for less memory.
@@ -154,7 +156,7 @@ def train(
     if (done := _already_done(out, identity)) is not None:
         return done
     if not store and accelerator.is_main_process:  # else it was checked before
-        check_leakage(index, allow=allow_leakage)
+        check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
     images = ImageCache(index, model.config, accelerator, Path(cache) if cache else None, progress)
     log = RunLog(out, progress, tensorboard, accelerator.is_main_process)
     trainer = Trainer(
@@ -180,6 +182,7 @@ def train(
         return result
     record = training_record(index, entry, chosen, identity, state, accelerator, _split_rule(index, split))
     record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
+    record |= {} if check_duplicates else {"duplicates_checked": False}
     record |= notes or {}
     found = finish(out, model, images, store, accelerator, record, best, half)
     return dataclasses.replace(result, val=found["val"], test=found.get("test"))
