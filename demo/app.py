@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import warnings
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    demo.launch(server_name=args.host, server_port=args.port, inbrowser=args.open, **launch_options(options.limits))
+    listen = {"server_name": args.host, "server_port": args.port, "prevent_thread_lock": True}
+    demo.launch(**listen, **launch_options(options.limits))
+    if args.open:
+        webbrowser.open(f"{demo.local_url}?example")  # page.js picks the first one: there is an answer to look at
+    demo.block_thread()
     return 0
 
 

@@ -66,4 +66,12 @@
   };
 
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
+
+  // `?example` in the address: the first example is classified without a click, as `--open` wants it.
+  const pickFirst = (button, tries = 10) => {
+    if (!tries || document.querySelector("#mm-result .mm-answer")) return;
+    button.click();
+    setTimeout(() => pickFirst(button, tries - 1), 2000);  // Gradio may not listen yet
+  };
+  if (new URLSearchParams(location.search).has("example")) later("#mm-examples [data-mm-example]", pickFirst);
 }

@@ -724,3 +724,22 @@ def test_examples_are_those_that_a_model_knows():
     assert blood.count("CC BY 4.0") + other.count("CC BY 4.0") == 1 and "doi:10.17632/snkd93bnjr.1" in other
     credits = (EXAMPLES / "README.md").read_text()
     assert all(f"`{e.path.name.split('_')[0]}_*{e.path.suffix}`" in credits for e in found), "each has its source"
+
+
+@pytest.mark.parametrize("words", [[], ["--open"]])
+def test_open_shows_an_address_with_an_answer(words, monkeypatch, tmp_path):
+    class Demo:
+        local_url = "http://127.0.0.1:7860/"
+
+        def launch(self, **options):
+            assert options["server_name"] == "127.0.0.1" and options["share"] is False
+
+        def block_thread(self):
+            shown.append("waits")
+
+    shown = []
+    monkeypatch.setattr(app, "prepare", lambda: tmp_path)
+    monkeypatch.setattr(app, "build_demo", lambda *_: Demo())
+    monkeypatch.setattr(app.webbrowser, "open", shown.append)
+    assert app.main(words) == 0
+    assert shown == [*(["http://127.0.0.1:7860/?example"] if words else []), "waits"]

@@ -340,6 +340,14 @@ def test_what_was_uploaded_is_gone_with_the_page(open_page, root):
     assert copies() == []
 
 
+def test_the_address_that_the_app_opens_shows_an_answer(browser, url):
+    page = browser.new_page()
+    page.goto(f"{url}?example")
+    page.locator(".mm-answer").wait_for(timeout=30_000)
+    assert "basophil" in page.locator(".mm-answer").inner_text().lower()
+    page.close()
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_nothing_sticks_out_on_a_phone(open_page, dark):
     page = open_page(width=390, dark=dark)
