@@ -258,16 +258,29 @@ def test_pages_are_kept_to_this_server(url):
     assert config["analytics_enabled"] is False and config["run_history"] is False
 
 
-def test_defaults_are_private(monkeypatch):
+@pytest.mark.parametrize("opened", [False, True])
+def test_defaults_are_private_and_open_shows_an_answer(opened, monkeypatch):
     names = ["GRADIO_ANALYTICS_ENABLED", "GRADIO_ANALYTICS_MAX_EVENTS", "GRADIO_ANALYTICS_CACHE_FREQUENCY"]
     for name in (*names, "GRADIO_TEMP_DIR", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "")  # put back afterwards
-    launched = {}
-    monkeypatch.setattr(app, "build_demo", lambda *_: type("Demo", (), {"launch": lambda _, **k: launched.update(k)})())
-    assert app.main(["--model", "anything"]) == 0
+    launched, events = {}, []
+
+    class Demo:
+        local_url = "http://127.0.0.1:7860/"
+
+        def launch(self, **options):
+            launched.update(options)
+
+        def block_thread(self):
+            events.append("waits")
+
+    monkeypatch.setattr(app, "build_demo", lambda *_: Demo())
+    monkeypatch.setattr(app.webbrowser, "open", events.append)
+    assert app.main(["--model", "anything", *(["--open"] if opened else [])]) == 0
     assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert "medmamba-" in os.environ["GRADIO_TEMP_DIR"], "a folder of its own"
+    assert events == [*(["http://127.0.0.1:7860/?example"] if opened else []), "waits"]
 
 
 def test_nothing_is_kept_of_each_request(model_folder, tmp_path, monkeypatch):
@@ -724,22 +737,3 @@ def test_examples_are_those_that_a_model_knows():
     assert blood.count("CC BY 4.0") + other.count("CC BY 4.0") == 1 and "doi:10.17632/snkd93bnjr.1" in other
     credits = (EXAMPLES / "README.md").read_text()
     assert all(f"`{e.path.name.split('_')[0]}_*{e.path.suffix}`" in credits for e in found), "each has its source"
-
-
-@pytest.mark.parametrize("words", [[], ["--open"]])
-def test_open_shows_an_address_with_an_answer(words, monkeypatch, tmp_path):
-    class Demo:
-        local_url = "http://127.0.0.1:7860/"
-
-        def launch(self, **options):
-            assert options["server_name"] == "127.0.0.1" and options["share"] is False
-
-        def block_thread(self):
-            shown.append("waits")
-
-    shown = []
-    monkeypatch.setattr(app, "prepare", lambda: tmp_path)
-    monkeypatch.setattr(app, "build_demo", lambda *_: Demo())
-    monkeypatch.setattr(app.webbrowser, "open", shown.append)
-    assert app.main(words) == 0
-    assert shown == [*(["http://127.0.0.1:7860/?example"] if words else []), "waits"]
