@@ -1,18 +1,19 @@
 """Images per second of training, by size and precision, on synthetic images.
 
     python benchmarks/train.py --variant nano --sizes 96 128 224 --precisions fp32 bf16
+    torchrun --nproc-per-node 2 benchmarks/train.py --variant tiny --sizes 224 --precisions bf16 --batch-size 256
 
 Counts what a run does between two validations: augmentation by the recipe, forward, backward, optimiser, average.
 """
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from accelerate import Accelerator
 
 from medmamba.config import variant_config
 from medmamba.data import CachedDataset, ImageDataset, Record
@@ -25,10 +26,11 @@ from medmamba.training.sampling import epoch_order
 from medmamba.training.setup import make_accelerator
 
 CLASSES = 8
+WARM_UP = 5
 
 
-def images_per_second(args: argparse.Namespace, size: int, precision: str) -> float:
-    """Over `args.seconds` of steps, after three to warm up."""
+def images_per_second(args: argparse.Namespace, size: int, precision: str) -> tuple[float, Accelerator]:
+    """Of all processes together, over `args.steps` steps after some to warm up."""
     torch.manual_seed(0)
     recipe = load_recipe(args.recipe, size=size, batch_size=args.batch_size)
     accelerator = make_accelerator(args.device, precision)
@@ -49,15 +51,14 @@ def images_per_second(args: argparse.Namespace, size: int, precision: str) -> fl
         )
         trainer.model.train()
         order = torch.from_numpy(epoch_order(index.labels, "none", 0, 0))
-        done, started = -3, 0.0
-        while done < 3 or time.perf_counter() - started < args.seconds:
+        started = 0.0
+        for done in range(-WARM_UP, args.steps):  # the same number in each process
             if done == 0:
                 _wait(accelerator.device)
                 started = time.perf_counter()
             trainer._step(data, order, 0, done % trainer.batches.steps)
-            done += 1
         _wait(accelerator.device)
-        return done * trainer.batches.size / (time.perf_counter() - started)
+        return args.steps * trainer.batches.size / (time.perf_counter() - started), accelerator
 
 
 def _wait(device: torch.device) -> None:
@@ -74,14 +75,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     for size in args.sizes:
         for precision in args.precisions:
-            rate = images_per_second(args, size, precision)
+            rate, accelerator = images_per_second(args, size, precision)
             row = {"variant": args.variant, "recipe": args.recipe, "size": size, "precision": precision}
-            print(json.dumps({**row, "batch": args.batch_size, "images_per_second": round(rate, 1)}))
-            sys.stdout.flush()
+            row |= {"processes": accelerator.num_processes, "batch": args.batch_size}
+            if accelerator.is_main_process:
+                print(json.dumps({**row, "images_per_second": round(rate, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -57,14 +57,13 @@ def train_baseline(
     cache: Path | None = None,
     graphs: str = "auto",
     progress: bool = True,
-    check_duplicates: bool = True,
     **settings: Any,
 ) -> bool:
     """Trains on `data`/`name` and writes results and history to `out`; no weights. Call again to go on.
 
     Returns whether the run is finished.
     """
-    from .zoo import DATASETS, open_one
+    from .zoo import DATASETS, doubles_checked, open_one
 
     started, out = time.monotonic(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,8 @@ def train_baseline(
         if before["training"]["identity"] != json.loads(json.dumps(identity)):
             raise FileExistsError(f"{out} holds the results of another run; use another folder")
         return True
-    check_leakage(index, allow=DATASETS[name], duplicates=check_duplicates)
+    checked = doubles_checked(index, cache)
+    check_leakage(index, allow=DATASETS[name], duplicates=checked is None)
     torch.manual_seed(seed)
     model = cast(MedMamba, TimmClassifier(architecture, config))
     images = ImageCache(index, config, accelerator, cache, progress)
@@ -118,8 +118,8 @@ def train_baseline(
     record = training_record(index, entry, chosen, identity, state, accelerator, "as the data are arranged")
     if DATASETS[name]:
         record["allowed_leakage"] = list(DATASETS[name])
-    if not check_duplicates:
-        record["duplicates_checked"] = False
+    if checked:
+        record["duplicates_checked"] = checked
     scored = {}
     for split in ("val", "test"):
         part = images(split, chosen.evaluated_at)

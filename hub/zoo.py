@@ -3,10 +3,12 @@
 pretrain    one model for all classes of the datasets in JOINT (recipe zoo-joint)
 train       a dataset from those weights (recipe zoo-DATASET)
 baseline    a dataset from scratch by the published recipe, with MedMamba or a model of timm
-decode      only decodes the images into --cache, for a faster start of the others
+decode      only decodes the images into --cache, for a faster start of the others, and looks for doubles in the splits
+all         all of these, on all GPUs there are
 
     python -m hub.zoo pretrain --data DATA --out runs/joint
     python -m hub.zoo train breastmnist --data DATA --out runs/breastmnist-0 --init runs/joint --seed 0
+    python -m hub.zoo all --data DATA --out runs
 
 DATA holds one folder per dataset, arranged as DATASET/SPLIT/CLASS/IMAGE. The same command goes on after an
 interruption; exit code 3: stopped by --max-seconds or SIGTERM, to be continued.
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +30,16 @@ import torch
 
 from medmamba import MedMamba
 from medmamba.cli_train import STOPPED
-from medmamba.data import ImageDataset, open_dataset
+from medmamba.data import ImageDataset, check_leakage, open_dataset
 from medmamba.data.dataset import Record
 from medmamba.data.files import FolderReader
 from medmamba.training import TrainResult, train
+from medmamba.training.checkpoint import write_text
 from medmamba.training.graphs import GRAPHS
 from medmamba.training.recipe import parse_setting
+from medmamba.training.run import fingerprint
+
+from .queue import Job, Queue
 
 # What is known to stand in more than one split and is said with the figures: in breastmnist one picture in train and
 # test, under different labels; in pneumoniamnist eight identical pictures.
@@ -43,6 +51,8 @@ DATASETS: dict[str, tuple[str, ...]] = {
 }
 # What the joint model learns from. Not dermamnist: its licence excludes commercial use, and so would all weights then.
 JOINT = ("breastmnist", "pneumoniamnist", "bloodmnist")
+QUICK = ("breastmnist",)  # so few images that a baseline takes less than three minutes on a GPU
+DECODED = "decoded.json"  # in the cache of a dataset: what `decode` has done
 
 
 def open_one(root: str | Path, name: str) -> ImageDataset:
@@ -88,12 +98,20 @@ def train_one(
         earlier = source.config.training
         options["init_name"] = f"{earlier.get('recipe')}, seed {earlier.get('seed')}"
         notes = {"pretraining": earlier.get("datasets", [])}
+    index = open_one(data, name)
+    if checked := doubles_checked(index, options.get("cache")):
+        options["check_duplicates"], notes["duplicates_checked"] = False, checked
     options.setdefault("allow_leakage", DATASETS[name])
-    return train(open_one(data, name), out, recipe or f"zoo-{name}", init=source, dataset=name, notes=notes, **options)
+    return train(index, out, recipe or f"zoo-{name}", init=source, dataset=name, notes=notes, **options)
 
 
 def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int], processes: int = 1) -> None:
-    """Decodes all splits of a dataset, or of "joint", to where the other commands look with the same --cache."""
+    """Decodes all splits of a dataset, or of "joint", to where the other commands look with the same --cache, and looks
+    for identical images in several splits, which these then need not.
+
+    Raises:
+        LeakageError: there are such images, other than those that `DATASETS` allows.
+    """
     from medmamba.config import PreprocessConfig
     from medmamba.data import cache_images
 
@@ -105,6 +123,18 @@ def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int], proce
             if split and count:
                 file = cache / name / f"{split}-{size}.npy"
                 cache_images(index.split(split), config, file=file, processes=processes)
+    if name != "joint":
+        check_leakage(index, allow=DATASETS[name])
+    write_text(cache / name / DECODED, json.dumps({"data": fingerprint(index), "sizes": list(sizes)}))
+
+
+def doubles_checked(index: ImageDataset, cache: Path | None) -> str | None:
+    """How it is known that `index` has no doubles across splits; None: it is not."""
+    try:
+        found = json.loads((cache / DECODED).read_text()) if cache else {}
+    except (OSError, ValueError):
+        return None
+    return "by hub.zoo decode" if found.get("data") == fingerprint(index) else None
 
 
 def wait_for(init: Path, device: str) -> None:
@@ -117,8 +147,59 @@ def wait_for(init: Path, device: str) -> None:
         time.sleep(0.2)
 
 
+def all_jobs(args: argparse.Namespace) -> list[Job]:
+    """What `all` runs, what is needed most first."""
+    out, cache = args.out, args.cache or args.out / "cache"
+    place = ["--data", str(args.data), "--cache", str(cache)]
+    seeds = range(args.seeds)
+
+    def decoding(name: str, *sizes: int) -> Job:
+        words = ("-m", "hub.zoo", "decode", name, "--size", *map(str, sizes), "--processes", str(args.processes))
+        return Job(f"decode-{name}", (*words, *place), cache / name / DECODED, gpu=False)
+
+    def training(name: str, *words: str, after: Sequence[str] = ()) -> Job:
+        command = ["-m", "hub.zoo", *words, *place, "--out", str(out / name), "--device", args.device, "--quiet"]
+        settings = ["--set", *args.set] if args.set else []
+        return Job(name, (*command, *settings), out / name / "results.json", tuple(after))
+
+    def joint(name: str, variant: str) -> Job:
+        return training(name, "pretrain", "--variant", variant, after=["decode-joint"])
+
+    def ours(dataset: str, seed: int, joint: str = "joint", prefix: str = "") -> Job:
+        words = ("train", dataset, "--init", str(out / joint), "--seed", str(seed))
+        return training(f"{prefix}{dataset}-{seed}", *words, after=[joint, f"decode-{dataset}"])
+
+    def baseline(dataset: str, seed: int, model: str) -> Job:
+        words = ("baseline", dataset, "--seed", str(seed), "--model", model)
+        label = "paper" if model == "medmamba" else model
+        return training(f"{dataset}-{label}-{seed}", *words, after=[f"decode-{dataset}"])
+
+    jobs = [decoding("joint", args.size[0]), *(decoding(name, *args.size) for name in DATASETS)]
+    jobs += [joint("joint", args.variant), *(ours(name, seed) for seed in seeds for name in DATASETS)]
+    jobs += [joint("joint-nano", args.small), *(ours("bloodmnist", seed, "joint-nano", "nano-") for seed in seeds)]
+    for name in DATASETS:  # the smaller ones first, in which a seed more is cheap
+        for seed in seeds if name in QUICK else seeds[:1]:
+            jobs += [baseline(name, seed, "medmamba"), baseline(name, seed, "resnet50")]
+    wanted = set(args.only or [job.name for job in jobs])
+    while more := {need for job in jobs if job.name in wanted for need in job.after} - wanted:
+        wanted |= more
+    if unknown := wanted - {job.name for job in jobs}:
+        raise SystemExit(f"no run {', '.join(sorted(unknown))}; there are {', '.join(job.name for job in jobs)}")
+    return [job for job in jobs if job.name in wanted]
+
+
+def run_all(args: argparse.Namespace) -> int:
+    if not args.data.is_dir():
+        raise SystemExit(f"{args.data} is not a folder; it should hold one folder per dataset")
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    devices = args.gpus or [str(i) for i in range(gpus)] or [""]
+    return Queue(all_jobs(args), devices, args.per_gpu, args.out / "logs", args.max_seconds).run()
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.command == "all":
+        return run_all(args)
     if args.command == "decode":
         for name in args.dataset:
             decode(name, args.data, args.cache, args.size, args.processes)
@@ -132,8 +213,6 @@ def main(argv: list[str] | None = None) -> int:
         "graphs": args.graphs,
         "progress": not args.quiet,
     }
-    if args.command != "pretrain":
-        options["check_duplicates"] = not args.no_duplicate_check
     if args.command == "baseline" and args.model != "medmamba":
         from .baseline import train_baseline
 
@@ -184,10 +263,20 @@ def _parser() -> argparse.ArgumentParser:
     base = commands.add_parser("baseline", parents=[run], help="a dataset by the published recipe, from scratch")
     base.add_argument("dataset", choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
-    for command in (one, base):
-        unchecked = "an earlier run has found none; saves decoding every image"
-        command.add_argument("--no-duplicate-check", action="store_true", help=unchecked)
     base.add_argument("--model", default="medmamba", help="medmamba or a name in timm, such as resnet50")
+    every = commands.add_parser("all", parents=[common], help="all models and baselines, on all GPUs there are")
+    every.add_argument("--out", type=Path, required=True, help="folder for the folders of the runs")
+    every.add_argument("--only", nargs="+", metavar="RUN", help="these, and what they need")
+    every.add_argument("--seeds", type=int, default=3, help="per dataset (%(default)s)")
+    every.add_argument("--gpus", nargs="+", metavar="ID", help="as in CUDA_VISIBLE_DEVICES; default: all")
+    every.add_argument("--per-gpu", type=int, default=2, help="runs at a time on each (%(default)s)")
+    every.add_argument("--max-seconds", type=float, help="stop then, in good order; the same command goes on")
+    every.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that decode (%(default)s)")
+    every.add_argument("--device", default="auto")
+    every.add_argument("--size", type=int, nargs=2, default=[128, 224], metavar=("JOINT", "OTHERS"))
+    every.add_argument("--variant", default="tiny", help="(%(default)s)")
+    every.add_argument("--small", default="nano", help="the second, smaller model (%(default)s)")
+    every.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of all recipes")
     only = commands.add_parser("decode", parents=[common], help="decode images into --cache")
     only.add_argument("dataset", nargs="+", choices=[*DATASETS, "joint"])
     only.add_argument("--size", type=int, nargs="+", default=[224])

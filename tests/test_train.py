@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from medmamba.training import (
 )
 from medmamba.training import augment as A
 from medmamba.training.checkpoint import CheckpointStore
+from medmamba.training.data_parallel import GradientMean
 from medmamba.training.engine import Trainer
 from medmamba.training.optim import WeightAverage, build_optimizer, freeze_stages, layer_of, lr_factor, parameter_groups
 from medmamba.training.setup import adapt_input, build_model
@@ -627,18 +629,30 @@ def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, ac
     assert same_weights(tmp_path / "eager", tmp_path / "graph")
 
 
-def test_two_processes_train_as_one_with_two_parts(folder, tmp_path):
+# What a graph does, without one: `broken` is the process where none can be captured.
+WITH_GRAPHS = """
+from medmamba.training import engine, graphs
+class Step:
+    def __init__(self, loss, model): self.loss, self.model = loss, model
+    def begin(self): self.model.zero_grad(set_to_none=True)
+    def __call__(self, images, targets):
+        loss = self.loss(images, targets)
+        loss.backward()
+        return loss.detach()
+def capture(model, loss, images, targets, parts):
+    return Step(loss, model) if int(os.environ["RANK"]) != BROKEN else None
+engine.graphs_possible, graphs.capture = lambda accelerator: True, capture
+"""
+
+
+@pytest.mark.parametrize("broken", [None, -1, 1], ids=["ddp", "graphs", "graph of one process fails"])
+def test_two_processes_train_as_one_with_two_parts(broken, folder, tmp_path, one_with_two_parts):
     """Same global batch, same images in each part, so the same batch norm statistics, gradients and losses."""
-    options = {**QUICK, "drop_path": 0.0, "mixup": 0.4, "cutmix": 1.0, "mix_prob": 1.0, "ema": 0.0}
-    # Rounding depends on the number of threads, and AdamW's first steps blow it up; the two processes have one each.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = train(folder, tmp_path / "one", "default", "test", accumulate=2, **options, **COMMON)
-    finally:
-        torch.set_num_threads(threads)
+    options, one = one_with_two_parts
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text("" if broken is None else f"import os\nBROKEN = {broken}" + WITH_GRAPHS)
+    with script.open("a") as file:
+        file.write(SCRIPT)
     arguments = [str(script), str(folder), str(tmp_path / "two"), repr({**COMMON, **options})]
     root = Path(medmamba.__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -649,6 +663,39 @@ def test_two_processes_train_as_one_with_two_parts(folder, tmp_path):
     assert losses == pytest.approx([row["loss"] for row in one.history], rel=1e-4)
     record = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
     assert record["processes"] == 2
+
+
+def test_the_mean_of_gradients_keeps_their_places_and_formats(monkeypatch):
+    """Two processes, of which the other has twice our gradients."""
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in [(4, 3, 3, 3), (5,), (2, 3), ()]]
+    parameters += [torch.nn.Parameter(torch.randn(3, dtype=torch.float64)), torch.nn.Parameter(torch.ones(2))]
+    for parameter in parameters[:-1]:
+        parameter.grad = torch.randn_like(parameter)
+    parameters[0].grad = parameters[0].grad.contiguous(memory_format=torch.channels_last)
+    before = [(p.grad, p.grad.clone(), p.grad.stride()) for p in parameters[:-1]]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(2 * flat))
+    mean = GradientMean(SimpleNamespace(num_processes=2), parameters)
+    for turn in (1, 2):
+        mean.average()
+        for parameter, (gradient, value, stride) in zip(parameters, before, strict=False):
+            assert parameter.grad is gradient and gradient.stride() == stride
+            torch.testing.assert_close(gradient, value * 1.5**turn)
+    assert parameters[-1].grad is None
+
+
+@pytest.fixture(scope="module")
+def one_with_two_parts(folder, tmp_path_factory):
+    """Settings, and a run of one process with them."""
+    options = {**QUICK, "drop_path": 0.0, "mixup": 0.4, "cutmix": 1.0, "mix_prob": 1.0, "ema": 0.0}
+    # Rounding depends on the number of threads, and AdamW's first steps blow it up; the two processes have one each.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return options, train(
+            folder, tmp_path_factory.mktemp("one"), "default", "test", accumulate=2, **options, **COMMON
+        )
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_fine_tuning_trains_what_is_not_frozen(folder, finished, tmp_path):

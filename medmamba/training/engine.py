@@ -18,8 +18,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..model import MedMamba
 from ..preprocess import normalise
-from . import augment, graphs, objective, sampling
+from . import augment, data_parallel, graphs, objective, sampling
 from .checkpoint import CheckpointStore, ResumeError
+from .data_parallel import sync_batch_norm
+from .graphs import graphs_possible
 from .log import RunLog
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
 from .recipe import Recipe, RecipeError
@@ -71,7 +73,7 @@ class Trainer:
         identity: what makes this run this run; a checkpoint with another identity is refused.
         deadline: `time.monotonic()` at which to stop after the step that is under way; None: never.
         checkpoint_seconds: at least this long between two checkpoints.
-        graphs: "auto": forward and backward as one CUDA graph on a single GPU, see `graphs`; "off": never.
+        graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphs`; "off": never.
     """
 
     def __init__(
@@ -100,8 +102,6 @@ class Trainer:
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
         self._best: dict[str, Tensor] | None = None  # weights of the best epoch, until a checkpoint writes them
-        one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accelerator.scaler is None
-        self._use_graphs, self._graph = graphs == "auto" and one_gpu, _NO_GRAPH
         if recipe.balance == "sampling" and model.config.task == "multilabel":
             raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
 
@@ -111,11 +111,17 @@ class Trainer:
         self.weights = (
             sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
         )
-        self.wrapped, optimizer = self.model, build_optimizer(self.model, recipe)
-        if accelerator.num_processes > 1:  # else there is nothing to wrap, and precision is this class's business
-            self.wrapped = accelerator.prepare(sync_batch_norm(self.model, accelerator, self.batches.part))
-        self.optimizer = accelerator.prepare(optimizer)
+        synchronised = sync_batch_norm(self.model, accelerator, self.batches.part)
+        self._use_graphs = graphs == "auto" and graphs_possible(accelerator) and not synchronised
+        self._graph = _NO_GRAPH
+        self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.wrapped: torch.nn.Module = self.model
+        self._gradients = data_parallel.GradientMean(accelerator, self._trained)
+        if self._use_graphs:
+            data_parallel.agree(self.model, accelerator)
+        else:
+            self._wrap()
 
     # --- the run ---
 
@@ -189,6 +195,8 @@ class Trainer:
                 loss = self._loss(images, targets)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
+        if self._graph.step:
+            self._gradients.average()
         if recipe.clip_grad:
             self.accelerator.unscale_gradients(self.optimizer)
             clip_grad_norm_(self._trained, recipe.clip_grad)
@@ -210,8 +218,16 @@ class Trainer:
         if self._use_graphs and self._graph.size != images.shape[2:]:
             self._graph = _NO_GRAPH  # its memory is free before more is taken
             step = graphs.capture(self.model, self._loss, images, targets, self.batches.accumulate)
-            self._graph, self._use_graphs = _SizedGraph(images.shape[2:], step), step is not None
+            self._use_graphs = self._mean_over_processes(float(step is not None)) == 1  # all of them or none
+            self._graph = _SizedGraph(images.shape[2:], step if self._use_graphs else None)
+            if not self._use_graphs:
+                self._wrap()
         return self._graph.step
+
+    def _wrap(self) -> None:
+        """DistributedDataParallel, for steps without graphs; one process has nothing to wrap."""
+        if self.accelerator.num_processes > 1:
+            self.wrapped = self.accelerator.prepare(self.model)
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
         """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
@@ -260,12 +276,8 @@ class Trainer:
 
     def _agree_on_statistics(self) -> None:
         """Each process has seen other images: the batch norm statistics of the first one are everybody's."""
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            for model in [self.model, *([self.average.model] if self.average else [])]:
-                for buffer in model.buffers():
-                    buffer.copy_(broadcast(buffer))
+        for model in [self.model, *([self.average.model] if self.average else [])]:
+            data_parallel.agree(model, self.accelerator, buffers_only=True)
 
     def _mean_over_processes(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
@@ -349,13 +361,6 @@ class Trainer:
                 "'fp32'. The last checkpoint is from before; other settings need a new run"
             )
         return value
-
-
-def sync_batch_norm(model: MedMamba, accelerator: Accelerator, part: int) -> torch.nn.Module:
-    """On several GPUs with few images each, batch norm over all of them (CPUs have no such layer)."""
-    if accelerator.num_processes == 1 or accelerator.device.type != "cuda" or part >= 32:
-        return model
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 @contextlib.contextmanager

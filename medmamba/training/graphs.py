@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # images and targets to the loss of the batch, with its graph
 
@@ -84,6 +88,11 @@ class GraphedStep:
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def graphs_possible(accelerator: Accelerator) -> bool:
+    """Whether steps can be graphs at all: not on a CPU, nor where the loss is scaled by what the last step found."""
+    return accelerator.device.type == "cuda" and accelerator.scaler is None
 
 
 def capture(model: nn.Module, loss: Loss, images: Tensor, targets: Tensor, parts: int = 1) -> GraphedStep | None:
