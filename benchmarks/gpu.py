@@ -1,7 +1,8 @@
 """Speed and memory on an NVIDIA GPU, beside timm's models and the published design, measured in the same run.
 
-    python benchmarks/gpu.py [--parts inference latency training pixels] [--models tiny small base] [--json FILE]
+    python benchmarks/gpu.py [--parts inference latency training pixels profile] [--models tiny small base] --json FILE
     python benchmarks/gpu.py --smoke          its code on the CPU with small models; the figures mean nothing
+    python benchmarks/gpu_report.py FILE      writes the tables and the plot of docs/performance.md
 
 Every figure is the median of many runs at 224x224, timed by events. Precision: "bfloat16" has weights and activations
 in bfloat16 (ours by `fuse(torch.bfloat16)`, timm's in channels_last), "autocast" is bfloat16 autocast over float32
@@ -9,7 +10,7 @@ weights, which training always is. Modes: "eager"; "graph", one CUDA graph per s
 `torch.compile(fullgraph=True, mode="reduce-overhead")`, for ours alone. Ratios compare like with like. "published" is
 our model with mamba_ssm's scan over sequences unfolded in float32, as the published code has it; it needs
 selective_scan_cuda (requirements-cuda.txt). The peers need timm. What is missing is left out, which the output says.
-The JSON file is written after every figure.
+"profile" says where the time of the GPU goes. The JSON file is written after every figure.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gpu_profile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,7 @@ class Bench:
         self.smoke, self.rounds, self.json_file = smoke, rounds, json_file
         self.about: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
+        self.profiles: dict[str, Any] = {}
 
     def milliseconds(self, function: Callable[[], object]) -> float:
         for _ in range(1 if self.smoke else 8):
@@ -82,10 +85,22 @@ class Bench:
         print(f"{label} {row['size']:>4} {row['ms']:9.3f} ms {row['images_per_s']:8.0f} img/s {memory}", flush=True)
         self.save()
 
+    def profile(self, label: str, function: Callable[[], object]) -> None:
+        if self.smoke:
+            function()
+            return
+        found = self.profiles[label] = gpu_profile.profile(function)
+        print(f"{label}: {found['ms']:.2f} ms, {found['kernels']:.0f} kernels")
+        for title, (ms, count) in found["kinds"].items():
+            print(f"  {ms:8.3f} ms {count:6.0f} x {title}", flush=True)
+        for ms, count, name in found["longest"]:
+            print(f"      {ms:8.3f} ms {count:6.0f} x {name}", flush=True)
+        self.save()
+
     def save(self) -> None:
         if self.json_file:
             with open(self.json_file, "w", encoding="utf-8") as file:
-                json.dump({"machine": self.about, "rows": self.rows}, file, indent=1)
+                json.dump({"machine": self.about, "rows": self.rows, "profiles": self.profiles}, file, indent=1)
 
     def images(self, batch: int, size: int) -> Tensor:
         images = torch.randn(batch, 3, size, size, device=self.device)
@@ -125,7 +140,10 @@ def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes:
         call: Callable[[], object] = run
         if mode == "graph" and not bench.smoke:
             call = captured(run).replay
-        bench.measure(call, mode=mode, **common)
+        if part == "profile":
+            bench.profile(f"{name}, inference, batch {batch}", call)
+        else:
+            bench.measure(call, mode=mode, **common)
     free(bench)
 
 
@@ -171,7 +189,10 @@ def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) 
         if not step:
             optimiser.zero_grad()
 
-    bench.measure(run, part=part, model=name, batch=batch, precision="autocast", mode=mode, size=size)
+    if part == "profile":
+        bench.profile(f"{name}, training, batch {batch}, {mode}", run)
+    else:
+        bench.measure(run, part=part, model=name, batch=batch, precision="autocast", mode=mode, size=size)
     step = None  # its memory pool goes with it
     free(bench)
 
@@ -211,6 +232,11 @@ def everything(bench: Bench, args: argparse.Namespace, published: bool, peers: t
         for side in (64, 96) if bench.smoke else (224, 448, 896):
             infer(bench, "pixels", args.models[0], 2 if bench.smoke else 8, "bfloat16", ["graph"], side)
             train(bench, "pixels", args.models[0], 2 if bench.smoke else 8, "graph", side)
+    if "profile" in args.parts:
+        infer(bench, "profile", args.models[0], large, "bfloat16", ["eager"], size)
+        train(bench, "profile", args.models[0], small, "graph", size)
+        if "training" in args.parts and not args.no_compile:  # else there is little compiled yet
+            train(bench, "profile", args.models[0], small, "compile", size)
 
 
 def ratios(rows: list[dict[str, Any]], device: str) -> None:
@@ -258,7 +284,7 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["inference", "latency", "training", "pixels"])
+    parser.add_argument("--parts", nargs="+", default=["inference", "latency", "training", "pixels", "profile"])
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true")

@@ -1,0 +1,172 @@
+// silu(depthwise 3x3 convolution + bias) of a training step, forward and backward. Compile-time constants, set by
+// ../fused_ops.py:
+//     CHANNELS  C, even
+//     PAIRS     of channels per program; THREADS is a multiple of it
+//     STRIP     pixels of a row that a thread takes at a time
+//     OCCUPANCY programs that a processor should hold
+//     PARAMS    whether the gradients of weight and bias are wanted
+// The left half of x (B, H, W, 2C) is convolved, C numbers of each pixel. weight (C, 3, 3). A thread takes two channels of strips of one row; a program takes every programs-th group of strips,
+// so that it reads its weights once.
+
+constexpr int C = CHANNELS;
+constexpr int SUBS = THREADS / PAIRS;  // strips at a time
+
+// What a program and a thread work on.
+struct Work {
+    int block, program, programs, pair, sub, c;  // c: the first of two channels
+    __device__ __forceinline__ Work(int blocks) {
+        block = blockIdx.x % blocks, program = blockIdx.x / blocks, programs = gridDim.x / blocks;
+        pair = threadIdx.x % PAIRS, sub = threadIdx.x / PAIRS, c = 2 * (block * PAIRS + pair);
+    }
+};
+
+// The weights of this thread's channels, the last first where FLIP.
+template <bool FLIP> __device__ __forceinline__ void read_taps(Pair* taps, const float* weight, const Work& work) {
+    __shared__ float shared[18 * PAIRS];  // threads would read them nine numbers apart
+    const int start = 18 * work.block * PAIRS;
+    for (int i = threadIdx.x; i < 18 * PAIRS; i += THREADS) shared[i] = start + i < 9 * C ? weight[start + i] : 0.f;
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < 9; t++) {
+        const int from = 18 * work.pair + (FLIP ? 8 - t : t);
+        taps[t] = {shared[from], shared[from + 9]};
+    }
+}
+
+// Adds the convolution of an image, pixels STEP numbers apart, to the sums of a strip that begins at `first` of a row.
+template <int STEP> __device__ __forceinline__ void convolve(
+    Pair* sums, const x_t* image, const Pair* taps, int row, int first, int H, int W) {
+#pragma unroll
+    for (int dy = 0; dy < 3; dy++) {
+        const int y = row + dy - 1;
+        if (y < 0 || y >= H) continue;
+#pragma unroll
+        for (int i = 0; i < STRIP + 2; i++) {
+            const int column = first + i - 1;
+            Pair v = {0.f, 0.f};
+            if (column >= 0 && column < W) v = read(image + ((i64)y * W + column) * STEP);
+#pragma unroll
+            for (int dx = 0; dx < 3; dx++) {
+                const int to = i - dx;  // the pixel that sees this one with weight dx
+                if (to < 0 || to >= STRIP) continue;
+                sums[to].x += v.x * taps[3 * dy + dx].x, sums[to].y += v.y * taps[3 * dy + dx].y;
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
+    const x_t* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, x_t* __restrict__ out,
+    int total, int H, int W, int strips, int blocks) {
+    const Work work(blocks);
+    Pair taps[9];
+    read_taps<false>(taps, weight, work);
+    const int c = work.c;
+    if (c >= C) return;
+    const Pair b = {bias[c], bias[c + 1]};
+    for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
+        const int first = s % strips * STRIP, line = s / strips;  // line: of all images
+        Pair sums[STRIP];
+#pragma unroll
+        for (int i = 0; i < STRIP; i++) sums[i] = b;
+        convolve<2 * C>(sums, x + (i64)(line / H) * H * W * 2 * C + c, taps, line % H, first, H, W);
+        x_t* to = out + ((i64)line * W + first) * C + c;
+#pragma unroll
+        for (int i = 0; i < STRIP; i++)
+            if (first + i < W) write(to + i * C, {silu(sums[i].x), silu(sums[i].y)});
+    }
+}
+
+// From dout: the gradient before silu, dpre (B, H, W, C), and what each program adds to those of weight and bias,
+// partials (programs, 9C + C).
+extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
+    const x_t* __restrict__ dout, const x_t* __restrict__ x, const float* __restrict__ weight,
+    const float* __restrict__ bias, x_t* __restrict__ dpre, float* __restrict__ partials, int total, int H, int W,
+    int strips, int blocks) {
+    const Work work(blocks);
+    Pair taps[9], sums[10];  // of the gradients of the taps and the bias
+    read_taps<false>(taps, weight, work);
+    const int c = work.c;
+    const bool mine = c < C;
+    const Pair b = mine ? Pair{bias[c], bias[c + 1]} : Pair{0.f, 0.f};
+#pragma unroll
+    for (int t = 0; t < 10; t++) sums[t] = {0.f, 0.f};
+    for (int s = work.program * SUBS + work.sub; mine && s < total; s += work.programs * SUBS) {
+        const int first = s % strips * STRIP, line = s / strips, row = line % H;
+        const x_t* image = x + (i64)(line / H) * H * W * 2 * C + c;
+        const i64 at = ((i64)line * W + first) * C + c;
+        Pair seen[3][STRIP + 2], d[STRIP];
+#pragma unroll
+        for (int i = 0; i < STRIP; i++) d[i] = first + i < W ? read(dout + at + i * C) : Pair{0.f, 0.f};
+#pragma unroll
+        for (int dy = 0; dy < 3; dy++)
+#pragma unroll
+            for (int i = 0; i < STRIP + 2; i++) {
+                const int y = row + dy - 1, column = first + i - 1;
+                const bool inside = y >= 0 && y < H && column >= 0 && column < W;
+                seen[dy][i] = inside ? read(image + ((i64)y * W + column) * 2 * C) : Pair{0.f, 0.f};
+            }
+#pragma unroll
+        for (int i = 0; i < STRIP; i++) {
+            Pair pre = b;
+#pragma unroll
+            for (int t = 0; t < 9; t++) {
+                const Pair v = seen[t / 3][i + t % 3];
+                pre.x += v.x * taps[t].x, pre.y += v.y * taps[t].y;
+            }
+            const float p = 1.f / (1.f + __expf(-pre.x)), q = 1.f / (1.f + __expf(-pre.y));
+            d[i].x *= p * (1.f + pre.x * (1.f - p)), d[i].y *= q * (1.f + pre.y * (1.f - q));
+            if (first + i < W) write(dpre + at + i * C, d[i]);
+            if (!PARAMS) continue;
+#pragma unroll
+            for (int t = 0; t < 9; t++) {
+                const Pair v = seen[t / 3][i + t % 3];
+                sums[t].x += d[i].x * v.x, sums[t].y += d[i].y * v.y;
+            }
+            sums[9].x += d[i].x, sums[9].y += d[i].y;
+        }
+    }
+    if (!PARAMS) return;
+    __shared__ Pair shared[THREADS];
+    partials += (i64)work.program * 10 * C;
+    for (int t = 0; t < 10; t++) {
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < 10; k++)  // `sums` stays in registers
+            if (k == t) shared[threadIdx.x] = sums[k];
+        __syncthreads();
+        if (work.sub || !mine) continue;
+        Pair sum = shared[work.pair];
+        for (int i = 1; i < SUBS; i++) sum.x += shared[i * PAIRS + work.pair].x, sum.y += shared[i * PAIRS + work.pair].y;
+        const int to = t < 9 ? 9 * c + t : 9 * C + c;
+        partials[to] = sum.x, partials[to + (t < 9 ? 9 : 1)] = sum.y;
+    }
+}
+
+// dx (B, H, W, 2C): its left half from dpre, its right half, which passed by the convolution, from dgate.
+extern "C" __global__ void __launch_bounds__(THREADS) conv_input(
+    const x_t* __restrict__ dpre, const x_t* __restrict__ dgate, const float* __restrict__ weight,
+    x_t* __restrict__ dx, int total, int H, int W, int strips, int blocks) {
+    const Work work(blocks);
+    Pair taps[9];
+    read_taps<true>(taps, weight, work);
+    const int c = work.c;
+    if (c >= C) return;
+    for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
+        const int first = s % strips * STRIP, line = s / strips;
+        const i64 pixel = (i64)line * W + first;
+        Pair sums[STRIP], passing[STRIP];
+#pragma unroll
+        for (int i = 0; i < STRIP; i++) {
+            sums[i] = {0.f, 0.f};
+            if (first + i < W) passing[i] = read(dgate + (pixel + i) * C + c);
+        }
+        convolve<C>(sums, dpre + (i64)(line / H) * H * W * C + c, taps, line % H, first, H, W);
+#pragma unroll
+        for (int i = 0; i < STRIP; i++)
+            if (first + i < W) {
+                x_t* to = dx + (pixel + i) * 2 * C + c;
+                write(to, sums[i]), write(to + C, passing[i]);
+            }
+    }
+}
