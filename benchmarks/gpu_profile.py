@@ -9,7 +9,10 @@ import torch
 # The first that fits. Names are of PyTorch 2.8 to 2.11, cuDNN and cuBLAS; what none fits is "other".
 KINDS = (
     ("scan", r"^scan_(forward|backward)|^sum_parts|selective_scan"),
-    ("around the scan: norms, gates, depthwise, mixing", r"^[a-z_]*(gate|norm|split|mix|silu|depthwise)[a-z_0-9]*$"),
+    (
+        "around the scan: norms, gates, depthwise, mixing",
+        r"^conv_(forward|backward|input)$|^[a-z_]*(gate|norm|mix|silu)[a-z_]*$",
+    ),
     ("optimiser", r"multi_tensor_apply|adam|foreach|lp_norm"),
     ("convolutions and matrix products", r"gemm|nvjet|cutlass|xmma|convolve|conv2d|cudnn|wgrad|dgrad|splitK|cublas"),
     ("norms of PyTorch", r"layer_norm|LayerNorm|GammaBeta|batch_norm|batchnorm|Welford"),

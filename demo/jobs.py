@@ -15,17 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmamba import MedMamba
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset
 from medmamba.evaluate import RESULTS_NAME
 from medmamba.evaluation import Evaluation
 from medmamba.training.finish import evaluations
-from medmamba.unusual import UnusualError, learn_unusual
 
 from .options import Limits
 
-UNUSUAL_IMAGES = 100
-"""Of training and validation each, from which the warning for unusual images is learnt."""
 FRACTIONS = (0.6, 0.2, 0.2)
 _PERCENT = re.compile(rb"(\d+)%\|")
 _LOSS = re.compile(rb"epoch (\d+) loss (\d+\.\d+)")
@@ -169,11 +165,6 @@ class Job:
         if self._process.wait() == 0 and (self.out / RESULTS_NAME).is_file():
             return evaluations(json.loads((self.out / RESULTS_NAME).read_text(encoding="utf-8")))
         raise JobError(self._message())
-
-    def learn_unusual(self) -> None:
-        """Gives the new model its warning for images unlike these; it goes without where they are too few."""
-        with contextlib.suppress(UnusualError):
-            learn_unusual(MedMamba.from_pretrained(self.out).fuse(), self.plan.index, UNUSUAL_IMAGES).save(self.out)
 
     def stop(self) -> None:
         """Ends the process, if it still runs."""

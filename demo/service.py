@@ -19,7 +19,6 @@ from medmamba.explain.subject import sub_progress
 from medmamba.images import ImageError, MedicalImage, load_image
 from medmamba.predict import UNUSUAL, Failure, Prediction, iter_predict
 from medmamba.preprocess import preprocess, to_display
-from medmamba.unusual import pooled_features
 
 from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
@@ -126,11 +125,11 @@ class Service:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
         image = load_image(path, frame=view.frame, window=view.window)
-        (result,), (unusual,), _ = self._forward(source, [image])
+        (result,), _ = self._forward(source, [image])
         if isinstance(result, Failure):
             raise ImageError(result.error)
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
-        return answer(loaded, result, unusual, seen, 1e3 * (time.perf_counter() - began))
+        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began))
 
     def classify_files(self, source: str, paths: list[Path], title: str | None = None) -> list[Answer | Failure]:
         """One entry per file, in order; files with several frames are failures that say so."""
@@ -139,11 +138,11 @@ class Service:
     def _classify_files(self, source: str, paths: list[Path], title: str | None) -> list[Answer | Failure]:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
-        results, unusual, thumbnails = self._forward(source, paths)
+        results, thumbnails = self._forward(source, paths)
         each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
         return [
-            r if isinstance(r, Failure) else answer(loaded, r, u, t, each)
-            for r, u, t in zip(results, unusual, thumbnails, strict=True)
+            r if isinstance(r, Failure) else answer(loaded, r, t, each)
+            for r, t in zip(results, thumbnails, strict=True)
         ]
 
     def explain(
@@ -172,8 +171,8 @@ class Service:
 
     def _predict(
         self, source: str, images: list[MedicalImage] | list[Path]
-    ) -> tuple[list[Prediction | Failure], list[bool | None], list[np.ndarray]]:
-        """Predictions, whether each image is unusual, and a thumbnail of each."""
+    ) -> tuple[list[Prediction | Failure], list[np.ndarray]]:
+        """Predictions and a thumbnail of each image."""
         loaded = self.store.get(source)
         thumbnails: list[np.ndarray] = []
 
@@ -188,17 +187,7 @@ class Service:
                     thumbnails.append(reduced(image, THUMBNAIL).to_uint8())
                     yield image
 
-        with pooled_features(loaded.fused) as pooled:
-            results = list(iter_predict(loaded.fused, read()))
-        done = [i for i, result in enumerate(results) if isinstance(result, Prediction)]
-        unusual: list[bool | None] = [None] * len(results)
-        if done and loaded.unusual:
-            for i, flag in zip(done, loaded.unusual.is_unusual(pooled.array()), strict=True):
-                unusual[i] = bool(flag)
-        elif done:  # by the logits, if at all
-            for i in done:
-                unusual[i] = results[i].unusual  # type: ignore[union-attr]
-        return results, unusual, thumbnails
+        return list(iter_predict(loaded.fused, read())), thumbnails
 
     def _explained(
         self,
@@ -225,17 +214,12 @@ class Service:
             yield small(dataclasses.replace(found, trust=tuple(trust)))
 
 
-def answer(
-    loaded: Loaded, prediction: Prediction, unusual: bool | None, seen: np.ndarray, milliseconds: float
-) -> Answer:
-    """A prediction, and how far to believe it.
-
-    The remark on unusual images that comes with the prediction goes: it rests on the logits, which tell less.
-    """
+def answer(loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float) -> Answer:
+    """A prediction, and how far to believe it. The page has a place of its own for the remark on unusual images."""
     notes = [note for note in prediction.image_notes if note != UNUSUAL]
-    prediction = dataclasses.replace(prediction, image_notes=notes, unusual=unusual)
+    prediction = dataclasses.replace(prediction, image_notes=notes)
     limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
-    return Answer(prediction, prediction.probability < limit, unusual, seen, milliseconds)
+    return Answer(prediction, prediction.probability < limit, prediction.unusual, seen, milliseconds)
 
 
 def small(comparison: Comparison) -> Comparison:

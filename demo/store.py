@@ -19,7 +19,7 @@ from medmamba.kernels import resolve_backend
 from medmamba.licences import LicenceError
 from medmamba.predict import predict_logits
 from medmamba.pretrained import fetch
-from medmamba.unusual import Unusual, load_unusual
+from medmamba.unusual import Unusual
 
 MAX_LOADED = 6
 
@@ -35,7 +35,6 @@ class Loaded:
         model: as loaded, for explaining. fused: for predicting.
         facts: what its folder says of it.
         licence_known: False where nobody stated a licence.
-        unusual: the warning for images unlike the training images; None where the model has none by its features.
     """
 
     source: str
@@ -45,7 +44,11 @@ class Loaded:
     fused: MedMamba
     facts: ModelFacts
     licence_known: bool
-    unusual: Unusual | None = None
+
+    @property
+    def unusual(self) -> Unusual | None:
+        """The warning for images unlike the training images; None where the model has none by its features."""
+        return self.model.unusual
 
     @property
     def config(self) -> MedMambaConfig:
@@ -116,7 +119,7 @@ class ModelStore:
             facts, known = read_facts(folder), True
         except LicenceError:
             facts, known = read_facts(folder, licence="other"), False
-        return Loaded(source, title, folder, model, model.fuse(), facts, known, load_unusual(folder))
+        return Loaded(source, title, folder, model, model.fuse(), facts, known)
 
 
 def display_name(source: str) -> str:

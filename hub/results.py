@@ -3,6 +3,7 @@
     python -m hub.results add runs/breastmnist-*     keeps the figures of finished runs in hub/results
     python -m hub.results                            writes docs/results.md
     python -m hub.results --check                    fails where docs/results.md is not what the figures give
+    python -m hub.results best runs/*                which seed of each model ships: the best on validation
 
 Every run is kept, also those that do not ship, so that a mean is over all of them and not over the good ones.
 """
@@ -123,13 +124,28 @@ def chosen(runs: Sequence[Run]) -> Run:
     return max(sorted(runs, key=lambda run: run.seed), key=score)
 
 
-def shipped(dataset: str) -> tuple[str, str, int] | None:
-    """Recipe, architecture and seed of the model in hub/models."""
-    path = MODELS / dataset / "config.json"
-    if not path.is_file():
-        return None
-    training = json.loads(path.read_text(encoding="utf-8"))["training"]
-    return training["recipe"], training["identity"]["model"], training["seed"]
+def best(folders: Iterable[Path]) -> list[Path]:
+    """Of the folders with a finished model, the one to ship of each dataset, recipe and architecture."""
+    found: dict[tuple[str, str, str], list[tuple[Run, Path]]] = {}
+    for folder in folders:
+        if (folder / "results.json").is_file() and (folder / "model.safetensors").is_file():
+            run = Run.of_folder(folder)
+            found.setdefault(run.group, []).append((run, folder))
+    paths = []
+    for group in found.values():
+        winner = chosen([run for run, _ in group])
+        paths.append(next(folder for run, folder in group if run is winner))
+    return paths
+
+
+def shipped(dataset: str) -> dict[str, tuple[str, str, int]]:
+    """The models of a dataset in hub/models: folder to recipe, architecture and seed; the larger ones first."""
+    found = {}
+    for path in MODELS.glob("*/config.json"):
+        training = json.loads(path.read_text(encoding="utf-8"))["training"]
+        if training["dataset"] == dataset:
+            found[path.parent.name] = training["recipe"], training["identity"]["model"], training["seed"]
+    return dict(sorted(found.items(), key=lambda item: (item[1][1] == "nano", item[0])))
 
 
 def document(runs: Sequence[Run]) -> str:
@@ -151,7 +167,7 @@ def document(runs: Sequence[Run]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in datasets:
-        lines.append(_summary(name, runs))
+        lines += _summary(name, runs)
     for run in (run for run in runs if run.data["dataset"] == "joint"):
         lines += ["", _joint(run)]
     for name in datasets:
@@ -165,7 +181,8 @@ def document(runs: Sequence[Run]) -> str:
             if published:
                 title = f"{label}: {published.model}" if published.model else label
                 lines.append(f"| {title}, published | | | {_plain(published.accuracy)} | {_plain(published.auc)} | | |")
-        lines += _reproduce(name, groups)
+        for ours in shipped(name).values():
+            lines += _reproduce(name, ours, groups)
         lines += ["", "Every run, accuracy / AUROC on test:", ""]
         for key in sorted(groups):
             if key[0] == name:
@@ -177,16 +194,19 @@ def document(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(name: str, runs: Sequence[Run]) -> str:
-    entry, ours = registry.get(name), shipped(name)
-    run = next((r for r in runs if ours and (*r.group[1:], r.seed) == ours and r.group[0] == name), None)
-    published, best = entry.published.get("tiny"), entry.best_elsewhere
-    cells = [entry.title]
-    cells += [f"{run.group[2]}, {run.group[1]}, seed {run.seed}" if run else "none yet"]
-    cells += [_interval(run.data["test"][metric]) if run else "" for metric in ("accuracy", "auroc")]
-    cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
-    cells += [f"{_plain(best.accuracy)} ({best.model})" if best else ""]
-    return "| " + " | ".join(cells) + " |"
+def _summary(name: str, runs: Sequence[Run]) -> list[str]:
+    entry = registry.get(name)
+    published, elsewhere = entry.published.get("tiny"), entry.best_elsewhere
+    rows = []
+    for ours in shipped(name).values() or [None]:
+        run = next((r for r in runs if ours and (*r.group[1:], r.seed) == ours and r.group[0] == name), None)
+        cells = [entry.title]
+        cells += [f"{run.group[2]}, {run.group[1]}, seed {run.seed}" if run else "none yet"]
+        cells += [_interval(run.data["test"][metric]) if run else "" for metric in ("accuracy", "auroc")]
+        cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
+        cells += [f"{_plain(elsewhere.accuracy)} ({elsewhere.model})" if elsewhere else ""]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
 def _row(key: tuple[str, str, str], runs: Sequence[Run]) -> str:
@@ -199,25 +219,28 @@ def _joint(run: Run) -> str:
     data = run.data
     names = ", ".join(data.get("datasets") or ["several datasets"])
     return (
-        f"`{data['recipe']}`, seed {run.seed}, from which our recipes start, was trained on the training images of "
-        f"{names}: {data['split_sizes']['train']:,} images of all their classes, {data['epochs']} epochs at "
+        f"`{data['recipe']}` ({data['architecture']}), seed {run.seed}, from which our recipes start, was trained on "
+        f"the training images of {names}: {data['split_sizes']['train']:,} images of all their classes, "
+        f"{data['epochs']} epochs at "
         f"{data['settings']['size']} pixels, {data['seconds']:.0f} s on {data['device']}; accuracy on the validation "
         f"images together {data['val']['accuracy']['value']:.3f}."
     )
 
 
-def _reproduce(name: str, groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
-    ours, group = shipped(name), groups.get((name, f"zoo-{name}", "tiny"))
-    if not group or not ours or ours[0] != f"zoo-{name}":
+def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
+    recipe, architecture, seed = ours
+    group = groups.get((name, recipe, architecture))
+    if not group or recipe != f"zoo-{name}":
         return []
-    best = chosen(group)
+    joint = "runs/joint" if architecture == "tiny" else f"runs/joint-{architecture}"
+    measures = ", ".join(chosen(group).data["selected_by"])
     return [
         "",
-        f"Shipped: seed {ours[2]}, best of {len(group)} on validation ({', '.join(best.data['selected_by'])}). Again:",
+        f"Shipped of {architecture}: seed {seed}, best of {len(group)} on validation ({measures}). Again:",
         "",
         "```",
-        "python -m hub.zoo pretrain --data DATA --out runs/joint",
-        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{ours[2]} --init runs/joint --seed {ours[2]}",
+        f"python -m hub.zoo pretrain --data DATA --out {joint} --variant {architecture}",
+        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{seed} --init {joint} --seed {seed}",
         "```",
     ]
 
@@ -244,7 +267,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     adding = commands.add_parser("add", help="keep the figures of finished runs")
     adding.add_argument("run", nargs="+", type=Path)
+    choosing = commands.add_parser("best", help="which seed of each model ships")
+    choosing.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args(argv)
+    if args.command == "best":
+        print(*best(args.run), sep="\n")
+        return 0
     if args.command == "add":
         for path in add(args.run):
             print(path)

@@ -173,18 +173,12 @@ def _calibration(facts: ModelFacts) -> str:
         after = facts.evaluations[facts.split]["ece"]
         text += f"; on {facts.split}, the expected calibration error is {before:.3f} without and {after:.3f} with it"
     text += "."
-    if calibration.get("ood"):
+    if calibration.get("ood") and not facts.unusual:
         ood = calibration["ood"]
         text += (
             f" Images whose {ood['score']} score is above {ood['threshold']:.3g} ({1 - ood['coverage']:.0%} of the "
             "validation images) are reported as unusual: a heuristic, not a guarantee."
         )
-        energies = [row[ood["score"]] for row in _others(facts).values() if ood["score"] in row]
-        if energies and min(energies) < 0.7:
-            text += (
-                " It fails where it would be needed most: against other kinds of images its AUROC is "
-                f"{min(energies):.2f} to {max(energies):.2f}."
-            )
     return text + ("\n\n![Reliability diagram](reliability.png)" if "reliability.png" in facts.pictures else "")
 
 
@@ -199,10 +193,20 @@ def _unusual(facts: ModelFacts) -> str:
     lines = [["Images of", "Number", "Called unusual", "AUROC against its own"], ["---"] * 4, *rows]
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
     return (
-        "A second warning is stored in `unusual.json` and shown by the web app. It calls an image unusual if its "
-        f"features lie further from those of every class than those of {facts.unusual.coverage:.0%} of the validation "
-        f"images do (`medmamba.unusual`). Measured:\n\n{table}\n\n"
+        "`predict` and the web app call an image unusual if its features lie further from those of every class than "
+        f"those of {facts.unusual.coverage:.0%} of the validation images do (`unusual.json`, `medmamba.unusual`). "
+        f"Measured:\n\n{table}\n\n{_energy(facts)}"
         "An image that is not called unusual may still be of no class the model knows."
+    )
+
+
+def _energy(facts: ModelFacts) -> str:
+    found = [row["energy"] for row in _others(facts).values() if "energy" in row]
+    if not found or min(found) >= 0.7:
+        return ""
+    return (
+        "The usual score of the logits, their energy, would fail where it is needed most: against these images its "
+        f"AUROC is {min(found):.2f} to {max(found):.2f}.\n\n"
     )
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +23,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MedMambaConfig, variant_config
-from .kernels import resolve_backend, selective_scan_2d
+from .kernels import layers, resolve_backend, selective_scan_2d
 from .kernels.reference import compute_dtype
 from .pretrained import PretrainedMixin
+
+if TYPE_CHECKING:
+    from .unusual import Unusual
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
 MIN_SIZE = 32  # the patch embedding and three mergings each need at least one pixel
 
 
 class DropPath(nn.Module):
-    """Drops whole samples from a residual branch (stochastic depth, arXiv 1603.09382)."""
+    """Draws which samples of a residual branch are dropped in training (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
+        """What each sample of x is to be multiplied with, 0 or 1 / (1 - rate), float32 (B, 1, 1, 1); None: nothing."""
         if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+            return None
+        kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)
+        return kept / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -80,12 +85,11 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, proj, A, gate = self.scan_inputs(x)
         y = selective_scan_2d(x, proj, self.dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
-        return self.out_proj(self.out_norm(y) * F.silu(gate))
+        return self.out_proj(layers.norm_gate(y, gate, self.out_norm, self.scan_backend))
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and gate."""
-        x, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, C) each
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H, W, C)
+        x, gate = layers.conv_silu(self.in_proj(x), self.conv, self.scan_backend)  # (B, H, W, C) each
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
         # four sequences first, without four copies of x.
         proj = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])  # (B, H, W, K, R + 2N)
@@ -119,17 +123,18 @@ class SSConvSSM(nn.Module):
         self.norm = nn.LayerNorm(dim // 2)
         self.ssm = SS2D(dim // 2, d_state, expand, dt_rank)
         self.drop_path = DropPath(drop_path)
-        # A place to hook the scan branch as (B, C, H, W), for attribution; `conv` is such a place for the other branch.
+        # A place to hook the scan branch as (B, C, H, W), for attribution, before training drops samples; `conv` is such
+        # a place for the other branch.
         self.ssm_map = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)  # (B, H, W, C/2) each
-        left = self.conv(left.permute(0, 3, 1, 2))  # (B, C/2, H, W)
-        right = self.drop_path(self.ssm(self.norm(right)))
-        right = self.ssm_map(right.permute(0, 3, 1, 2))  # (B, C/2, H, W)
-        # Channel shuffle with two groups: the halves alternate.
-        shuffled = torch.stack((left, right), dim=2).flatten(1, 2)  # (B, C, H, W)
-        return x + shuffled.permute(0, 2, 3, 1)  # (B, H, W, C)
+        backend = self.ssm.scan_backend
+        x, left, right = layers.split_norm(x, self.norm, backend)  # (B, H, W, C), twice (B, H, W, C/2)
+        left = self.conv(left.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
+        right = self.ssm_map(self.ssm(right).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
+        factors = self.drop_path(right)
+        # Channel shuffle with two groups, the halves alternate, and the residual connection.
+        return layers.mix(x, left, right, factors, backend)  # (B, H, W, C)
 
 
 class PatchEmbed(nn.Module):
@@ -139,10 +144,11 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim)
+        self.scan_backend: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/patch, W/patch, dim)
-        return self.norm(x).to(x.dtype)  # under autocast norms return float32, which all of stage 1 would stay in
+        return layers.channel_norm(x, self.norm, self.scan_backend)
 
 
 class PatchMerging(nn.Module):
@@ -153,12 +159,10 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.scan_backend: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        x = x[:, : H // 2 * 2, : W // 2 * 2].reshape(B, H // 2, 2, W // 2, 2, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C): pixels (0,0), (1,0), (0,1), (1,1)
-        return self.reduction(self.norm(x))
+        return self.reduction(layers.merge_norm(x, self.norm, self.scan_backend))
 
 
 class Stage(nn.Module):
@@ -188,6 +192,8 @@ class MedMamba(PretrainedMixin, nn.Module):
     >>> model = MedMamba.from_pretrained("medmamba/bloodmnist")
     >>> model.predict("cell.png")
     """
+
+    unusual: "Unusual | None" = None  # the warning for images unlike the training images, which `from_pretrained` finds
 
     def __init__(self, config: MedMambaConfig):
         super().__init__()
@@ -253,8 +259,9 @@ class MedMamba(PretrainedMixin, nn.Module):
     # --- configuration ---
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
-        """Replaces the classifier by a new, randomly initialised one, and forgets what was calibrated on the old."""
+        """Replaces the classifier by a new, randomly initialised one, and forgets what was learnt for the old one."""
         self.config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={})
+        self.unusual = None
         head = self._new_head(num_classes).to(self.patch_embed.proj.weight)
         head.apply(_init_weights)
         self.head = head
@@ -278,7 +285,7 @@ class MedMamba(PretrainedMixin, nn.Module):
             weight = self.patch_embed.proj.weight
             resolve_backend(weight.device, weight.dtype, name)
         for module in self.modules():
-            if isinstance(module, SS2D):
+            if isinstance(module, SS2D | PatchEmbed | PatchMerging):
                 module.scan_backend = name
 
     def no_weight_decay(self) -> set[str]:

@@ -26,8 +26,9 @@ class Prediction:
         image_notes: what was done to the file to get pixels, and to those to get the network's input; what in this
             deserves attention begins with "warning".
         logits: raw outputs in class order, before temperature and softmax.
-        unusual: the image scores unlike the validation images (a heuristic, see `calibrate.OutOfDistribution`); None
-            where the model has no threshold for that.
+        unusual: the image is unlike the training images (a heuristic): by the features where `model.unusual` is there
+            (see `medmamba.unusual`), else by the logits (see `calibrate.OutOfDistribution`, which tells less); None
+            where the model has no threshold for either.
     """
 
     source: str
@@ -104,11 +105,19 @@ def iter_predict(
 @torch.inference_mode()
 def predict_logits(model, batch: Tensor) -> Tensor:
     """(B, in_chans, H, W) normalised images to (B, num_classes) float32 logits on the CPU, in eval mode."""
+    return predict_features(model, batch)[1]
+
+
+@torch.inference_mode()
+def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Like `predict_logits`, with the pooled features (B, C) behind the classifier before them."""
     weight = model.patch_embed.proj.weight
     was_training = model.training
     model.eval()
     try:
-        return model(batch.to(weight.device, weight.dtype)).float().cpu()
+        maps = model.forward_features(batch.to(weight.device, weight.dtype))
+        features = model.forward_head(maps, pre_logits=True)
+        return features.float().cpu(), model.head(features).float().cpu()
     finally:
         model.train(was_training)
 
@@ -134,16 +143,15 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
     if not batch:
         yield from pending
         return
-    logits = predict_logits(model, torch.stack(batch))
-    rows = iter(zip(logits, probabilities(logits, model.config), strict=True))
+    features, logits = predict_features(model, torch.stack(batch))
+    rows = iter(zip(logits, probabilities(logits, model.config), _unusual(model, features, logits), strict=True))
     for item in pending:
         if isinstance(item, Failure):
             yield item
             continue
-        row_logits, row = next(rows)
+        row_logits, row, unusual = next(rows)
         order = row.argsort(descending=True, stable=True).tolist()[: top_k or len(row)]
         top = [(model.config.id2label[i], row[i].item()) for i in order]
-        unusual = _is_unusual(row_logits, model.config)
         yield Prediction(
             source=item[0].source,
             label=top[0][0],
@@ -155,13 +163,14 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
         )
 
 
-def _is_unusual(logits: Tensor, config) -> bool | None:
+def _unusual(model, features: Tensor, logits: Tensor) -> list[bool] | list[None]:
     from .calibrate import Calibration
 
-    if not config.calibration.get("ood"):
-        return None
-    ood = Calibration.from_dict(config.calibration, config.task).ood
-    return None if ood is None else bool(ood.is_unusual(logits.unsqueeze(0).numpy(), config.task)[0])
+    if model.unusual:
+        return model.unusual.is_unusual(features.numpy()).tolist()
+    config = model.config
+    ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
+    return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
 
 
 def _input_notes(image: MedicalImage, config) -> list[str]:

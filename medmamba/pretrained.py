@@ -107,7 +107,7 @@ class PretrainedMixin:
         local_files_only: bool = False,
         force_download: bool = False,
     ):
-        """A model in eval mode, in float32 on the CPU.
+        """A model in eval mode, in float32 on the CPU, with its warning for unusual images where the folder has one.
 
         Args:
             name: "medmamba/bloodmnist", "org/name@revision", or a folder written by `save_pretrained`.
@@ -117,14 +117,18 @@ class PretrainedMixin:
         Raises:
             PretrainedError: not found, unreachable, damaged, or weights that do not fit.
             ConfigError: a stale or foreign configuration.
+            UnusualError: an `unusual.json` that cannot be read.
         """
-        folder = fetch(name, revision, cache_dir, token, local_files_only, force_download)
+        from .unusual import NAME, load_unusual
+
+        folder = fetch(name, revision, cache_dir, token, local_files_only, force_download, sidecars=[NAME])
         config, tensors = read_config(folder), read_weights(folder)
         with torch.device("meta"):  # no time spent on initialising what is about to be replaced
             model = cls(config)  # type: ignore[call-arg]
         load_strict(model, tensors, str(folder))  # type: ignore[arg-type]
         for parameter in model.parameters():  # type: ignore[attr-defined]
             parameter.requires_grad_(True)
+        model.unusual = load_unusual(folder)  # type: ignore[attr-defined]
         return model.eval()  # type: ignore[attr-defined]
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:

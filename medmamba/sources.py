@@ -48,7 +48,7 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-    sidecars: bool = False,
+    sidecars: bool | Sequence[str] = False,
 ) -> Path:
     """The local folder that holds a model, its files verified against their checksums.
 
@@ -59,7 +59,7 @@ def fetch(
         cache_dir: where downloads are kept; default: the Hub's cache.
         local_files_only: never ask the network.
         force_download: download again what is cached.
-        sidecars: from the Hub, bring along `SIDECARS` where the model has them; other sources always do.
+        sidecars: from the Hub, bring along `SIDECARS` where the model has them; other sources always do. True: all.
 
     Raises:
         PretrainedError: nothing by that name, no network, no permission, an incomplete folder or a damaged file.
@@ -81,7 +81,8 @@ def fetch(
     if isinstance(name, os.PathLike) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise PretrainedError(f"no such folder: {name}. {_what_exists(bundled)}")
     options = dict(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    return _from_hub(repo, force_download, options, SIDECARS if sidecars else ())
+    wanted = SIDECARS if sidecars is True else sidecars or ()
+    return _from_hub(repo, force_download, options, wanted)
 
 
 def is_address(name: str) -> bool:
@@ -93,7 +94,7 @@ def is_address(name: str) -> bool:
 
 
 def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[str]) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     def download(again: bool) -> Path:
@@ -104,6 +105,9 @@ def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[
         pinned = options | {"revision": config.parent.name}
         paths = [config, Path(get(WEIGHTS_NAME, **pinned))]
         for file in extras:
+            known = try_to_load_from_cache(repo, file, options["cache_dir"], pinned["revision"])
+            if known is _CACHED_NO_EXIST and not (force or again):
+                continue  # a commit does not change: no need to ask again
             with contextlib.suppress(EntryNotFoundError):
                 paths.append(Path(get(file, **pinned)))
         verify(paths[0].parent, {path.name: _blob_hash(path) for path in paths})

@@ -5,10 +5,12 @@ model of blood cells can get larger logits than any cell. What does tell is how 
 of every class, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et al. 2018
 (arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a heuristic.
 
->>> warning = learn_unusual(model, dataset)  # with splits train and val
->>> with pooled_features(model) as pooled:
-...     model.predict(images)
->>> warning.is_unusual(pooled.array())
+`medmamba train` leaves such a warning beside the weights, `from_pretrained` finds it and `predict` asks it. For a
+model from elsewhere:
+
+>>> model.unusual = learn_unusual(model, dataset)  # with splits train and val
+>>> model.predict(image).unusual
+>>> model.unusual.save("my_model")  # beside its weights
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checksums import WEIGHTS_NAME, file_hash
+from .checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, file_hash
 from .model import MedMamba
 from .predict import Prediction, iter_predict
 
@@ -74,7 +76,7 @@ class Unusual:
         """Writes `unusual.json` into a model folder, bound to the weights there."""
         folder = Path(folder)
         record = {
-            "weights": file_hash(folder / WEIGHTS_NAME),
+            "weights": _weights_of(folder),
             "threshold": self.threshold,
             "coverage": self.coverage,
             "measured": dict(self.measured),
@@ -104,7 +106,7 @@ def load_unusual(folder: str | os.PathLike) -> Unusual | None:
         raise UnusualError(f"{path} cannot be read ({error!r}); delete it, or measure again") from error
     if means.ndim != 2 or spread.shape != means.shape[1:] or not (spread > 0).all():
         raise UnusualError(f"{path} holds means {means.shape} and spread {spread.shape}; delete it, or measure again")
-    return found if weights == file_hash(Path(folder) / WEIGHTS_NAME) else None
+    return found if weights == _weights_of(Path(folder)) else None
 
 
 def fit_unusual(
@@ -158,13 +160,18 @@ def look(model: MedMamba, dataset: ImageDataset, split: str | None, images: int 
     if split and not dataset.split_sizes.get(split):
         raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
     part = dataset.split(split) if split else dataset
-    chosen = np.sort(np.random.default_rng(0).permutation(len(part))[:images])
+    chosen = sample(len(part), images)
     with pooled_features(model) as pooled:
         results = list(iter_predict(model, (part.reader.read(part.records[i]) for i in chosen)))
     if failed := [r.error for r in results if not isinstance(r, Prediction)]:
         raise UnusualError(f"{len(failed)} images of {dataset.name} cannot be read; the first: {failed[0]}")
     logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
     return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+
+
+def sample(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the numbers below `count`, in order, always the same."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def learn_unusual(model: MedMamba, dataset: ImageDataset, images: int = 600) -> Unusual:
@@ -213,6 +220,15 @@ def pooled_features(model: MedMamba) -> Iterator[Pooled]:
         yield found
     finally:
         handle.remove()
+
+
+def _weights_of(folder: Path) -> str:
+    """The hash that `config.json` has of the weights, which was checked when they were fetched; else their own."""
+    try:
+        recorded = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get(CHECKSUM_KEY)
+    except (OSError, ValueError, AttributeError):
+        recorded = None
+    return recorded or file_hash(folder / WEIGHTS_NAME)
 
 
 def _rounded(values: np.ndarray) -> list[float]:

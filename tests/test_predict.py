@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 import medmamba
+from medmamba import MedMamba
 from medmamba.images import ImageError, load_image
 from medmamba.predict import Failure, iter_predict, predict, predict_logits, probabilities
 from medmamba.preprocess import adapt_channels, denormalise, normalise, preprocess, resize, to_display
+from medmamba.unusual import fit_unusual, pooled_features
 
 
 def picture(seed=0, size=(40, 52, 3)):
@@ -140,6 +142,27 @@ def test_normalise_and_back():
     shown = to_display(normalise(pixels, options), options)
     assert shown.shape == (8, 8, 3) and shown.dtype == np.uint8
     assert np.abs(shown / 255 - pixels.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_unusual_images_are_flagged_by_the_features_where_the_model_knows_its_own(tiny_model, tmp_path):
+    rng = np.random.default_rng(0)
+    own = [Image.fromarray(rng.normal(120, 20, (32, 32, 3)).clip(0, 255).astype("uint8")) for _ in range(8)]
+    with pooled_features(tiny_model) as pooled:
+        tiny_model.predict(own)
+    warning = fit_unusual(pooled.array(), np.arange(8) % 2, pooled.array())
+    folder = tiny_model.save_pretrained(tmp_path / "model")
+    assert MedMamba.from_pretrained(folder).unusual is None
+    warning.save(folder)
+    model = MedMamba.from_pretrained(folder)
+    # The threshold for the logits, which would call everything unusual, is not asked.
+    record = {"method": "temperature", "temperature": 1.0, "n": 9, "ece_before": 0.1, "ece_after": 0.1}
+    model.config.calibration = {**record, "ood": {"score": "energy", "threshold": -1e9, "coverage": 0.95}}
+    for predicting in (model, model.fuse()):
+        found = predicting.predict([own[0], Image.fromarray(np.zeros((32, 32, 3), np.uint8)), own[1]], batch_size=2)
+        assert [p.unusual for p in found] == [False, True, False]
+        assert [any("does not look like" in note for note in p.image_notes) for p in found] == [False, True, False]
+    model.reset_classifier(5)
+    assert model.unusual is None and model.predict(own[0]).unusual is None
 
 
 def test_unusual_images_are_flagged_by_the_threshold_of_the_model(tiny_model):

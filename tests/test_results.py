@@ -59,6 +59,41 @@ def test_the_seed_that_ships_is_the_best_on_validation_not_on_test():
     assert results.chosen(runs[::-1]).seed == 2
 
 
+def test_the_best_of_finished_runs_are_told(tmp_path, capsys, monkeypatch):
+    runs = {"a-0": make_run(val=0.9), "a-1": make_run(seed=1, val=0.95), "n-0": make_run(architecture="nano")}
+    for name in (*runs, "baseline", "unfinished"):
+        (tmp_path / name).mkdir()
+        for file in (
+            ("results.json",)
+            if name == "baseline"
+            else ("model.safetensors",)
+            if name == "unfinished"
+            else (
+                "results.json",
+                "model.safetensors",
+            )
+        ):
+            (tmp_path / name / file).touch()
+    monkeypatch.setattr(results.Run, "of_folder", lambda folder: runs[folder.name])
+    assert results.main(["best", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "a-1"), str(tmp_path / "n-0")]
+
+
+def test_models_of_two_sizes_have_a_row_and_a_recipe_each(tmp_path, monkeypatch):
+    for folder, architecture, seed in (("breastmnist-nano", "nano", 0), ("breastmnist", "tiny", 1)):
+        record = {"dataset": "breastmnist", "recipe": "zoo-breastmnist", "seed": seed}
+        (tmp_path / folder).mkdir()
+        config = {"training": {**record, "identity": {"model": architecture}}}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(results, "MODELS", tmp_path)
+    runs = [make_run(seed=0), make_run(seed=1, accuracy=0.91), make_run(architecture="nano", accuracy=0.7)]
+    page = results.document(runs)
+    tiny, nano = (page.index(f"| BreastMNIST | {name}, zoo-breastmnist, seed") for name in ("tiny", "nano"))
+    assert tiny < nano and "seed 1 | 0.910" in page and "seed 0 | 0.700" in page
+    assert "--init runs/joint --seed 1" in page and "--init runs/joint-nano --seed 0" in page
+    assert "runs/joint-nano --variant nano" in page
+
+
 def test_a_table_has_mean_spread_published_figures_and_caveat():
     runs = [make_run(seed=s, accuracy=a) for s, a in enumerate((0.80, 0.84, 0.88))]
     runs += [make_run(recipe="paper-medmnist", architecture="timm resnet50")]

@@ -42,6 +42,7 @@ from medmamba.training.engine import Trainer
 from medmamba.training.optim import WeightAverage, build_optimizer, freeze_stages, layer_of, lr_factor, parameter_groups
 from medmamba.training.setup import adapt_input, build_model
 from medmamba.training.validation import selection_score
+from medmamba.unusual import learn_unusual, pooled_features
 
 # Fast to train: no randomness in the network, no warm-up, a large step.
 QUICK = dict(epochs=3, batch_size=8, size=32, lr=3e-3, warmup_epochs=0, ema=0.9)
@@ -696,6 +697,25 @@ def one_with_two_parts(folder, tmp_path_factory):
         )
     finally:
         torch.set_num_threads(threads)
+
+
+def features_of(model: MedMamba, image: Path) -> np.ndarray:
+    with pooled_features(model) as pooled:
+        model.predict(image)
+    return pooled.array()
+
+
+def test_a_run_learns_which_images_are_unusual(folder, finished, tmp_path):
+    """From the features of its own weights, as `learn_unusual` finds them in the files; also at another size."""
+    model = finished.load()
+    assert model.unusual.means.shape == (3, model.config.dims[-1]) and model.unusual.coverage == 0.95
+    expected = learn_unusual(model, open_dataset(folder))
+    np.testing.assert_allclose(model.unusual.means, expected.means, rtol=2e-2, atol=2e-2)
+    assert model.unusual.threshold == pytest.approx(expected.threshold, rel=0.05)
+    image = next((folder / "val").rglob("*.png"))
+    assert model.predict(image).unusual is bool(model.unusual.is_unusual(features_of(model, image))[0])
+    larger = train(folder, tmp_path, "default", "test", **{**QUICK, "epochs": 1}, eval_size=48, **COMMON).load()
+    assert larger.unusual.means.shape == model.unusual.means.shape
 
 
 def test_fine_tuning_trains_what_is_not_frozen(folder, finished, tmp_path):

@@ -73,6 +73,12 @@ def test_the_file_is_bound_to_its_weights(tiny_model, tmp_path):
     tiny_model.head.weight.data += 1
     tiny_model.save_pretrained(folder)
     assert load_unusual(folder) is None, "other weights"
+    again.save(folder)
+    (folder / "config.json").unlink()
+    assert load_unusual(folder) is not None, "the same hash, taken of the weights themselves"
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert load_unusual(folder) is None
 
 
 def test_a_foreign_file_is_refused(tiny_model, tmp_path):

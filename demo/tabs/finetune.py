@@ -136,8 +136,6 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                 session.used = time.monotonic()  # watching is not idling
                 yield {picture: progress_html(job.progress(), int(count))}
             found = job.result()
-            yield {picture: progress_html(job.progress(), int(count), "Learning which images are usual")}
-            job.learn_unusual()
             name = own_name(session)
             session.models[name] = job.out
             yield {

@@ -1,9 +1,9 @@
 """What surrounds the scan in a training step, as differentiable functions of one CUDA kernel each way; see
 `cuda/train.cu` and `cuda/train_conv.cu`. `layers.py` defines what they compute and says when they run.
 
-Maps are (B, H, W, C) in float32, float16 or bfloat16. Everything is computed in float32 and rounded once, to the type of
-the map; gradients of parameters are added up in a fixed order. These are functions of autograd rather than operators of
-`torch.library` because nothing ever traces them, a call takes half the time, and they can hand on a tensor they were
+Maps are (B, H, W, C) in float32, float16 or bfloat16. Everything is computed in float32 and rounded once, to the type
+of the map; gradients of parameters are added up in a fixed order. These are functions of autograd rather than operators
+of `torch.library` because nothing ever traces them, a call takes half the time, and they can hand on a tensor they were
 given, so that its gradient joins theirs in the same kernel.
 """
 
@@ -99,7 +99,7 @@ class Norm(Function):
 
 
 class ConvSilu(Function):
-    """wide (B, H, W, 2C) to silu(depthwise 3x3 convolution of its left half) (B, H, W, C) and its right half, a view."""
+    """wide (B, H, W, 2C) to silu(depthwise 3x3 convolution of its left half), (B, H, W, C), and a view of its right."""
 
     @staticmethod
     def forward(ctx, wide, weight, bias):
@@ -137,24 +137,24 @@ class ConvSilu(Function):
 
 
 class Mix(Function):
-    """x (B, H, W, 2C) + the channels of left and right (B, H, W, C) in turn; right times keep (B,) * scale, if given."""
+    """x (B, H, W, 2C) + the channels of left and right (B, H, W, C) in turn; right times factors (B,) if given."""
 
     @staticmethod
-    def forward(ctx, x, left, right, keep, scale):
-        x, ctx.scale = _ready(x), scale
+    def forward(ctx, x, left, right, factors):
+        x = _ready(x)
         out = torch.empty_like(x)
-        _mix("mix_forward", "pppppllf", x, keep, scale, x, _ready(left), _ready(right), keep, out)
-        ctx.save_for_backward(keep)
+        _mix("mix_forward", "pppppii", x, factors, x, _ready(left), _ready(right), factors, out)
+        ctx.save_for_backward(factors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (keep,) = ctx.saved_tensors
+        (factors,) = ctx.saved_tensors
         half = (*dout.shape[:-1], dout.shape[-1] // 2)
         dleft, dright = dout.new_empty(half), dout.new_empty(half)
-        _mix("mix_backward", "ppppllf", dout, keep, ctx.scale, _ready(dout), keep, dleft, dright)
-        return dout, dleft, dright, None, None
+        _mix("mix_backward", "ppppii", dout, factors, _ready(dout), factors, dleft, dright)
+        return dout, dleft, dright, None
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def _norm_kernel(
     """The kernel, and how many rows a program takes at a time."""
     lanes = row_lanes(C)
     constants = _types(dtype) + (
-        ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("KEEP", 0),
+        ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("FACTORS", 0),
     )  # fmt: skip
     return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device), WARPS * (32 // lanes)
 
@@ -222,7 +222,7 @@ def _norm_kernel(
 def row_lanes(C: int) -> int:
     """Lanes that share a row of C numbers: few, so that a warp takes several rows, but at most 12 numbers for each."""
     lanes = 1
-    while lanes < 32 and C > 12 * lanes:
+    while lanes < 32 and 12 * lanes < C:
         lanes *= 2
     return lanes
 
@@ -255,28 +255,27 @@ def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dty
     whole = [count for count in range(together, 0, -1) if count * pairs % 32 == 0 and 2 * count > together]
     together = whole[0] if whole else together  # no idle lanes, where that costs few threads
     threads = together * pairs
-    occupancy = 3 if threads <= 192 else 2
+    occupancy = 2 if name == "conv_backward" else 4 if threads <= 192 else 3
     constants = _types(dtype) + (
-        ("CHANNELS", C), ("PAIRS", pairs), ("THREADS", threads), ("STRIP", strip), ("OCCUPANCY", occupancy),
+        ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("OCCUPANCY", occupancy),
         ("PARAMS", int(params)),
     )  # fmt: skip
     kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
-    most = (occupancy if name == "conv_backward" else 8) * _processors(device) // blocks
+    waves = 1 if name == "conv_backward" else 2  # more of them are more numbers to add up
+    most = waves * occupancy * _processors(device) // blocks
     return _ConvPlan(kernel, strip, threads, together, blocks, max(1, most))
 
 
-def _mix(
-    name: str, signature: str, x: Tensor, keep: Tensor | None, scale: float, *tensors: Tensor | None
-) -> None:
+def _mix(name: str, signature: str, x: Tensor, factors: Tensor | None, *tensors: Tensor | None) -> None:
     threads = x.numel() // 8
-    kernel = _mix_kernel(name, signature, keep is not None, x.dtype, x.get_device())
-    _launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0], scale)
+    kernel = _mix_kernel(name, signature, factors is not None, x.dtype, x.get_device())
+    _launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
 
 
 @functools.cache
-def _mix_kernel(name: str, signature: str, keep: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
+def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
     constants = _types(dtype) + (
-        ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("KEEP", int(keep)),
+        ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(factors)),
     )  # fmt: skip
     return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device)
 
@@ -284,7 +283,9 @@ def _mix_kernel(name: str, signature: str, keep: bool, dtype: torch.dtype, devic
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-def _launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None) -> None:
+def _launch(
+    kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None
+) -> None:
     """Runs a kernel on the device and stream of the tensor `on`; None is a null pointer."""
     device = on.get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -297,7 +298,11 @@ def _launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *a
 def _ready(t: Tensor) -> Tensor:
     """Contiguous, and at an address from which four numbers can be read at once."""
     t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+    return t if _aligned(t) else t.clone()
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % (4 * t.element_size()) == 0
 
 
 def _parameter(t: Tensor) -> Tensor:
@@ -309,7 +314,7 @@ def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
     _, H, W, C = t.shape
     if not t.is_contiguous():
         b, h, step, c = t.stride()
-        if c == 1 and h == W * step and b == H * h and step % 4 == 0 and step < 2**31 and t.data_ptr() % 16 == 0:
+        if c == 1 and h == W * step and b == H * h and step % 4 == 0 and step < 2**31 and _aligned(t):
             return t, step
     return _ready(t), C
 

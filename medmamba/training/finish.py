@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..calibrate import fit_calibration
@@ -16,8 +18,12 @@ from ..data import ImageDataset
 from ..evaluate import RESULTS_NAME, Scored, score, write_results
 from ..evaluation import Evaluation
 from ..model import MedMamba
+from ..predict import predict_features
+from ..preprocess import normalise
 from ..pretrained import CONFIG_NAME, WEIGHTS_NAME
 from ..registry import DatasetEntry
+from ..unusual import NAME as UNUSUAL_NAME
+from ..unusual import Unusual, UnusualError, fit_unusual, learn_unusual, sample
 from .checkpoint import CheckpointStore
 from .engine import Progress
 from .recipe import Recipe
@@ -27,7 +33,9 @@ from .validation import predict_logits, validation_batch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md", "roc.png", "reliability.png", "confusion.png")
+PICTURES = ("roc.png", "reliability.png", "confusion.png")
+RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md", UNUSUAL_NAME, *PICTURES)
+UNUSUAL_IMAGES = 600  # of training and validation each, from which the warning for unusual images is learnt
 
 
 def finish(
@@ -67,10 +75,31 @@ def finish(
         scored[split] = score(logits, data.index, model.config, context=context)
     if accelerator.is_main_process:
         write_results(out, scored, training=record, calibration=model.config.calibration)
+        unusual = _learn_unusual(model, images, size, accelerator.device)
         model.to("cpu").save_pretrained(out, dtype=dtype)
+        if unusual:
+            unusual.save(out)
         store.clear()
     accelerator.wait_for_everyone()
     return {split: result.evaluation for split, result in scored.items()}
+
+
+def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:
+    """The warning for images unlike these; None where they are too few."""
+    if not images.holds("train", size):  # trained at another size; decoding all of them again would take too long
+        with contextlib.suppress(UnusualError):
+            return learn_unusual(model, images.index, UNUSUAL_IMAGES)
+        return None
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        data = images(split, size)
+        rows = torch.from_numpy(sample(len(data), UNUSUAL_IMAGES))
+        batches = (normalise(data.batch(part, device)[0], model.config.preprocess) for part in rows.split(32))
+        features[split] = torch.cat([predict_features(model, batch)[0] for batch in batches]).numpy()
+        labels[split] = np.asarray(data.index.labels)[rows]
+    with contextlib.suppress(UnusualError):
+        return fit_unusual(features["train"], labels["train"], features["val"], task=model.config.task)
+    return None
 
 
 def training_record(

@@ -76,10 +76,14 @@ class ImageCache:
     _kept: dict[str, tuple[int, CachedDataset]] = field(default_factory=dict)
 
     def __call__(self, split: str, size: int) -> CachedDataset:
-        if split not in self._kept or self._kept[split][0] != size:
+        if not self.holds(split, size):
             self._kept.pop(split, None)  # frees its memory before more is taken
             self._kept[split] = (size, self._load(split, size))
         return self._kept[split][1]
+
+    def holds(self, split: str, size: int) -> bool:
+        """Whether the images of this split are in memory at this size."""
+        return split in self._kept and self._kept[split][0] == size
 
     def _load(self, split: str, size: int) -> CachedDataset:
         from tqdm import tqdm

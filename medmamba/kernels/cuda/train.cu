@@ -7,7 +7,7 @@
 //     CHANNELS  C, of a row of the norm: a multiple of 4, with MERGE of 16
 //     LANES     that share a row, a power of two; a warp takes 32 / LANES rows at a time
 //     PARAMS    whether the gradients of weight and bias are wanted
-//     KEEP      whether the end of a block leaves out the scan branch of some images
+//     FACTORS   whether the end of a block multiplies the scan branch of each image
 // Numbers move in fours. Mean and deviation are computed again in the backward pass, which has to read x anyway.
 
 #define SPLIT 0
@@ -15,12 +15,12 @@
 #define MERGE 2
 #define ALONE 3
 
-constexpr int C = CHANNELS, QUADS_OF_ROW = C / 4;
-constexpr int OWN = (QUADS_OF_ROW + LANES - 1) / LANES;  // fours per lane
+constexpr int C = CHANNELS, FOURS = C / 4;
+constexpr int OWN = (FOURS + LANES - 1) / LANES;  // fours per lane
 constexpr int ROWS = 32 / LANES;                         // rows per warp
-typedef Several<X_TYPE, 4>::type quad_t;
+typedef Several<X_TYPE, 4>::type four_t;
 
-__device__ __forceinline__ float4 read4(const x_t* from) { return to_floats<X_TYPE>(*(const quad_t*)from); }
+__device__ __forceinline__ float4 read4(const x_t* from) { return to_floats<X_TYPE>(*(const four_t*)from); }
 
 __device__ __forceinline__ float4 read4f(const float* from) { return *(const float4*)from; }
 
@@ -31,14 +31,22 @@ __device__ __forceinline__ void write4(x_t* to, float4 v) {
                             (unsigned)from_float<X_TYPE>(v.z) | (unsigned)from_float<X_TYPE>(v.w) << 16};
 }
 
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-__device__ __forceinline__ float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
-__device__ __forceinline__ float4 operator+(float4 a, float b) { return make_float4(a.x + b, a.y + b, a.z + b, a.w + b); }
-__device__ __forceinline__ float4 operator*(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float b) { return a + make_float4(b, b, b, b); }
+__device__ __forceinline__ float4 operator*(float4 a, float b) { return a * make_float4(b, b, b, b); }
 __device__ __forceinline__ float total(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.f / (1.f + __expf(-v)); }
-__device__ __forceinline__ float4 sigmoid(float4 v) { return make_float4(sigmoid(v.x), sigmoid(v.y), sigmoid(v.z), sigmoid(v.w)); }
+__device__ __forceinline__ float4 sigmoid(float4 v) {
+    return make_float4(sigmoid(v.x), sigmoid(v.y), sigmoid(v.z), sigmoid(v.w));
+}
 
 // Over the lanes of a row.
 __device__ __forceinline__ float row_sum(float v) {
@@ -51,7 +59,7 @@ __device__ __forceinline__ float row_sum(float v) {
 struct Share {
     int sub = threadIdx.x % LANES;
     __device__ __forceinline__ int channel(int i) const { return 4 * (sub + LANES * i); }
-    __device__ __forceinline__ bool has(int i) const { return QUADS_OF_ROW % LANES == 0 || sub + LANES * i < QUADS_OF_ROW; }
+    __device__ __forceinline__ bool has(int i) const { return FOURS % LANES == 0 || sub + LANES * i < FOURS; }
 };
 
 // Where channel c of a row of the norm lies in x.
@@ -103,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
         const int c = share.channel(i);
         v[i] = read4(x + map.place(row, c));
         if (OP == GATE) other[i] = read4(gate + row * gate_l + c);
-        if (OP == SPLIT) *(quad_t*)(left + row * C + c) = *(const quad_t*)(x + row * 2 * C + c);
+        if (OP == SPLIT) *(four_t*)(left + row * C + c) = *(const four_t*)(x + row * 2 * C + c);
     }
     standardise(v, share, eps);
 #pragma unroll
@@ -200,35 +208,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_
                 }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < 2 * QUADS_OF_ROW; i += 32 * WARPS)
-        ((float4*)partials)[(i64)blockIdx.x * 2 * QUADS_OF_ROW + i] = shared[i / QUADS_OF_ROW][i % QUADS_OF_ROW];
+    for (int i = threadIdx.x; i < 2 * FOURS; i += 32 * WARPS)
+        ((float4*)partials)[(i64)blockIdx.x * 2 * FOURS + i] = shared[i / FOURS][i % FOURS];
 }
 
-// The end of a block: x + the channels of left and right in turn, right times keep * scale of its image where KEEP. As
-// numbers in memory: number 2i of the result takes number i of left, number 2i + 1 that of right. Four i per thread.
-
-// each: threads per image.
-__device__ __forceinline__ float factor(const x_t* keep, float scale, i64 thread, i64 each) {
-    return KEEP ? to_float<X_TYPE>(keep[thread / each]) * scale : 1.f;
-}
+// The end of a block: x + the channels of left and right in turn, right times the factor of its image where FACTORS. As
+// numbers in memory: number 2i of the result takes number i of left, number 2i + 1 that of right. Four i per thread,
+// `each` threads per image.
 
 extern "C" __global__ void __launch_bounds__(256) mix_forward(
     const x_t* __restrict__ x, const x_t* __restrict__ left, const x_t* __restrict__ right,
-    const x_t* __restrict__ keep, x_t* __restrict__ out, i64 threads, i64 each, float scale) {
-    const i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= threads) return;
-    const float f = factor(keep, scale, i, each);
+    const float* __restrict__ factors, x_t* __restrict__ out, int threads, int each) {
+    const int thread = blockIdx.x * 256 + threadIdx.x;
+    if (thread >= threads) return;
+    const i64 i = thread;
+    const float f = FACTORS ? factors[thread / each] : 1.f;
     const float4 a = read4(x + 8 * i), b = read4(x + 8 * i + 4), l = read4(left + 4 * i), r = read4(right + 4 * i);
     write4(out + 8 * i, make_float4(a.x + l.x, a.y + f * r.x, a.z + l.y, a.w + f * r.y));
     write4(out + 8 * i + 4, make_float4(b.x + l.z, b.y + f * r.z, b.z + l.w, b.w + f * r.w));
 }
 
 extern "C" __global__ void __launch_bounds__(256) mix_backward(
-    const x_t* __restrict__ dout, const x_t* __restrict__ keep, x_t* __restrict__ dleft, x_t* __restrict__ dright,
-    i64 threads, i64 each, float scale) {
-    const i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= threads) return;
-    const float f = factor(keep, scale, i, each);
+    const x_t* __restrict__ dout, const float* __restrict__ factors, x_t* __restrict__ dleft,
+    x_t* __restrict__ dright, int threads, int each) {
+    const int thread = blockIdx.x * 256 + threadIdx.x;
+    if (thread >= threads) return;
+    const i64 i = thread;
+    const float f = FACTORS ? factors[thread / each] : 1.f;
     const float4 a = read4(dout + 8 * i), b = read4(dout + 8 * i + 4);
     write4(dleft + 4 * i, make_float4(a.x, a.z, b.x, b.z));
     write4(dright + 4 * i, make_float4(f * a.y, f * a.w, f * b.y, f * b.w));

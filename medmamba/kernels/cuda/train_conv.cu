@@ -1,30 +1,31 @@
 // silu(depthwise 3x3 convolution + bias) of a training step, forward and backward. Compile-time constants, set by
 // ../fused_ops.py:
 //     CHANNELS  C, even
-//     PAIRS     of channels per program; THREADS is a multiple of it
+//     WIDTH     pairs of channels per program; THREADS is a multiple of it
 //     STRIP     pixels of a row that a thread takes at a time
 //     OCCUPANCY programs that a processor should hold
 //     PARAMS    whether the gradients of weight and bias are wanted
-// The left half of x (B, H, W, 2C) is convolved, C numbers of each pixel. weight (C, 3, 3). A thread takes two channels of strips of one row; a program takes every programs-th group of strips,
-// so that it reads its weights once.
+// The left half of x (B, H, W, 2C) is convolved, C numbers of each pixel; weight (C, 3, 3). A thread takes two channels
+// of strips of one row. A program takes every programs-th group of strips, so that it reads its weights once.
 
 constexpr int C = CHANNELS;
-constexpr int SUBS = THREADS / PAIRS;  // strips at a time
+struct alignas(2 * sizeof(x_t)) two_t { x_t x, y; };
+constexpr int SUBS = THREADS / WIDTH;  // strips at a time
 
 // What a program and a thread work on.
 struct Work {
     int block, program, programs, pair, sub, c;  // c: the first of two channels
     __device__ __forceinline__ Work(int blocks) {
         block = blockIdx.x % blocks, program = blockIdx.x / blocks, programs = gridDim.x / blocks;
-        pair = threadIdx.x % PAIRS, sub = threadIdx.x / PAIRS, c = 2 * (block * PAIRS + pair);
+        pair = threadIdx.x % WIDTH, sub = threadIdx.x / WIDTH, c = 2 * (block * WIDTH + pair);
     }
 };
 
 // The weights of this thread's channels, the last first where FLIP.
 template <bool FLIP> __device__ __forceinline__ void read_taps(Pair* taps, const float* weight, const Work& work) {
-    __shared__ float shared[18 * PAIRS];  // threads would read them nine numbers apart
-    const int start = 18 * work.block * PAIRS;
-    for (int i = threadIdx.x; i < 18 * PAIRS; i += THREADS) shared[i] = start + i < 9 * C ? weight[start + i] : 0.f;
+    __shared__ float shared[18 * WIDTH];  // threads would read them nine numbers apart
+    const int start = 18 * work.block * WIDTH;
+    for (int i = threadIdx.x; i < 18 * WIDTH; i += THREADS) shared[i] = start + i < 9 * C ? weight[start + i] : 0.f;
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < 9; t++) {
@@ -55,7 +56,7 @@ template <int STEP> __device__ __forceinline__ void convolve(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_forward(
     const x_t* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, x_t* __restrict__ out,
     int total, int H, int W, int strips, int blocks) {
     const Work work(blocks);
@@ -129,22 +130,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
     if (!PARAMS) return;
     __shared__ Pair shared[THREADS];
     partials += (i64)work.program * 10 * C;
+#pragma unroll
     for (int t = 0; t < 10; t++) {
         __syncthreads();
-#pragma unroll
-        for (int k = 0; k < 10; k++)  // `sums` stays in registers
-            if (k == t) shared[threadIdx.x] = sums[k];
+        shared[threadIdx.x] = sums[t];
         __syncthreads();
         if (work.sub || !mine) continue;
         Pair sum = shared[work.pair];
-        for (int i = 1; i < SUBS; i++) sum.x += shared[i * PAIRS + work.pair].x, sum.y += shared[i * PAIRS + work.pair].y;
+        for (int i = 1; i < SUBS; i++) {
+            const Pair other = shared[i * WIDTH + work.pair];
+            sum.x += other.x, sum.y += other.y;
+        }
         const int to = t < 9 ? 9 * c + t : 9 * C + c;
         partials[to] = sum.x, partials[to + (t < 9 ? 9 : 1)] = sum.y;
     }
 }
 
 // dx (B, H, W, 2C): its left half from dpre, its right half, which passed by the convolution, from dgate.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_input(
+extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_input(
     const x_t* __restrict__ dpre, const x_t* __restrict__ dgate, const float* __restrict__ weight,
     x_t* __restrict__ dx, int total, int H, int W, int strips, int blocks) {
     const Work work(blocks);
@@ -155,18 +158,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_input(
     for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
         const int first = s % strips * STRIP, line = s / strips;
         const i64 pixel = (i64)line * W + first;
-        Pair sums[STRIP], passing[STRIP];
+        x_t* to = dx + pixel * 2 * C + c;
+        Pair sums[STRIP];
 #pragma unroll
         for (int i = 0; i < STRIP; i++) {
             sums[i] = {0.f, 0.f};
-            if (first + i < W) passing[i] = read(dgate + (pixel + i) * C + c);
+            if (first + i < W) *(two_t*)(to + i * 2 * C + C) = *(const two_t*)(dgate + (pixel + i) * C + c);
         }
         convolve<C>(sums, dpre + (i64)(line / H) * H * W * C + c, taps, line % H, first, H, W);
 #pragma unroll
         for (int i = 0; i < STRIP; i++)
-            if (first + i < W) {
-                x_t* to = dx + (pixel + i) * 2 * C + c;
-                write(to, sums[i]), write(to + C, passing[i]);
-            }
+            if (first + i < W) write(to + i * 2 * C, sums[i]);
     }
 }
