@@ -123,8 +123,8 @@ class SSConvSSM(nn.Module):
         self.norm = nn.LayerNorm(dim // 2)
         self.ssm = SS2D(dim // 2, d_state, expand, dt_rank)
         self.drop_path = DropPath(drop_path)
-        # A place to hook the scan branch as (B, C, H, W), for attribution, before training drops samples; `conv` is such
-        # a place for the other branch.
+        # A place to hook the scan branch as (B, C, H, W), for attribution, before training drops samples. `conv` is one
+        # for the other branch.
         self.ssm_map = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
