@@ -22,12 +22,12 @@ demo: setup
 	$(BIN)/python -m demo.app --open
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy medmamba hub demo
+	$(BIN)/mypy medmamba medmamba_command.py hub demo
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -3,16 +3,21 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import medmamba
+import medmamba_command
 from medmamba.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -89,3 +94,19 @@ def test_doctor_names_backends_and_what_is_used(capsys):
 def test_installed_command():
     result = subprocess.run([sys.executable, "-m", "medmamba", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == f"medmamba {medmamba.__version__}"
+
+
+def test_waiting_threads_sleep():
+    """Which they must be told before PyTorch is loaded."""
+    for module in ("medmamba_command", "hub"):
+        code = f"import {module}, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
+        assert found.stdout.split() == ["passive", "False"], found.stderr
+
+
+def test_the_command_that_is_installed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["medmamba", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        medmamba_command.main()
+    assert capsys.readouterr().out.startswith("medmamba ")
