@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import fused, resolve_backend
+from .kernels.layers import pad_rank
 from .model import MedMamba, SSConvSSM
 
 
@@ -134,19 +135,16 @@ def _prepare(block: SSConvSSM) -> _Block:
     layers: Any = list(block.conv)
     affine, conv1, _, conv2, _, pointwise, _ = layers
     ssm: Any = block.ssm
-    pad = -ssm.dt_weight.shape[2] % 4
-    R = ssm.dt_weight.shape[2]
-    code, vectors = ssm.x_proj.split((R, ssm.x_proj.shape[1] - R), dim=1)
-    x_proj = torch.cat((F.pad(code, (0, 0, 0, pad)), vectors), dim=1).flatten(0, 1).contiguous()
+    x_proj, dt_weight = pad_rank(ssm.x_proj, ssm.dt_weight.float())
     scale, shift = (getattr(affine, name).flatten().float().contiguous() for name in ("scale", "shift"))
     return _Block(
         convs=(conv1, conv2),
         pointwise=pointwise,
         in_proj=ssm.in_proj.weight,
         depthwise=(ssm.conv.weight.flatten(1).T.float().contiguous(), ssm.conv.bias.float()),
-        x_proj=x_proj,
+        x_proj=x_proj.flatten(0, 1).contiguous(),
         scan=(
-            F.pad(ssm.dt_weight.float(), (0, pad)),
+            dt_weight,
             ssm.dt_bias.float(),
             -torch.exp(ssm.A_log.float()),
             ssm.D.float(),

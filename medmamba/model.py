@@ -18,7 +18,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,18 +82,19 @@ class SS2D(nn.Module):
         self.D.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, proj, A, gate = self.scan_inputs(x)
-        y = selective_scan_2d(x, proj, self.dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
+        x, proj, dt_weight, A, gate = self.scan_inputs(x)
+        y = selective_scan_2d(x, proj, dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
         return self.out_proj(layers.norm_gate(y, gate, self.out_norm, self.scan_backend))
 
-    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), A (K, C, N), and gate."""
+    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), dt_weight (K, C, R) and
+        A (K, C, N), and to the gate (B, H, W, C)."""
         x, gate = layers.conv_silu(self.in_proj(x), self.conv, self.scan_backend)  # (B, H, W, C) each
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
         # four sequences first, without four copies of x.
-        proj = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2])  # (B, H, W, K, R + 2N)
+        proj, dt_weight = layers.project(x, self.x_proj, self.dt_weight)  # (B, H, W, K, R + 2N), (K, C, R)
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype)))
-        return x, proj, A, gate
+        return x, proj, dt_weight, A, gate
 
 
 class ConvBranch(nn.Sequential):

@@ -337,7 +337,7 @@ def test_scan_field_of_an_image(trained, crop_mode, tmp_path):  # noqa: F811
     ssm = model.stages[0].blocks[0].ssm
     ssm.register_forward_pre_hook(lambda module, args: captured.update(x=args[0]))
     model.predict(image)
-    x, proj, A, _ = ssm.scan_inputs(captured["x"].clone())
+    x, proj, _, A, _ = ssm.scan_inputs(captured["x"].clone())
     x = x.detach().requires_grad_()
     y = medmamba.selective_scan_2d(x, proj.detach(), ssm.dt_weight, ssm.dt_bias, A, torch.zeros_like(ssm.D), "torch")
     y[0, 2, 8].sum().backward()

@@ -12,6 +12,7 @@ import torch
 import medmamba
 from medmamba import ConfigError, MedMambaConfig, convert, create_model
 from medmamba.config import VARIANTS
+from medmamba.kernels import layers
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,26 @@ def test_drop_path_drops_the_scan_branch_only():
     torch.testing.assert_close(ssm[~dropped], maps["ssm"][~dropped] / (1 - 0.9))
     block.eval()
     torch.testing.assert_close((block(x) - x)[..., 1::2].permute(0, 3, 1, 2), maps["ssm"])
+
+
+def test_a_padded_step_size_code_changes_nothing(monkeypatch):
+    """As it is on GPUs; the ranks of this variant are 1, 1, 2 and 4."""
+    model = create_model("test", num_classes=3, drop_path_rate=0.0).double().train()
+    images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    found = []
+    for padded in (False, True):
+        monkeypatch.setattr(layers, "_prefers_fours", lambda x, padded=padded: padded)
+        ranks = []
+        hook = lambda m, i, o, ranks=ranks: ranks.append(m.scan_inputs(i[0])[2].shape[2])  # noqa: E731
+        handles = [block.ssm.register_forward_hook(hook) for stage in model.stages for block in stage.blocks]
+        logits = model(images)
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append((ranks, logits, *gradients))
+        for handle in handles:
+            handle.remove()
+    assert found[0][0] != found[1][0] and set(found[1][0]) == {4}
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_fused_copy_gives_the_same_logits(tiny_model):

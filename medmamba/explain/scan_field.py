@@ -136,10 +136,10 @@ def scan_field(
     with controlled(weight.device, 0), torch.no_grad():
         view.forward_features(preprocess(picture, config.preprocess, config.in_chans)[None].to(weight.device))
         handle.remove()
-        values, proj, A, _ = ssm.scan_inputs(captured[0])  # x (1, H', W', C)
+        values, proj, dt_weight, A, _ = ssm.scan_inputs(captured[0])  # x (1, H', W', C)
         H, W = values.shape[1:3]
         row, col = _to_map((y, x), picture.size, config.preprocess, (H, W))
-        jacobian = influence(proj[0], ssm.dt_weight, ssm.dt_bias, A, (row, col))  # (K, H', W', C)
+        jacobian = influence(proj[0], dt_weight, ssm.dt_bias, A, (row, col))  # (K, H', W', C)
         directions = jacobian.abs().mean(-1)
         merged = jacobian.sum(0).abs().mean(-1)
         reach = [_reach(seq[: t + 1]) for seq, t in zip(*_in_order(directions, (row, col)), strict=True)]

@@ -41,6 +41,24 @@ def conv_silu(wide: Tensor, conv: nn.Conv2d, backend: str | None = None) -> tupl
     return F.silu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), gate
 
 
+def project(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What the scan needs of each pixel, for all directions: x (B, H, W, C) by x_proj (K, R + 2N, C) to (B, H, W, K,
+    R + 2N), and dt_weight (K, C, R). On GPUs both with R up to a multiple of 4, see `pad_rank`."""
+    if _prefers_fours(x):
+        x_proj, dt_weight = pad_rank(x_proj, dt_weight)
+    return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]), dt_weight
+
+
+def pad_rank(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same scan with zeros in the step size code up to a multiple of 4: then matrix products and loads are aligned.
+    x_proj (K, R + 2N, C) and dt_weight (K, C, R)."""
+    R = dt_weight.shape[2]
+    if R % 4 == 0:
+        return x_proj, dt_weight
+    code, vectors = x_proj[:, :R], x_proj[:, R:]
+    return torch.cat((F.pad(code, (0, 0, 0, -R % 4)), vectors), dim=1), F.pad(dt_weight, (0, -R % 4))
+
+
 def norm_gate(y: Tensor, gate: Tensor, norm: nn.LayerNorm, backend: str | None = None) -> Tensor:
     """norm(y) * silu(gate): (B, H, W, C) all three."""
     if _kernels_run(y, backend) and _takes_norm(norm, y, y.shape[-1]) and _like(gate, y, y.shape):
@@ -98,6 +116,10 @@ def _kernels_run(x: Tensor, backend: str | None) -> bool:
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
     return _on_cuda_backend(x, backend)
+
+
+def _prefers_fours(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _on_cuda_backend(x: Tensor, backend: str | None) -> bool:
