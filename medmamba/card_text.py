@@ -183,8 +183,15 @@ def _calibration(facts: ModelFacts) -> str:
 
 
 def _unusual(facts: ModelFacts) -> str:
-    if facts.unusual is None or not _others(facts):
+    if facts.unusual is None:
         return ""
+    rule = (
+        "`predict` and the web app call an image unusual if its features lie further from those of every class than "
+        f"those of {facts.unusual.coverage:.0%} of the validation images do (`unusual.json`, `medmamba.unusual`)"
+    )
+    limit = "An image that is not called unusual may still be of no class the model knows."
+    if not _others(facts):
+        return f"{rule}. What this catches was not measured. {limit}"
     own = facts.unusual.measured["own"]
     rows = [[f"{facts.dataset}, its own test images", own["n"], f"{own['called_unusual']:.1%}", ""]]
     rows += [
@@ -192,12 +199,7 @@ def _unusual(facts: ModelFacts) -> str:
     ]
     lines = [["Images of", "Number", "Called unusual", "AUROC against its own"], ["---"] * 4, *rows]
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return (
-        "`predict` and the web app call an image unusual if its features lie further from those of every class than "
-        f"those of {facts.unusual.coverage:.0%} of the validation images do (`unusual.json`, `medmamba.unusual`). "
-        f"Measured:\n\n{table}\n\n{_energy(facts)}"
-        "An image that is not called unusual may still be of no class the model knows."
-    )
+    return f"{rule}. Measured:\n\n{table}\n\n{_energy(facts)}{limit}"
 
 
 def _energy(facts: ModelFacts) -> str:

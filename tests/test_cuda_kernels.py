@@ -71,20 +71,24 @@ def emulated(file, name, signature, defines, shared, device):
     return launch
 
 
-@pytest.fixture(autouse=True)
-def without_a_gpu(monkeypatch):
-    if CUDA:
-        return
+def emulate(monkeypatch, processors):
+    """A GPU of so many processors."""
 
     class Stream:
         cuda_stream = 0
 
     class Properties:
-        multi_processor_count, shared_memory_per_block_optin = 2, 100_000
+        multi_processor_count, shared_memory_per_block_optin = processors, 100_000
 
     monkeypatch.setattr(nvrtc, "load_kernel", emulated)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    if not CUDA:
+        emulate(monkeypatch, processors=2)
 
 
 @pytest.fixture

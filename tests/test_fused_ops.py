@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from test_cuda_kernels import CUDA, DEVICE, emulated, gpu, runs
+from test_cuda_kernels import CUDA, DEVICE, emulate, gpu, runs
 from torch import nn
 
 import medmamba
@@ -20,19 +20,9 @@ dtypes = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch):
-    if CUDA:
-        return
-
-    class Stream:
-        cuda_stream = 0
-
-    class Properties:
-        multi_processor_count = 1  # few programs, so that each has several turns
-
-    monkeypatch.setattr(nvrtc, "load_kernel", emulated)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
-    monkeypatch.setattr(layers, "_on_cuda_backend", lambda x, backend: True)
+    if not CUDA:
+        emulate(monkeypatch, processors=1)  # few programs, so that each has several turns
+        monkeypatch.setattr(layers, "_on_cuda_backend", lambda x, backend: True)
 
 
 @contextlib.contextmanager

@@ -206,6 +206,9 @@ def test_what_is_known_of_other_images_is_on_the_card(folder):
         "own": {"n": 160, "called_unusual": 0.05},
         "auroc": {"BreastMNIST": {"auroc": 0.987, "n": 156, "called_unusual": 0.913, "energy": 0.31, "max_prob": 0.4}},
     }
+    Unusual(means, spread, 1.5, 0.95).save(folder)
+    text = render_card(read_facts(folder), "org/bloodmnist")
+    assert "## Images of another kind" in text and "What this catches was not measured" in text
     Unusual(means, spread, 1.5, 0.95, measured).save(folder)
     facts = read_facts(folder)
     text = render_card(facts, "org/bloodmnist")

@@ -1,5 +1,5 @@
 """What surrounds the scan in a block. The plain PyTorch expressions here define it; where the scan runs on the backend
-"cuda", the kernels of `fused_ops.py` compute the same, values and gradients, with a tenth of the launches.
+"cuda", the kernels of `fused_ops.py` compute the same, values and gradients, with a third of the launches.
 
 The expressions run everywhere else: on CPUs and other backends, while torch.compile or torch.export trace (a compiler
 fuses them itself), in float64, for channels that are no multiple of 4, under `torch.func`, and where a module that the

@@ -20,7 +20,6 @@ from ..model import MedMamba
 from ..preprocess import normalise
 from . import augment, data_parallel, graphs, objective, sampling
 from .checkpoint import CheckpointStore, ResumeError
-from .data_parallel import sync_batch_norm
 from .graphs import graphs_possible
 from .log import RunLog
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
@@ -111,7 +110,7 @@ class Trainer:
         self.weights = (
             sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
         )
-        synchronised = sync_batch_norm(self.model, accelerator, self.batches.part)
+        synchronised = data_parallel.sync_batch_norm(self.model, accelerator, self.batches.part)
         self._use_graphs = graphs == "auto" and graphs_possible(accelerator) and not synchronised
         self._graph = _NO_GRAPH
         self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
