@@ -68,11 +68,13 @@ class Bench:
             times.append(start.elapsed_time(end))
         return statistics.median(times)
 
+    def forget_peak(self) -> None:
+        if not self.smoke:
+            torch.cuda.reset_peak_memory_stats()
+
     def measure(self, function: Callable[[], object], **row: Any) -> None:
-        """Adds a row: the median duration of one call, and the most memory that tensors took meanwhile."""
+        """Adds a row: the median duration of one call, and the most memory that tensors took since `forget_peak`."""
         try:
-            if not self.smoke:
-                torch.cuda.reset_peak_memory_stats()
             row["ms"] = self.milliseconds(function)
             if not self.smoke:
                 row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -143,6 +145,7 @@ def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes:
         if part == "profile":
             bench.profile(f"{name}, inference, batch {batch}", call)
         else:
+            bench.forget_peak()
             bench.measure(call, mode=mode, **common)
     free(bench)
 
@@ -161,7 +164,8 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) -> None:
-    """Forward, backward and AdamW; the memory is that of the whole step."""
+    """Forward, backward and AdamW; the memory is that of a whole step, of a graph also what its capture takes."""
+    bench.forget_peak()
     model = build(name, bench, "autocast", train=True)
     images, targets = bench.images(batch, size), torch.randint(0, 8, (batch,), device=bench.device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not bench.smoke)
@@ -174,8 +178,13 @@ def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) 
         with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=mode != "graph"):
             return F.cross_entropy(network(images), targets)
 
+    step = None
     try:
-        step = GraphedStep(model, loss, images, targets) if mode == "graph" and not bench.smoke else None
+        if mode == "graph" and not bench.smoke:
+            loss(images, targets).backward()
+            optimiser.step()  # its averages are there when the graph is captured, as far as memory goes
+            optimiser.zero_grad()
+            step = GraphedStep(model, loss, images, targets)
     except torch.OutOfMemoryError:
         print(f"{part} {name} {batch} {size}: out of memory")
         return

@@ -84,7 +84,7 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, proj, dt_weight, A, gate = self.scan_inputs(x)
         y = selective_scan_2d(x, proj, dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
-        return self.out_proj(layers.norm_gate(y, gate, self.out_norm, self.scan_backend))
+        return layers.gate_project(y, gate, self.out_norm, self.out_proj, self.scan_backend)
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), dt_weight (K, C, R) and

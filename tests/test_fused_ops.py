@@ -84,10 +84,10 @@ def kept(x):
 PROBLEMS = {
     "split_norm": lambda B, H, W, C: (norm(C), [(B, H, W, 2 * C)], lambda m, x: layers.split_norm(x, m)),
     "conv_silu": lambda B, H, W, C: (depthwise(C), [(B, H, W, 2 * C)], lambda m, x: layers.conv_silu(x, m)),
-    "norm_gate": lambda B, H, W, C: (
-        norm(C),
+    "gate_project": lambda B, H, W, C: (
+        nn.Sequential(norm(C), nn.Linear(C, C // 2, bias=False)),
         [(B, H, W, C), (B, H, W, 2 * C)],
-        lambda m, y, wide: layers.norm_gate(y, wide.chunk(2, -1)[1], m),
+        lambda m, y, wide: layers.gate_project(y, wide.chunk(2, -1)[1], *m),
     ),
     "channel_norm": lambda B, H, W, C: (norm(C), [(B, H, W, C)], lambda m, x: layers.channel_norm(x, m)),
     "merge_norm": lambda B, H, W, C: (norm(4 * C), [(B, H, max(W, 2), C)], lambda m, x: layers.merge_norm(x, m)),
@@ -128,7 +128,9 @@ def evaluate(layer, maps, call, dtype, parameters=None):
     """All outputs, the gradients of all maps, and those of all parameters, which are of `parameters` or `dtype`."""
     layer = copy.deepcopy(layer).to(parameters or dtype)
     maps = [m.detach().to(dtype).requires_grad_() for m in maps]
-    outputs = listed(call(layer, *maps))
+    mixed = parameters is not None and parameters != dtype
+    with torch.autocast(DEVICE, dtype) if mixed else contextlib.nullcontext():
+        outputs = listed(call(layer, *maps))
     grads = backward(outputs, [*maps, *layer.parameters()])
     return [y.detach() for y in outputs], grads[: len(maps)], grads[len(maps) :]
 
@@ -164,10 +166,10 @@ def test_values_and_gradients(name, shape, dtype):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("norm_gate", (2, 19, 17, 8)),  # more rows than programs take at a time
+        ("gate_project", (2, 19, 17, 8)),  # more rows than programs take at a time
         ("split_norm", (1, 9, 11, 96)),
         ("split_norm", (1, 1, 5, 388)),  # a warp per row, of which it does not fill all lanes
-        ("norm_gate", (1, 2, 3, 516)),
+        ("gate_project", (1, 2, 3, 516)),
         ("merge_norm", (2, 7, 9, 96)),
         ("merge_norm", (1, 2, 3, 512)),
         ("conv_silu", (2, 6, 35, 4)),  # several turns and strips
@@ -254,7 +256,8 @@ def test_only_some_gradients_are_wanted(name):
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(backward(listed(call(layer, *maps)), [*layer.parameters()]), of_parameters)
     inputs = [m.requires_grad_() for m in maps]
-    close(backward(listed(call(layer, *inputs)), [layer.bias]), of_parameters[1:])
+    bias = list(layer.parameters())[1]
+    close(backward(listed(call(layer, *inputs)), [bias]), of_parameters[1:2])
     layer.requires_grad_(False)
     close(backward(listed(call(layer, *inputs)), inputs), of_maps)
     with torch.no_grad():
@@ -313,6 +316,9 @@ def test_what_the_kernels_do_not_cover():
     def layer(channels, kind=nn.LayerNorm, **options):
         return kind(channels, **options).to(DEVICE)
 
+    def linear(channels):
+        return nn.Linear(channels, 4, bias=False).to(DEVICE)
+
     uncovered = [
         lambda: layers.channel_norm(x(6), layer(6)),
         lambda: layers.channel_norm(x(8), layer(8, Other)),
@@ -323,7 +329,8 @@ def test_what_the_kernels_do_not_cover():
         lambda: layers.channel_norm(nn.Parameter(x(8)), layer(8)),
         lambda: layers.channel_norm(x(4096), layer(4096)),
         lambda: layers.merge_norm(x(8)[:, :1], layer(32)),
-        lambda: layers.norm_gate(x(8), x(8, torch.float64), layer(8)),
+        lambda: layers.gate_project(x(8), x(8), layer(8), nn.Linear(8, 4).to(DEVICE)),
+        lambda: layers.gate_project(x(8), x(8), Other(8).to(DEVICE), linear(8)),
         lambda: layers.conv_silu(x(16), conv(bias=False)),
         lambda: layers.conv_silu(x(16), conv(dilation=2, padding=2)),
         lambda: layers.conv_silu(x(16), conv(padding_mode="circular")),
@@ -332,13 +339,15 @@ def test_what_the_kernels_do_not_cover():
         lambda: layers.mix(x(8), x(4), x(4, torch.bfloat16)),
         lambda: layers.mix(x(12), x(6), x(6)),
         lambda: layers.mix(x(8), x(4)[:, :1], x(4)[:, :1]),
-        lambda: layers.norm_gate(x(8), x(8)[:, :1], layer(8)),
+        lambda: layers.gate_project(x(8), x(8)[:, :1], layer(8), linear(8)),
         lambda: torch.func.grad(lambda x: layers.mix(x, x[..., :4], x[..., 4:]).sum())(x(8)),
         lambda: torch.compile(lambda x: layers.channel_norm(x, layer(8)), backend="eager")(x(8)),
         lambda: torch.jit.trace(lambda x: layers.channel_norm(x, layer(8)), x(8), check_trace=False),
     ]
     for i, call in enumerate(uncovered):
         assert ran(call) == [], f"number {i}"
+    with pytest.raises(RuntimeError, match="dtype"):  # what the expression says of two types without autocast
+        layers.gate_project(x(8, torch.bfloat16), x(8, torch.bfloat16), layer(8).bfloat16(), linear(8))
     assert ran(lambda: layers.channel_norm(x(8), layer(8))) == ["norm_forward"]
     with plain():
         assert ran(lambda: layers.channel_norm(x(8), layer(8))) == []
@@ -357,7 +366,7 @@ def test_fake_tensors_meet_no_kernel():
 
 BLOCK = {
     "forward": ["norm_forward", "conv_forward", "norm_forward", "mix_forward"],
-    "backward": ["mix_backward", "norm_backward", "conv_backward", "conv_input", "norm_backward"],
+    "backward": ["mix_backward", "norm_forward", "norm_backward", "conv_backward", "conv_input", "norm_backward"],
 }
 
 
@@ -426,7 +435,7 @@ def test_model_under_autocast():
     ]
     with launches() as names:
         logits, found = step(model, images, torch.bfloat16)
-    assert len(names) == 44, "not all went through the kernels"
+    assert len(names) == 48, "not all went through the kernels"
     assert types == {torch.bfloat16} and logits.dtype == torch.bfloat16
     assert all(found[n].dtype == torch.float32 and found[n].isfinite().all() for n in found)
     assert distance(found, exact) < 1.3 * distance(usual, exact) + 0.01
@@ -470,18 +479,18 @@ def test_hooks_on_the_maps_see_and_steer_them():
 def test_at_full_size(name, shape, dtype):
     """The maps of `tiny`; twice as wide are those within the scan branch."""
     check(name, shape, dtype)
-    if name in ("norm_gate", "conv_silu"):
+    if name in ("gate_project", "conv_silu"):
         check(name, (*shape[:3], 2 * shape[3]), dtype)
 
 
 @gpu
 def test_the_backend_switches_the_kernels():
     model, images = network(), torch.randn(2, 3, 64, 64, device=DEVICE)
-    assert len(ran(lambda: step(model, images))) == 44
+    assert len(ran(lambda: step(model, images))) == 48
     model.set_scan_backend("torch")
     assert ran(lambda: step(model, images)) == []
     model.set_scan_backend("cuda")
-    assert len(ran(lambda: step(model, images))) == 44
+    assert len(ran(lambda: step(model, images))) == 48
 
 
 @gpu

@@ -246,12 +246,12 @@ def test_every_plan_computes_the_same(block, unroll, segments):
 
 @gpu
 def test_memory_does_not_grow_with_the_state():
-    """What autograd keeps for the backward pass: far less than one (B, K, L, C, N) tensor."""
+    """What autograd keeps for the backward pass: a state every CHUNK tokens, not one (B, K, L, C, N) tensor."""
     tensors = [t.requires_grad_() for t in problem_2d(B=8, H=56, W=56, C=96, R=3)]
     before = torch.cuda.memory_allocated()
     y = selective_scan_2d(*tensors, backend="triton")
     kept = torch.cuda.memory_allocated() - before - y.nbytes
-    assert kept < 8 * 4 * 56 * 56 * 96 * 16 * 4 / 16
+    assert kept <= 8 * 4 * 56 * 56 * 96 * 16 * 4 / triton_backend.CHUNK
 
 
 @gpu

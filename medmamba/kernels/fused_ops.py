@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
@@ -48,27 +49,30 @@ class SplitNorm(Function):
         return gradient, *parameters, None
 
 
-class NormGate(Function):
-    """layer_norm(y) * silu(gate), (B, H, W, C); gate may be half of a wider map."""
+class GateProject(Function):
+    """linear(layer_norm(y) * silu(gate)): y and gate (B, H, W, C), gate maybe half of a wider map, by matrix (O, C) to
+    (B, H, W, O). What the matrix is multiplied with is computed again in the backward pass rather than kept."""
 
     @staticmethod
-    def forward(ctx, y, gate, weight, bias, eps):
-        y, ctx.dtype, ctx.eps = _ready(y), weight.dtype, eps
+    def forward(ctx, y, gate, weight, bias, eps, matrix):
+        y, ctx.dtype, ctx.matrix_dtype, ctx.eps = _ready(y), weight.dtype, matrix.dtype, eps
         gate, ctx.step = _evenly_spaced(gate)
-        weight, bias = _parameter(weight), _parameter(bias)
-        out = torch.empty_like(y)
-        _norm_forward(GATE, y, gate, ctx.step, weight, bias, out, None, ALL_PIXELS, eps)
-        ctx.save_for_backward(y, gate, weight, bias)
-        return out
+        weight, bias, matrix = _parameter(weight), _parameter(bias), matrix.to(y.dtype)
+        ctx.save_for_backward(y, gate, weight, bias, matrix)
+        return F.linear(_gated(ctx, y, gate, weight, bias), matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        y, gate, weight, bias = ctx.saved_tensors
+        y, gate, weight, bias, matrix = ctx.saved_tensors
+        dmatrix = None
+        if ctx.needs_input_grad[5]:
+            gated = _gated(ctx, y, gate, weight, bias)
+            dmatrix = (dout.flatten(0, 2).mT @ gated.flatten(0, 2)).to(ctx.matrix_dtype)
         dy, dgate = torch.empty_like(y), torch.empty_like(y)
         beside = gate, ctx.step, weight, bias, None, None
-        parameters = _norm_backward(ctx, 2, GATE, dout, y, *beside, dy, dgate, ALL_PIXELS)
-        return dy, dgate, *parameters, None
+        parameters = _norm_backward(ctx, 2, GATE, dout @ matrix, y, *beside, dy, dgate, ALL_PIXELS)
+        return dy, dgate, *parameters, None, dmatrix
 
 
 class Norm(Function):
@@ -158,6 +162,12 @@ class Mix(Function):
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def _gated(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch.empty_like(y)
+    _norm_forward(GATE, y, gate, ctx.step, weight, bias, out, None, ALL_PIXELS, ctx.eps)
+    return out
 
 
 def _norm_forward(

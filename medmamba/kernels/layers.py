@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .cuda_backend import TYPES
 from .dispatch import resolve_backend
-from .fused_ops import MAX_CHANNELS, ConvSilu, Mix, Norm, NormGate, SplitNorm
+from .fused_ops import MAX_CHANNELS, ConvSilu, GateProject, Mix, Norm, SplitNorm
 
 
 def split_norm(x: Tensor, norm: nn.LayerNorm, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,11 +59,12 @@ def pad_rank(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((F.pad(code, (0, 0, 0, -R % 4)), vectors), dim=1), F.pad(dt_weight, (0, -R % 4))
 
 
-def norm_gate(y: Tensor, gate: Tensor, norm: nn.LayerNorm, backend: str | None = None) -> Tensor:
-    """norm(y) * silu(gate): (B, H, W, C) all three."""
-    if _kernels_run(y, backend) and _takes_norm(norm, y, y.shape[-1]) and _like(gate, y, y.shape):
-        return NormGate.apply(y, gate, norm.weight, norm.bias, norm.eps)
-    return norm(y) * F.silu(gate)
+def gate_project(y: Tensor, gate: Tensor, norm: nn.LayerNorm, linear: nn.Linear, backend: str | None = None) -> Tensor:
+    """linear(norm(y) * silu(gate)): y and gate (B, H, W, C), linear without bias to (B, H, W, C')."""
+    fits = _kernels_run(y, backend) and _takes_norm(norm, y, y.shape[-1]) and _like(gate, y, y.shape)
+    if fits and _takes_linear(linear, y):
+        return GateProject.apply(y, gate, norm.weight, norm.bias, norm.eps, linear.weight)
+    return linear(norm(y) * F.silu(gate))
 
 
 def mix(x: Tensor, left: Tensor, right: Tensor, factors: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -145,6 +146,17 @@ def _takes_conv(conv: nn.Conv2d, wide: Tensor) -> bool:
         return False
     plain = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     return plain and conv.weight.shape == (channels, 1, 3, 3) and _takes_parameters(conv, wide)
+
+
+def _takes_linear(linear: nn.Linear, x: Tensor) -> bool:
+    if type(linear) is not nn.Linear or linear.bias is not None or linear.in_features != x.shape[-1]:
+        return False
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        fits = x.dtype == torch.get_autocast_dtype(device)
+    else:
+        fits = x.dtype == linear.weight.dtype
+    return fits and linear.weight.device == x.device and not observed(linear)
 
 
 def _takes_branches(x: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> bool:

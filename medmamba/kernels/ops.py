@@ -218,11 +218,14 @@ def _(dy, x, proj, dt_weight, dt_bias, A, D, states, backend):
 
 def _scan_2d_setup(ctx, inputs, output):
     *tensors, ctx.backend, _ = inputs
+    ctx.set_materialize_grads(False)  # else PyTorch fills a tensor as large as the states with zeros, to no use
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _scan_2d_grad(ctx, dy, _):
     *tensors, states = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 8
     return *torch.ops.medmamba.scan_2d_backward(dy, *tensors, states, ctx.backend), None, None
 
 
