@@ -38,6 +38,7 @@ def images_per_second(args: argparse.Namespace, size: int, precision: str) -> tu
     records = [Record(i, i % CLASSES, "train") for i in range(len(pixels))]
     index = ImageDataset(records, [f"class {i}" for i in range(CLASSES)], reader=None)  # never read: already decoded
     data = CachedDataset(pixels.to(accelerator.device), index)
+    data.targets = data.targets.to(accelerator.device)
     model = MedMamba(variant_config(args.variant, num_classes=CLASSES, drop_path_rate=recipe.drop_path or 0.1))
     with TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -50,7 +51,7 @@ def images_per_second(args: argparse.Namespace, size: int, precision: str) -> tu
             accumulate=args.accumulate,
         )
         trainer.model.train()
-        order = torch.from_numpy(epoch_order(index.labels, "none", 0, 0))
+        order = torch.from_numpy(epoch_order(index.labels, "none", 0, 0)).to(accelerator.device)
         started = 0.0
         for done in range(-WARM_UP, args.steps):  # the same number in each process
             if done == 0:

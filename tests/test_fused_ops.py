@@ -387,7 +387,7 @@ def step(model, images, autocast=None):
     torch.manual_seed(1)  # of the dropped paths
     with torch.autocast(DEVICE, autocast) if autocast else contextlib.nullcontext():
         logits = model(images)
-    (logits.float() * torch.arange(1, 4, device=DEVICE)).square().mean().backward()
+    (logits.float() * torch.arange(1, 4, device=logits.device)).square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return logits.detach(), {"images": images.grad, **gradients}
 
