@@ -1,7 +1,7 @@
 """MedMamba for torch.hub, without installing anything but the dependencies.
 
 >>> import torch
->>> model = torch.hub.load("path/to/a/clone", "pretrained", "medmamba/bloodmnist", source="local")
+>>> model = torch.hub.load("path/to/a/clone", "pretrained", "medmamba/bloodmnist-nano", source="local")
 >>> model.predict("cell.png")
 """
 
@@ -12,7 +12,7 @@ def pretrained(name, **options):
     """A trained model in eval mode.
 
     Args:
-        name (str): a model that comes with the repository ("medmamba/bloodmnist"), one on the Hub
+        name (str): a model that comes with the repository ("medmamba/bloodmnist-nano"), one on the Hub
             ("org/name@revision"), a folder, a zip, or an fsspec address.
         options: of `MedMamba.from_pretrained`, such as `revision`, `cache_dir`, `token`, `local_files_only`.
     """

@@ -129,6 +129,7 @@ def build(name: str, bench: Bench, precision: str, train: bool) -> nn.Module:
 
 
 def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes: list[str], size: int) -> None:
+    free(bench)
     model, images = build(name, bench, precision, train=False), bench.images(batch, size)
     if precision == "bfloat16":
         images = images.bfloat16()
@@ -147,7 +148,6 @@ def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes:
         else:
             bench.forget_peak()
             bench.measure(call, mode=mode, **common)
-    free(bench)
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -165,6 +165,7 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) -> None:
     """Forward, backward and AdamW; the memory is that of a whole step, of a graph also what its capture takes."""
+    free(bench)
     bench.forget_peak()
     model = build(name, bench, "autocast", train=True)
     images, targets = bench.images(batch, size), torch.randint(0, 8, (batch,), device=bench.device)
@@ -202,11 +203,11 @@ def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) 
         bench.profile(f"{name}, training, batch {batch}, {mode}", run)
     else:
         bench.measure(run, part=part, model=name, batch=batch, precision="autocast", mode=mode, size=size)
-    step = None  # its memory pool goes with it
-    free(bench)
 
 
 def free(bench: Bench) -> None:
+    """What was measured before is gone: models hold themselves in circles, so that it takes a search."""
+    torch._dynamo.reset()
     gc.collect()
     if not bench.smoke:
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""Figures of all runs, and docs/results.md made from them.
+"""Figures of all runs, and what is made from them: docs/results.md, and the list of models in README.md.
 
     python -m hub.results add runs/breastmnist-*     keeps the figures of finished runs in hub/results
-    python -m hub.results                            writes docs/results.md
-    python -m hub.results --check                    fails where docs/results.md is not what the figures give
+    python -m hub.results                            writes both
+    python -m hub.results --check                    fails where one is not what the figures give
     python -m hub.results best runs/*                which seed of each model ships: the best on validation
 
 Every run is kept, also those that do not ship, so that a mean is over all of them and not over the good ones.
@@ -25,6 +25,7 @@ from medmamba.training.checkpoint import write_text
 
 HUB = Path(__file__).parent
 RESULTS, MODELS, DOCUMENT = HUB / "results", HUB / "models", HUB.parent / "docs" / "results.md"
+README, MARKERS = HUB.parent / "README.md", ("<!-- models: python -m hub.results -->", "<!-- end of models -->")
 METRICS = ("accuracy", "auroc", "balanced_accuracy", "f1", "ece")
 
 # Of the record of a run.
@@ -168,7 +169,7 @@ def document(runs: Sequence[Run]) -> str:
     ]
     for name in datasets:
         lines += _summary(name, runs)
-    for run in (run for run in runs if run.data["dataset"] == "joint"):
+    for run in sorted((run for run in runs if run.data["dataset"] == "joint"), key=lambda run: run.group[2] == "nano"):
         lines += ["", _joint(run)]
     for name in datasets:
         entry = registry.get(name)
@@ -192,6 +193,32 @@ def document(runs: Sequence[Run]) -> str:
                 )
                 lines.append(f"- {key[1]}, {key[2]}: {shown}")
     return "\n".join(lines) + "\n"
+
+
+def readme(runs: Sequence[Run], text: str) -> str:
+    """README.md with its list of models, which stands between MARKERS, as hub/models and the figures give it."""
+    rows = ["| name | classifies | size | accuracy | AUROC | published MedMamba-T | licence |", "| --- " * 7 + "|"]
+    for dataset in registry.names():
+        entry = registry.get(dataset)
+        published = entry.published.get("tiny")
+        for folder, (recipe, architecture, seed) in shipped(dataset).items():
+            group = (dataset, recipe, architecture)
+            run = next((run for run in runs if (run.group, run.seed) == (group, seed)), None)
+            if run is None:
+                continue
+            pixels = json.loads((MODELS / folder / "config.json").read_text(encoding="utf-8"))["preprocess"][
+                "input_size"
+            ]
+            cells = [f"[`medmamba/{folder}`](hub/models/{folder})", entry.modality, f"{architecture}, {pixels[0]} px"]
+            cells += [_interval(run.data["test"][metric]) for metric in ("accuracy", "auroc")]
+            cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
+            cells += [entry.licence.id or ""]
+            rows.append("| " + " | ".join(cells) + " |")
+    before, first, rest = text.partition(MARKERS[0])
+    _, last, after = rest.partition(MARKERS[1])
+    if not (first and last):
+        raise SystemExit(f"{README} has lost its markers {MARKERS}")
+    return "\n".join([before + first, "", *rows, "", last + after])
 
 
 def _summary(name: str, runs: Sequence[Run]) -> list[str]:
@@ -276,12 +303,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "add":
         for path in add(args.run):
             print(path)
-    text = document(load_runs())
+    runs = load_runs()
+    texts = {DOCUMENT: document(runs), README: readme(runs, README.read_text(encoding="utf-8"))}
     if args.check:
-        same = DOCUMENT.is_file() and DOCUMENT.read_text(encoding="utf-8") == text
-        print("docs/results.md is up to date" if same else "docs/results.md is not what hub/results gives")
-        return 0 if same else 1
-    write_text(DOCUMENT, text)
+        stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        print(*(f"{path.name} is not what hub/results gives" for path in stale), sep="\n")
+        return 1 if stale else 0
+    for path, text in texts.items():
+        write_text(path, text)
     return 0
 
 

@@ -1,7 +1,7 @@
 """medmamba: MedMamba medical image classification, from an image to a class on any machine.
 
 >>> from medmamba import MedMamba
->>> model = MedMamba.from_pretrained("medmamba/bloodmnist")
+>>> model = MedMamba.from_pretrained("medmamba/bloodmnist-nano")
 >>> print(model.predict("cell.png"))
 """
 

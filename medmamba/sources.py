@@ -21,7 +21,7 @@ from typing import Any
 from .checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, checked, file_hash, verify
 
 ORGANISATION = "medmamba"
-DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist"  # small, quick on a laptop, and the one model that is in the package
+DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
 SIDECARS = ("results.json", "unusual.json")  # what a model may say of itself beside config.json; the app shows it
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 

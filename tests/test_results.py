@@ -110,6 +110,8 @@ def test_figures_are_taken_from_the_folder_of_a_run(tmp_path, monkeypatch):
     folder = shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "*.png"))
     monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
     monkeypatch.setattr(results, "DOCUMENT", tmp_path / "results.md")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    results.README.write_text("before\n" + "\n".join(results.MARKERS) + "\nafter\n")
     assert results.main(["--check"]) == 1
     assert results.main(["add", str(folder)]) == 0
     (path,) = (tmp_path / "kept").glob("*/*.json")
@@ -118,6 +120,12 @@ def test_figures_are_taken_from_the_folder_of_a_run(tmp_path, monkeypatch):
     assert kept["test"]["accuracy"] == stored["splits"]["test"]["overall"]["accuracy"]
     assert f"{kept['test']['accuracy']['value']:.3f}" in (tmp_path / "results.md").read_text(encoding="utf-8")
     assert results.main(["--check"]) == 0
+    listed = results.README.read_text()
+    name, accuracy = source.name, kept["test"]["accuracy"]["value"]
+    assert any(f"medmamba/{name}`" in line and f"| {accuracy:.3f} (" in line for line in listed.splitlines())
+    assert listed.startswith("before\n") and listed.endswith("\nafter\n")
+    results.README.write_text(listed.replace(f"{accuracy:.3f} (", "0.999 ("))
+    assert results.main(["--check"]) == 1
 
 
 @pytest.mark.parametrize("name", ["breastmnist", "pneumoniamnist", "dermamnist", "bloodmnist"])

@@ -2,7 +2,7 @@
 
 >>> from medmamba import MedMamba
 >>> from medmamba.export import onnx_session, to_onnx
->>> report = to_onnx(MedMamba.from_pretrained("medmamba/bloodmnist"), "bloodmnist.onnx")
+>>> report = to_onnx(MedMamba.from_pretrained("medmamba/bloodmnist-nano"), "bloodmnist.onnx")
 >>> session = onnx_session("bloodmnist.onnx")
 """
 

@@ -27,25 +27,27 @@ ALL_PIXELS = (1, 1, 1, 0)  # what describes a map to the kernels that gather pat
 
 
 class SplitNorm(Function):
-    """x (B, H, W, 2C) to x itself, its left half (B, H, W, C) and the layer norm of its right half (B, H, W, C)."""
+    """x (B, H, W, 2C) to x itself, its left half (B, H, W, C) and the layer norm of its right half (B, H, W, C). Keeps
+    a copy of the right half, so that x, twice as large, need not outlive the block."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         own, ctx.dtype, ctx.eps = _ready(x), weight.dtype, eps
         weight, bias = _parameter(weight), _parameter(bias)
         half = (*x.shape[:-1], x.shape[-1] // 2)
-        left, right = x.new_empty(half), x.new_empty(half)
-        _norm_forward(SPLIT, own, None, 0, weight, bias, right, left, ALL_PIXELS, eps)
-        ctx.save_for_backward(own, weight)
-        return x, left, right
+        left, normed = x.new_empty(half), x.new_empty(half)
+        right = x.new_empty(half) if any(ctx.needs_input_grad) else None
+        _norm_forward(SPLIT, own, None, 0, weight, bias, normed, left, ALL_PIXELS, eps, right)
+        ctx.save_for_backward(right, weight)
+        return x, left, normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, dleft, dright):
-        x, weight = ctx.saved_tensors
-        gradient = torch.empty_like(x)
+    def backward(ctx, dx, dleft, dnormed):
+        right, weight = ctx.saved_tensors
+        gradient = dx.new_empty(dx.shape)
         beside = None, 0, weight, None, _ready(dleft), _ready(dx)
-        parameters = _norm_backward(ctx, 1, SPLIT, dright, x, *beside, gradient, None, ALL_PIXELS)
+        parameters = _norm_backward(ctx, 1, SPLIT, dnormed, right, *beside, gradient, None, ALL_PIXELS)
         return gradient, *parameters, None
 
 
@@ -181,11 +183,12 @@ def _norm_forward(
     left: Tensor | None,
     sizes: tuple[int, int, int, int],
     eps: float,
+    right: Tensor | None = None,
 ) -> None:
     C = weight.numel()
-    kernel, together = _norm_kernel("norm_forward", "pppppp" + "liiiilf", op, C, False, x.dtype, x.get_device())
+    kernel, together = _norm_kernel("norm_forward", "ppppppp" + "liiiilf", op, C, False, x.dtype, x.get_device())
     rows = out.numel() // C
-    tensors = x, gate, weight, bias, out, left
+    tensors = x, gate, weight, bias, out, left, right
     _launch(kernel, -(-rows // together), 32 * WARPS, x, *tensors, rows, gate_step, *sizes, eps)
 
 

@@ -1,6 +1,7 @@
 // What surrounds the scan in a training step, forward and backward, each as one pass over memory: the layer norms with
 // what lies beside them, and the end of a block. Compile-time constants, set by ../fused_ops.py:
-//     OP        SPLIT  of the right half of each pixel of x (rows of 2C numbers); the left half is copied
+//     OP        SPLIT  of the right half of each pixel of x (rows of 2C numbers); the left half is copied, and where
+//                      `right` is given, for the backward pass, the right half too
 //               GATE   times silu(gate), whose pixels are gate_l numbers apart
 //               MERGE  of 2x2 patches, see `place`; an odd last row or column of x is left out
 //               ALONE
@@ -97,8 +98,8 @@ __device__ __forceinline__ float standardise(float4* v, const Share& share, floa
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
     const x_t* __restrict__ x, const x_t* __restrict__ gate, const float* __restrict__ weight,
-    const float* __restrict__ bias, x_t* __restrict__ out, x_t* __restrict__ left, i64 rows, int gate_l, int height,
-    int width, int W, i64 image, float eps) {
+    const float* __restrict__ bias, x_t* __restrict__ out, x_t* __restrict__ left, x_t* __restrict__ right, i64 rows,
+    int gate_l, int height, int width, int W, i64 image, float eps) {
     const i64 row = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS + threadIdx.x % 32 / LANES;
     const bool valid = row < rows;  // the other lanes of the warp may need this one
     const Share share;
@@ -111,7 +112,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
         const int c = share.channel(i);
         v[i] = read4(x + map.place(row, c));
         if (OP == GATE) other[i] = read4(gate + row * gate_l + c);
-        if (OP == SPLIT) *(four_t*)(left + row * C + c) = *(const four_t*)(x + row * 2 * C + c);
+        if (OP == SPLIT) {
+            *(four_t*)(left + row * C + c) = *(const four_t*)(x + row * 2 * C + c);
+            if (right) *(four_t*)(right + row * C + c) = *(const four_t*)(x + row * 2 * C + C + c);
+        }
     }
     standardise(v, share, eps);
 #pragma unroll
@@ -125,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
 }
 
 // From dout: dx, with GATE dgate (contiguous), and what each program adds to the gradients of weight and bias, partials
-// (programs, 2, C), added up afterwards in a fixed order. With SPLIT the gradients of the left half and of the whole
-// pixel, from the residual connection, join in dx. A program takes every gridDim-th group of rows.
+// (programs, 2, C), added up afterwards in a fixed order. With SPLIT x is the right halves alone, (rows, C), and the
+// gradients of the left half and of the whole pixel, from the residual connection, join in dx. A program takes every gridDim-th group of rows.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_backward(
     const x_t* __restrict__ dout, const x_t* __restrict__ x, const x_t* __restrict__ gate,
     const float* __restrict__ weight, const float* __restrict__ bias, const x_t* __restrict__ dleft,
@@ -149,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_
         for (int i = 0; i < OWN; i++) {
             v[i] = d[i] = zero;
             if (!valid || !share.has(i)) continue;
-            v[i] = read4(x + map.place(row, share.channel(i)));
+            v[i] = read4(x + (OP == SPLIT ? row * C + share.channel(i) : map.place(row, share.channel(i))));
             d[i] = read4(dout + row * C + share.channel(i));
         }
         const float scale = standardise(v, share, eps);
