@@ -130,7 +130,7 @@ class SSConvSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         backend = self.ssm.scan_backend
         x, left, right = layers.split_norm(x, self.norm, backend)  # (B, H, W, C), twice (B, H, W, C/2)
-        left = self.conv(left.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
+        left = layers.conv_branch(left, self.conv, backend)  # (B, H, W, C/2)
         right = self.ssm_map(self.ssm(right).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
         factors = self.drop_path(right)
         # Channel shuffle with two groups, the halves alternate, and the residual connection.

@@ -11,7 +11,8 @@ from test_cuda_kernels import CUDA, DEVICE, emulate, gpu, runs
 from torch import nn
 
 import medmamba
-from medmamba.kernels import fused_ops, layers, nvrtc
+from medmamba.kernels import conv_ops, fused_ops, layers, nvrtc
+from medmamba.model import ConvBranch
 from medmamba.training import graphs
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,7 +40,7 @@ def plain():
 @contextlib.contextmanager
 def launches():
     """The list of kernels that are launched."""
-    names, kept = [], fused_ops._launch
+    names, kept = [], fused_ops.launch
 
     def launch(kernel, grid, threads, on, *arguments):
         names.append(known.get(id(kernel)))
@@ -52,14 +53,14 @@ def launches():
         known[id(kernel)] = name
         return kernel
 
-    caches = fused_ops._norm_kernel, fused_ops._conv_plan, fused_ops._mix_kernel
+    caches = fused_ops._norm_kernel, fused_ops._conv_plan, fused_ops._mix_kernel, conv_ops._kernel
     for cache in caches:
         cache.cache_clear()
-    fused_ops._launch, nvrtc.load_kernel = launch, load_kernel
+    fused_ops.launch, nvrtc.load_kernel = launch, load_kernel
     try:
         yield names
     finally:
-        fused_ops._launch, nvrtc.load_kernel = kept, load
+        fused_ops.launch, nvrtc.load_kernel = kept, load
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -69,6 +70,14 @@ def norm(channels):
     layer = nn.LayerNorm(channels)
     nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias)
     return layer
+
+
+def branch(channels):
+    layers = ConvBranch(channels)
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias)
+    return layers
 
 
 def depthwise(channels):
@@ -83,6 +92,7 @@ def kept(x):
 # Each: the layer it needs, the shapes of its maps, and the call; C is the width of the widest norm or convolution.
 PROBLEMS = {
     "split_norm": lambda B, H, W, C: (norm(C), [(B, H, W, 2 * C)], lambda m, x: layers.split_norm(x, m)),
+    "conv_branch": lambda B, H, W, C: (branch(C), [(B, H, W, C)], lambda m, x: layers.conv_branch(x, m)),
     "conv_silu": lambda B, H, W, C: (depthwise(C), [(B, H, W, 2 * C)], lambda m, x: layers.conv_silu(x, m)),
     "gate_project": lambda B, H, W, C: (
         nn.Sequential(norm(C), nn.Linear(C, C // 2, bias=False)),
@@ -215,12 +225,12 @@ def test_wherever_the_numbers_lie(name, monkeypatch):
     layer, maps = layer.float(), [m.float() for m in maps]
     expected = [t for group in evaluate(layer, maps, call, torch.float32) for t in group]
 
-    def launch(kernel, grid, threads, on, *arguments, launch=fused_ops._launch):
+    def launch(kernel, grid, threads, on, *arguments, launch=fused_ops.launch):
         tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.numel() > len(on)]  # not one per image
         assert all(t.data_ptr() % (4 * t.element_size()) == 0 for t in tensors)  # of a GPU, which stops there
         return launch(kernel, grid, threads, on, *arguments)
 
-    monkeypatch.setattr(fused_ops, "_launch", launch)
+    monkeypatch.setattr(fused_ops, "launch", launch)
 
     def found(view):
         inputs = [m.clone().requires_grad_() for m in maps]
@@ -275,6 +285,38 @@ def test_second_derivatives_are_refused(name):
         first[-1].sum().backward()
 
 
+@runs
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_norms_remember(dtype, momentum):
+    """The running statistics of the expression, which knows of the biases of the convolutions."""
+    layer, (x,), _ = problem("conv_branch", (2, 5, 6, 24), dtype)
+    x = (3 + 2 * x).to(dtype)
+    branches = [copy.deepcopy(layer).float() for _ in range(2)]
+    mixed = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
+    for each in branches:
+        for norm in (each[0], each[2], each[5]):
+            norm.momentum, norm.running_mean, norm.running_var = momentum, torch.ones(24), torch.full((24,), 2.0)
+        each.to(DEVICE)
+        with mixed, plain() if each is branches[1] else contextlib.nullcontext():
+            layers.conv_branch(x, each)
+    for name, buffer in branches[1].named_buffers():
+        tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(branches[0].get_buffer(name), buffer, **tolerance, msg=name)
+        assert "running" not in name or (momentum == 0) == bool((buffer == buffer[0]).all())
+
+
+@runs
+def test_batch_norm_of_numbers_far_from_zero():
+    layer, (x,), call = problem("conv_branch", (2, 9, 10, 8), torch.float32)
+    x = (x + 1000).float().double()
+    with plain():
+        exact = evaluate(layer, [x], call, torch.float64)
+    found = evaluate(layer, [x], call, torch.float32)
+    for f, e in zip(found[0] + found[1], exact[0] + exact[1], strict=True):
+        assert (f.double() - e).abs().max() < 1e-3 * e.abs().max()
+
+
 # --- when the expressions run instead -------------------------------------------------------------------------------
 
 
@@ -316,6 +358,17 @@ def test_what_the_kernels_do_not_cover():
     def layer(channels, kind=nn.LayerNorm, **options):
         return kind(channels, **options).to(DEVICE)
 
+    def changed(index, **attributes):
+        """A branch of which one layer is another."""
+        layers = branch(8).to(DEVICE)
+        for name, value in attributes.items():
+            setattr(layers[index], name, value)
+        return layers
+
+    def hooked(layers):
+        layers[3].register_forward_hook(lambda *_: None)
+        return layers
+
     def linear(channels):
         return nn.Linear(channels, 4, bias=False).to(DEVICE)
 
@@ -331,6 +384,15 @@ def test_what_the_kernels_do_not_cover():
         lambda: layers.merge_norm(x(8)[:, :1], layer(32)),
         lambda: layers.gate_project(x(8), x(8), layer(8), nn.Linear(8, 4).to(DEVICE)),
         lambda: layers.gate_project(x(8), x(8), Other(8).to(DEVICE), linear(8)),
+        lambda: layers.conv_branch(x(8), branch(8).to(DEVICE).eval()),
+        lambda: layers.conv_branch(x(6), branch(6).to(DEVICE)),
+        lambda: layers.conv_branch(x(8), changed(0, momentum=None)),
+        lambda: layers.conv_branch(x(8), changed(2, running_mean=None, running_var=None)),
+        lambda: layers.conv_branch(x(8), changed(4, bias=None)),
+        lambda: layers.conv_branch(x(8), changed(4, padding_mode="reflect")),
+        lambda: layers.conv_branch(x(8), changed(1, dilation=(2, 2), padding=(2, 2))),
+        lambda: layers.conv_branch(x(8), nn.SyncBatchNorm.convert_sync_batchnorm(branch(8).eval()).to(DEVICE)),
+        lambda: layers.conv_branch(x(8), hooked(branch(8).to(DEVICE))),
         lambda: layers.conv_silu(x(16), conv(bias=False)),
         lambda: layers.conv_silu(x(16), conv(dilation=2, padding=2)),
         lambda: layers.conv_silu(x(16), conv(padding_mode="circular")),
@@ -364,10 +426,14 @@ def test_fake_tensors_meet_no_kernel():
 
 # --- the whole model ------------------------------------------------------------------------------------------------
 
+NORM = ["batch_sums", "batch_stats", "batch_apply"]
+NORM_BACK = ["batch_apply", "batch_gradient_sums", "add_partials", "batch_gradient"]
 BLOCK = {
-    "forward": ["norm_forward", "conv_forward", "norm_forward", "mix_forward"],
-    "backward": ["mix_backward", "norm_forward", "norm_backward", "conv_backward", "conv_input", "norm_backward"],
+    "forward": ["norm_forward", *NORM, *NORM, *NORM, "batch_apply", "conv_forward", "norm_forward", "mix_forward"],
+    "backward": ["mix_backward", "norm_forward", "norm_backward", "conv_backward", "conv_input", "relu_gradient"]
+    + ["add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK, "norm_backward"],
 }
+KERNELS = 4 * (2 + sum(map(len, BLOCK.values())))  # of a step: blocks of four stages, and the norm before each
 
 
 def network(variant="test", **options):
@@ -435,7 +501,7 @@ def test_model_under_autocast():
     ]
     with launches() as names:
         logits, found = step(model, images, torch.bfloat16)
-    assert len(names) == 48, "not all went through the kernels"
+    assert len(names) == KERNELS, "not all went through the kernels"
     assert types == {torch.bfloat16} and logits.dtype == torch.bfloat16
     assert all(found[n].dtype == torch.float32 and found[n].isfinite().all() for n in found)
     assert distance(found, exact) < 1.3 * distance(usual, exact) + 0.01
@@ -486,11 +552,11 @@ def test_at_full_size(name, shape, dtype):
 @gpu
 def test_the_backend_switches_the_kernels():
     model, images = network(), torch.randn(2, 3, 64, 64, device=DEVICE)
-    assert len(ran(lambda: step(model, images))) == 48
+    assert len(ran(lambda: step(model, images))) == KERNELS
     model.set_scan_backend("torch")
     assert ran(lambda: step(model, images)) == []
     model.set_scan_backend("cuda")
-    assert len(ran(lambda: step(model, images))) == 48
+    assert len(ran(lambda: step(model, images))) == KERNELS
 
 
 @gpu

@@ -32,8 +32,8 @@ class SplitNorm(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        own, ctx.dtype, ctx.eps = _ready(x), weight.dtype, eps
-        weight, bias = _parameter(weight), _parameter(bias)
+        own, ctx.dtype, ctx.eps = ready(x), weight.dtype, eps
+        weight, bias = parameter(weight), parameter(bias)
         half = (*x.shape[:-1], x.shape[-1] // 2)
         left, normed = x.new_empty(half), x.new_empty(half)
         right = x.new_empty(half) if any(ctx.needs_input_grad) else None
@@ -46,7 +46,7 @@ class SplitNorm(Function):
     def backward(ctx, dx, dleft, dnormed):
         right, weight = ctx.saved_tensors
         gradient = dx.new_empty(dx.shape)
-        beside = None, 0, weight, None, _ready(dleft), _ready(dx)
+        beside = None, 0, weight, None, ready(dleft), ready(dx)
         parameters = _norm_backward(ctx, 1, SPLIT, dnormed, right, *beside, gradient, None, ALL_PIXELS)
         return gradient, *parameters, None
 
@@ -57,9 +57,9 @@ class GateProject(Function):
 
     @staticmethod
     def forward(ctx, y, gate, weight, bias, eps, matrix):
-        y, ctx.dtype, ctx.matrix_dtype, ctx.eps = _ready(y), weight.dtype, matrix.dtype, eps
+        y, ctx.dtype, ctx.matrix_dtype, ctx.eps = ready(y), weight.dtype, matrix.dtype, eps
         gate, ctx.step = _evenly_spaced(gate)
-        weight, bias, matrix = _parameter(weight), _parameter(bias), matrix.to(y.dtype)
+        weight, bias, matrix = parameter(weight), parameter(bias), matrix.to(y.dtype)
         ctx.save_for_backward(y, gate, weight, bias, matrix)
         return F.linear(_gated(ctx, y, gate, weight, bias), matrix)
 
@@ -82,8 +82,8 @@ class Norm(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, merge):
-        x, ctx.dtype, ctx.eps = _ready(x), weight.dtype, eps
-        weight, bias = _parameter(weight), _parameter(bias)
+        x, ctx.dtype, ctx.eps = ready(x), weight.dtype, eps
+        weight, bias = parameter(weight), parameter(bias)
         B, H, W, C = x.shape
         ctx.op, ctx.sizes, shape = ALONE, ALL_PIXELS, x.shape
         if merge:
@@ -109,13 +109,13 @@ class ConvSilu(Function):
 
     @staticmethod
     def forward(ctx, wide, weight, bias):
-        own, ctx.dtype = _ready(wide), weight.dtype
-        weight, bias = _parameter(weight), _parameter(bias)
+        own, ctx.dtype = ready(wide), weight.dtype
+        weight, bias = parameter(weight), parameter(bias)
         C = wide.shape[-1] // 2
         out = wide.new_empty((*wide.shape[:-1], C))
         plan = _conv_plan("conv_forward", "ppppiiiii", C, False, wide.dtype, wide.get_device())
         programs, sizes = plan.share(wide)
-        _launch(plan.kernel, programs * plan.blocks, plan.threads, wide, own, weight, bias, out, *sizes)
+        launch(plan.kernel, programs * plan.blocks, plan.threads, wide, own, weight, bias, out, *sizes)
         ctx.save_for_backward(own, weight, bias)
         return out, wide[..., C:]
 
@@ -124,13 +124,13 @@ class ConvSilu(Function):
     def backward(ctx, dout, dgate):
         wide, weight, bias = ctx.saved_tensors
         wanted, C, device = any(ctx.needs_input_grad[1:]), dout.shape[-1], wide.get_device()
-        dout, dgate = _ready(dout), _ready(dgate)
+        dout, dgate = ready(dout), ready(dgate)
         dpre, dwide, dweight, dbias = torch.empty_like(dout), None, None, None
         plan = _conv_plan("conv_backward", "ppppppiiiii", C, wanted, wide.dtype, device)
         programs, sizes = plan.share(wide)
         partials = wide.new_empty((programs, 10 * C), dtype=torch.float32) if wanted else None
         tensors = dout, wide, weight, bias, dpre, partials
-        _launch(plan.kernel, programs * plan.blocks, plan.threads, wide, *tensors, *sizes)
+        launch(plan.kernel, programs * plan.blocks, plan.threads, wide, *tensors, *sizes)
         if partials is not None:
             dweight, dbias = partials.sum(0).to(ctx.dtype).split((9 * C, C))
             dweight = dweight.view(C, 1, 3, 3)
@@ -138,7 +138,7 @@ class ConvSilu(Function):
             dwide = torch.empty_like(wide)
             plan = _conv_plan("conv_input", "ppppiiiii", C, False, wide.dtype, device)
             programs, sizes = plan.share(wide)
-            _launch(plan.kernel, programs * plan.blocks, plan.threads, wide, dpre, dgate, weight, dwide, *sizes)
+            launch(plan.kernel, programs * plan.blocks, plan.threads, wide, dpre, dgate, weight, dwide, *sizes)
         return dwide, dweight, dbias
 
 
@@ -147,9 +147,9 @@ class Mix(Function):
 
     @staticmethod
     def forward(ctx, x, left, right, factors):
-        x = _ready(x)
+        x = ready(x)
         out = torch.empty_like(x)
-        _mix("mix_forward", "pppppii", x, factors, x, _ready(left), _ready(right), factors, out)
+        _mix("mix_forward", "pppppii", x, factors, x, ready(left), ready(right), factors, out)
         ctx.save_for_backward(factors)
         return out
 
@@ -159,7 +159,7 @@ class Mix(Function):
         (factors,) = ctx.saved_tensors
         half = (*dout.shape[:-1], dout.shape[-1] // 2)
         dleft, dright = dout.new_empty(half), dout.new_empty(half)
-        _mix("mix_backward", "ppppii", dout, factors, _ready(dout), factors, dleft, dright)
+        _mix("mix_backward", "ppppii", dout, factors, ready(dout), factors, dleft, dright)
         return dout, dleft, dright, None
 
 
@@ -189,7 +189,7 @@ def _norm_forward(
     kernel, together = _norm_kernel("norm_forward", "ppppppp" + "liiiilf", op, C, False, x.dtype, x.get_device())
     rows = out.numel() // C
     tensors = x, gate, weight, bias, out, left, right
-    _launch(kernel, -(-rows // together), 32 * WARPS, x, *tensors, rows, gate_step, *sizes, eps)
+    launch(kernel, -(-rows // together), 32 * WARPS, x, *tensors, rows, gate_step, *sizes, eps)
 
 
 def _norm_backward(
@@ -213,10 +213,10 @@ def _norm_backward(
     C, device, wanted = weight.numel(), x.get_device(), any(ctx.needs_input_grad[first : first + 2])
     kernel, together = _norm_kernel("norm_backward", "pppppppppp" + "liiiilf", op, C, wanted, x.dtype, device)
     rows = dout.numel() // C
-    programs = min(-(-rows // together), PROGRAMS * _processors(device))
+    programs = min(-(-rows // together), PROGRAMS * processors(device))
     partials = x.new_empty((programs, 2, C), dtype=torch.float32) if wanted else None
-    tensors = _ready(dout), x, gate, weight, bias, dleft, dwhole, dx, dgate, partials
-    _launch(kernel, programs, 32 * WARPS, x, *tensors, rows, gate_step, *sizes, ctx.eps)
+    tensors = ready(dout), x, gate, weight, bias, dleft, dwhole, dx, dgate, partials
+    launch(kernel, programs, 32 * WARPS, x, *tensors, rows, gate_step, *sizes, ctx.eps)
     return (None, None) if partials is None else partials.sum(0).to(ctx.dtype).unbind(0)
 
 
@@ -226,7 +226,7 @@ def _norm_kernel(
 ) -> tuple[Callable[..., None], int]:
     """The kernel, and how many rows a program takes at a time."""
     lanes = row_lanes(C)
-    constants = _types(dtype) + (
+    constants = types(dtype) + (
         ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("FACTORS", 0),
     )  # fmt: skip
     return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device), WARPS * (32 // lanes)
@@ -269,25 +269,25 @@ def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dty
     together = whole[0] if whole else together  # no idle lanes, where that costs few threads
     threads = together * pairs
     occupancy = 2 if name == "conv_backward" else 4 if threads <= 192 else 3
-    constants = _types(dtype) + (
+    constants = types(dtype) + (
         ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("OCCUPANCY", occupancy),
         ("PARAMS", int(params)),
     )  # fmt: skip
     kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
     waves = 1 if name == "conv_backward" else 2  # more of them are more numbers to add up
-    most = waves * occupancy * _processors(device) // blocks
+    most = waves * occupancy * processors(device) // blocks
     return _ConvPlan(kernel, strip, threads, together, blocks, max(1, most))
 
 
 def _mix(name: str, signature: str, x: Tensor, factors: Tensor | None, *tensors: Tensor | None) -> None:
     threads = x.numel() // 8
     kernel = _mix_kernel(name, signature, factors is not None, x.dtype, x.get_device())
-    _launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
+    launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
 
 
 @functools.cache
 def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
-    constants = _types(dtype) + (
+    constants = types(dtype) + (
         ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(factors)),
     )  # fmt: skip
     return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device)
@@ -296,19 +296,17 @@ def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, de
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-def _launch(
-    kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None
-) -> None:
+def launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None) -> None:
     """Runs a kernel on the device and stream of the tensor `on`; None is a null pointer."""
     device = on.get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, grid, threads, on, *arguments)
+            return launch(kernel, grid, threads, on, *arguments)
     values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     kernel(grid, threads, torch.cuda.current_stream(on.device).cuda_stream, *values)
 
 
-def _ready(t: Tensor) -> Tensor:
+def ready(t: Tensor) -> Tensor:
     """Contiguous, and at an address from which four numbers can be read at once."""
     t = t.contiguous()
     return t if _aligned(t) else t.clone()
@@ -318,8 +316,8 @@ def _aligned(t: Tensor) -> bool:
     return t.data_ptr() % (4 * t.element_size()) == 0
 
 
-def _parameter(t: Tensor) -> Tensor:
-    return _ready(t.float())
+def parameter(t: Tensor) -> Tensor:
+    return ready(t.float())
 
 
 def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
@@ -329,14 +327,14 @@ def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
         b, h, step, c = t.stride()
         if c == 1 and h == W * step and b == H * h and step % 4 == 0 and step < 2**31 and _aligned(t):
             return t, step
-    return _ready(t), C
+    return ready(t), C
 
 
 @functools.cache
-def _processors(device: int) -> int:
+def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _types(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+def types(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     kind = TYPES[dtype]
     return ("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1)

@@ -1,5 +1,6 @@
 """What surrounds the scan in a block. The plain PyTorch expressions here define it; where the scan runs on the backend
-"cuda", the kernels of `fused_ops.py` compute the same, values and gradients, with a third of the launches.
+"cuda", the kernels of `fused_ops.py` and `conv_ops.py` compute the same, values and gradients, in fewer passes over
+memory.
 
 The expressions run everywhere else: on CPUs and other backends, while torch.compile or torch.export trace (a compiler
 fuses them itself), in float64, for channels that are no multiple of 4, under `torch.func`, and where a module that the
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import conv_ops
 from .cuda_backend import TYPES
 from .dispatch import resolve_backend
 from .fused_ops import MAX_CHANNELS, ConvSilu, GateProject, Mix, Norm, SplitNorm
@@ -30,6 +32,22 @@ def split_norm(x: Tensor, norm: nn.LayerNorm, backend: str | None = None) -> tup
         return SplitNorm.apply(x, norm.weight, norm.bias, norm.eps)
     left, right = x.chunk(2, dim=-1)
     return x, left, norm(right)
+
+
+def conv_branch(x: Tensor, branch: nn.Sequential, backend: str | None = None) -> Tensor:
+    """branch, layers of (B, C, H, W), of x (B, H, W, C): a batch norm, and 3x3 convolution, batch norm and ReLU twice,
+    1x1 convolution, ReLU."""
+    if _kernels_run(x, backend) and _takes_branch(branch, x):
+        parameters: list[nn.Parameter] = []
+        norms = []
+        for layer in branch:
+            parameters += layer.parameters(recurse=False)  # none of a ReLU
+            if isinstance(layer, nn.BatchNorm2d):
+                norms.append(conv_ops.Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps))
+                if layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked.add_(1)
+        return conv_ops.ConvBranch.apply(x, norms, *parameters)
+    return branch(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def conv_silu(wide: Tensor, conv: nn.Conv2d, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -151,12 +169,40 @@ def _takes_conv(conv: nn.Conv2d, wide: Tensor) -> bool:
 def _takes_linear(linear: nn.Linear, x: Tensor) -> bool:
     if type(linear) is not nn.Linear or linear.bias is not None or linear.in_features != x.shape[-1]:
         return False
+    return _computes_in(x, linear.weight) and linear.weight.device == x.device and not observed(linear)
+
+
+def _computes_in(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch would multiply x by this weight in the type of x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        fits = x.dtype == torch.get_autocast_dtype(device)
-    else:
-        fits = x.dtype == linear.weight.dtype
-    return fits and linear.weight.device == x.device and not observed(linear)
+    return x.dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+
+
+BRANCH = (nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.ReLU)
+
+
+def _takes_branch(branch: nn.Sequential, x: Tensor) -> bool:
+    C = x.shape[-1]
+    if x.ndim != 4 or C % 4 or C > conv_ops.MAX_CHANNELS or x.numel() < 2 * C or observed(branch):
+        return False
+    if tuple(map(type, branch)) != BRANCH or any(map(observed, branch)):
+        return False
+    for layer in branch:
+        if isinstance(layer, nn.BatchNorm2d):
+            running = layer.running_mean, layer.running_var
+            if not layer.training or layer.momentum is None or layer.num_features != C:
+                return False
+            if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in running):
+                return False
+        elif isinstance(layer, nn.Conv2d):
+            size = layer.kernel_size[0]
+            if layer.weight.shape != (C, C, size, size) or size not in (1, 3) or layer.padding_mode != "zeros":
+                return False
+            if (layer.stride, layer.dilation, layer.padding) != ((1, 1), (1, 1), (size // 2, size // 2)):
+                return False
+            if not _computes_in(x, layer.weight):
+                return False
+    return all(_takes_parameters(branch[i], x) for i in (0, 1, 2, 4, 5, 7))
 
 
 def _takes_branches(x: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> bool:
@@ -173,6 +219,6 @@ def _like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
     return t.shape == shape and t.dtype == x.dtype and t.device == x.device
 
 
-def _takes_parameters(module: nn.LayerNorm | nn.Conv2d, x: Tensor) -> bool:
+def _takes_parameters(module: nn.Module, x: Tensor) -> bool:
     present = module.weight is not None and module.bias is not None
     return present and module.weight.device == x.device and not observed(module)

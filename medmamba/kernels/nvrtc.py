@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cuda"
-HEADERS = ("common.cuh", "pairs.cuh")
+HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
 FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # pointer, int, long long, float
