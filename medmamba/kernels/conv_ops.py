@@ -42,8 +42,8 @@ class ConvBranch(Function):
     def forward(ctx, x, norms, *parameters):
         x = ready(x)
         ctx.dtypes = [p.dtype for p in parameters]
-        w0, b0, _, c1, w1, b1, _, c2, w2, b2, _, c3 = map(parameter, parameters)
-        kernels = [parameters[i].to(x.dtype) for i in (2, 6, 10)]
+        kernels = [p.to(x.dtype) for p in parameters[2::4]]
+        w0, b0, c1, w1, b1, c2, w2, b2, c3 = (parameter(p) for i, p in enumerate(parameters) if i % 4 != 2)
         stats = [_stats(x, norms[0], w0, b0, None)]
         first = _convolve(_apply(x, stats[0], relu=False), kernels[0])
         stats.append(_stats(first, norms[1], w1, b1, c1))
