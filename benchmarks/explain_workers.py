@@ -17,6 +17,7 @@ import explain_controls
 import torch
 
 import medmamba
+from medmamba import registry
 from medmamba.explain import Assessor, ExplainCancelled, Explanation, explain
 from medmamba.explain.removal import area
 from medmamba.explain.subject import FullPrecision
@@ -171,7 +172,7 @@ class _Bench:
     """One model, and its assessor for all images."""
 
     def __init__(self, job: Job, settings: dict[str, Any], model: Any, batch_size: int | None, scratch: Path):
-        self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.dataset, self.model, self.settings, self.batch_size = job.dataset, model, settings, batch_size
         self.scratch = scratch / job.dataset
         self.assessor = Assessor(model, seed=settings["seed"], batch_size=batch_size, **settings["checks"])
 
@@ -182,8 +183,7 @@ class _Bench:
         for name, e in explanations.items():
             found[name] = figures(e, self.assessor.assess(e, METRICS[check], in_time))
         e = next(iter(explanations.values()))
-        truth = Path(path).parent.name.replace("_", " ").casefold()
-        correct = e.label.replace("_", " ").casefold() == truth
+        correct = same_class(self.dataset, Path(path).parent.name, e.label)
         return {"label": e.label, "correct": correct, "probability": round(e.probability, 4), "methods": found}
 
     def explanations(self, path: str, in_time: Any) -> dict[str, Explanation]:
@@ -210,6 +210,15 @@ class _Bench:
         part.write_bytes(pickle.dumps(found))
         part.replace(file)  # whole or not at all: other processes read it
         return found
+
+
+def same_class(dataset: str, folder: str, label: str) -> bool:
+    """Whether a folder of images is named after the class that a model calls so, by the registry's names for it."""
+    if dataset in registry.names():
+        entry = registry.get(dataset)
+        if (found := entry.class_index(folder)) is not None:
+            return found == entry.class_index(label)
+    return folder.replace("_", " ").casefold() == label.replace("_", " ").casefold()
 
 
 def figures(e: Explanation, trust: Any) -> dict[str, Any]:

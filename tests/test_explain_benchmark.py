@@ -67,6 +67,23 @@ def test_the_choice_of_images_is_even_and_a_smaller_one_is_its_beginning(bench, 
     assert {explain.sample(test, 1, seed=s)[0].name for s in range(8)} != {chosen[0].name}
 
 
+@pytest.mark.parametrize(
+    ("dataset", "folder", "label", "same"),
+    [
+        ("breastmnist", "normal_or_benign", "normal, benign", True),
+        ("breastmnist", "malignant", "normal, benign", False),
+        ("dermamnist", "actinic_keratoses", "actinic keratoses and intraepithelial carcinoma", True),
+        ("bloodmnist", "immature_granulocyte", "immature granulocyte", True),
+        ("cells", "blue_ones", "blue ones", True),
+        ("cells", "blue", "red", False),
+    ],
+)
+def test_folders_are_known_by_any_name_of_their_class(bench, dataset, folder, label, same):
+    import explain_workers
+
+    assert explain_workers.same_class(dataset, folder, label) == same
+
+
 def test_a_run_goes_on_and_writes_the_tables(bench, folder, monkeypatch, capsys):
     explain, report = bench
     explain.run(options(folder))
