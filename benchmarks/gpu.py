@@ -140,13 +140,13 @@ def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes:
             return model(images)
 
     for mode in modes:
+        bench.forget_peak()
         call: Callable[[], object] = run
         if mode == "graph" and not bench.smoke:
             call = captured(run).replay
         if part == "profile":
             bench.profile(f"{name}, inference, batch {batch}", call)
         else:
-            bench.forget_peak()
             bench.measure(call, mode=mode, **common)
 
 

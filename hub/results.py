@@ -195,6 +195,11 @@ def document(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _find(runs: Sequence[Run], dataset: str, ours: tuple[str, str, int]) -> Run | None:
+    """The run of a model as `shipped` names it."""
+    return next((run for run in runs if (*run.group, run.seed) == (dataset, *ours)), None)
+
+
 def readme(runs: Sequence[Run], text: str) -> str:
     """README.md with its list of models, which stands between MARKERS, as hub/models and the figures give it."""
     rows = ["| name | classifies | size | accuracy | AUROC | published MedMamba-T | licence |", "| --- " * 7 + "|"]
@@ -202,14 +207,12 @@ def readme(runs: Sequence[Run], text: str) -> str:
         entry = registry.get(dataset)
         published = entry.published.get("tiny")
         for folder, (recipe, architecture, seed) in shipped(dataset).items():
-            group = (dataset, recipe, architecture)
-            run = next((run for run in runs if (run.group, run.seed) == (group, seed)), None)
+            run = _find(runs, dataset, (recipe, architecture, seed))
             if run is None:
                 continue
-            pixels = json.loads((MODELS / folder / "config.json").read_text(encoding="utf-8"))["preprocess"][
-                "input_size"
-            ]
-            cells = [f"[`medmamba/{folder}`](hub/models/{folder})", entry.modality, f"{architecture}, {pixels[0]} px"]
+            config = json.loads((MODELS / folder / "config.json").read_text(encoding="utf-8"))
+            size = f"{architecture}, {config['preprocess']['input_size'][0]} px"
+            cells = [f"[`medmamba/{folder}`](hub/models/{folder})", entry.modality, size]
             cells += [_interval(run.data["test"][metric]) for metric in ("accuracy", "auroc")]
             cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
             cells += [entry.licence.id or ""]
@@ -226,7 +229,7 @@ def _summary(name: str, runs: Sequence[Run]) -> list[str]:
     published, elsewhere = entry.published.get("tiny"), entry.best_elsewhere
     rows = []
     for ours in shipped(name).values() or [None]:
-        run = next((r for r in runs if ours and (*r.group[1:], r.seed) == ours and r.group[0] == name), None)
+        run = _find(runs, name, ours) if ours else None
         cells = [entry.title]
         cells += [f"{run.group[2]}, {run.group[1]}, seed {run.seed}" if run else "none yet"]
         cells += [_interval(run.data["test"][metric]) if run else "" for metric in ("accuracy", "auroc")]
