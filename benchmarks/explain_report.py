@@ -80,9 +80,7 @@ def section(result: dict[str, Any]) -> str:
     """One dataset: what was measured, on what, the table, and how integrated gradients converged."""
     images = [r for r in result["images"].values() if has(r, "faithfulness")]
     right = sum(r["correct"] for r in images)
-    text = (
-        f"### {result['dataset']}\n\n{result['model']}; {len(images)} test images, {right} of them classified right. "
-    )
+    text = f"### {result['dataset']}, {result['model'].split()[0]}\n\n{result['model']}; {len(images)} test images, {right} of them classified right. "
     text += f"{result['machine']}.\n\n{table(result)}\n"
     runs = [r["methods"].get("integrated_gradients", {}) for r in images]
     if runs := [r for r in runs if "steps" in r]:
@@ -102,8 +100,8 @@ def check_section(results: Sequence[dict[str, Any]]) -> str:
     titles = ["ranks", "ranks of magnitudes", "strongest tenth", "SSIM (not judged)", "similarity (largest of three)"]
     images = sum(count(r, "randomisation") for r in results)
     lines = [
-        f"### The check with random weights\n\nMedian and, in brackets, 95th percentile over {images} images of "
-        f"{len(results)} datasets, each of the least similar random model. The limit is {SIMILAR}.\n",
+        f"### The check with random weights\n\nMedian and, in brackets, 95th percentile over {images} images and "
+        f"{len(results)} models, each of the least similar random model. The limit is {SIMILAR}.\n",
         f"| map | {' | '.join(titles)} | images that failed |\n|{'---|' * (len(titles) + 2)}",
     ]
     names = list(dict.fromkeys(name for r in results for name in r["settings"]["methods"]))

@@ -260,8 +260,9 @@ def _joint(run: Run) -> str:
 def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
     recipe, architecture, seed = ours
     group = groups.get((name, recipe, architecture))
-    if not group or recipe != f"zoo-{name}":
+    if not group or not recipe.startswith(f"zoo-{name}"):
         return []
+    named = "" if recipe == f"zoo-{name}" else f" --recipe {recipe}"
     joint = "runs/joint" if architecture == "tiny" else f"runs/joint-{architecture}"
     measures = ", ".join(chosen(group).data["selected_by"])
     return [
@@ -270,7 +271,7 @@ def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, st
         "",
         "```",
         f"python -m hub.zoo pretrain --data DATA --out {joint} --variant {architecture}",
-        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{seed} --init {joint} --seed {seed}",
+        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{seed} --init {joint} --seed {seed}{named}",
         "```",
     ]
 

@@ -204,6 +204,17 @@ def test_gradcam_costs_one_forward_pass_and_part_of_a_backward(trained, monkeypa
     assert calls == [1]
 
 
+def test_gradcam_keeps_nothing_of_what_comes_before_its_layer(trained, monkeypatch):
+    tracked = []
+    forward = medmamba.model.SSConvSSM.forward
+    monkeypatch.setattr(
+        medmamba.model.SSConvSSM, "forward", lambda self, x: tracked.append(x.requires_grad) or forward(self, x)
+    )
+    explain(trained, picture(), "gradcam", layer="stage1")
+    first = len(trained.stages[0].blocks)
+    assert not any(tracked[:first]) and all(tracked[first:]) and len(tracked) > first
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_stay_within_the_limit_and_do_not_change_the_map(trained, monkeypatch, method):
     sizes = []

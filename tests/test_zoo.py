@@ -120,6 +120,7 @@ def test_all_names_every_dataset_seed_and_baseline(root, tmp_path):
     for name in zoo.DATASETS:
         assert {f"{name}-0", f"{name}-1", f"{name}-paper-0", f"{name}-resnet50-0", f"decode-{name}"} <= set(jobs)
         assert jobs[f"{name}-1"].after == ("joint", f"decode-{name}")
+    assert zoo.SMALL_RECIPE in jobs["nano-bloodmnist-1"].words and jobs["nano-bloodmnist-1"].after[0] == "joint-nano"
     assert "breastmnist-paper-1" in jobs and "bloodmnist-paper-1" not in jobs
     names = list(jobs)
     assert all(names.index(need) < names.index(job.name) for job in jobs.values() for need in job.after)

@@ -219,8 +219,13 @@ def gradcam(subject: Subject, *, layer: str = "stage4", relu: bool = False) -> A
 
     subject.planned = 1
     module = find_layer(subject.model, layer)
-    grad_cam = LayerGradCam(subject, module)
-    cam = grad_cam.attribute(_input(subject), relu_attributions=relu)  # (1, 1, H / 2^(i+2), W / 2^(i+2))
+    # The graph begins here: what comes before is computed without one, and captum's hook, set later, sees this output.
+    handle = module.register_forward_hook(lambda _module, _input, output: output.detach().requires_grad_())
+    try:
+        # (1, 1, H / 2^(i+2), W / 2^(i+2))
+        cam = LayerGradCam(subject, module).attribute(subject.x.detach(), relu_attributions=relu)
+    finally:
+        handle.remove()
     size = tuple(cam.shape[2:])
     notes = []
     if max(size) < 3:
