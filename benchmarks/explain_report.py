@@ -80,7 +80,8 @@ def section(result: dict[str, Any]) -> str:
     """One dataset: what was measured, on what, the table, and how integrated gradients converged."""
     images = [r for r in result["images"].values() if has(r, "faithfulness")]
     right = sum(r["correct"] for r in images)
-    text = f"### {result['dataset']}, {result['model'].split()[0]}\n\n{result['model']}; {len(images)} test images, {right} of them classified right. "
+    title = f"{result['dataset']}, {result['model'].split()[0]}"
+    text = f"### {title}\n\n{result['model']}; {len(images)} test images, {right} of them classified right. "
     text += f"{result['machine']}.\n\n{table(result)}\n"
     runs = [r["methods"].get("integrated_gradients", {}) for r in images]
     if runs := [r for r in runs if "steps" in r]:

@@ -262,16 +262,14 @@ def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, st
     group = groups.get((name, recipe, architecture))
     if not group or not recipe.startswith(f"zoo-{name}"):
         return []
-    named = "" if recipe == f"zoo-{name}" else f" --recipe {recipe}"
-    joint = "runs/joint" if architecture == "tiny" else f"runs/joint-{architecture}"
+    prefix = "" if architecture == "tiny" else f"{architecture}-"
     measures = ", ".join(chosen(group).data["selected_by"])
     return [
         "",
         f"Shipped of {architecture}: seed {seed}, best of {len(group)} on validation ({measures}). Again:",
         "",
         "```",
-        f"python -m hub.zoo pretrain --data DATA --out {joint} --variant {architecture}",
-        f"python -m hub.zoo train {name} --data DATA --out runs/{name}-{seed} --init {joint} --seed {seed}{named}",
+        f"python -m hub.zoo all --data DATA --out runs --only {prefix}{name}-{seed}",
         "```",
     ]
 

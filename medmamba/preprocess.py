@@ -11,13 +11,16 @@ from .images import MedicalImage
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
 
 
-def preprocess(image: MedicalImage, config: PreprocessConfig, in_chans: int = 3) -> Tensor:
+def preprocess(
+    image: MedicalImage, config: PreprocessConfig, in_chans: int = 3, device: torch.device | None = None
+) -> Tensor:
     """Channels adapted, resized, normalised.
 
     Args:
         image: pixels (H, W, C) in [0, 1], C 1 or 3, or C = in_chans.
         config: size, crop mode, interpolation, mean and std of the model.
         in_chans: channels the model takes. Grey is repeated for 3; colour becomes luma for 1.
+        device: where the result is wanted. Resizing is always done on the CPU, so that it gives the same everywhere.
 
     Returns:
         (in_chans, height, width) float32, normalised.
@@ -27,7 +30,7 @@ def preprocess(image: MedicalImage, config: PreprocessConfig, in_chans: int = 3)
     """
     pixels = torch.from_numpy(np.ascontiguousarray(image.pixels)).permute(2, 0, 1)  # (C, H, W)
     pixels = resize(adapt_channels(pixels, in_chans).unsqueeze(0), config).squeeze(0)
-    return normalise(pixels, config)
+    return normalise(pixels if device is None else pixels.to(device), config)
 
 
 def adapt_channels(pixels: Tensor, in_chans: int) -> Tensor:

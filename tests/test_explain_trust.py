@@ -12,7 +12,7 @@ from test_explain import picture, squares, trained  # noqa: F401  the fixture
 import medmamba
 from medmamba import cli
 from medmamba.explain import Assessor, ExplainCancelled, assess, explain, scan_field
-from medmamba.explain.randomisation import SIMILAR, rank_correlation, similarities, ssim, top_overlap
+from medmamba.explain.randomisation import SIMILAR, random_states, rank_correlation, similarities, ssim, top_overlap
 from medmamba.explain.regions import make_baseline
 from medmamba.explain.removal import area, infidelity, removal_curves
 from medmamba.explain.scan_field import influence
@@ -162,6 +162,17 @@ def test_cascade_randomises_from_the_classifier_down_and_leaves_the_model(traine
     assert names == ["classifier", "stage4 and above", "stage3 and above", "stage2 and above", "all"]
     assert trust.randomisation.steps[0]["rank_correlation"] > trust.randomisation.steps[-1]["rank_correlation"]
     assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_random_weights_for_a_fused_model_are_fused_too(trained, cascade):  # noqa: F811
+    """Its kernels take the blocks as `fuse` leaves them; parts of both kinds must not be put together."""
+    fused = trained.fuse()
+    kinds = [type(module) for module in fused.modules()]
+    for _, models in random_states(fused, 2, cascade, seed=0):
+        for model in models:
+            assert [type(module) for module in model.modules()] == kinds
+            assert not any(module.training for module in model.modules())
 
 
 def test_assess_reports_everything_and_repeats_itself(trained):  # noqa: F811

@@ -167,12 +167,12 @@ def explain(
     config = view.config
     index = resolve_target(target, config)
     picture = image if isinstance(image, MedicalImage) else load_image(image)
-    x = preprocess(picture, config.preprocess, config.in_chans).unsqueeze(0)
+    device = view.patch_embed.proj.weight.device
+    x = preprocess(picture, config.preprocess, config.in_chans, device).unsqueeze(0)
     subject = Subject(view, x, index, batch_size, progress)
     result = attribute(subject, chosen, filled, seed)
     subject.report(1.0)
     assert subject.logits is not None and subject.target is not None
-    device = subject.x.device
     return Explanation(
         method=chosen.name,
         attribution=result.values.detach().cpu().float().numpy(),

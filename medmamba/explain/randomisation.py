@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fused_model import FusedMedMamba
 from ..model import MedMamba
 from .explanation import attribute
 from .methods import Method
@@ -94,7 +95,8 @@ def random_states(model: MedMamba, models: int, cascade: bool, seed: int) -> lis
 def _fresh(model: MedMamba, seed: int) -> MedMamba:
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        fresh = frozen_view(MedMamba(model.config).to(model.patch_embed.proj.weight.device))
+        made = MedMamba(model.config).eval().to(model.patch_embed.proj.weight.device)
+        fresh = frozen_view(made.fuse() if isinstance(model, FusedMedMamba) else made)  # parts of both are put together
     fresh.set_scan_backend(blocks(model, 1)[0].ssm.scan_backend)
     return fresh
 

@@ -174,7 +174,7 @@ def display_image(image: MedicalImage) -> np.ndarray:
 
 def faint_range(image: MedicalImage) -> tuple[float, float] | None:
     """The values that nearly all pixels lie between, if these are close together, but not the same."""
-    step = max(max(image.size) // 512, 1)
+    step = -(-max(image.size) // 128)
     low, high = (float(v) for v in np.percentile(image.pixels[::step, ::step], (0.5, 99.5)))
     return (low, high) if 1e-4 < high - low < FAINT else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -109,34 +108,41 @@ def frozen_view(model: MedMamba) -> MedMamba:
         raise ValueError(
             "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
         )
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        # Tensors made in inference mode cannot take part in autograd.
-        shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-        shared = shared.float() if shared.is_floating_point() else shared
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if is_parameter else shared
-    view = cast(MedMamba, _copy_module(model, memo)).eval()
+    view = cast(MedMamba, _copy_module(model, {}))
     view.set_grad_checkpointing(False)  # would run each hooked block twice
     view._apply(lambda tensor: tensor, recurse=False)  # a fused model forgets what it has derived from its weights
     return view
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Like `copy.deepcopy`, but of modules and their tables of hooks alone: it would take as long as a forward pass.
+    """Like `copy.deepcopy`, but in eval mode, of modules and their tables alone, with tensors by `_shared`: to go
+    through a model a few times more would take as long as a forward pass.
 
     Args:
-        memo: by id, the tensors to use in place of the module's own, and the modules copied already.
+        memo: by id, the modules and tensors that have been copied already.
     """
     if id(module) in memo:
         return memo[id(module)]
     memo[id(module)] = new = module.__new__(type(module))
     for name, value in module.__dict__.items():
         new.__dict__[name] = value.copy() if isinstance(value, dict | set | list) else value
+    new.training = False
     for table in (new._parameters, new._buffers):
-        table.update({name: memo[id(tensor)] for name, tensor in table.items() if tensor is not None})
+        for name, tensor in table.items():
+            if tensor is not None:
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = _shared(tensor)
+                table[name] = memo[id(tensor)]
     new._modules.update({k: _copy_module(m, memo) for k, m in new._modules.items() if m is not None})
     return new
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The same memory without gradient; converted if it is of another floating type than float32."""
+    # Tensors made in inference mode cannot take part in autograd.
+    shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+    shared = shared.float() if shared.is_floating_point() else shared
+    return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
 
 
 def default_batch_size(device: torch.device) -> int:
