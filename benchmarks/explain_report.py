@@ -27,7 +27,7 @@ as evenly from the classes as these allow. The predicted class is explained.
 - **Max-sensitivity**: relative change of the map when the image changes invisibly.
 - **Random weights**: similarity of the map to those of {random_models} models with random weights, the least of them;
   in brackets, the share of images on which it stayed below the limit of {limit}.
-- **Seconds**: median time of one explanation on the machine named, alone on it.
+- **Seconds**: median time of one explanation on the machine named.
 
 Removed parts are replaced by the blurred image ({removal}). Controls are not methods: noise knows nothing, edges know
 the image and not the model, disguised edges hide that from rank correlations, and the guided gradient is like guided

@@ -13,6 +13,7 @@ KINDS = (
         "around the scan: norms, gates, depthwise, mixing",
         r"^conv_(forward|backward|input)$|^[a-z_]*(gate|norm|mix|silu)[a-z_]*$",
     ),
+    ("batch norms of the convolution branch", r"^(batch_[a-z_]*|add_partials|relu_gradient)$"),
     ("optimiser", r"multi_tensor_apply|adam|foreach|lp_norm"),
     ("convolutions and matrix products", r"gemm|nvjet|cutlass|xmma|convolve|conv2d|cudnn|wgrad|dgrad|splitK|cublas"),
     ("norms of PyTorch", r"layer_norm|LayerNorm|GammaBeta|batch_norm|batchnorm|Welford"),

@@ -1,4 +1,5 @@
-"""python benchmarks/gpu_report.py FILE: the tables and the plot of docs/performance.md from what gpu.py measured."""
+"""python benchmarks/gpu_report.py FILE...: the tables of docs/performance.md from what gpu.py measured, a section per
+file, and the plot of the first."""
 
 import argparse
 import json
@@ -13,30 +14,38 @@ OURS = ("nano", "tiny", "small", "base")
 PLOT = "performance-pixels.svg"
 
 
-def tables(measured: dict[str, Any]) -> str:
+def tables(measured: dict[str, Any], plotted: bool) -> str:
     rows, about = measured["rows"], measured["machine"]
     software = ", ".join(f"{name} {about[name]}" for name in ("torch", "cuda", "timm") if name in about)
-    lines = [f"{about['device']}, {about['memory_gib']:.0f} GiB; {software}.", ""]
+    lines = [
+        f"### {about['device']}",
+        "",
+        f"{about['memory_gib']:.0f} GiB; medmamba {about['medmamba']}, {software}.",
+        "",
+    ]
     columns = [*PEERS, "published"]
     for part, title in TITLES.items():
         chosen = [row for row in rows if row["part"] == part]
         if not chosen:
             continue
-        lines += [f"### {title}", "", f"224×224, batch {chosen[0]['batch']}.", ""]
+        lines += [f"#### {title}", "", f"224×224, batch {chosen[0]['batch']}.", ""]
         head = ["model", "precision", "mode", "images/s", "ms", "peak GiB", *(f"to {PEERS.get(c, c)}" for c in columns)]
-        lines += [f"| {' | '.join([*head, 'of roofline'])} |", "|" + " --- |" * (len(head) + 1)]
+        bounded = any("roofline" in row for row in chosen)  # it is known of one card
+        head += ["of roofline"] if bounded else []
+        lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
         for row in chosen:
             ratio = row.get("ratio", {})
             name = PEERS.get(row["model"], row["model"])
             cells = [f"**{name}**" if name in OURS else name, row["precision"], row["mode"]]
             cells += [f"{row['images_per_s']:.0f}", f"{row['ms']:.2f}", f"{row['memory_gib']:.2f}"]
             cells += [f"{ratio[c]:.2f}x" if c in ratio else "" for c in columns]
-            cells.append(f"{row['roofline']:.0%}" if "roofline" in row else "")
+            if bounded:
+                cells.append(f"{row['roofline']:.0%}" if "roofline" in row else "")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     pixels = [row for row in rows if row["part"] == "pixels"]
     if pixels:
-        lines += ["### Growth with pixels", "", f"`{pixels[0]['model']}`, batch {pixels[0]['batch']}, CUDA graph.", ""]
+        lines += ["#### Growth with pixels", "", f"`{pixels[0]['model']}`, batch {pixels[0]['batch']}, CUDA graph.", ""]
         lines += [
             "| side | inference ms | ns per pixel | training ms | ns per pixel | training GiB |",
             "|" + " --- |" * 6,
@@ -45,10 +54,12 @@ def tables(measured: dict[str, Any]) -> str:
             infer, train = (series(pixels, precision)[side] for precision in ("bfloat16", "autocast"))
             cells = [str(side), *per_pixel(infer), *per_pixel(train), f"{train['memory_gib']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", f"![Time against pixels: both lines have a slope of about one]({PLOT})", ""]
+        lines.append("")
+        if plotted:
+            lines += [f"![Time against pixels: both lines have a slope of about one]({PLOT})", ""]
     for label, found in measured.get("profiles", {}).items():
         lines += [
-            f"### Profile: {label}",
+            f"#### Profile: {label}",
             "",
             f"{found['ms']:.2f} ms of the GPU in {found['kernels']:.0f} kernels.",
             "",
@@ -91,21 +102,22 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         figure.savefig(file, metadata={"Date": None})
 
 
-def write(measured: dict[str, Any], folder: Path = DOCS) -> None:
+def write(files: list[dict[str, Any]], folder: Path = DOCS) -> None:
     document = folder / "performance.md"
     before, first, rest = document.read_text(encoding="utf-8").partition(MARKERS[0])
     _, last, after = rest.partition(MARKERS[1])
     if not (first and last):
         raise SystemExit(f"{document} has lost its markers {MARKERS}")
-    document.write_text(f"{before}{MARKERS[0]}\n\n{tables(measured)}\n{MARKERS[1]}{after}", encoding="utf-8")
-    if any(row["part"] == "pixels" for row in measured["rows"]):
-        plot(measured["rows"], folder / PLOT)
+    sections = "\n".join(tables(measured, i == 0) for i, measured in enumerate(files))
+    document.write_text(f"{before}{MARKERS[0]}\n\n{sections}\n{MARKERS[1]}{after}", encoding="utf-8")
+    if any(row["part"] == "pixels" for row in files[0]["rows"]):
+        plot(files[0]["rows"], folder / PLOT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    write(json.loads(parser.parse_args().file.read_text(encoding="utf-8")))
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    write([json.loads(file.read_text(encoding="utf-8")) for file in parser.parse_args().files])
 
 
 if __name__ == "__main__":
