@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from hub import results
+from hub import results, zoo
 from medmamba import registry
 
 
@@ -90,8 +90,21 @@ def test_models_of_two_sizes_have_a_row_and_a_recipe_each(tmp_path, monkeypatch)
     page = results.document(runs)
     tiny, nano = (page.index(f"| BreastMNIST | {name}, zoo-breastmnist, seed") for name in ("tiny", "nano"))
     assert tiny < nano and "seed 1 | 0.910" in page and "seed 0 | 0.700" in page
-    assert "--init runs/joint --seed 1" in page and "--init runs/joint-nano --seed 0" in page
-    assert "runs/joint-nano --variant nano" in page
+    assert "--only breastmnist-1\n" in page and "--only nano-breastmnist-0\n" in page
+
+
+def test_the_commands_of_the_committed_page_name_runs_that_there_are():
+    """And of the recipe and size that the page says."""
+    args = zoo._parser().parse_args(["all", "--data", "DATA", "--out", "runs", "--seeds", "3"])
+    jobs = {job.name: job for job in zoo.all_jobs(args)}
+    named = re.findall(r"--only (\S+)$", results.DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) >= 4
+    for name in named:
+        folder = name.rpartition("-")[0].removeprefix("nano-") + ("-nano" if name.startswith("nano-") else "")
+        training = json.loads((results.MODELS / folder / "config.json").read_text(encoding="utf-8"))["training"]
+        ran = zoo._parser().parse_args(jobs[name].words[2:])
+        assert (ran.recipe or f"zoo-{ran.dataset}", ran.seed) == (training["recipe"], training["seed"])
+        assert ran.variant == training["identity"]["model"]
 
 
 def test_a_table_has_mean_spread_published_figures_and_caveat():
