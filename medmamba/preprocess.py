@@ -48,7 +48,8 @@ def adapt_channels(pixels: Tensor, in_chans: int) -> Tensor:
 def resize(pixels: Tensor, config: PreprocessConfig) -> Tensor:
     """(B, C, H, W) in [0, 1] to (B, C, *config.input_size), as `config.crop_mode` says; still in [0, 1]."""
     inner, margins = placement((pixels.shape[-2], pixels.shape[-1]), config)
-    return F.pad(_interpolate(pixels, inner, config.interpolation), margins)
+    pixels = _interpolate(pixels, inner, config.interpolation)
+    return F.pad(pixels, margins) if any(margins) else pixels
 
 
 def placement(size: tuple[int, int], config: PreprocessConfig) -> tuple[tuple[int, int], tuple[int, int, int, int]]:

@@ -175,6 +175,22 @@ def test_random_weights_for_a_fused_model_are_fused_too(trained, cascade):  # no
             assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_gpu_gives_the_same_figures(trained, fuse):  # noqa: F811
+    """But for rounding, which decides between regions of equal evidence."""
+    there = medmamba.create_model("test", num_classes=2).eval()
+    there.load_state_dict(trained.state_dict())
+    there = there.cuda().fuse() if fuse else there.cuda()
+    checks, settings = ["randomisation", "removal"], dict(steps=6, random_orders=2)
+    for method in ("saliency", "gradcam", "integrated_gradients"):
+        expected = assess(trained, explain(trained, picture(), method, 1), checks, **settings)
+        found = assess(there, explain(there, picture(), method, 1), checks, **settings)
+        assert found.randomisation.similarity == pytest.approx(expected.randomisation.similarity, abs=0.05)
+        assert found.curves.deletion_auc == pytest.approx(expected.curves.deletion_auc, abs=0.05)
+
+
 def test_assess_reports_everything_and_repeats_itself(trained):  # noqa: F811
     e = explain(trained, picture(), "smoothgrad", samples=4)
     seen = []

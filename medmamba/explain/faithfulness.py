@@ -173,7 +173,8 @@ class Assessor:
         return Trust(explanation.title, **found, settings=dict(self.settings), seconds=time.perf_counter() - began)
 
     def _subject(self, explanation: Explanation, progress: Progress | None) -> Subject:
-        x = preprocess(explanation.image, self.view.config.preprocess, self.view.config.in_chans).unsqueeze(0)
+        config, device = self.view.config, self.view.patch_embed.proj.weight.device
+        x = preprocess(explanation.image, config.preprocess, config.in_chans, device).unsqueeze(0)
         return Subject(self.view, x, explanation.target, self.batch_size, progress)
 
     def _prepare(self, explanation: Explanation, whole: Subject) -> _Shared:

@@ -134,7 +134,7 @@ def scan_field(
     captured: list[Tensor] = []
     handle = ssm.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
     with controlled(weight.device, 0), torch.no_grad():
-        view.forward_features(preprocess(picture, config.preprocess, config.in_chans)[None].to(weight.device))
+        view.forward_features(preprocess(picture, config.preprocess, config.in_chans, weight.device)[None])
         handle.remove()
         values, proj, dt_weight, A, _ = ssm.scan_inputs(captured[0])  # x (1, H', W', C)
         H, W = values.shape[1:3]
