@@ -67,7 +67,7 @@ def picture(i: int = 0, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "gradient_shap", "occlusion", "feature_ablation"])
 def test_the_maximum_of_the_map_is_on_the_square(trained, method):
-    images, classes, corners = squares(8, 3)
+    images, classes, corners = squares(24, 3)
     hits = 0
     for image, label, (top, left) in zip(images, classes.tolist(), corners.tolist(), strict=True):
         few = {"n_steps": 20, "max_steps": 20} if method == "integrated_gradients" else {}
@@ -75,7 +75,7 @@ def test_the_maximum_of_the_map_is_on_the_square(trained, method):
         y, x = np.unravel_index(map_.argmax(), map_.shape)
         # Windows and superpixels reach a little over the edge.
         hits += top - 2 <= y < top + 10 and left - 2 <= x < left + 10
-    assert hits >= 6  # by chance: 1
+    assert hits >= 12  # by chance: 3
 
 
 def test_values_against_their_definitions(trained):
@@ -225,7 +225,7 @@ def test_batches_stay_within_the_limit_and_do_not_change_the_map(trained, monkey
     if method in ("smoothgrad", "gradient_shap"):  # draw their noise in batches
         return
     many = explain(trained, picture(), method, 1, batch_size=16).attribution
-    np.testing.assert_allclose(few, many, rtol=1e-3, atol=1e-5 * np.abs(many).max())
+    np.testing.assert_allclose(few, many, rtol=1e-3, atol=1e-4 * np.abs(many).max())
 
 
 @pytest.mark.parametrize("method", METHODS)
