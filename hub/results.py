@@ -267,9 +267,9 @@ def _joint(run: Run) -> str:
 def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
     recipe, architecture, seed = ours
     group = groups.get((name, recipe, architecture))
-    if not group or not recipe.startswith(f"zoo-{name}"):
+    suffix, prefix = ("", "") if architecture == "tiny" else (f"-{architecture}", f"{architecture}-")
+    if not group or recipe != f"zoo-{name}{suffix}":
         return []
-    prefix = "" if architecture == "tiny" else f"{architecture}-"
     measures = ", ".join(chosen(group).data["selected_by"])
     return [
         "",

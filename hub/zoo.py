@@ -51,7 +51,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
 }
 # What the joint model learns from. Not dermamnist: its licence excludes commercial use, and so would all weights then.
 JOINT = ("breastmnist", "pneumoniamnist", "bloodmnist")
-QUICK = ("breastmnist", "pneumoniamnist")  # so few images that a baseline takes about three minutes or less on a GPU
+QUICK = ("breastmnist", "pneumoniamnist")  # so few images that more than one seed of a baseline is cheap
 SMALL_RECIPE = "zoo-bloodmnist-nano"  # of the small model, from which others start: it must not know their images
 DECODED = "decoded.json"  # in the cache of a dataset: what `decode` has done
 

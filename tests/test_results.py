@@ -81,14 +81,18 @@ def test_the_best_of_finished_runs_are_told(tmp_path, capsys, monkeypatch):
 
 def test_models_of_two_sizes_have_a_row_and_a_recipe_each(tmp_path, monkeypatch):
     for folder, architecture, seed in (("breastmnist-nano", "nano", 0), ("breastmnist", "tiny", 1)):
-        record = {"dataset": "breastmnist", "recipe": "zoo-breastmnist", "seed": seed}
+        record = {"dataset": "breastmnist", "recipe": f"zoo-{folder}", "seed": seed}
         (tmp_path / folder).mkdir()
         config = {"training": {**record, "identity": {"model": architecture}}}
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(results, "MODELS", tmp_path)
-    runs = [make_run(seed=0), make_run(seed=1, accuracy=0.91), make_run(architecture="nano", accuracy=0.7)]
+    runs = [
+        make_run(seed=0),
+        make_run(seed=1, accuracy=0.91),
+        make_run(recipe="zoo-breastmnist-nano", architecture="nano", accuracy=0.7),
+    ]
     page = results.document(runs)
-    tiny, nano = (page.index(f"| BreastMNIST | {name}, zoo-breastmnist, seed") for name in ("tiny", "nano"))
+    tiny, nano = (page.index(f"| BreastMNIST | {name}, zoo-breastmnist") for name in ("tiny", "nano"))
     assert tiny < nano and "seed 1 | 0.910" in page and "seed 0 | 0.700" in page
     assert "--only breastmnist-1\n" in page and "--only nano-breastmnist-0\n" in page
 

@@ -47,8 +47,8 @@ def test_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", __file__, "-x", "-p", "no:cacheprovider", "-m", "not gpu"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("the interpreter of this Triton, 3.4 or older, does not run with NumPy 2.4 or newer")
+    if "lambda self: int(self.handle.data)\n" in done.stdout:  # a line of Triton's own, in the traceback
+        pytest.skip("the interpreter of this Triton, such as 3.4 to 3.6, does not run with NumPy 2.4 or newer")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
 
