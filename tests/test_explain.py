@@ -177,6 +177,12 @@ def test_gradcam_of_the_last_stage_sums_to_the_logit(trained):
     np.testing.assert_allclose(e.attribution, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_gradcam_of_one_pixel_is_constant_to_the_last_bit(trained):
+    """Otherwise rounding would rank the pixels."""
+    assert np.ptp(explain(trained, picture(), "gradcam", 1).attribution) == 0
+    assert np.ptp(explain(trained, picture(), "gradcam", 1, layer="stage1").attribution) > 0
+
+
 def test_gradcam_of_the_branches(trained):
     """Each half is seen alone: its map is the gradient-weighted sum of its own channels."""
     seen = {}

@@ -184,9 +184,10 @@ def test_a_gpu_gives_the_same_figures(trained, fuse):  # noqa: F811
     there.load_state_dict(trained.state_dict())
     there = there.cuda().fuse() if fuse else there.cuda()
     checks, settings = ["randomisation", "removal"], dict(steps=6, random_orders=2)
-    for method in ("saliency", "gradcam", "integrated_gradients"):
-        expected = assess(trained, explain(trained, picture(), method, 1), checks, **settings)
-        found = assess(there, explain(there, picture(), method, 1), checks, **settings)
+    maps = [("saliency", {}), ("gradcam", {}), ("gradcam", {"layer": "stage1"}), ("integrated_gradients", {})]
+    for method, options in maps:
+        expected = assess(trained, explain(trained, picture(), method, 1, **options), checks, **settings)
+        found = assess(there, explain(there, picture(), method, 1, **options), checks, **settings)
         assert found.randomisation.similarity == pytest.approx(expected.randomisation.similarity, abs=0.05)
         assert found.curves.deletion_auc == pytest.approx(expected.curves.deletion_auc, abs=0.05)
 
