@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medmamba.cli_train import STOPPED
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset
 from medmamba.evaluate import RESULTS_NAME
 from medmamba.evaluation import Evaluation
@@ -113,6 +114,7 @@ class Job:
         self.out = folder / "model"
         self.epochs = epochs
         self.plan = plan
+        self._minutes = limits.train_minutes
         self._started = time.monotonic()
         self._progress = Progress()
         self._errors = folder / "stderr.txt"
@@ -162,8 +164,14 @@ class Job:
         Raises:
             JobError: training failed; the message says why.
         """
-        if self._process.wait() == 0 and (self.out / RESULTS_NAME).is_file():
+        code = self._process.wait()
+        if code == 0 and (self.out / RESULTS_NAME).is_file():
             return evaluations(json.loads((self.out / RESULTS_NAME).read_text(encoding="utf-8")))
+        if code == STOPPED:
+            raise JobError(
+                f"the first epoch did not end within the {self._minutes:g} minutes there are; take fewer images "
+                "or a smaller model"
+            )
         raise JobError(self._message())
 
     def stop(self) -> None:

@@ -556,13 +556,21 @@ def test_a_job_that_fails_says_why_without_paths(tmp_path, model_folder):
 
 
 def test_a_job_keeps_to_its_time_and_still_ends_in_a_model(tmp_path, model_folder):
-    limits = Limits(train_minutes=0.05)
-    job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 30, tmp_path, limits, "cpu")
+    limits = Limits(train_minutes=0.15)
+    job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 1000, tmp_path, limits, "cpu")
     try:
         assert job.result()["test"].n_images == 12
     finally:
         job.stop()
-    assert 1 <= len(job.progress().history) < 30
+    assert 1 <= len(job.progress().history) < 1000
+
+
+def test_a_job_without_time_for_an_epoch_says_so(tmp_path, model_folder):
+    limits = Limits(train_minutes=0.001)
+    job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 30, tmp_path, limits, "cpu")
+    with pytest.raises(jobs.JobError, match=r"within the 0\.001 minutes there are; take fewer images"):
+        job.result()
+    assert not job.progress().history
 
 
 def test_a_job_can_be_ended(tmp_path, model_folder):
