@@ -231,9 +231,9 @@ def gradcam(subject: Subject, *, layer: str = "stage4", relu: bool = False) -> A
     if max(size) < 3:
         notes.append(f"the map of {layer} has only {size[0]}x{size[1]} pixels here; an earlier stage locates better")
     # Weights of bilinear interpolation do not add up to 1 to the last bit: without the limits, a map of one pixel would
-    # not be constant, and rounding would rank its pixels, otherwise on every machine.
-    values = F.interpolate(cam, subject.x.shape[2:], mode="bilinear", align_corners=False).clamp(cam.min(), cam.max())
-    values = values[0, 0]
+    # not be constant, and rounding would rank its pixels, differently on every machine.
+    values = F.interpolate(cam, subject.x.shape[2:], mode="bilinear", align_corners=False)[0, 0]
+    values = values.clamp(cam.min(), cam.max())
     return Attribution(values, {"layer_size": list(size)}, notes=notes)
 
 
