@@ -19,6 +19,7 @@ from .config import MedMambaConfig
 from .data import CachedDataset, DatasetError, ImageDataset, cache_images, open_dataset
 from .evaluation import Evaluation, evaluate
 from .model import MedMamba
+from .utils.names import AmbiguousNameError, find_name, shown
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -173,16 +174,25 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
     if list(dataset.classes) == wanted:
         return dataset
     entry = _entry_of(config)
-    folded = {_fold(name): i for i, name in enumerate(wanted)}
-    numbers = [folded.get(_fold(name)) for name in dataset.classes]
-    if entry and None in numbers:  # the data may have the short names, "NORM", of "normal colon mucosa"
-        numbers = [entry.class_index(name) for name in dataset.classes]
+    try:
+        numbers = [find_name(name, wanted) for name in dataset.classes]
+        if entry and None in numbers:  # the data may have the short names, "NORM", of "normal colon mucosa"
+            numbers = [entry.class_index(name) for name in dataset.classes]
+    except AmbiguousNameError as error:
+        raise DatasetError(f"{dataset.name}: class {error}; the model has both") from error
     unknown = [name for name, number in zip(dataset.classes, numbers, strict=True) if number is None]
     if unknown:
         raise DatasetError(
             f"{dataset.name}: the model does not know {', '.join(unknown)}; it knows {', '.join(wanted)}. Rename the "
-            "classes, name the dataset (dataset=...), or train a model for these"
+            "classes, name the dataset (dataset=... or --dataset NAME), or train a model for these"
         )
+    for number in set(numbers):
+        same = [name for name, other in zip(dataset.classes, numbers, strict=True) if other == number]
+        if len(same) > 1 and number is not None:
+            raise DatasetError(
+                f"{dataset.name}: classes {shown(*same)} would all be the model's {wanted[number]!r}; merge them where "
+                "they are the same, or rename them"
+            )
     place = [number for number in numbers if number is not None]
 
     def renumbered(label: int | tuple[int, ...]) -> int | tuple[int, ...]:
@@ -236,7 +246,3 @@ def _entry_of(config: MedMambaConfig) -> registry.DatasetEntry | None:
         return None
     entry = registry.get(str(name))
     return entry if list(entry.id2label.values()) == config.labels else None
-
-
-def _fold(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())

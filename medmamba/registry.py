@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from types import MappingProxyType
 from typing import Any
+
+from .utils.names import find_name
 
 
 class RegistryError(KeyError, ValueError):
@@ -140,13 +141,18 @@ class DatasetEntry:
     def class_index(self, name: str) -> int | None:
         """Label index of a class, by its name, display name, alias or index ("0", "1", ...); None if it is none.
 
-        Case, spaces and punctuation do not matter: "normal_or_benign" is "normal or benign".
+        An exact name goes first; else case, spaces and separators do not matter where that leaves one class:
+        "normal_or_benign" is "normal or benign".
+
+        Raises:
+            AmbiguousNameError: (a ValueError) several classes are spelled like this.
         """
-        key = _fold(name)
-        for index, title in enumerate(self.classes):
-            names = {title, *self.aliases.get(title, ()), *self.display_names[index : index + 1]}
-            if key in {_fold(other) for other in names}:
-                return index
+        spellings = [
+            (title, *self.aliases.get(title, ()), *self.display_names[index : index + 1])
+            for index, title in enumerate(self.classes)
+        ]
+        if (index := find_name(name, spellings)) is not None:
+            return index
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
         return None
@@ -163,10 +169,10 @@ def get(name: str) -> DatasetEntry:
     Raises:
         RegistryError: no such dataset.
     """
-    key = _fold(name)
-    for entry in _entries().values():
-        if key in (_fold(entry.name), _fold(entry.title)):
-            return entry
+    entries = list(_entries().values())
+    index = find_name(name, [(entry.name, entry.title) for entry in entries])
+    if index is not None:
+        return entries[index]
     raise RegistryError(f"no dataset {name!r} in the registry; it knows: {', '.join(names())}")
 
 
@@ -193,7 +199,3 @@ def _entry(row: dict[str, Any]) -> DatasetEntry:
         if key in row:
             row[key] = tuple(row[key])
     return DatasetEntry(**row)
-
-
-def _fold(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import MedMambaConfig
 from ..model import MedMamba, SSConvSSM, Stage
+from ..utils.names import AmbiguousNameError, find_name
 
 Progress = Callable[[float], object]
 """Called with the share done, 0 to 1, never falling. Return False (or raise) to stop."""
@@ -234,7 +235,7 @@ def _tf32_settings() -> list[tuple[Callable, Any]]:
 def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | None:
     """A class index from an index, a label, or a number as text; None stays None.
 
-    Labels match exactly, or else regardless of case where that is unambiguous.
+    Labels match exactly, or else regardless of case and separators where that is unambiguous.
 
     Raises:
         ValueError: no such class.
@@ -243,10 +244,12 @@ def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | No
         return None
     labels = config.labels
     if isinstance(target, str):
-        matches = [i for i, label in enumerate(labels) if label == target]
-        matches = matches or [i for i, label in enumerate(labels) if label.casefold() == target.strip().casefold()]
-        if len(matches) == 1:
-            return matches[0]
+        try:
+            found = find_name(target, labels)
+        except AmbiguousNameError as error:
+            raise ValueError(f"no class is called {target!r} exactly: {error}") from error
+        if found is not None:
+            return found
         if not target.strip().isdecimal():
             raise ValueError(f"no class is called {target!r}; the classes are {_listed(labels)}")
         target = int(target)
