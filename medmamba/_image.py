@@ -29,6 +29,18 @@ class ImageError(ValueError):
     """An image that cannot be read as asked. The message says why and what to do."""
 
 
+class FrameNeeded(ImageError):
+    """A source of several frames of which none was chosen."""
+
+    n_frames: int = 0
+
+
+class WindowNeeded(ImageError):
+    """Grey values that declare no range; `value_range` is that of the values found."""
+
+    value_range: tuple[float, float] = (0.0, 0.0)
+
+
 class MissingDependencyError(ImageError, ImportError):
     """An image that needs a package that is not installed. The message holds the install command."""
 
@@ -48,6 +60,9 @@ class MedicalImage:
         value_range: smallest and largest raw value of a grey image, in the units that `window` takes (for DICOM after
             the modality LUT, so Hounsfield units for CT); None for colour.
         notes: what was done to get from the source to `pixels`, in order, for people to read.
+        window: the window that was applied: read again with it, the source gives the same pixels. None for colour, and
+            where something else than a window was applied (a lookup table, a range drawn under a sigmoid).
+        window_from: who chose it: "argument", "file", or "range" for the range that the format declares; "" for None.
     """
 
     pixels: np.ndarray = field(repr=False)
@@ -59,6 +74,29 @@ class MedicalImage:
     n_frames: int = 1
     value_range: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    window: Window | None = None
+    window_from: str = ""
+
+    @property
+    def range_window(self) -> Window | None:
+        """The window that spreads the values found over [0, 1]; None for colour and for constant images."""
+        if self.value_range is None or not self.value_range[0] < self.value_range[1]:
+            return None
+        low, high = self.value_range
+        level = 1 if self.format == "DICOM" else 0  # PS3.3 C.11.2.1.2: a window counts levels there
+        return (low + high + level) / 2, high - low + level
+
+    @property
+    def low_contrast(self) -> bool:
+        """Whether another window would show far more than the one applied: the pixels use less than a tenth of [0, 1],
+        less than half where nobody chose the window, or lie at its ends almost all."""
+        if self.range_window is None or (self.bit_depth <= 8 and self.window_from == "range"):
+            return False
+        spread = float(self.pixels.max() - self.pixels.min())
+        if spread < (0.5 if self.window_from == "range" else 0.1):
+            return True
+        ends = int((self.pixels <= 0).sum()) + int((self.pixels >= 1).sum())
+        return ends > 0.98 * self.pixels.size
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,7 +128,9 @@ def check_frame(frame: int | None, n_frames: int) -> int:
     """The index of the frame to read; raises `ImageError` where it is needed and absent, or does not exist."""
     if frame is None:
         if n_frames > 1:
-            raise ImageError(f"this image has {n_frames} frames; choose one with frame=0 ... frame={n_frames - 1}")
+            error = FrameNeeded(f"this image has {n_frames} frames; choose one with frame=0 ... frame={n_frames - 1}")
+            error.n_frames = n_frames
+            raise error
         return 0
     try:
         index = operator.index(frame)
@@ -136,7 +176,9 @@ def naming_errors(source: object) -> Iterator[None]:
         yield
     except ImageError as exc:
         where = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else source_name(source)
-        raise type(exc)(f"{where}: {exc}") from exc.__cause__
+        named = type(exc)(f"{where}: {exc}")
+        named.__dict__.update(exc.__dict__)
+        raise named from exc.__cause__
 
 
 def is_dataset(source: object) -> TypeGuard[Dataset]:

@@ -80,6 +80,8 @@ def load_dicom(source: BinaryIO | Dataset, name: str, frame: int | None, window:
             n_frames=decoded.n_frames,
             value_range=value_range,
             notes=tuple(notes),
+            window=decoded.applied[0],
+            window_from=decoded.applied[1],
         )
 
 
@@ -137,6 +139,7 @@ class _Frame:
         self.is_float = "PixelData" not in ds
         self.bits = int(ds.BitsAllocated if self.is_float else ds.get("BitsStored") or ds.BitsAllocated)
         self.signed = ds.get("PixelRepresentation") == 1
+        self.applied: tuple[Window | None, str] = (None, "")  # the window that `grey` applies, and whose it is
         self.photometric = str(ds.PhotometricInterpretation)
         self._groups = [*_functional_groups(ds, self.index), ds]
         self.stored, self.decoded_photometric = decode_frame(ds, self.index, self.n_frames)
@@ -190,6 +193,7 @@ class _Frame:
             exact = self.voi_function == "LINEAR" and window[1] < 1
             pixels = _apply_window(raw, *window, "LINEAR_EXACT" if exact else self.voi_function)
             notes.append(f"window {window[0]:g}/{window[1]:g} applied")
+            self.applied = window, "argument"
         elif voi_luts:
             values, largest = _apply_lut(raw, voi_luts[0], signed=allowed[0] < 0, big_endian=is_big_endian(self.ds))
             pixels = values / largest
@@ -197,10 +201,14 @@ class _Frame:
         elif presets:
             center, width = presets[0].center, presets[0].width
             pixels = _apply_window(raw, center, width, self.voi_function)
+            self.applied = (center, width), "file"
             more = f" (first of {len(presets)} in the file)" if len(presets) > 1 else ""
             notes.append(f"VOI window {center:g}/{width:g} applied{more}")
         else:
             low, high = allowed
+            level = 1 if self.voi_function == "LINEAR" else 0
+            if self.voi_function != "SIGMOID" and high > low:
+                self.applied = ((low + high + level) / 2, high - low + level), "range"
             pixels = np.clip((raw - low) / max(high - low, 1e-300), 0, 1)
             what = "range of the floating-point values" if self.is_float else f"full {self.bits}-bit range"
             advice = "; contrast may be low, window=(center, width) sets it" if self.bits > 8 else ""

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from ._image import MAX_PIXELS, ImageError, MedicalImage, Window, check_frame, check_size
+from ._image import MAX_PIXELS, ImageError, MedicalImage, Window, WindowNeeded, check_frame, check_size
 
 _EXIF_ORIENTATION = 0x0112
 # TIFF tags that Pillow reads but does not fully act on.
@@ -197,6 +197,7 @@ def _finish(
     if raw.dtype.kind == "f" and not np.isfinite(raw).all():
         raise ImageError("the pixels hold NaN or infinite values; replace them first (numpy.nan_to_num)")
     value_range = (float(raw.min()), float(raw.max())) if channels == 1 else None
+    applied = window if window is not None else _declared_window(raw, bits) if channels == 1 else None
     if window is not None:
         if channels != 1:
             raise ImageError(f"window applies to grey images only; this one has {channels} channels")
@@ -215,8 +216,16 @@ def _finish(
         bit_depth=bits,
         value_range=value_range,
         notes=tuple(notes),
+        window=applied,
+        window_from="" if applied is None else "range" if window is None else "argument",
         **info,
     )
+
+
+def _declared_window(raw: np.ndarray, bits: int) -> Window:
+    """The range that `_to_unit` scales by, as a window."""
+    largest = 2**bits - 1 if raw.dtype == np.uint16 else 255 if raw.dtype == np.uint8 else 1
+    return largest / 2, float(largest)
 
 
 def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
@@ -226,17 +235,19 @@ def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
         smallest, tolerance = raw.min(), 1e-6  # resampling in float leaves 1.0000001
         if smallest < -tolerance or largest > 1 + tolerance:
             hint = "divide them by 255 if they are 8-bit values, or " if smallest >= 0 and largest <= 255 else ""
-            raise ImageError(
+            raise _window_needed(
+                raw,
                 f"floating-point pixels must be in 0..1, these are in {smallest:g}..{largest:g}; {hint}pass "
-                "window=(center, width) with the range that the values stand for"
+                "window=(center, width) with the range that the values stand for",
             )
         return np.clip(raw, 0, 1)
     if raw.dtype == np.bool_:
         return raw
     if raw.dtype not in (np.uint8, np.uint16):
-        raise ImageError(
+        raise _window_needed(
+            raw,
             f"{raw.dtype} pixels declare no range; pass window=(center, width) in the units of the image (found "
-            f"{raw.min()}..{largest}), or convert to uint8, uint16 or float in 0..1 first"
+            f"{raw.min()}..{largest}), or convert to uint8, uint16 or float in 0..1 first",
         )
     if raw.dtype == np.uint16 and bits == 16 and 0 < largest < 2**15:
         used = max(int(largest).bit_length(), 8)
@@ -245,6 +256,15 @@ def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
             f"bit values, pass window=({(2**used - 1) / 2:g}, {2**used - 1})"
         )
     return raw.astype(np.float32) / (255 if raw.dtype == np.uint8 else 2**bits - 1)
+
+
+def _window_needed(raw: np.ndarray, text: str) -> ImageError:
+    """The error for values without a declared range; of colour, which takes no window, a plain one."""
+    if raw.shape[2] != 1:
+        return ImageError(text)
+    error = WindowNeeded(text)
+    error.value_range = (float(raw.min()), float(raw.max()))
+    return error
 
 
 def _drop_alpha(pixels: np.ndarray, notes: list[str]) -> np.ndarray:
