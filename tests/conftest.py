@@ -14,9 +14,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Golden vectors and real images that do not travel with the project."""
-    if not (SHARED / "golden").is_dir():
-        pytest.skip("needs the folder ../shared beside the clone, with golden vectors and data")
+    """Real images that do not travel with the project."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs the folder ../shared beside the clone, with real images")
     return SHARED
 
 

@@ -1,12 +1,15 @@
 """Published checkpoints: read, inferred, and refused with a reason."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 import medmamba
 from medmamba import ConversionError, convert
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def published(variant="test", num_classes=3, in_chans=3):
@@ -29,8 +32,8 @@ def published(variant="test", num_classes=3, in_chans=3):
     return model, state
 
 
-def test_published_file(shared):
-    model = medmamba.load_upstream(shared / "golden" / "micro.pth")
+def test_published_file():
+    model = medmamba.load_upstream(GOLDEN / "micro.pth")
     assert (model.config.depths, model.config.dims) == ((1, 2, 1, 1), (16, 32, 64, 128))
     assert (model.config.num_classes, model.config.in_chans, model.config.architecture) == (5, 3, "custom")
 

@@ -1,34 +1,28 @@
 """The model: the published function, shapes, configuration, and the ways it is run."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from golden import fill
 
 import medmamba
 from medmamba import ConfigError, MedMambaConfig, convert, create_model
 from medmamba.config import VARIANTS
 from medmamba.kernels import layers
 
-
-@pytest.fixture(scope="module")
-def golden(shared):
-    spec = importlib.util.spec_from_file_location("golden_fill", shared / "golden" / "fill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return shared / "golden", module
+GOLDEN = Path(fill.__file__).parent
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("file", ["micro", "tiny"])
-def test_golden(golden, file, backend):
+def test_golden(file, backend):
     """Same logits, and gradients for the input and every parameter, as the published code."""
-    folder, fill = golden
-    data = json.loads((folder / f"{file}.json").read_text())
+    data = json.loads((GOLDEN / f"{file}.json").read_text())
     state = fill.fill(data["shapes"])
     model = medmamba.load_upstream(state)
     model.set_scan_backend(backend)
