@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.files import write_atomically, write_text
+
+__all__ = ["CheckpointStore", "ResumeError", "write_text"]  # write_text: where it was before
+
 FORMAT = 1
 LAST = "last.pt"
+RUN = "run.json"
+LOCK = "run.lock"
 
 
 class ResumeError(RuntimeError):
@@ -71,23 +77,11 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Removes everything that this class wrote."""
-        for file in [self.folder / LAST, *self.folder.glob("best-*.safetensors"), *self.folder.glob("*.part")]:
+        patterns = (LAST, RUN, "best-*.safetensors", "*.part", ".*.part")  # what a killed process left too
+        for file in [file for pattern in patterns for file in self.folder.glob(pattern)]:
             file.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # the lock of this run lies in it, or somebody else's file
             self.folder.rmdir()
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best-{epoch:04d}.safetensors"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write(partial_path)`, then puts the finished file in place; an interruption leaves the old file."""
-    partial = path.with_name(path.name + ".part")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
