@@ -58,11 +58,14 @@ def _add_predict(subparsers: Any) -> None:
 def _run_predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .images import expand_inputs
+    from .images import find_images
     from .model import MedMamba
     from .predict import Failure, iter_predict
 
-    paths = expand_inputs(args.images)
+    found = find_images(args.images)
+    paths = found.paths
+    if found.passed_over:
+        print(found, file=sys.stderr)
     model = MedMamba.from_pretrained(args.model).to(pick_device(args.device))
     # A table needs every class; people want the first few.
     results = iter_predict(model, paths, None if args.csv else args.top_k, args.batch_size)

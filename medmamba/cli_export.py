@@ -1,6 +1,7 @@
 """`medmamba export`: a model for other runtimes."""
 
 import argparse
+import sys
 from typing import Any
 
 FORMATS = ("onnx", "torch-export")
@@ -45,12 +46,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .export import ExportError, to_onnx, to_torch_export
-    from .images import expand_inputs
+    from .images import find_images
     from .model import MedMamba
 
     if args.to != "onnx" and (args.precision != "fp32" or args.check_data or args.check_limit):
         raise ExportError("--precision, --check-data and --check-limit are for --to onnx")
-    images = expand_inputs(args.images) if args.images else []
+    found = find_images(args.images) if args.images else None
+    if found and found.passed_over:
+        print(found, file=sys.stderr)
+    images = found.paths if found else []
     model = MedMamba.from_pretrained(args.model)
     if args.to == "onnx":
         report = to_onnx(

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, Union
 
@@ -33,6 +34,8 @@ from ._image import (
     source_name,
 )
 from .dicom import load_dicom
+from .imaging.find import PassedOver, find_in, reason_to_pass
+from .imaging.formats import DICOM_SUFFIXES, IMAGE_SUFFIXES, describe, sniff
 from .raster import load_array, load_pil, load_raster
 
 if TYPE_CHECKING:
@@ -41,49 +44,17 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
+    "FoundImages",
     "ImageError",
     "ImageSource",
     "MedicalImage",
     "MissingDependencyError",
     "expand_inputs",
+    "find_images",
     "load_image",
 ]
 
 ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, np.ndarray, "Dataset"]
-
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".dib")
-)
-IMAGE_SUFFIXES |= {".gif", *_DICOM_SUFFIXES}
-
-# How each supported format begins, and Pillow's name for it.
-_RASTER_MAGIC = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"II+\x00", "TIFF"),
-    (b"MM\x00+", "TIFF"),
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-)
-# What people pass by mistake: beginning, what it is, what to do.
-_OTHER_MAGIC = (
-    (b"%PDF", "a PDF document", "export its pages as PNG"),
-    (b"PK\x03\x04", "a ZIP archive", "unpack it first"),
-    (b"\x1f\x8b", "a gzip archive (.gz, .nii.gz)", "unpack it first, and export slices of a volume as PNG"),
-    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it first"),
-    (b"Rar!", "a RAR archive", "unpack it first"),
-    (b"\x93NUMPY", "a numpy file", "pass numpy.load(path) instead of the path"),
-    (b"\x89HDF", "an HDF5 file", "read the array with h5py and pass the array"),
-    (b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 file", "save it as PNG"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000 codestream", "save it as PNG"),
-    (b"8BPS", "a Photoshop file", "save it as PNG"),
-    (b"v/1\x01", "an OpenEXR file", "save it as 16-bit PNG"),
-    (b"NRRD", "an NRRD volume", "export slices as PNG or DICOM"),
-    (b"\x5c\x01\x00\x00", "a NIfTI volume", "export slices as PNG or DICOM"),
-)
 
 
 def load_image(source: ImageSource, *, frame: int | None = None, window: Window | None = None) -> MedicalImage:
@@ -118,12 +89,39 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
             return _load_stream(stream, name, frame, window)
 
 
+@dataclass(frozen=True)
+class FoundImages:
+    """What files, folders and patterns stand for.
+
+    Attributes:
+        paths: the images, sorted, each file once.
+        passed_over: what folders and patterns hold besides, with the reasons.
+    """
+
+    paths: list[Path]
+    passed_over: PassedOver
+
+    def __str__(self) -> str:
+        images = f"{len(self.paths)} {'image' if len(self.paths) == 1 else 'images'}"
+        return f"{images}; {self.passed_over}" if self.passed_over else images
+
+
 def expand_inputs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Turn files, folders and glob patterns into a sorted list of files without duplicates.
 
-    A file named outright is taken whatever its suffix. Folders are searched recursively, without following links to
-    other folders; there, and in the matches of a pattern, hidden files and folders are skipped and only files with a
-    suffix of `IMAGE_SUFFIXES`, or without suffix but with DICOM content, are taken. `**` in a pattern is recursive.
+    `find_images` gives the same list together with what was passed over.
+    """
+    return find_images(paths).paths
+
+
+def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> FoundImages:
+    """Find the images that files, folders and glob patterns stand for.
+
+    A file named outright is taken whatever it is called. Folders are searched recursively, links to folders included
+    (each real folder once). There, and in the matches of a pattern, hidden files and folders and those of the operating
+    system are passed over; of the rest, files with a suffix of `IMAGE_SUFFIXES` are taken, and files with another
+    suffix or none if their content is that of an image, such as DICOM files that are named by a UID. `**` in a pattern
+    is recursive.
 
     Raises:
         ImageError: an entry that matches no image; nothing given at all.
@@ -132,47 +130,51 @@ def expand_inputs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
     if not entries:
         raise ImageError("no images given; name files, folders or patterns such as 'scans/*.png'")
     found: dict[str, Path] = {}
+    left = PassedOver()
     for entry in entries:
-        matches, reason = _matches(os.fspath(entry))
+        passed = PassedOver()
+        matches, reason = _matches(os.fspath(entry), passed)
         if not matches:
-            raise ImageError(f"{entry}: {reason}")
+            raise ImageError(f"{entry}: {reason}{f'; {passed}' if passed else ''}")
         for match in matches:
             found.setdefault(os.path.realpath(match), match)
-    return sorted(found.values())
+        left.reasons.update(passed.reasons)
+    for path in found:
+        left.reasons.pop(path, None)
+    return FoundImages(sorted(found.values()), left)
 
 
-def _matches(entry: str) -> tuple[list[Path], str]:
+def _matches(entry: str, passed: PassedOver) -> tuple[list[Path], str]:
     """Files that `entry` stands for, and the reason in case there are none."""
     path = Path(entry)
     if entry and path.is_dir():
-        return list(_images_in(path)), f"no images in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})"
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        return _below(path, passed), f"no images in this folder (looked for {suffixes}, and at what other files hold)"
     if entry and path.exists():
         return [path], ""
     if not glob.has_magic(entry):
         return [], "no such file or folder"
-    hits = [Path(hit) for hit in glob.glob(entry, recursive=True)]
-    files = [hit for hit in hits if hit.is_file() and _is_image_name(hit)]
-    return files + [image for hit in hits if hit.is_dir() for image in _images_in(hit)], "no image matches this pattern"
+    files = []
+    for hit in map(Path, glob.glob(entry, recursive=True)):
+        if hit.is_dir():
+            files += _below(hit, passed)
+        elif reason := reason_to_pass(hit, hit.name):
+            passed.add(_place(hit), reason)
+        else:
+            files.append(hit)
+    return files, "no image matches this pattern"
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(where, name)
-            if not name.startswith(".") and path.is_file() and _is_image_name(path):
-                yield path
+def _below(folder: Path, passed: PassedOver) -> list[Path]:
+    found = find_in(folder)
+    for relative, reason in found.passed_over.reasons.items():
+        passed.add(_place(folder / relative), reason)
+    return [folder / relative for relative in found.paths]
 
 
-def _is_image_name(path: Path) -> bool:
-    if path.suffix:
-        return path.suffix.lower() in IMAGE_SUFFIXES
-    try:
-        with path.open("rb") as stream:
-            # A DICOMDIR is an index of DICOM files and holds no image itself.
-            return path.name.upper() != "DICOMDIR" and stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def _place(path: Path) -> str:
+    """The path that counts a file once, however it was reached; links keep their own place."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _load_stream(stream: BinaryIO, name: str, frame: int | None, window: Window | None) -> MedicalImage:
@@ -180,41 +182,9 @@ def _load_stream(stream: BinaryIO, name: str, frame: int | None, window: Window 
     stream.seek(0)
     if not head:
         raise ImageError("the file is empty (0 bytes); copy or export it again")
-    kind = _sniff(head)
-    if kind == "DICOM" or (kind is None and name.lower().endswith(_DICOM_SUFFIXES)):
+    kind = sniff(head)
+    if kind == "DICOM" or (kind is None and name.lower().endswith(DICOM_SUFFIXES)):
         return load_dicom(stream, name, frame, window)
     if kind is None:
-        raise ImageError(f"{_what_it_is(head)}. Supported: PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM")
+        raise ImageError(f"{describe(head)}. Supported: PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM")
     return load_raster(stream, name, kind, frame, window)
-
-
-def _sniff(head: bytes) -> str | None:
-    """The format ("DICOM" or Pillow's name) by content, or None."""
-    # DICOM first, because its preamble may hold the header of a TIFF.
-    if head[128:132] == b"DICM":
-        return "DICOM"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    for magic, kind in _RASTER_MAGIC:
-        if head.startswith(magic):
-            return kind
-    # DICOM without preamble begins with an element of group 2 or 8, explicit (two-letter VR) or implicit (short value).
-    if head[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and len(head) >= 8:
-        explicit = head[4:6].isalpha() and head[4:6].isupper()
-        implicit = head[0] != 0 and head[3] == 0 and head[5:8] == b"\x00\x00\x00"
-        return "DICOM" if explicit or implicit else None
-    return None
-
-
-def _what_it_is(head: bytes) -> str:
-    for magic, what, advice in _OTHER_MAGIC:
-        if head.startswith(magic):
-            return f"this is {what}, not an image file; {advice}"
-    if head[4:8] == b"ftyp":
-        return "this is a HEIC, AVIF or video file, which is not supported; save it as JPEG or PNG"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<svg", b"<?xml", b"<!doctype", b"<html")):
-        return "this is SVG, XML or HTML text, not a pixel image; save it as PNG"
-    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
-        return "this is a text file, not an image"
-    return "not a supported image format; save it as PNG"

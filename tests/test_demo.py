@@ -147,7 +147,7 @@ def test_dicom_gives_an_answer_and_nothing_of_the_patient(client, dicom_with_pat
     ("name", "content", "says"),
     [
         ("a.png", b"no image", "text file"),
-        ("b.txt", b"text", "Invalid file type"),
+        ("b.txt", b"text", "this is a text file, not an image"),
         ("c.jpg", b"", "empty"),
         ("d.png", b"PK\x03\x04" + bytes(600), "ZIP"),
         ("e.png", b"\x80\x04\x95" + bytes(600), "not a supported image"),  # a pickle

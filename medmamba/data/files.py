@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..images import IMAGE_SUFFIXES, MedicalImage, load_image
+from ..imaging.find import find_in
 from ..registry import DatasetEntry
 from .dataset import SPLITS, DatasetError, ImageDataset, Record, split_name
 from .labels import resolve_classes
@@ -69,7 +70,7 @@ def open_folder(
 ) -> ImageDataset:
     """Index a tree of images, see `open_dataset` for the arguments."""
     root = Path(root)
-    paths = sorted(_walk(root))
+    paths = find_in(root).paths
     return _tree(paths, FolderReader(root), str(root), entry, classes, class_order, patient_pattern)
 
 

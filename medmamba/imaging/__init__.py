@@ -1,0 +1,1 @@
+"""Reads images of every supported kind."""
