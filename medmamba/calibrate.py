@@ -170,12 +170,12 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclas
 
 
 def to_probabilities(logits: ArrayLike, task: str = "multiclass") -> Floats:
-    """Softmax over the classes, or a sigmoid for each label, of logits `(N, K)`."""
+    """Returns the softmax over the classes, or a sigmoid for each label, of logits `(..., K)`."""
     z = np.asarray(logits, dtype=np.float64)
     if task == "multilabel":
         return 0.5 * (1 + np.tanh(0.5 * z))
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def ood_score(logits: ArrayLike, score: str = "energy", task: str = "multiclass") -> Floats:

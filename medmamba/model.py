@@ -243,11 +243,11 @@ class MedMamba(PretrainedMixin, nn.Module):
         pooled = self.drop(features.mean((2, 3)))  # (B, C)
         return pooled if pre_logits else self.head(pooled)
 
-    def predict(self, images, top_k: int | None = None, batch_size: int = 16):
+    def predict(self, images, top_k: int | None = None, batch_size: int = 16, *, frame: int | None = None, window=None):
         """Classifies an image, path, array or list of them; see `medmamba.predict.predict`."""
         from .predict import predict
 
-        return predict(self, images, top_k=top_k, batch_size=batch_size)
+        return predict(self, images, top_k, batch_size, frame=frame, window=window)
 
     def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
         """A copy for inference with the batch norms folded into the convolutions; same outputs to float accuracy, or to

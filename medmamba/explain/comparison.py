@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from ..images import ImageSource, MedicalImage, load_image
 from ..model import MedMamba
+from ..utils import modes
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, text_table
 from .methods import METHODS
@@ -134,7 +135,7 @@ def compare(
 
 def default_methods(model: MedMamba) -> list[str]:
     """Every method, and Grad-CAM of the two branches of the last stage but one."""
-    stage = max(len(model.stages) - 1, 1)
+    stage = max(len(cast(MedMamba, modes.unwrap(model)).stages) - 1, 1)
     return [*METHODS, f"gradcam:stage{stage}.conv", f"gradcam:stage{stage}.scan"]
 
 

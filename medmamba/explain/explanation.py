@@ -7,10 +7,11 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from ..kernels import resolve_backend
 from ..model import MedMamba
 from ..predict import probabilities
 from ..preprocess import placement, preprocess
+from ..utils import modes
 from .methods import METHODS, Attribution, Method, check_options
 from .render import faint_range
-from .subject import Progress, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
+from .subject import Progress, SeededNumPy, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,6 +165,7 @@ def explain(
     chosen = find_method(method)
     filled = check_options(chosen, options)
     view = frozen_view(model)
+    original = cast(MedMamba, modes.unwrap(model))
     batch_size = check_batch_size(batch_size, view)
     config = view.config
     index = resolve_target(target, config)
@@ -191,7 +194,7 @@ def explain(
         },
         diagnostics=result.diagnostics,
         seconds=time.perf_counter() - began,
-        notes=tuple(_notes(picture, config, model) + result.notes),
+        notes=tuple(_notes(picture, config, original) + result.notes),
         image=picture,
         preprocess=config.preprocess,
         request=(method, options),
@@ -205,7 +208,8 @@ def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: i
         ImportError: captum is missing.
         ValueError: the method returned a map that is not finite, or of another shape.
     """
-    with controlled(subject.x.device, seed):
+    subject.seed = seed
+    with controlled(subject.x.device, seed), SeededNumPy(seed) if method.foreign else nullcontext():
         try:
             if not method.single_pass:
                 subject.planned += 1
@@ -259,7 +263,7 @@ def _custom(function: CustomMethod) -> Method:
         return Attribution(torch.as_tensor(function(subject.model, subject.x, subject.target)))
 
     name = getattr(function, "__name__", type(function).__name__)
-    return Method(name, "a function of the caller", "its own", True, run)
+    return Method(name, "a function of the caller", "its own", True, run, foreign=True)
 
 
 def _notes(image: MedicalImage, config: MedMambaConfig, model: MedMamba) -> list[str]:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import MedMamba, Stage
 from ..preprocess import denormalise
+from ..utils import modes
 from .regions import grid, make_baseline, superpixels
 from .subject import Subject, blocks
 
@@ -53,6 +55,7 @@ class Method:
         signed: whether negative values, evidence against the class, occur.
         run: the implementation; its keyword arguments are the options of the method.
         single_pass: it evaluates the image itself first, so that needs not be done separately.
+        foreign: a function of the caller, which may draw random numbers of NumPy.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Method:
     signed: bool
     run: Callable[..., Attribution] = field(repr=False)
     single_pass: bool = False
+    foreign: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -186,21 +190,24 @@ def gradient_shap(
     noise: float = 0.1,
 ) -> Attribution:
     """Gradients at random points between noisy copies of the image and random baselines (Lundberg and Lee 2017)."""
-    from captum.attr import GradientShap
-
     _check_count("samples", samples)
     baselines = (baselines,) if isinstance(baselines, str | int | float) else tuple(baselines)
     if not baselines:
         raise ValueError('gradient_shap needs at least one baseline, such as baselines=("mean",)')
     starts = torch.cat([make_baseline(subject.x, b, subject.config.preprocess) for b in baselines])
     sigma = noise * (subject.x.max() - subject.x.min()).item()
-    method = GradientShap(subject)
     subject.planned = samples + 1 + len(starts)
     total = torch.zeros_like(subject.x)
-    # Captum evaluates all samples of a call in one batch.
+    # What captum's GradientShap computes, without NumPy's global generator, which other threads draw from.
+    draw = np.random.RandomState(subject.seed % 2**32)
     for done in range(0, samples, subject.batch_size):
         n = min(subject.batch_size, samples - done)
-        total += n * method.attribute(_input(subject), baselines=starts, n_samples=n, stdevs=sigma)
+        noisy = subject.x + torch.normal(0.0, torch.full((n, *subject.x.shape[1:]), sigma, device=subject.x.device))
+        start = starts[draw.choice(len(starts), n).tolist()]
+        share = torch.tensor(draw.uniform(0.0, 1.0, n), device=noisy.device, dtype=noisy.dtype).view(-1, 1, 1, 1)
+        point = (share * noisy + (1 - share) * start).requires_grad_()
+        (gradient,) = torch.autograd.grad(subject(point).sum(), point)
+        total += ((noisy - start) * gradient).sum(0, keepdim=True)
     values = (total / samples).sum((0, 1))
     with torch.no_grad():
         change = (subject(subject.x) - torch.cat([subject(start) for start in starts.split(1)]).mean()).item()
@@ -336,6 +343,7 @@ def methods() -> dict[str, Method]:
 
 def layers(model: MedMamba) -> list[str]:
     """What `gradcam` takes as `layer` for this model, from input to output."""
+    model = cast(MedMamba, modes.unwrap(model))
     names = []
     for i in range(1, len(model.stages) + 1):
         for j in range(1, len(blocks(model, i)) + 1):

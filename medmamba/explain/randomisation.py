@@ -15,6 +15,7 @@ from ..fused_model import FusedMedMamba
 from ..model import MedMamba
 from .explanation import attribute
 from .methods import Method
+from .randomness import PrivateRandom
 from .subject import Subject, blocks, frozen_view
 
 SIMILAR = 0.7
@@ -93,8 +94,7 @@ def random_states(model: MedMamba, models: int, cascade: bool, seed: int) -> lis
 
 
 def _fresh(model: MedMamba, seed: int) -> MedMamba:
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
+    with PrivateRandom(seed):
         made = MedMamba(model.config).eval().to(model.patch_embed.proj.weight.device)
         fresh = frozen_view(made.fuse() if isinstance(model, FusedMedMamba) else made)  # parts of both are put together
     fresh.set_scan_backend(blocks(model, 1)[0].ssm.scan_backend)

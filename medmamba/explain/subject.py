@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from ..config import MedMambaConfig
 from ..model import MedMamba, SSConvSSM, Stage
+from ..predict import NotFiniteError, why_not_finite
+from ..utils import modes
 from ..utils.names import AmbiguousNameError, find_name
+from .randomness import PrivateRandom
 
 Progress = Callable[[float], object]
 """Called with the share done, 0 to 1, never falling. Return False (or raise) to stop."""
@@ -32,6 +35,7 @@ class Subject:
         logits: (num_classes,) of `x`, on the CPU; None before the first evaluation.
         batch_size: the largest batch a method may evaluate, which bounds its memory.
         planned: evaluations expected in all, for the progress callback; a method sets it before it begins.
+        seed: of random numbers that do not come from PyTorch.
         evaluations: how many images have been evaluated so far.
     """
 
@@ -50,6 +54,7 @@ class Subject:
         self.batch_size = batch_size
         self.planned = 1
         self.evaluations = 0
+        self.seed = 0
         self._progress, self._reported = progress, 0.0
 
     @property
@@ -62,6 +67,8 @@ class Subject:
         logits = self.model(batch)
         if self.logits is None:
             self.logits = logits[0].detach().cpu()
+            if not self.logits.isfinite().all():
+                raise NotFiniteError(why_not_finite(self.model, self.logits))
             if self.target is None:
                 self.target = int(self.logits.argmax())
         return logits[:, self.target]
@@ -91,59 +98,28 @@ def sub_progress(progress: Progress | None, begin: float, end: float) -> Progres
     return None if progress is None else lambda fraction: progress(begin + fraction * (end - begin))
 
 
-def frozen_view(model: MedMamba) -> MedMamba:
-    """A copy of the modules in eval mode that shares its weights with the original and is float32.
+def frozen_view(model: nn.Module) -> MedMamba:
+    """Returns a copy of the modules in eval mode that shares its weights with the original and is float32.
 
     Hooks, gradients and modes set on it do not reach the original, not even when a method is interrupted. Weights of
     another type than float32 are converted, so not shared.
 
+    Args:
+        model: a `MedMamba`, also inside of `torch.compile` or `DataParallel`.
+
     Raises:
         ValueError: not a MedMamba, or one without classifier.
     """
-    if not isinstance(model, MedMamba):
-        raise ValueError(
-            f"explanations need a MedMamba, got {type(model).__name__}; of a compiled model pass model._orig_mod, "
-            "of a parallel one model.module"
-        )
-    if not model.config.num_classes:
+    inner = modes.unwrap(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, MedMamba):
+        raise ValueError(f"explanations need a MedMamba, got {type(inner).__name__}")
+    if not inner.config.num_classes:
         raise ValueError(
             "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
         )
-    view = cast(MedMamba, _copy_module(model, {}))
+    view = modes.frozen_view(inner, torch.float32)
     view.set_grad_checkpointing(False)  # would run each hooked block twice
-    view._apply(lambda tensor: tensor, recurse=False)  # a fused model forgets what it has derived from its weights
     return view
-
-
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Like `copy.deepcopy`, but in eval mode, of modules and their tables alone, with tensors by `_shared`: to go
-    through a model a few times more would take as long as a forward pass.
-
-    Args:
-        memo: by id, the modules and tensors that have been copied already.
-    """
-    if id(module) in memo:
-        return memo[id(module)]
-    memo[id(module)] = new = module.__new__(type(module))
-    for name, value in module.__dict__.items():
-        new.__dict__[name] = value.copy() if isinstance(value, dict | set | list) else value
-    new.training = False
-    for table in (new._parameters, new._buffers):
-        for name, tensor in table.items():
-            if tensor is not None:
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = _shared(tensor)
-                table[name] = memo[id(tensor)]
-    new._modules.update({k: _copy_module(m, memo) for k, m in new._modules.items() if m is not None})
-    return new
-
-
-def _shared(tensor: Tensor) -> Tensor:
-    """The same memory without gradient; converted if it is of another floating type than float32."""
-    # Tensors made in inference mode cannot take part in autograd.
-    shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-    shared = shared.float() if shared.is_floating_point() else shared
-    return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
 
 
 def default_batch_size(device: torch.device) -> int:
@@ -167,26 +143,35 @@ def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
 
 @contextmanager
 def controlled(device: torch.device, seed: int) -> Iterator[None]:
-    """Gradients on, autocast and TF32 off, random numbers from `seed`; all is put back as it was afterwards."""
-    numpy_state = np.random.get_state()  # noqa: NPY002  captum's GradientShap draws from it
+    """Gradients on, autocast and TF32 off, random numbers of PyTorch from `seed`, in this thread; all is put back as it
+    was afterwards."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(FullPrecision())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.callback(np.random.set_state, numpy_state)
-        # Not torch.manual_seed, which seeds the generators of every device, and fork_rng puts back only these.
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif device.type == "mps":
-            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-            torch.mps.manual_seed(seed)
+        stack.enter_context(PrivateRandom(seed))
         yield
+
+
+class SeededNumPy:
+    """NumPy's global generator seeded, for functions of the caller that draw from it, and put back afterwards. The
+    generator belongs to the process, so one thread at a time."""
+
+    _lock: ClassVar = threading.RLock()
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        SeededNumPy._lock.acquire()
+        self.before = np.random.get_state()  # noqa: NPY002
+        np.random.seed(self.seed % 2**32)  # noqa: NPY002
+
+    def __exit__(self, *exception: object) -> None:
+        np.random.set_state(self.before)  # noqa: NPY002
+        SeededNumPy._lock.release()
 
 
 class FullPrecision:
