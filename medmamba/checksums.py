@@ -1,8 +1,9 @@
 """Whether the two files of a saved model are whole, and belong together."""
 
 import hashlib
-import json
 from pathlib import Path
+
+from .utils.strict_json import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -52,7 +53,7 @@ def checked(folder: Path) -> Path:
 
 def _recorded_hash(folder: Path) -> str | None:
     try:
-        data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        data = read_json(folder / CONFIG_NAME)
     except (OSError, ValueError):
         return None  # read_config says what is wrong with it
     value = data.get(CHECKSUM_KEY) if isinstance(data, dict) else None

@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import config_checks as checks
+from .config_checks import ConfigError
+
+__all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "variant_config"]
+
 MODEL_TYPE = "medmamba"
-
-
-class ConfigError(ValueError):
-    """A configuration that is foreign, incomplete or contradicts itself."""
+# What a configuration may ask for; checked before anything of that size is made.
+MAX_STAGES, MAX_BLOCKS = 8, 512
+MAX_PARAMETERS = 4_000_000_000
+MAX_SIDE, MAX_INPUT = 8192, 2**28  # pixels of a side; values of one input image, all channels
 
 
 @dataclass
@@ -27,24 +34,35 @@ class PreprocessConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        self.input_size = _tuple(self.input_size, int)  # type: ignore[assignment]
-        self.mean, self.std = _tuple(self.mean, float), _tuple(self.std, float)
-        if len(self.input_size) != 2 or min(self.input_size) < 32:
-            raise ConfigError(f"preprocess.input_size must be (height, width), each at least 32; got {self.input_size}")
+        sides = checks.several(self.input_size, "preprocess.input_size", 2)
+        if len(sides) != 2:
+            raise ConfigError(f"preprocess.input_size must be (height, width), got {self.input_size}")
+        height, width = (checks.integer(side, "a side of preprocess.input_size", 1, MAX_SIDE) for side in sides)
+        self.input_size = height, width
+        mean, std = (checks.several(getattr(self, name), f"preprocess.{name}", 1024) for name in ("mean", "std"))
+        self.mean = tuple(checks.real(value, "preprocess.mean", -1e6, 1e6) for value in mean)
+        self.std = tuple(checks.real(value, "preprocess.std, which must be positive,", 1e-6, 1e6) for value in std)
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ConfigError(f"preprocess.interpolation must be bilinear or bicubic, got {self.interpolation!r}")
         if self.crop_mode not in ("squash", "center", "pad"):
             raise ConfigError(f"preprocess.crop_mode must be squash, center or pad, got {self.crop_mode!r}")
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
-            raise ConfigError("preprocess.mean and .std need one value per channel, and std must be positive")
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ConfigError(
+                f"preprocess.mean and .std need one value per channel, or one for all; they have {len(self.mean)} and "
+                f"{len(self.std)}"
+            )
 
 
 @dataclass
 class MedMambaConfig:
     """Architecture, classes, preprocessing and provenance of one model.
 
-    Only the first group shapes the network. `calibration` and `training` are free-form records of how the weights came
-    to be; `medmamba_version` is the version that wrote the file.
+    Only the first group shapes the network. `calibration` and `training` are records of how the weights came to be, of
+    plain JSON values; `medmamba_version` is the version that wrote the file. Every field is checked when a config is
+    made, before anything of the sizes it names is allocated.
+
+    Raises:
+        ConfigError: a field of another type, out of range, or in contradiction to another.
     """
 
     architecture: str = "tiny"  # the name of the variant, for people
@@ -60,38 +78,94 @@ class MedMambaConfig:
 
     task: str = "multiclass"  # or "multilabel": independent sigmoids instead of a softmax
     id2label: dict[int, str] = field(default_factory=dict)  # default: class_0, class_1, ...
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    preprocess: PreprocessConfig = field(default_factory=dict)  # type: ignore[assignment]  # see __post_init__
     calibration: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # dataset, split, licence, source, recipe, ...
     medmamba_version: str = ""
 
     def __post_init__(self) -> None:
-        self.depths, self.dims = _tuple(self.depths, int), _tuple(self.dims, int)
-        if isinstance(self.preprocess, dict):
-            self.preprocess = _from_dict(PreprocessConfig, self.preprocess, "preprocess")
-        # JSON turns integer keys into strings.
-        self.id2label = {int(k): str(v) for k, v in self.id2label.items()}
-        if not self.id2label:
-            self.id2label = {i: f"class_{i}" for i in range(self.num_classes)}
-        self._check()
+        self.architecture = checks.text(self.architecture, "architecture", 100)
+        self.medmamba_version = checks.text(self.medmamba_version, "medmamba_version", 100)
+        self._check_network()
+        if self.task not in ("multiclass", "multilabel"):
+            raise ConfigError(f"task must be multiclass or multilabel, got {self.task!r}")
+        self.id2label = checks.labels(self.id2label, self.num_classes)
+        self._check_preprocess()
+        self.calibration = checks.calibration(self.calibration)
+        self.training = checks.training(self.training)
 
-    def _check(self) -> None:
+    def _check_network(self) -> None:
+        depths, dims = (checks.several(getattr(self, name), name, MAX_STAGES) for name in ("depths", "dims"))
+        self.depths = tuple(checks.integer(depth, "each of depths", -MAX_BLOCKS, MAX_BLOCKS) for depth in depths)
+        self.dims = tuple(checks.integer(dim, "each of dims", -(2**16), 2**16) for dim in dims)
         if len(self.depths) != len(self.dims) or not self.depths or min(self.depths) < 1:
             raise ConfigError(f"depths {self.depths} and dims {self.dims} need one entry of at least 1 per stage")
+        if sum(self.depths) > MAX_BLOCKS:
+            raise ConfigError(f"depths {self.depths} are {sum(self.depths)} blocks; at most {MAX_BLOCKS} are allowed")
         if any(d % 2 or d < 2 for d in self.dims):
             raise ConfigError(f"dims {self.dims} must be even: each block halves its channels between two branches")
         if any(b != 2 * a for a, b in zip(self.dims, self.dims[1:], strict=False)):
             raise ConfigError(f"dims {self.dims}: each stage must have twice the channels of the one before")
-        if min(self.d_state, self.ssm_expand, self.patch_size, self.in_chans) < 1 or self.num_classes < 0:
-            raise ConfigError("d_state, ssm_expand, patch_size and in_chans must be at least 1, num_classes at least 0")
-        if self.task not in ("multiclass", "multilabel"):
-            raise ConfigError(f"task must be multiclass or multilabel, got {self.task!r}")
-        if sorted(self.id2label) != list(range(self.num_classes)):
+        for name, low, high in (
+            ("d_state", 1, 4096),
+            ("ssm_expand", 1, 64),
+            ("patch_size", 1, 256),
+            ("in_chans", 1, 1024),
+            ("num_classes", 0, checks.MAX_CLASSES),
+        ):
+            setattr(self, name, checks.integer(getattr(self, name), name, low, high))
+        for name in ("drop_path_rate", "drop_rate"):
+            setattr(self, name, checks.real(getattr(self, name), name, 0, 1, open_high=True))
+        if self.parameters > MAX_PARAMETERS:
             raise ConfigError(
-                f"id2label must name classes 0 to {self.num_classes - 1}; it names {sorted(self.id2label)}"
+                f"dims {self.dims} and depths {self.depths} make {self.parameters / 1e9:.1f} billion parameters; at "
+                f"most {MAX_PARAMETERS / 1e9:.0f} are allowed"
             )
+
+    def _check_preprocess(self) -> None:
+        if isinstance(self.preprocess, Mapping):
+            given = dict(self.preprocess)
+            if self.in_chans != 3 and not {"mean", "std"} & set(given):
+                given |= {"mean": (0.5,), "std": (0.5,)}
+            self.preprocess = _from_dict(PreprocessConfig, given, "preprocess")
+        if not isinstance(self.preprocess, PreprocessConfig):
+            raise ConfigError(f"preprocess must be an object, got {self.preprocess!r:.80}")
+        # In case it was changed after it was made.
+        self.preprocess = dataclasses.replace(self.preprocess)
         if len(self.preprocess.mean) not in (1, self.in_chans):
-            raise ConfigError(f"preprocess.mean has {len(self.preprocess.mean)} values for {self.in_chans} channels")
+            raise ConfigError(
+                f"preprocess.mean has {len(self.preprocess.mean)} values for {self.in_chans} channels; give one per "
+                "channel, or one for all"
+            )
+        if min(self.preprocess.input_size) < self.min_size:
+            raise ConfigError(
+                f"each side of preprocess.input_size must be at least {self.min_size} for patches of {self.patch_size} "
+                f"pixels and {len(self.depths)} stages; got {self.preprocess.input_size}"
+            )
+        if math.prod(self.preprocess.input_size) * self.in_chans > MAX_INPUT:
+            raise ConfigError(
+                f"preprocess.input_size {self.preprocess.input_size} with {self.in_chans} channels is too large"
+            )
+
+    @property
+    def min_size(self) -> int:
+        """Least height and width of an image, in pixels: what patches and mergings leave of it must be one pixel."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters of the network."""
+        p = self.patch_size
+        total = self.dims[0] * (self.in_chans * p * p + 3) + self.num_classes * (self.dims[-1] + 1)
+        for stage, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
+            h, n, r, k = dim // 2, self.d_state, self.dt_rank(stage), 4
+            c = self.ssm_expand * h
+            conv = 19 * h * h + 9 * h  # two 3x3 and one 1x1 convolution, three batch norms
+            scan = 3 * h * c + 12 * c + k * c * (r + 2 * n) + k * c * (r + n + 2)  # projections, depthwise, norm, scan
+            total += depth * (conv + 2 * h + scan)
+            if stage + 1 < len(self.dims):
+                total += 8 * dim + 8 * dim * dim  # merging
+        return total
 
     @property
     def labels(self) -> list[str]:
@@ -103,12 +177,27 @@ class MedMambaConfig:
         return math.ceil(self.dims[stage] // 2 / 16)
 
     def replace(self, **changes: Any) -> "MedMambaConfig":
-        """A copy with some fields changed. A new `num_classes` without `id2label` resets the labels."""
+        """A copy with some fields changed. A new `num_classes` without `id2label` resets the labels; a new `in_chans`
+        without `preprocess` keeps mean and std if they are equal for all channels, else takes their averages and warns.
+        """
         if changes.get("num_classes", self.num_classes) != self.num_classes:
             changes.setdefault("id2label", {})
         if changes.get("in_chans", self.in_chans) != self.in_chans and "preprocess" not in changes:
-            changes["preprocess"] = dataclasses.replace(self.preprocess, mean=(0.5,), std=(0.5,))
+            changes["preprocess"] = self._for_any_channels()
         return dataclasses.replace(self, **changes)
+
+    def _for_any_channels(self) -> PreprocessConfig:
+        mean, std = self.preprocess.mean, self.preprocess.std
+        averages = sum(mean) / len(mean), sum(std) / len(std)
+        if len(set(mean)) == len(set(std)) == 1:
+            averages = mean[0], std[0]
+        else:
+            warnings.warn(
+                f"mean {mean} and std {std} are of {self.in_chans} channels; their averages, {averages[0]:.4g} and "
+                f"{averages[1]:.4g}, are used for the new ones. Give preprocess=... to say others",
+                stacklevel=3,
+            )
+        return dataclasses.replace(self.preprocess, mean=(averages[0],), std=(averages[1],))
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -121,6 +210,8 @@ class MedMambaConfig:
         Raises:
             ConfigError: not a MedMamba config, an unknown field, or values that contradict each other.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config must be an object, got {data!r:.80}")
         data = dict(data)
         if (found := data.pop("model_type", None)) != MODEL_TYPE:
             raise ConfigError(f'not a MedMamba config: model_type is {found!r}, expected "{MODEL_TYPE}"')
@@ -152,17 +243,14 @@ def variant_config(name: str, **overrides: Any) -> MedMambaConfig:
     if name not in VARIANTS:
         raise ConfigError(f"unknown variant {name!r}; there are: {', '.join(VARIANTS)}")
     fields = {"architecture": name, **VARIANTS[name]}
-    if overrides.get("in_chans", 3) != 3 and "preprocess" not in overrides:
-        fields["preprocess"] = {**fields.get("preprocess", {}), "mean": (0.5,), "std": (0.5,)}
+    if isinstance(overrides.get("preprocess"), Mapping):  # changes what it names, and leaves the rest to the variant
+        overrides["preprocess"] = {**fields.get("preprocess", {}), **overrides["preprocess"]}
     return _from_dict(MedMambaConfig, {**fields, **overrides}, f"variant {name!r}")
-
-
-def _tuple(values: Any, kind: type) -> tuple:
-    return tuple(kind(v) for v in values)
 
 
 def _from_dict(cls: Any, data: dict[str, Any], what: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
+    data = {str(name): value for name, value in data.items()}
     if unknown := sorted(set(data) - known):
         raise ConfigError(
             f"{what} has unknown fields {unknown}; it was written by a newer version of medmamba "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .unusual import Unusual
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
-MIN_SIZE = 32  # the patch embedding and three mergings each need at least one pixel
+MIN_SIZE = 32  # pixels of a side, for four stages and patches of 4; that of a model is `config.min_size`
 
 
 class DropPath(nn.Module):
@@ -187,7 +187,7 @@ class MedMamba(PretrainedMixin, nn.Module):
     """MedMamba classifier.
 
     Input: (B, in_chans, H, W) float, normalised as `config.preprocess` says (the published models: pixels / 255 mapped
-    from [0, 1] to [-1, 1]); any H and W of at least 32. Output: logits (B, num_classes).
+    from [0, 1] to [-1, 1]); any H and W of at least `config.min_size`, 32 by default. Output: logits (B, num_classes).
 
     >>> model = MedMamba.from_pretrained("medmamba/bloodmnist")
     >>> model.predict("cell.png")
@@ -298,10 +298,9 @@ class MedMamba(PretrainedMixin, nn.Module):
                 f"expected a batch of images (B, {self.config.in_chans}, H, W), got {tuple(x.shape)}; "
                 "model.predict(...) takes files and single images"
             )
-        if min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(
-                f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[2]}x{x.shape[3]}; resize them"
-            )
+        least = self.config.min_size
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"images must be at least {least}x{least}, got {x.shape[2]}x{x.shape[3]}; resize them")
 
 
 def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3, **config) -> MedMamba:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, PretrainedError, file_hash
 from .config import ConfigError, MedMambaConfig
-from .sources import ORGANISATION, bundled_models, fetch
+from .sources import MAX_CONFIG, ORGANISATION, bundled_models, fetch
 from .timm_compat import FILE_FIELDS, timm_fields
+from .utils.strict_json import StrictJsonError, read_json
+from .weights_file import check_header, differences, listed, not_finite, read_header, shapes
 
 __all__ = [
     "CONFIG_NAME",
@@ -40,11 +42,17 @@ def read_config(folder: Path) -> MedMambaConfig:
     """
     path = Path(folder) / CONFIG_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = read_json(path, MAX_CONFIG)
+    except StrictJsonError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); download or save the model again") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
+    if isinstance(data.get("model_type"), str | None) and data.get("model_type") != "medmamba" and "depths" not in data:
+        other = f"of the type {data['model_type']!r}" if data.get("model_type") else "of another library"
+        raise ConfigError(
+            f"{path} is not a MedMamba config, but {other}; this package reads what save_pretrained wrote, and "
+            "published MedMamba checkpoints (.pth) by medmamba.load_upstream"
+        )
     # The file also holds what timm and a checksum need, all derived from the rest; see `_file_config`.
     data["architecture"] = data.pop("variant", data.get("architecture", "custom"))
     data = {key: value for key, value in data.items() if key not in (CHECKSUM_KEY, *FILE_FIELDS)}
@@ -77,17 +85,8 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: str) -> No
     Raises:
         PretrainedError: a tensor is missing, unknown or of another shape.
     """
-    expected = model.state_dict()
-    problems = [f"missing {k}" for k in expected if k not in tensors]
-    problems += [f"unknown {k}" for k in tensors if k not in expected]
-    problems += [
-        f"{k} is {tuple(t.shape)}, expected {tuple(expected[k].shape)}"
-        for k, t in tensors.items()
-        if k in expected and t.shape != expected[k].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise PretrainedError(f"{source} does not fit its configuration: {'; '.join(problems[:5])}{more}")
+    if problems := differences(shapes(model.state_dict()), shapes(tensors)):
+        raise PretrainedError(f"{source} does not fit its configuration: {listed(problems)}")
     model.load_state_dict(tensors, assign=True)
 
 
@@ -122,9 +121,20 @@ class PretrainedMixin:
         from .unusual import NAME, load_unusual
 
         folder = fetch(name, revision, cache_dir, token, local_files_only, force_download, sidecars=[NAME])
-        config, tensors = read_config(folder), read_weights(folder)
+        config, header = read_config(folder), read_header(folder / WEIGHTS_NAME)
+        check_header(header, config, str(folder))
         with torch.device("meta"):  # no time spent on initialising what is about to be replaced
             model = cls(config)  # type: ignore[call-arg]
+        # Compared before anything of the size of the tensors is allocated.
+        if problems := differences(shapes(model.state_dict()), shapes(header)):  # type: ignore[attr-defined]
+            raise PretrainedError(f"{folder} does not fit its configuration: {listed(problems)}")
+        tensors = read_weights(folder)
+        if broken := not_finite(tensors):
+            which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken, 3)})"
+            raise PretrainedError(
+                f"{folder}: {which} have NaN or infinity in them, so every answer would be NaN: the training diverged, or the file was damaged before it was saved. "
+                "Take an earlier checkpoint; medmamba.pretrained.read_weights(folder) reads the tensors as they are"
+            )
         load_strict(model, tensors, str(folder))  # type: ignore[arg-type]
         for parameter in model.parameters():  # type: ignore[attr-defined]
             parameter.requires_grad_(True)

@@ -23,6 +23,7 @@ from .checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, chec
 ORGANISATION = "medmamba"
 DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
 SIDECARS = ("results.json", "unusual.json")  # what a model may say of itself beside config.json; the app shows it
+MAX_CONFIG, MAX_SIDECAR = 8 * 2**20, 64 * 2**20  # bytes of config.json; of a file beside it
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 
 ATTEMPTS = 4

@@ -17,7 +17,6 @@ from ..config import MedMambaConfig
 from ..data import ImageDataset, open_dataset
 from ..evaluate import match_classes
 from ..images import load_image
-from ..model import MIN_SIZE
 from ..predict import predict_logits
 from ..preprocess import normalise, preprocess
 
@@ -91,8 +90,8 @@ def check_batches(config: MedMambaConfig, images: Sequence[Any] = ()) -> list[Te
     sizes = [
         (1, height, width),
         (3, height, width),
-        (2, max(height * 3 // 4, MIN_SIZE) | 1, width + 5),
-        (1, height + 32, max(width // 2, MIN_SIZE)),
+        (2, max(height * 3 // 4, config.min_size) | 1, width + 5),
+        (1, height + 32, max(width // 2, config.min_size)),
     ]
     loaded = [load_image(image) for image in images]
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,6 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from ..model import MIN_SIZE
 from .check import TOLERANCE, ExportError, ExportReport, check_batches, compare, written_whole
 
 CONFIG_FILE = "config.json"  # in the file, beside the program
@@ -48,7 +47,7 @@ def to_torch_export(
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.export.export(model.fuse(), (example,), dynamic_shapes=(sizes,))
-    _allow_all_sizes(program)
+    _allow_all_sizes(program, model.config.min_size)
     with written_whole(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights whose memory is channels-last
@@ -64,11 +63,11 @@ def to_torch_export(
     return ExportReport(Path(path), size, "fp32", [tuple(batch.shape) for batch in batches], difference)
 
 
-def _allow_all_sizes(program: torch.export.ExportedProgram) -> None:
+def _allow_all_sizes(program: torch.export.ExportedProgram, least_size: int) -> None:
     """Tracing notes every comparison of sizes that PyTorch makes to pick a memory layout, as if the program were wrong
     for sizes that compare otherwise, such as a last feature map of one pixel. It is not, as the check shows."""
     (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-    for size, least in zip(image.meta["val"].shape, (1, None, MIN_SIZE, MIN_SIZE), strict=True):
+    for size, least in zip(image.meta["val"].shape, (1, None, least_size, least_size), strict=True):
         if least is not None:
             program.range_constraints[size.node.expr] = ValueRanges(least, int_oo)
     if hasattr(program, "_guards_code"):  # since torch 2.10
