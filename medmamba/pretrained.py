@@ -132,8 +132,9 @@ class PretrainedMixin:
         if broken := not_finite(tensors):
             which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken, 3)})"
             raise PretrainedError(
-                f"{folder}: {which} have NaN or infinity in them, so every answer would be NaN: the training diverged, or the file was damaged before it was saved. "
-                "Take an earlier checkpoint; medmamba.pretrained.read_weights(folder) reads the tensors as they are"
+                f"{folder}: {which} have NaN or infinity in them, so every answer would be NaN: the training diverged, or "
+                "the file was damaged before it was saved. Take an earlier checkpoint; "
+                "medmamba.pretrained.read_weights(folder) reads the tensors as they are"
             )
         load_strict(model, tensors, str(folder))  # type: ignore[arg-type]
         for parameter in model.parameters():  # type: ignore[attr-defined]
