@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,31 +22,53 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import PreprocessConfig
+from ..images import MedicalImage
 from ..preprocess import adapt_channels, resize
+from ..utils.files import clear_space_errors, locked, write_text
 from .dataset import DatasetError, ImageDataset, to_tensor
+from .identity import FileIndex, contents, files_of, reading_code
+from .pixels import Pixels, Warnings
+
+FORMAT = 2
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_TOO_DEEP = 17  # exit code of a process that met an image of more than 8 bits
+
+
+class _Stale(Exception):
+    """Why a file of decoded images cannot be used; empty where there is none."""
 
 
 class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images of one size as a uint8 tensor, beside their labels.
+    """Images of one size as a tensor of 8 or 16 bits, beside their labels.
 
     `cached[i]` is `(float32 (C, H, W), label)`, and `batch(indices)` the same for many at once, which is the fast
     path: one indexed copy of bytes, moved to the device before it becomes float.
 
     Attributes:
-        images: uint8 `(N, H, W, C)`.
+        images: `(N, H, W, C)`; uint8 where all files have 8 bits, else uint16.
         targets: int64 `(N,)` or float32 `(N, K)`.
         index: the `ImageDataset` that was decoded: classes, patients, splits, paths.
         mean, std: float32 `(C,)`; pixels in [0, 1] become `(pixel - mean) / std`.
+        warnings: what the readers of the files warned of, by text, with the rows of the images it was said of.
     """
 
     def __init__(
-        self, images: Tensor, index: ImageDataset, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+        self,
+        images: Tensor,
+        index: ImageDataset,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        warnings: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(index):
-            raise DatasetError(f"expected uint8 ({len(index)}, H, W, C), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype not in (torch.uint8, torch.uint16) or images.ndim != 4 or len(images) != len(index):
+            raise DatasetError(
+                f"expected uint8 or uint16 ({len(index)}, H, W, C), got {images.dtype} {tuple(images.shape)}"
+            )
         self.images = images
         self.index = index
         self.targets = index.targets
+        self.warnings = {text: list(rows) for text, rows in (warnings or {}).items() if rows}
         channels = images.shape[3]
         self.mean = torch.tensor(mean, dtype=torch.float32).expand(channels)
         self.std = torch.tensor(std, dtype=torch.float32).expand(channels)
@@ -57,14 +85,18 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         """float32 `(B, C, H, W)` on `device`, normalised, and the labels of `indices` there."""
         # Where the images are: an index from elsewhere makes a GPU wait.
         chosen = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
-        images = self.images[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # (B, C, H, W)
+        deep = self.images.dtype == torch.uint16
+        stored = self.images.view(torch.int16) if deep else self.images  # few operations know uint16
+        images = stored[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, C, H, W)
+        images = (images.int() & 0xFFFF).float() if deep else images.float()
         scale, shift = self._scale_and_shift(torch.device(device))
         return torch.addcmul(shift, images, scale), self.targets[chosen].to(device, non_blocking=True)
 
     def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(x / 255 - mean) / std as one multiplication and one addition: both (1, C, 1, 1)."""
+        """(x / largest - mean) / std as one multiplication and one addition: both (1, C, 1, 1)."""
         if device not in self._affine:
-            scale = (1 / (255 * self.std)).view(1, -1, 1, 1)
+            largest = 255 if self.images.dtype == torch.uint8 else 65535
+            scale = (1 / (largest * self.std)).view(1, -1, 1, 1)
             shift = (-self.mean / self.std).view(1, -1, 1, 1)
             self._affine[device] = (scale.to(device), shift.to(device))
         return self._affine[device]
@@ -75,7 +107,17 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         rows = [i for i, record in enumerate(self.index.records) if record.split == name]
         contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
         images = self.images[rows[0] : rows[0] + len(rows)] if contiguous else self.images[rows]
-        return CachedDataset(images, part, self.mean.tolist(), self.std.tolist())
+        place = {row: i for i, row in enumerate(rows)}
+        said = {text: [place[row] for row in where if row in place] for text, where in self.warnings.items()}
+        return CachedDataset(images, part, self.mean.tolist(), self.std.tolist(), said)
+
+    def warning_lines(self) -> list[str]:
+        """One line for each kind of warning of the readers: of how many images, what, and one of them."""
+        records = self.index.records
+        return [
+            f"warning: {len(rows)} of {len(self)} images: {text} (such as {records[rows[0]].source})"
+            for text, rows in self.warnings.items()
+        ]
 
 
 def cache_images(
@@ -87,64 +129,205 @@ def cache_images(
     workers: int | None = None,
     processes: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    files: FileIndex | None = None,
 ) -> CachedDataset:
-    """Decode and resize every image once, as `medmamba.preprocess` does, and keep 8 bits of each channel.
+    """Decodes and resizes every image once, as `medmamba.preprocess` does, and keeps as many bits as the files have.
 
-    What the cache gives out is the model's preprocessing to within half a step of 255 (images of 16 bits lose the
-    rest). The transform of `dataset` is not applied.
+    What the cache gives out is the model's preprocessing to within half a step: of 255 where all files have 8 bits per
+    channel, of 65535 where one has more. The transform of `dataset` is not applied.
 
     Args:
         config: the model's `config.preprocess`: size, crop mode, interpolation, mean and std.
         in_chans: channels the model takes.
         file: keep the decoded images in this `.npy` file and map it next time. It is used again only if it was made
-            from the same paths (or rows) with the same size and channels; an interrupted run leaves nothing behind.
+            from files with the same content, in the same order, with the same size and channels and by the same
+            readers; otherwise they are decoded again, with a warning that says why. An interrupted run leaves nothing
+            behind, and of several processes that want the same file one makes it.
         workers: threads that decode; by default as many as the machine has cores.
         processes: as many forks of this process instead, for many cores: threads keep about two of them busy. Needs
             `file` and a system with fork, in a process that has used neither a GPU nor threads; there is no progress.
         progress: wraps the iteration over the images, for example `tqdm`.
+        files: what is known already of the contents of files; the rest is read.
 
-    Memory: N x H x W x C bytes, for 12,000 colour images at 224 pixels 1.8 GB.
+    Memory: N x H x W x C bytes, for 12,000 colour images at 224 pixels 1.8 GB; twice that above 8 bits.
 
     Raises:
-        DatasetError: no images.
+        DatasetError: no images, or a folder for `file` that cannot be written.
+        DiskFullError: no space for `file`.
         ImageError: an image that cannot be read, with its path.
     """
     if len(dataset) == 0:
         raise DatasetError(f"{dataset.name} has no images")
-    shape = (len(dataset), *config.input_size, in_chans)
-    key = _key(dataset, config, in_chans)
-    path = Path(file) if file is not None else None
-    found = _load(path, key, shape) if path else None
-    if found is None:
-        # Of this process: others may be making the same file.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
-        found = np.lib.format.open_memmap(partial, "w+", np.uint8, shape) if partial else np.empty(shape, np.uint8)
+
+    def fill(pixels: Pixels) -> None:
+        if processes == 1 or pixels.path is None or not _fill_by_forks(pixels, dataset, config, in_chans, processes):
+            _fill(pixels, dataset, config, in_chans, workers, progress)
+
+    if file is None:
+        with Pixels((len(dataset), *config.input_size, in_chans), _is_deep(dataset)) as pixels:
+            fill(pixels)
+            found, said = pixels.array, pixels.warnings()
+    else:
+        found, said = _from_file(Path(file), dataset, (config, in_chans), files or FileIndex(), fill)
+    return CachedDataset(torch.from_numpy(found), dataset, config.mean, config.std, said)
+
+
+def _from_file(
+    path: Path,
+    dataset: ImageDataset,
+    settings: tuple[PreprocessConfig, int],
+    index: FileIndex,
+    fill: Callable[[Pixels], None],
+) -> tuple[np.ndarray, Warnings]:
+    """The images in `path`, made if need be."""
+    shape = (len(dataset), *settings[0].input_size, settings[1])
+    index.add(_sidecar(path).get("files"))
+    key = _key(dataset, *settings, index)
+    sources = files_of(dataset)
+    with contextlib.suppress(_Stale):
+        return _load(path, key, shape, sources, index)
+    lock = path.with_name(f".{path.name}.lock")
+    with _clear_errors(path), locked(lock, f"{path} is being made", remove=True):
         try:
-            forked = processes > 1 and path is not None
-            if not (forked and _fill_by_forks(found, dataset, config, in_chans, processes)):
-                _fill(found, dataset, config, in_chans, workers, progress)
-            if path and partial:
-                found.flush()  # type: ignore[attr-defined]
-                _sidecar(path).unlink(missing_ok=True)
-                os.replace(partial, path)
-                _sidecar(path).write_text(json.dumps({"key": key}))
-        finally:
-            if partial:
-                partial.unlink(missing_ok=True)
-    return CachedDataset(torch.from_numpy(found), dataset, config.mean, config.std)
+            return _load(path, key, shape, sources, index)  # another process may have made it meanwhile
+        except _Stale as reason:
+            if str(reason):
+                warnings.warn(f"{path}: {reason}; all images are decoded again", stacklevel=4)
+        with Pixels(shape, _is_deep(dataset), path) as pixels:
+            fill(pixels)
+            said = pixels.warnings()
+            _sidecar_path(path).unlink(missing_ok=True)  # until it is written again, there is nothing to use
+            pixels.publish()
+        record = {"format": FORMAT, **key, "images": index.hashes([path])[0], "warnings": said}
+        _write_sidecar(path, record, [*sources, path], index)
+    return _map(path, shape), said
+
+
+def _load(
+    path: Path, key: dict[str, str], shape: tuple[int, ...], sources: list[Path], index: FileIndex
+) -> tuple[np.ndarray, Warnings]:
+    """
+    Raises:
+        _Stale: there is none, or it is damaged, or of something else.
+    """
+    record = _sidecar(path)
+    if not path.is_file() and not record:
+        raise _Stale
+    if record.get("format") != FORMAT or "images" not in record:
+        raise _Stale("damaged, or written by an earlier version")
+    for name, reason in _REASONS.items():
+        if record.get(name) != key[name]:
+            raise _Stale(reason)
+    if index.hashes([path]) != [record["images"]]:
+        raise _Stale("damaged")
+    try:
+        images = _map(path, shape)
+        said = {str(text): [int(row) for row in rows] for text, rows in record["warnings"].items()}
+    except _UNREADABLE:
+        raise _Stale("damaged") from None
+    if index.table([*sources, path]) != record.get("files"):  # times that had changed, or were too recent to be trusted
+        with contextlib.suppress(OSError):
+            _write_sidecar(path, record, [*sources, path], index)
+    return images, said
+
+
+def _key(dataset: ImageDataset, config: PreprocessConfig, in_chans: int, index: FileIndex) -> dict[str, str]:
+    """Digests of all that decides the pixels: names in order, contents, settings apart from the normalisation, code."""
+    settings = (config.input_size, config.crop_mode, config.interpolation, in_chans)
+    return {
+        "settings": _digest([repr(settings)]),
+        "sources": _digest(str(record.source) for record in dataset.records),
+        "contents": _digest(contents(dataset, index)),
+        "code": reading_code(),
+    }
+
+
+_REASONS = {
+    "settings": "made for another size or with other settings",
+    "sources": "made of other images",
+    "contents": "some of its images have changed since",
+    "code": "made by other versions of the code that reads images",
+}
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _sidecar_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What stands beside the file; empty where that cannot be read."""
+    try:
+        found = json.loads(_sidecar_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_sidecar(path: Path, record: dict[str, Any], files: list[Path], index: FileIndex) -> None:
+    write_text(_sidecar_path(path), json.dumps({**record, "files": index.table(files)}))
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The images in a file, mapped copy-on-write.
+
+    Raises:
+        OSError, ValueError: cut short, or not what was expected.
+    """
+    images = np.load(path, mmap_mode="c", allow_pickle=False)
+    if images.dtype not in (np.uint8, np.uint16) or images.shape != shape:
+        raise ValueError(f"{path} holds {images.dtype} {images.shape}")
+    return images
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """What is wrong with the place of the cache, said as such."""
+    with clear_space_errors(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            raise DatasetError(
+                f"{path.parent} cannot hold decoded images ({error.strerror}); choose another folder for them "
+                "(cache=, --cache), or none"
+            ) from error
+
+
+def _is_deep(dataset: ImageDataset) -> bool:
+    """Whether the first image has more than 8 bits, so that others probably have."""
+    try:
+        return dataset.image(0).bit_depth > 8
+    except Exception:  # said with its name when it is decoded
+        return False
+
+
+def _decoded(dataset: ImageDataset, row: int, config: PreprocessConfig, in_chans: int) -> tuple[Tensor, MedicalImage]:
+    """(H, W, C) in [0, 1], and the image as it was read."""
+    image = dataset.image(row)
+    pixels = adapt_channels(to_tensor(image), in_chans)  # (C, H, W)
+    return resize(pixels.unsqueeze(0), config)[0].permute(1, 2, 0), image
 
 
 def _fill(
-    out: np.ndarray,
+    out: Pixels,
     dataset: ImageDataset,
     config: PreprocessConfig,
     in_chans: int,
     workers: int | None,
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> None:
-    def work(index: int) -> int:
-        out[index] = _decoded(dataset, index, config, in_chans)
-        return index
+    def work(row: int) -> int:
+        pixels, image = _decoded(dataset, row, config, in_chans)
+        out.put(row, pixels, image.bit_depth > 8, image.notes)
+        return row
 
     # One thread per image: threads within an operation, times those of the pool, would only stand in each other's way.
     threads = torch.get_num_threads()
@@ -159,52 +342,35 @@ def _fill(
             torch.set_num_threads(threads)
 
 
-def _decoded(dataset: ImageDataset, index: int, config: PreprocessConfig, in_chans: int) -> np.ndarray:
-    pixels = adapt_channels(to_tensor(dataset.image(index)), in_chans)  # (C, H, W)
-    pixels = resize(pixels.unsqueeze(0), config)[0].permute(1, 2, 0)  # (H, W, C)
-    return (pixels * 255).round().to(torch.uint8).numpy()
-
-
-def _fill_by_forks(
-    out: np.ndarray, dataset: ImageDataset, config: PreprocessConfig, in_chans: int, processes: int
-) -> bool:
+def _fill_by_forks(out: Pixels, dataset: ImageDataset, config: PreprocessConfig, in_chans: int, processes: int) -> bool:
     """Fills an array that is mapped from a file; False where that cannot be done, or an image cannot be read (threads
     then say which)."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return False
 
-    def work(first: int) -> None:
+    def work(first: int, folder: str) -> None:
         torch.set_num_threads(1)
-        for index in range(first, len(dataset), processes):
-            out[index] = _decoded(dataset, index, config, in_chans)
+        for row in range(first, len(dataset), processes):
+            pixels, image = _decoded(dataset, row, config, in_chans)
+            if image.bit_depth > 8 and not out.deep:
+                sys.exit(_TOO_DEEP)  # the array of all processes must change
+            out.put(row, pixels, image.bit_depth > 8, image.notes)
+        Path(folder, str(first)).write_text(json.dumps(list(out.notes.items())), encoding="utf-8")
 
-    forks = [multiprocessing.get_context("fork").Process(target=work, args=(first,)) for first in range(processes)]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join()
-    return all(fork.exitcode == 0 for fork in forks)
-
-
-def _key(dataset: ImageDataset, config: PreprocessConfig, in_chans: int) -> str:
-    """Digest of what decides the bytes: the sources, and the settings apart from the normalisation."""
-    settings = (config.input_size, config.crop_mode, config.interpolation, in_chans)
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for record in dataset.records:
-        digest.update(f"\0{record.source}".encode())
-    return digest.hexdigest()
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _load(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images in `path` if they are what `key` stands for, mapped copy-on-write; None to make them anew."""
-    try:
-        if json.loads(_sidecar(path).read_text())["key"] != key:
-            return None
-        images = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, KeyError):
-        return None
-    return images if images.dtype == np.uint8 and images.shape == shape else None
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        forks = [context.Process(target=work, args=(first, folder)) for first in range(processes)]
+        for fork in forks:
+            fork.start()
+        for fork in forks:
+            fork.join()
+        codes = {fork.exitcode for fork in forks}
+        if codes == {0}:
+            for file in Path(folder).iterdir():
+                found = json.loads(file.read_text(encoding="utf-8"))
+                out.notes.update({int(row): tuple(texts) for row, texts in found})
+            return True
+    if _TOO_DEEP not in codes or out.deep:
+        return False
+    out.widen()
+    return _fill_by_forks(out, dataset, config, in_chans, processes)

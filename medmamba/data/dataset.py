@@ -47,7 +47,11 @@ class Record:
 
 
 class Reader(Protocol):
-    """Where the pixels of records come from. Must survive pickling, for workers that are started by spawn."""
+    """Where the pixels of records come from. Must survive pickling, for workers that are started by spawn.
+
+    A reader should also have a method `file_of(record) -> Path`, the file that decides what `read` returns: caches and
+    unfinished runs then notice that it has changed. Without it they have to decode every image for that.
+    """
 
     def read(self, record: Record) -> MedicalImage: ...
 

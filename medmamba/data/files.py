@@ -32,7 +32,11 @@ class FolderReader:
         self.root = root
 
     def read(self, record: Record) -> MedicalImage:
-        return load_image(self.root / str(record.source))
+        return load_image(self.file_of(record))
+
+    def file_of(self, record: Record) -> Path:
+        """The file that decides what `read` returns."""
+        return self.root / str(record.source)
 
 
 class ZipReader:
@@ -49,6 +53,10 @@ class ZipReader:
             # zipfile itself stops at the size that the (checked) directory declares, and compares the checksum.
             content = stream.read(MAX_MEMBER_BYTES + 1)
         return load_image(content)
+
+    def file_of(self, record: Record) -> Path:
+        """The file that decides what `read` returns."""
+        return self.path
 
     def _archive(self) -> zipfile.ZipFile:
         # A file position shared between forked workers would mix their reads.

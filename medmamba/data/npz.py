@@ -33,6 +33,10 @@ class NpzReader:
         member, _, row = str(record.source).rpartition(":")
         return load_image(np.asarray(self._array(member)[int(row)]))
 
+    def file_of(self, record: Record) -> Path:
+        """The file that decides what `read` returns."""
+        return self.path
+
     def _array(self, member: str) -> np.ndarray:
         if member not in self._arrays:
             self._arrays[member] = read_member(self.path, member)

@@ -37,18 +37,23 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
         OSError: the folder does not exist or may not be written.
     """
     path = Path(path)
-    with _space(path):
+    with clear_space_errors(path):
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
         mode = _mode(path, partial)
         try:
             write(partial)
             partial.chmod(mode)
-            _sync(partial)
-            os.replace(partial, path)
+            replace_synced(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        _sync(path.parent)
     return path
+
+
+def replace_synced(partial: Path, path: Path) -> None:
+    """Puts a finished file of the same folder in the place of `path`, safe from a loss of power."""
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -68,7 +73,7 @@ def staged(folder: str | os.PathLike, last: Sequence[str] = ()) -> Iterator[Path
         DiskFullError: no space; nothing has been moved.
     """
     folder = Path(folder)
-    with _space(folder):
+    with clear_space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         try:
@@ -95,7 +100,7 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
         path: lock file; its folder is made.
         taken: what `LockedError` says first, for example "runs/a is being trained".
         timeout: seconds to wait for another holder; 0: not at all; below 0: as long as it takes.
-        remove: delete the file in the end, and its folder if that is empty then.
+        remove: delete the file in the end.
 
     Raises:
         LockedError: another process holds it; the message names that process where it can be told.
@@ -105,18 +110,20 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
 
     path = Path(path)
     limit = None if timeout < 0 else time.monotonic() + timeout
-    while True:
+    for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path, timeout=-1 if limit is None else max(limit - time.monotonic(), 0))
         try:
             lock.acquire()
         except FileNotFoundError:
-            continue  # its last holder has just removed the folder
+            continue  # somebody has just removed the folder
         except filelock.Timeout:
             raise LockedError(f"{taken} by another process{_holder(path)}") from None
         if path.exists():
             break
         lock.release()  # of a file that its last holder removed: others no longer look at it
+    else:
+        raise LockedError(f"{path} cannot be locked: it is removed again and again")
     try:
         with contextlib.suppress(OSError):  # Windows locks the content too
             path.write_text(f"{os.getpid()} {socket.gethostname()}", encoding="utf-8")
@@ -124,9 +131,8 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
     finally:
         removed = remove and _removed(path)  # while it is ours: afterwards it may be the next holder's
         lock.release()
-        if remove and (removed or (os.name == "nt" and _removed(path))):
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
+        if remove and not removed and os.name == "nt":
+            _removed(path)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -138,7 +144,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _space(path: Path) -> Iterator[None]:
+def clear_space_errors(path: Path) -> Iterator[None]:
     """Turns what libraries raise on a full disk into one clear error."""
     try:
         yield

@@ -1,0 +1,149 @@
+"""What is in the files of a dataset, whatever they are called: sizes, times and hashes, kept as git keeps its index.
+
+A file that has the size, times and inode of the last look is taken to hold what it held then; any other is read and
+hashed. Programs can set the time of modification back (`cp -p`, `rsync -t`, `tar`), but not that of the last change of
+the inode, which POSIX systems keep beside it. Where a system does not (Windows), every file is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .dataset import ImageDataset
+from .leakage import pixel_hash
+
+_STAT_IS_ENOUGH = os.name != "nt"  # there, the time of the last change of the inode is that of its creation
+# A file that was changed less than this before it was read may have been changed again since, with the same time: the
+# clocks of file systems are that coarse (FAT: 2 s). It is read again next time.
+_RACY_NS = 2_000_000_000
+_UNREADABLE = "unreadable"
+_READING = ("imag", "raster", "dicom", "preprocess")  # in the paths of the modules that make pixels of files
+_LIBRARIES = ("pillow", "pydicom", "torch")
+
+
+class FileIndex:
+    """Hashes of the contents of files, remembered from one start to the next.
+
+    Attributes:
+        read: number of files that had to be read so far.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[Any]] = {}  # path: [size, mtime, ctime, inode, hash, time of the look]
+        self.read = 0
+
+    def add(self, table: Any) -> None:
+        """Takes in what `table` returned earlier; anything else is ignored."""
+        if not isinstance(table, dict):
+            return
+        for path, row in table.items():
+            if isinstance(row, list) and len(row) == 6 and (path not in self._known or row[5] > self._known[path][5]):
+                self._known[path] = row
+
+    def table(self, files: Iterable[Path]) -> dict[str, list[Any]]:
+        """What is known of these files, for JSON."""
+        paths = {os.path.abspath(file) for file in files}
+        return {path: self._known[path] for path in sorted(paths) if path in self._known}
+
+    def hashes(self, files: Sequence[Path], workers: int | None = None) -> list[str]:
+        """SHA-256 (32 hexadecimal digits of it) of each file, read only where it may have changed.
+
+        A file that cannot be read has the hash "unreadable": whoever needs its content will say why.
+        """
+        paths = [os.path.abspath(file) for file in files]
+        found: dict[str, str] = {}
+        unknown = []
+        for path in dict.fromkeys(paths):
+            row = self._known.get(path)
+            if row is not None and _STAT_IS_ENOUGH and row[:4] == _signature(path) and not _is_racy(row):
+                found[path] = row[4]
+            else:
+                unknown.append(path)
+        if unknown:
+            with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+                for path, row in zip(unknown, pool.map(_look, unknown), strict=True):
+                    self._known.pop(path, None)
+                    if row is not None:
+                        self._known[path] = row
+                    found[path] = row[4] if row else _UNREADABLE
+            self.read += len(unknown)
+        return [found[path] for path in paths]
+
+
+def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None) -> list[str]:
+    """For each image of `dataset` a digest of where its pixels come from: its file, or the archive that holds it.
+
+    The reader says which file that is by its method `file_of(record)`. Images of a reader without one are decoded, and
+    their pixels hashed.
+    """
+    file_of = getattr(dataset.reader, "file_of", None)
+    if file_of is not None:
+        return index.hashes([file_of(record) for record in dataset.records], workers)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(lambda i: pixel_hash(dataset.image(i)).hex(), range(len(dataset))))
+
+
+def files_of(dataset: ImageDataset) -> list[Path]:
+    """The files that `contents` looks at; none where the reader does not tell."""
+    file_of = getattr(dataset.reader, "file_of", None)
+    return [] if file_of is None else [file_of(record) for record in dataset.records]
+
+
+@functools.cache
+def reading_code() -> str:
+    """A digest of everything that decides which pixels a file gives: the modules that read images, and the libraries
+    they call. The same files may give other pixels where it differs."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if any(part in name for part in _READING):
+            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    for name in _LIBRARIES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "absent"
+        digest.update(f"\0{name} {version}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _look(path: str) -> list[Any] | None:
+    """A row of the index; None for what cannot be read."""
+    now = time.time_ns()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            signature = _row(os.fstat(file.fileno()))  # of before: what changes meanwhile is seen next time
+            return [*signature, _hash(file), now]
+    except OSError:
+        return None
+
+
+def _hash(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**17):
+        digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _signature(path: str) -> list[int] | None:
+    try:
+        return _row(os.stat(path))
+    except OSError:
+        return None
+
+
+def _row(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _is_racy(row: list[Any]) -> bool:
+    return max(row[1], row[2]) + _RACY_NS > row[5]
