@@ -25,6 +25,10 @@ ELEMENTS = [
     *("PixelAspectRatio", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "VOILUTSequence"),
     *("VOILUTFunction", "WindowCenter", "WindowWidth", "WindowCenterWidthExplanation", "PresentationLUTShape"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelPresentation"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "FloatPixelPaddingValue", "FloatPixelPaddingRangeLimit"),
+    *("DoubleFloatPixelPaddingValue", "DoubleFloatPixelPaddingRangeLimit", "PresentationLUTSequence", "ShutterShape"),
+    *("ImagerPixelSpacing", "NominalScannedPixelSpacing", "EnhancedPaletteColorLookupTableSequence"),
+    *("AlphaPaletteColorLookupTableDescriptor",),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", *_PALETTE, *_SEGMENTED_PALETTE, *PIXEL_KEYWORDS),
 ]
 _MAX_INFLATED = 8 * MAX_PIXELS  # bytes of a deflated file
@@ -82,7 +86,8 @@ def decode_frame(ds: Dataset, index: int, n_frames: int) -> tuple[np.ndarray, st
     if syntax.is_encapsulated:
         _check_codestream(ds, index, n_frames)
     try:
-        array, properties = decoder.as_array(ds, index=index)
+        # Of one sample a pixel, unused bits are kept: they may hold padding, and dicom_stored looks at them.
+        array, properties = decoder.as_array(ds, index=index, correct_unused_bits=ds.SamplesPerPixel != 1)
     except Exception:
         message = f"the pixel data ({syntax.name}) cannot be decoded: damaged, truncated, or not as the header says"
         if packages and not _better_plugins(syntax) & set(decoder.available_plugins):

@@ -45,6 +45,19 @@ class MissingDependencyError(ImageError, ImportError):
     """An image that needs a package that is not installed. The message holds the install command."""
 
 
+_WARNING = "warning: "
+
+
+def warning_note(kind: str, text: str) -> str:
+    """Returns a note that changes what an answer for the image is worth: "warning: KIND: TEXT".
+
+    Args:
+        kind: stable name for programs, in lower case with hyphens ("unused-range").
+        text: for people: what was found, and what to do where something can be done.
+    """
+    return f"{_WARNING}{kind}: {text}"
+
+
 @dataclass(frozen=True, eq=False)
 class MedicalImage:
     """One image, ready for a model's preprocessing. Holds no patient data beyond the pixels and the file's name.
@@ -58,11 +71,15 @@ class MedicalImage:
         frame: index of the frame read, from 0.
         n_frames: number of frames in the source.
         value_range: smallest and largest raw value of a grey image, in the units that `window` takes (for DICOM after
-            the modality LUT, so Hounsfield units for CT); None for colour.
-        notes: what was done to get from the source to `pixels`, in order, for people to read.
+            the modality LUT, so Hounsfield units for CT, and without pixel padding); None for colour.
+        notes: what was done to get from the source to `pixels`, in order, for people to read. Those that change what
+            an answer is worth begin with "warning: " and a kind; see `warnings`.
         window: the window that was applied: read again with it, the source gives the same pixels. None for colour, and
             where something else than a window was applied (a lookup table, a range drawn under a sigmoid).
         window_from: who chose it: "argument", "file", or "range" for the range that the format declares; "" for None.
+        used_bits: bits that the values need, where they are integers of a declared range; at most `bit_depth`, and
+            smaller for 12-bit values in a 16-bit file. None for floating point and where it is not known.
+        voi_function: how DICOM applies a window to this image: "LINEAR", "LINEAR_EXACT" or "SIGMOID"; else "".
     """
 
     pixels: np.ndarray = field(repr=False)
@@ -76,6 +93,8 @@ class MedicalImage:
     notes: tuple[str, ...] = ()
     window: Window | None = None
     window_from: str = ""
+    used_bits: int | None = None
+    voi_function: str = ""
 
     @property
     def range_window(self) -> Window | None:
@@ -83,7 +102,7 @@ class MedicalImage:
         if self.value_range is None or not self.value_range[0] < self.value_range[1]:
             return None
         low, high = self.value_range
-        level = 1 if self.format == "DICOM" else 0  # PS3.3 C.11.2.1.2: a window counts levels there
+        level = 1 if self.voi_function == "LINEAR" else 0  # PS3.3 C.11.2.1.2: a window counts levels there
         return (low + high + level) / 2, high - low + level
 
     @property
@@ -97,6 +116,16 @@ class MedicalImage:
             return True
         ends = int((self.pixels <= 0).sum()) + int((self.pixels >= 1).sum())
         return ends > 0.98 * self.pixels.size
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes that change what an answer for this image is worth, each "warning: KIND: TEXT"."""
+        return tuple(note for note in self.notes if note.startswith(_WARNING))
+
+    @property
+    def warning_kinds(self) -> tuple[str, ...]:
+        """The kinds of `warnings`, stable names for programs ("unused-range", "two-valued", ...)."""
+        return tuple(note.split(": ", 2)[1] for note in self.warnings)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -2,14 +2,18 @@
 
 Grey pixels go through the standard's pipeline, PS3.3 C.11 and PS3.4 N.2, in this order:
 
-1. stored values, of `BitsStored` bits
+1. stored values, of `BitsStored` bits; padding and values of a supplemental palette are set apart
 2. modality LUT or rescale slope and intercept, giving the raw units that `window` takes (Hounsfield units for CT)
-3. the `window` argument, else the file's first VOI LUT, else its first window
+3. the `window` argument, else the file's first VOI LUT, else its first window that can be read
 4. scaling to [0, 1]: a window or LUT by its own output range; without one, the range that `BitsStored` allows after
    step 2 (for floating-point pixels, which declare none, the smallest and largest value of the frame)
 5. inversion for MONOCHROME1 or a presentation LUT shape INVERSE
+6. padding is drawn black; values of a supplemental palette in its colours, which makes the picture RGB
 
 For enhanced multi-frame objects 2 and 3 come from the functional groups of the frame. YBR and palettes become RGB.
+
+An optional element that cannot be read is left out with a note. An element that the meaning of the values depends on
+(bits, rescale, modality LUT, palette) is refused by name where it cannot be read.
 
 Privacy: only the elements that describe pixels are read from a file, and no text of a file enters an error, a note or a
 `MedicalImage`. Errors of pydicom may quote values, therefore they are replaced and not chained.
@@ -17,15 +21,13 @@ Privacy: only the elements that describe pixels are read from a file, and no tex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ._dicom_decode import PIXEL_KEYWORDS, decode_frame, is_big_endian, read_dataset
+from ._dicom_decode import PIXEL_KEYWORDS, decode_frame, is_big_endian, read_dataset, transfer_syntax
 from ._image import (
     ImageError,
     MedicalImage,
@@ -35,53 +37,43 @@ from ._image import (
     is_dataset,
     naming_errors,
     open_binary,
+    warning_note,
 )
+from .imaging.dicom_elements import read_integer, read_numbers, read_value
+from .imaging.dicom_padding import padding_mask
+from .imaging.dicom_palette import Palette, has_palette, pixel_presentation
+from .imaging.dicom_stored import stored_range, stored_values
+from .imaging.dicom_tables import TableError, apply_lut
+from .imaging.dicom_voi import DicomWindows, WindowPreset, apply_range, apply_window, usable_windows, voi_function
+from .imaging.quality import picture_notes
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-
-@dataclass(frozen=True)
-class WindowPreset:
-    """A window declared in a file. `explanation` is the file's own text for it ("LUNG"), often empty."""
-
-    center: float
-    width: float
-    explanation: str = ""
-
-
-@dataclass(frozen=True)
-class DicomWindows:
-    """What a window/level control needs. Everything is in the raw units that `load_image(window=)` takes.
-
-    Attributes:
-        presets: windows declared in the file, its default first.
-        value_range: smallest and largest value in the frame; None for colour, which takes no window.
-        unit: "HU" for Hounsfield units, else "".
-    """
-
-    presets: tuple[WindowPreset, ...]
-    value_range: tuple[float, float] | None
-    unit: str = ""
+__all__ = ["DicomWindows", "WindowPreset", "dicom_window_presets", "load_dicom"]
 
 
 def load_dicom(source: BinaryIO | Dataset, name: str, frame: int | None, window: Window | None) -> MedicalImage:
-    """Read one frame from a seekable stream or a Dataset. `medmamba.load_image` is the public way in."""
+    """Reads one frame from a seekable stream or a Dataset. `medmamba.load_image` is the public way in."""
     with _decoding():
         decoded = _Frame(read_dataset(source), frame)
-        pixels, value_range, notes = decoded.grey(window) if decoded.is_grey else decoded.color(window)
+        pixels = decoded.grey(window) if decoded.is_grey else decoded.color(window)
+        pixels = np.ascontiguousarray(pixels, dtype=np.float32)
+        notes = [*decoded.notes, *_header_notes(decoded), *picture_notes(pixels, decoded.stored)]
         return MedicalImage(
-            pixels=np.ascontiguousarray(pixels, dtype=np.float32),
+            pixels=pixels,
             source=name,
             format="DICOM",
             mode=decoded.photometric,
             bit_depth=decoded.bits,
             frame=decoded.index,
             n_frames=decoded.n_frames,
-            value_range=value_range,
+            value_range=decoded.value_range,
             notes=tuple(notes),
             window=decoded.applied[0],
             window_from=decoded.applied[1],
+            used_bits=decoded.used_bits(),
+            voi_function=decoded.voi_function if decoded.is_grey else "",
         )
 
 
@@ -103,9 +95,9 @@ def _windows(source: BinaryIO | Dataset, frame: int | None) -> DicomWindows:
         decoded = _Frame(read_dataset(source), frame)
         if not decoded.is_grey:
             return DicomWindows((), None)
-        raw, _ = decoded.modality([])
+        decoded.modality()
         unit = decoded.find("RescaleType") or ("HU" if decoded.find("Modality") == "CT" else "")
-        return DicomWindows(decoded.presets(), (float(raw.min()), float(raw.max())), "HU" if unit == "HU" else "")
+        return DicomWindows(decoded.presets(), decoded.value_range, "HU" if unit == "HU" else "")
 
 
 @contextmanager
@@ -121,10 +113,11 @@ def _decoding() -> Iterator[None]:
 
 
 class _Frame:
-    """One decoded frame and the header values that apply to it."""
+    """One decoded frame and the header values that apply to it. `notes` grows as the steps are taken."""
 
     def __init__(self, ds: Dataset, frame: int | None) -> None:
         self.ds = ds
+        self.notes: list[str] = []
         if not any(keyword in ds for keyword in PIXEL_KEYWORDS):
             raise ImageError(
                 f"this holds no DICOM pixel data{_object_kind(ds)}; choose an image object of the study, or copy the "
@@ -140,9 +133,23 @@ class _Frame:
         self.bits = int(ds.BitsAllocated if self.is_float else ds.get("BitsStored") or ds.BitsAllocated)
         self.signed = ds.get("PixelRepresentation") == 1
         self.applied: tuple[Window | None, str] = (None, "")  # the window that `grey` applies, and whose it is
+        self.value_range: tuple[float, float] | None = None
         self.photometric = str(ds.PhotometricInterpretation)
-        self._groups = [*_functional_groups(ds, self.index), ds]
-        self.stored, self.decoded_photometric = decode_frame(ds, self.index, self.n_frames)
+        self.groups = _functional_groups(ds, self.index)
+        words, self.decoded_photometric = decode_frame(ds, self.index, self.n_frames)
+        self.big_endian = is_big_endian(ds)
+        self.stored = words
+        if not self.is_float:
+            compressed = transfer_syntax(ds).is_encapsulated
+            high_bit = read_integer(ds, "HighBit")
+            self.stored = stored_values(words, self.bits, high_bit, self.signed, self.notes, compressed=compressed)
+        self.padding = self.colored = None
+        if self.is_grey:
+            if self.stored.ndim != 2:
+                raise ImageError("the DICOM header calls a colour image grey; export the image again")
+            self.padding = padding_mask(ds, words, self.stored, self.bits, self.signed, self.notes)
+            self.colored = self._supplemental()
+        self._voi_function = ""
 
     @property
     def is_grey(self) -> bool:
@@ -150,181 +157,232 @@ class _Frame:
 
     @property
     def voi_function(self) -> str:
-        # LINEAR counts integer levels, which floating-point pixels do not have.
-        return str(self.find("VOILUTFunction") or ("LINEAR_EXACT" if self.is_float else "LINEAR")).upper()
+        if not self._voi_function:
+            declared = str(self.find("VOILUTFunction") or "").upper()
+            self._voi_function = voi_function(declared, is_float=self.is_float, notes=self.notes)
+        return self._voi_function
 
     def find(self, keyword: str) -> Any:
-        """Value of an element for this frame; None where it is absent or empty."""
-        values = (group.get(keyword) for group in self._groups)
-        return next((value for value in values if value not in (None, "") and value != []), None)
+        """Value of an element for this frame; None where it is absent, empty or not readable."""
+        values = (read_value(group, keyword) for group in (*self._macros(), self.ds))
+        return next((value for value in values if value is not None), None)
 
-    def modality(self, notes: list[str]) -> tuple[np.ndarray, tuple[float, float]]:
-        """Raw values in float64 `(H, W)`, and the range that the header allows them."""
-        low, high = (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
-        if self.is_float:
-            if not np.isfinite(self.stored).all():
-                raise ImageError("the pixels hold NaN or infinite values")
-            low, high = self.stored.min(), self.stored.max()
+    def numbers(self, keyword: str) -> list[float | None]:
+        """Values of a numeric element for this frame, as `read_numbers`."""
+        return next((found for group in (*self._macros(), self.ds) if (found := read_numbers(group, keyword))), [])
+
+    def _macros(self) -> Iterator[Dataset]:
+        """The functional group items that hold rescale, window and spacing, per frame before shared."""
+        for group in self.groups:
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
+                yield from (group.get(macro) or [])[:1]
+
+    def _allowed(self) -> tuple[float, float]:
+        """The range that the header allows stored values; of floating-point pixels, the one found."""
+        if not self.is_float:
+            return stored_range(self.bits, self.signed)
+        found = self.stored if self.padding is None else self.stored[~self.padding]
+        if not np.isfinite(found).all():
+            raise ImageError("the pixels hold NaN or infinite values")
+        return float(found.min()), float(found.max())
+
+    def _supplemental(self) -> tuple[np.ndarray, Palette] | None:
+        """Mask of the values that a supplemental palette colours, and the palette (PS3.3 C.7.6.19)."""
+        presentation = pixel_presentation(self.ds, self.groups)
+        if presentation not in ("COLOR", "MIXED"):
+            return None
+        if self.is_float or not has_palette(self.ds):
+            self.notes.append(warning_note("palette-missing", "the file declares colour (0008,9205); drawn in grey"))
+            return None
+        try:
+            palette = Palette(self.ds, self._allowed(), self.notes, big_endian=self.big_endian)
+        except TableError:
+            self.notes.append(warning_note("palette-unreadable", "supplemental palette unreadable; drawn in grey"))
+            return None
+        mask = self.stored >= palette.first
+        if self.padding is not None:
+            mask &= ~self.padding
+        if not mask.any():
+            return None
+        self.notes.append(f"supplemental palette applied ({mask.mean():.0%} of the pixels are colours)")
+        return mask, palette
+
+    def modality(self) -> tuple[np.ndarray, tuple[float, float]]:
+        """Raw values in float64 `(H, W)`, and the range that the header allows them; sets `value_range`."""
+        low, high = self._allowed()
+        stored = self.stored
+        if self.is_float and self.padding is not None:
+            stored = np.where(self.padding, low, stored)
         if luts := self.find("ModalityLUTSequence"):
-            values, largest = _apply_lut(self.stored, luts[0], signed=low < 0, big_endian=is_big_endian(self.ds))
-            notes.append("modality LUT applied")
-            return values.astype(np.float64), (0, largest)
-        slope, intercept = self.find("RescaleSlope"), self.find("RescaleIntercept")
-        slope, intercept = float(1 if slope is None else slope), float(intercept or 0)
-        if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
-            raise ImageError("the rescale slope or intercept of the DICOM header is not usable; export the image again")
-        values = self.stored.astype(np.float64)
-        if (slope, intercept) != (1, 0):
-            values = values * slope + intercept
-            notes.append(f"rescaled by slope {slope:g}, intercept {intercept:g}")
-        ends = sorted((low * slope + intercept, high * slope + intercept))
-        return values, (ends[0], ends[1])
+            values, largest = apply_lut(stored, luts[0], (low, high), self.notes, big_endian=self.big_endian)
+            self.notes.append("modality LUT applied")
+            raw, allowed = values.astype(np.float64), (0.0, float(largest))
+        else:
+            slope, intercept = self._rescale()
+            raw = stored.astype(np.float64)
+            if (slope, intercept) != (1, 0):
+                raw = raw * slope + intercept
+                self.notes.append(f"rescaled by slope {slope:g}, intercept {intercept:g}")
+            ends = sorted((low * slope + intercept, high * slope + intercept))
+            allowed = (ends[0], ends[1])
+            if not np.isfinite(ends).all():
+                raise ImageError("the rescaled values are beyond all bounds; export the image again")
+        self.value_range = self._range_of(raw)
+        return raw, allowed
 
-    def grey(self, window: Window | None) -> tuple[np.ndarray, tuple[float, float], list[str]]:
-        """Pixels `(H, W, 1)` in [0, 1], range of the raw values, notes."""
-        if self.stored.ndim != 2:
-            raise ImageError("the DICOM header calls a colour image grey; export the image again")
-        notes: list[str] = []
-        raw, allowed = self.modality(notes)
-        presets = self.presets()
-        voi_luts = [lut for lut in self.find("VOILUTSequence") or [] if "LUTDescriptor" in lut and "LUTData" in lut]
+    def _rescale(self) -> tuple[float, float]:
+        found = []
+        for keyword, tag, default in (("RescaleSlope", "0028,1053", 1.0), ("RescaleIntercept", "0028,1052", 0.0)):
+            values = self.numbers(keyword) or [default]
+            if values[0] is None or len(set(values)) > 1 or (keyword == "RescaleSlope" and values[0] == 0):
+                raise ImageError(
+                    f"{keyword} ({tag}) of the DICOM header is not a usable number; export the image again"
+                )
+            found.append(values[0])
+        return found[0], found[1]
+
+    def _range_of(self, raw: np.ndarray) -> tuple[float, float]:
+        """Smallest and largest raw value of what is drawn in grey."""
+        if self.padding is None and self.colored is None:
+            return float(raw.min()), float(raw.max())
+        drawn = np.ones(raw.shape, bool) if self.padding is None else ~self.padding
+        if self.colored is not None:
+            drawn &= ~self.colored[0]
+        values = raw[drawn]
+        return (float(values.min()), float(values.max())) if values.size else (float(raw.min()), float(raw.max()))
+
+    def grey(self, window: Window | None) -> np.ndarray:
+        """Pixels `(H, W, 1)` in [0, 1]; `(H, W, 3)` where a supplemental palette colours some."""
+        raw, allowed = self.modality()
+        pixels = self._voi(raw, allowed, window)
+        # Exporters write INVERSE together with MONOCHROME1, so the two are one inversion.
+        shape = str(self.find("PresentationLUTShape") or "").upper()
+        if self.photometric == "MONOCHROME1" or shape == "INVERSE":
+            pixels = 1 - pixels
+            self.notes.append(
+                f"{'MONOCHROME1' if self.photometric == 'MONOCHROME1' else 'INVERSE presentation'} inverted"
+            )
+        if shape not in ("", "IDENTITY", "INVERSE") or "PresentationLUTSequence" in self.ds:
+            self.notes.append(
+                warning_note("presentation-lut", "the file's presentation LUT (2050,0010) is not applied")
+            )
+        if self.padding is not None:
+            pixels = np.where(self.padding, 0, pixels)
+        pixels = pixels[..., None]
+        if self.colored is not None:
+            mask, palette = self.colored
+            pixels = np.repeat(pixels, 3, axis=-1)
+            pixels[mask] = palette(self.stored[mask])
+        return pixels
+
+    def _voi(self, raw: np.ndarray, allowed: tuple[float, float], window: Window | None) -> np.ndarray:
+        """Raw values to [0, 1] by the window asked for, the file's VOI LUT, its window, or the range allowed."""
         if window is not None:
-            # LINEAR is not defined below a width of 1.
-            exact = self.voi_function == "LINEAR" and window[1] < 1
-            pixels = _apply_window(raw, *window, "LINEAR_EXACT" if exact else self.voi_function)
-            notes.append(f"window {window[0]:g}/{window[1]:g} applied")
+            self.notes.append(f"window {window[0]:g}/{window[1]:g} applied")
             self.applied = window, "argument"
-        elif voi_luts:
-            values, largest = _apply_lut(raw, voi_luts[0], signed=allowed[0] < 0, big_endian=is_big_endian(self.ds))
-            pixels = values / largest
-            notes.append("VOI LUT applied" + (f" (first of {len(voi_luts)})" if len(voi_luts) > 1 else ""))
-        elif presets:
+            return apply_window(raw, *window, self.voi_function)
+        for lut in self.find("VOILUTSequence") or []:
+            try:
+                notes: list[str] = []
+                values, largest = apply_lut(raw, lut, allowed, notes, big_endian=self.big_endian)
+            except TableError:
+                self.notes.append(
+                    warning_note("voi-lut", "a VOI LUT of the file is damaged; that table is not applied")
+                )
+                continue
+            several = len(self.find("VOILUTSequence"))
+            also = "; the file's window is not" if self.numbers("WindowWidth") else ""
+            self.notes += [*notes, "VOI LUT applied" + (f" (first of {several})" if several > 1 else "") + also]
+            return values / largest
+        presets = self.presets(self.notes)
+        function = self.voi_function
+        if presets:
             center, width = presets[0].center, presets[0].width
-            pixels = _apply_window(raw, center, width, self.voi_function)
             self.applied = (center, width), "file"
             more = f" (first of {len(presets)} in the file)" if len(presets) > 1 else ""
-            notes.append(f"VOI window {center:g}/{width:g} applied{more}")
-        else:
-            low, high = allowed
-            level = 1 if self.voi_function == "LINEAR" else 0
-            if self.voi_function != "SIGMOID" and high > low:
-                self.applied = ((low + high + level) / 2, high - low + level), "range"
-            pixels = np.clip((raw - low) / max(high - low, 1e-300), 0, 1)
-            what = "range of the floating-point values" if self.is_float else f"full {self.bits}-bit range"
-            advice = "; contrast may be low, window=(center, width) sets it" if self.bits > 8 else ""
-            notes.append(f"no usable window in the file: {what} {low:g}..{high:g} scaled to 0..1{advice}")
-        # Exporters write INVERSE together with MONOCHROME1, so the two are one inversion.
-        if self.photometric == "MONOCHROME1" or str(self.find("PresentationLUTShape")).upper() == "INVERSE":
-            pixels = 1 - pixels
-            notes.append(f"{'MONOCHROME1' if self.photometric == 'MONOCHROME1' else 'INVERSE presentation'} inverted")
-        return pixels[..., None], (float(raw.min()), float(raw.max())), notes + _aspect_note(self)
+            self.notes.append(f"VOI window {center:g}/{width:g} applied{more}")
+            return apply_window(raw, center, width, function)
+        low, high = allowed
+        level = 1 if function == "LINEAR" else 0
+        if function != "SIGMOID" and high > low:
+            self.applied = ((low + high + level) / 2, high - low + level), "range"
+        self.notes.append(self._full_range_note(low, high))
+        return apply_range(raw, low, high)
 
-    def color(self, window: Window | None) -> tuple[np.ndarray, None, list[str]]:
-        """Pixels `(H, W, 3)` in [0, 1], no range, notes."""
+    def _full_range_note(self, low: float, high: float) -> str:
+        what = "range of the floating-point values" if self.is_float else f"full {self.bits}-bit range"
+        text = f"no usable window in the file: {what} {low:g}..{high:g} scaled to 0..1"
+        if self.is_float or self.bits <= 8 or self.value_range is None:
+            return text
+        first, last = self.value_range
+        if last - first >= (high - low) / 2:
+            return f"{text}; contrast may be low, window=(center, width) sets it"
+        return warning_note(
+            "unused-range", f"{text}, but the values are in {first:g}..{last:g}; window=(center, width) sets another"
+        )
+
+    def color(self, window: Window | None) -> np.ndarray:
+        """Pixels `(H, W, 3)` in [0, 1]."""
         if window is not None:
             raise ImageError("window applies to grey images only; this one is in colour")
         if self.decoded_photometric == "PALETTE COLOR":
-            return _apply_palette(self.stored, self.ds), None, ["palette expanded to RGB", *_aspect_note(self)]
+            if self.stored.ndim != 2:
+                raise ImageError("the DICOM header calls a colour image a palette; export the image again")
+            palette = Palette(self.ds, self._allowed(), self.notes, big_endian=self.big_endian)
+            self.notes.append("palette expanded to RGB")
+            return palette(self.stored)
         if self.decoded_photometric not in ("RGB", "YBR_ICT", "YBR_RCT") or self.stored.ndim != 3 or self.signed:
             raise ImageError("this DICOM colour space is not supported; export the image as RGB or MONOCHROME2")
-        notes = [] if self.photometric == "RGB" else [f"{self.photometric} converted to RGB"]
-        return np.clip(self.stored / (2**self.bits - 1), 0, 1), None, notes + _aspect_note(self)
+        if self.photometric != "RGB":
+            self.notes.append(f"{self.photometric} converted to RGB")
+        used = self.used_bits() or self.bits
+        if self.bits > 8 and used < self.bits:
+            self.notes.append(
+                warning_note(
+                    "unused-range",
+                    f"colours of {self.bits} bits use only {used}, so the image is dark; save it as 8-bit",
+                )
+            )
+        return np.clip(self.stored / (2**self.bits - 1), 0, 1)
 
-    def presets(self) -> tuple[WindowPreset, ...]:
-        """Usable windows that the header declares; a width below the minimum of its VOI function is left out."""
-        centers, widths = _numbers(self.find("WindowCenter")), _numbers(self.find("WindowWidth"))
-        texts = self.find("WindowCenterWidthExplanation") or []
-        texts = [texts] if isinstance(texts, str) else [str(text) for text in texts]
-        minimum = 1 if self.voi_function == "LINEAR" else 1e-12
-        pairs = enumerate(zip(centers, widths, strict=False))
-        return tuple(
-            WindowPreset(center, width, texts[i] if i < len(texts) else "")
-            for i, (center, width) in pairs
-            if math.isfinite(center) and math.isfinite(width) and width >= minimum
-        )
+    def used_bits(self) -> int | None:
+        """Bits that the stored values of the frame need; None for floating point."""
+        if self.is_float:
+            return None
+        low, high = int(self.stored.min()), int(self.stored.max())
+        return max(1, high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + int(self.signed)
 
-
-def _apply_window(raw: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 with the output range [0, 1]."""
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (raw - center) / width, -700, 700)))
-    if function == "LINEAR":
-        # The standard's `width - 1` counts levels; a width of 1 is a threshold.
-        center, width = center - 0.5, width - 1
-        if width == 0:
-            return (raw > center).astype(np.float64)
-    elif function != "LINEAR_EXACT":
-        raise ImageError("the DICOM header names an unknown VOI LUT function; export the image again")
-    return np.clip((raw - center) / width + 0.5, 0, 1)
-
-
-def _apply_lut(values: np.ndarray, lut: Dataset, *, signed: bool, big_endian: bool) -> tuple[np.ndarray, int]:
-    """Look `values` up (PS3.3 C.11.1.1); returns the entries and the largest entry that the descriptor allows.
-
-    Not pydicom's apply_voi: it indexes in the type of the entries, so 12-bit values wrap in a LUT of 8-bit entries.
-    """
-    entries, first, bits = (int(value) for value in lut.LUTDescriptor)
-    entries = entries or 2**16
-    if signed and first >= 2**15:  # written as unsigned
-        first -= 2**16
-    data = lut.LUTData
-    if isinstance(data, bytes):
-        table = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else ">u2" if big_endian else "<u2")
-    else:
-        table = np.atleast_1d(np.asarray(data, dtype=np.int64))
-    if len(table) < entries or not 1 <= bits <= 16:
-        raise ImageError("a lookup table of the DICOM header is damaged; export the image again")
-    index = np.clip(np.rint(values).astype(np.int64) - first, 0, entries - 1)
-    return np.clip(table.astype(np.int64)[index], 0, 2**bits - 1), 2**bits - 1
-
-
-def _apply_palette(stored: np.ndarray, ds: Dataset) -> np.ndarray:
-    """Palette colour to RGB `(H, W, 3)` in [0, 1] (PS3.3 C.7.6.3.1.5)."""
-    entries, _, bits = (int(value) for value in ds.RedPaletteColorLookupTableDescriptor)
-    entries = entries or 2**16
-    if "RedPaletteColorLookupTableData" not in ds:
-        from pydicom.pixels import apply_color_lut
-
-        if bits == 8 and entries > 256:
-            raise ImageError("this segmented DICOM palette is not supported; export the image as RGB")
-        return apply_color_lut(stored, ds)[..., :3] / (2**bits - 1)
-    planes = []
-    for color in ("Red", "Green", "Blue"):
-        first = int(ds[f"{color}PaletteColorLookupTableDescriptor"].value[1])
-        data = ds[f"{color}PaletteColorLookupTableData"].value
-        wide = len(data) >= 2 * entries
-        table = np.frombuffer(data, (">u2" if is_big_endian(ds) else "<u2") if wide else np.uint8)
-        if len(table) < entries:
-            raise ImageError("the DICOM palette is damaged; export the image as RGB")
-        # 8-bit entries may lie in 16-bit words, and some writers declare 16 bits for 8-bit words.
-        scale = 255 if not wide or (bits == 8 and table.max() < 256) else 65535
-        index = np.clip(stored.astype(np.int64) - first, 0, entries - 1)
-        planes.append(table[index] / scale)
-    return np.stack(planes, axis=-1)
+    def presets(self, notes: list[str] | None = None) -> tuple[WindowPreset, ...]:
+        """Usable windows that the header declares."""
+        centers, widths = self.numbers("WindowCenter"), self.numbers("WindowWidth")
+        explanation = self.find("WindowCenterWidthExplanation")
+        return usable_windows(centers, widths, explanation, [] if notes is None else notes)
 
 
 def _functional_groups(ds: Dataset, index: int) -> list[Dataset]:
-    """The functional group items of a frame that hold rescale and window, per frame before shared."""
-    items: list[Dataset] = []
+    """The functional groups of a frame: its own before the shared ones."""
+    groups: list[Dataset] = []
     for keyword, position in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
-        groups: Sequence[Dataset] = ds.get(keyword) or []
-        if position < len(groups):
-            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
-                items.extend((groups[position].get(macro) or [])[:1])
-    return items
+        items: Sequence[Dataset] = ds.get(keyword) or []
+        groups.extend(items[position : position + 1])
+    return groups
 
 
-def _aspect_note(frame: _Frame) -> list[str]:
-    spacing = _numbers(frame.find("PixelSpacing")) or _numbers(frame.find("PixelAspectRatio"))
-    if len(spacing) == 2 and min(spacing) > 0 and abs(spacing[0] / spacing[1] - 1) > 0.01:
-        return [f"pixels are not square (height to width {spacing[0] / spacing[1]:.3g}); not resampled"]
-    return []
-
-
-def _numbers(value: Any) -> list[float]:
-    if value is None:
-        return []
-    return [float(item) for item in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])]
+def _header_notes(frame: _Frame) -> list[str]:
+    """Notes on elements that say how a viewer draws the picture, and that are not acted on."""
+    notes = []
+    for keyword in ("PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        spacing = [value for value in frame.numbers(keyword) if value]
+        if len(spacing) == 2 and min(spacing) > 0:
+            if abs(spacing[0] / spacing[1] - 1) > 0.01:
+                notes.append(f"pixels are not square (height to width {spacing[0] / spacing[1]:.3g}); not resampled")
+            break
+    ignored = {"ShutterShape": "display shutter", "EnhancedPaletteColorLookupTableSequence": "enhanced palette"}
+    ignored["AlphaPaletteColorLookupTableDescriptor"] = "alpha palette"
+    notes += [
+        warning_note("not-applied", f"the file's {what} is not applied") for k, what in ignored.items() if k in frame.ds
+    ]
+    return notes
 
 
 def _object_kind(ds: Dataset) -> str:

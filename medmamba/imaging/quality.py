@@ -1,0 +1,63 @@
+"""Notes on a picture that shows next to nothing: almost constant, two-valued or saturated.
+
+A header that is read wrongly, a window that misses the data or a sentinel value leaves such pictures, and a classifier
+answers them with confidence. Every reader ends here.
+
+Thresholds, on a grid of at most about 128 x 128 pixels, and only for pictures of at least 256:
+
+- almost constant: the middle 99 % of the values span less than 1/64 of the range (4 of 256 levels)
+- two-valued: 99.5 % of the values are within 1/512 of the smallest or the largest, and at least 0.5 % of either
+- saturated: at least 90 % of the values are white, or 98 % are black (within 1/512)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._image import warning_note
+
+_GRID = 128
+_SMALLEST = 256  # pixels; below, a few values are all there can be
+_NEAR = 1 / 512
+
+
+def picture_notes(pixels: np.ndarray, raw: np.ndarray | None = None) -> list[str]:
+    """Returns at most one note on a picture that shows next to nothing.
+
+    Args:
+        pixels: `(H, W, C)` in [0, 1], as handed to a model.
+        raw: the values that they were made of, if at hand: where these are only two, the picture is a mask, and the
+            note is not a warning.
+    """
+    height, width = pixels.shape[:2]
+    if height * width < _SMALLEST:
+        return []
+    grid = pixels[:: -(-height // _GRID), :: -(-width // _GRID)]
+    values = np.sort(grid, axis=None)
+    last = len(values) - 1
+    spread = values[int(last * 0.995)] - values[int(last * 0.005)]
+    low, high = float(values[0]), float(values[-1])
+    near_low = int(np.searchsorted(values, low + _NEAR, "right"))
+    near_high = len(values) - int(np.searchsorted(values, high - _NEAR, "left"))
+    share = 0.005 * len(values)
+    if high - low > 2 * _NEAR and near_low + near_high >= 0.995 * len(values) and min(near_low, near_high) >= share:
+        if raw is not None and _is_mask(raw):
+            return ["the image has two values only, a mask"]
+        return [
+            warning_note("two-valued", f"almost all of the picture is at one of two values, {low:.2g} and {high:.2g}")
+        ]
+    white = len(values) - int(np.searchsorted(values, 1 - _NEAR, "left"))
+    black = int(np.searchsorted(values, _NEAR, "right"))
+    if spread < 1 / 64:
+        level = float(values[last // 2])
+        return [warning_note("almost-constant", f"the picture is almost constant, at {level:.2g} of 0..1")]
+    if white >= 0.9 * len(values) or black >= 0.98 * len(values):
+        part, colour = (white, "white") if white >= 0.9 * len(values) else (black, "black")
+        return [warning_note("saturated", f"{part / len(values):.0%} of the picture is {colour}")]
+    return []
+
+
+def _is_mask(raw: np.ndarray) -> bool:
+    if raw.dtype.kind == "b":
+        return True
+    return bool(((raw == raw.min()) | (raw == raw.max())).all())
