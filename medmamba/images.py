@@ -12,6 +12,7 @@ range (signed, 32 and 64 bits) need an explicit `window`. DICOM has rules of its
 from __future__ import annotations
 
 import glob
+import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -87,6 +88,16 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
             return load_dicom(source, name, frame, window)
         with open_binary(source) as stream:
             return _load_stream(stream, name, frame, window)
+
+
+def load_named(content: bytes, path: str) -> MedicalImage:
+    """Read one image from bytes that stand for a file called `path`, such as a member of an archive.
+
+    Raises:
+        ImageError: as `load_image`, with the path.
+    """
+    with naming_errors(path):
+        return _load_stream(io.BytesIO(content), source_name(path), None, None)
 
 
 @dataclass(frozen=True)

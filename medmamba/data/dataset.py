@@ -70,6 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         task: "multiclass" (two classes included) or "multilabel".
         transform: `MedicalImage` to float32 tensor, for example a model's preprocessing.
         name: for messages.
+        notes: what the reader passed over, merged or guessed, for people to read; kept by all methods.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         task: str = "multiclass",
         transform: Transform | None = None,
         name: str = "dataset",
+        notes: Sequence[str] = (),
     ) -> None:
         self.records = tuple(records)
         self.classes = tuple(classes)
@@ -87,6 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         self.task = task
         self.transform = transform
         self.name = name
+        self.notes = tuple(notes)
         if task not in ("multiclass", "multilabel"):
             raise DatasetError(f"{name}: task must be multiclass or multilabel, got {task!r}")
         if len(set(self.classes)) != len(self.classes):
@@ -155,15 +158,21 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         if not chosen:
             found = ", ".join(str(key) for key in self.split_sizes)
             raise DatasetError(
-                f"{self.name} has no split {name!r} (found: {found}); make one with make_splits(dataset)"
+                f"{self.name} has no split {name!r} (found: {found}); take all images (split=None or --split all), or "
+                "make one with make_splits(dataset)"
             )
         return self.with_records(chosen)
 
     def with_transform(self, transform: Transform | None) -> ImageDataset:
-        return ImageDataset(self.records, self.classes, self.reader, self.task, transform, self.name)
+        return ImageDataset(self.records, self.classes, self.reader, self.task, transform, self.name, self.notes)
 
     def with_records(self, records: Sequence[Record]) -> ImageDataset:
-        return ImageDataset(records, self.classes, self.reader, self.task, self.transform, self.name)
+        return ImageDataset(records, self.classes, self.reader, self.task, self.transform, self.name, self.notes)
+
+    def with_notes(self, *notes: str) -> ImageDataset:
+        """The same images with more to say about them."""
+        both = (*self.notes, *notes)
+        return ImageDataset(self.records, self.classes, self.reader, self.task, self.transform, self.name, both)
 
     def with_splits(self, splits: Sequence[str | None]) -> ImageDataset:
         """The same images, assigned to `splits`, one per image."""

@@ -10,7 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..registry import DatasetEntry
+from ..utils.names import AmbiguousNameError, alike, shown, whole_number
 from .dataset import DatasetError
+
+MISSING = frozenset(
+    (
+        "",
+        "nan",
+        "none",
+        "na",
+        "n/a",
+        "n.a.",
+        "#n/a",
+        "#na",
+        "<na>",
+        "null",
+        "nil",
+        "nat",
+        "-",
+        "--",
+        "---",
+        "?",
+        "??",
+        ".",
+    )
+    + ("missing", "undefined", "#value!", "#ref!", "#div/0!")
+)
+"""How tables spell that there is nothing, in lower case."""
 
 CLASS_ORDERS = ("auto", "numeric", "alphabetical")
 
@@ -63,25 +89,45 @@ def resolve_classes(
         index = {name: names.index(name) if name in names else None for name in unique}
     elif entry is not None:
         names = entry.classes
-        index = {name: entry.class_index(name) for name in unique}
+        try:
+            index = {name: entry.class_index(name) for name in unique}
+        except AmbiguousNameError as exc:
+            raise DatasetError(f"{where}: {exc}") from exc
     else:
+        for same in alike(unique, whole_number):
+            raise DatasetError(
+                f"{where}: classes {shown(*same)} spell the same number; write it in one way where they are one class"
+            )
         names = order_classes(unique, order)
         index = {name: names.index(name) for name in unique}
     unknown = [name for name, number in index.items() if number is None]
     if unknown:
         source = f"dataset {entry.name}" if classes is None and entry is not None else "the classes given"
         raise DatasetError(
-            f"{where}: {_some(unknown)} {'is' if len(unknown) == 1 else 'are'} not among {source} "
-            f"({', '.join(names)}); rename, or leave out dataset= and classes= to take the names as they are"
+            f"{where}: {shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among {source} "
+            f"({', '.join(names)}); rename, or leave out dataset= (--dataset) or classes= to take names as they are"
         )
     resolved = {name: number for name, number in index.items() if number is not None}
     doubles = {number for number in resolved.values() if list(resolved.values()).count(number) > 1}
     if entry is not None and classes is None and doubles:
-        same = [name for name, number in resolved.items() if number in doubles]
-        raise DatasetError(f"{where}: {_some(same)} mean the same class of {entry.name}; merge them")
+        same = tuple(name for name, number in resolved.items() if number in doubles)
+        raise DatasetError(f"{where}: {shown(*same)} mean the same class of {entry.name}; merge them")
     return names, resolved
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
+def is_missing(text: str) -> bool:
+    """Tells whether a cell says that there is nothing, in any of the usual spellings ("", "nan", "N/A", "?", ...)."""
+    return text.strip().lower() in MISSING
+
+
+def notes_on_names(names: Iterable[str]) -> list[str]:
+    """Says what is doubtful about the names of classes: two that differ little, or one that means "nothing"."""
+    unique = sorted(set(names))
+    notes = [
+        f"classes {shown(*same)} differ in case, separators or width alone and count as {len(same)} classes"
+        for same in alike(unique)
+    ]
+    empty = [name for name in unique if is_missing(name)]
+    if empty:
+        notes.append(f"class {shown(*empty)} reads like a missing label")
+    return notes

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import registry
+from ..imaging.find import reason_by_path
 from ..registry import DatasetEntry
+from ..utils.names import shown
 from .dataset import DatasetError, ImageDataset, Transform
 from .files import open_folder, open_zip
 from .npz import open_npz
@@ -25,11 +28,12 @@ def open_dataset(
     class_order: str = "auto",
     patient_pattern: str | None = None,
     transform: Transform | None = None,
+    single_class: bool = False,
 ) -> ImageDataset:
     """Index a collection of images; the reader is chosen by what `path` is.
 
     Args:
-        path: folder of images, `.csv`, `.npz`, `.zip`, or a folder that holds exactly one of these files.
+        path: folder of images, `.csv`, `.tsv`, `.npz`, `.zip`, or a folder that holds exactly one of these files.
         split: "train", "val" or "test" for that part alone.
         dataset: name (or entry) in the registry. Fixes the order of the classes, whatever the folders are called, and
             the pattern of patients in file names. Use `check_dataset` to see whether the files are the complete set.
@@ -38,51 +42,78 @@ def open_dataset(
             the published trainer used, with the trap that "10" comes before "2": see `medmamba.data.labels`.
         patient_pattern: regular expression; its group 1 in a file name is the patient (overrides the registry's).
         transform: see `ImageDataset`.
+        single_class: accept a tree with images of one class, as a part of a larger set may be.
+
+    `ImageDataset.notes` says what was passed over, merged or guessed.
 
     Raises:
-        DatasetError: nothing there, an unknown layout, or a file that cannot be trusted.
+        DatasetError: nothing there, an unknown layout, a class folder without images, names that cannot be told apart,
+            a pattern that matches nothing, an option without effect, or a file that cannot be trusted.
         medmamba.registry.RegistryError: an unknown dataset name.
     """
     path = Path(path)
     entry = registry.get(dataset) if isinstance(dataset, str) else dataset
-    if patient_pattern is None and entry is not None:
-        patient_pattern = entry.group_pattern
-    path = _find(path, entry)
+    if class_order != "auto" and (classes is not None or entry is not None):
+        fixed = "classes=" if classes is not None else "dataset= (--dataset)"
+        raise DatasetError(f"class_order={class_order!r} has no effect where {fixed} fixes the order; leave one out")
+    path, notes = _find(path, entry)
     suffix = path.suffix.lower()
-    if suffix == ".npz":
+    if path.is_dir() or suffix == ".zip":
+        opener = open_folder if path.is_dir() else open_zip
+        found = opener(
+            path,
+            entry=entry,
+            classes=classes,
+            class_order=class_order,
+            patient_pattern=patient_pattern,
+            single_class=single_class,
+        )
+    elif suffix == ".npz":
+        if patient_pattern is not None or class_order != "auto":
+            option = "patient_pattern" if patient_pattern is not None else "class_order"
+            raise DatasetError(f"{path}: an .npz holds no names, so that {option} has no effect; leave it out")
         found = open_npz(path, entry=entry or _by_file_name(path), classes=classes)
     else:
-        opener = open_folder if path.is_dir() else open_csv if suffix == ".csv" else open_zip
-        found = opener(path, entry=entry, classes=classes, class_order=class_order, patient_pattern=patient_pattern)
+        found = open_csv(path, entry=entry, classes=classes, class_order=class_order, patient_pattern=patient_pattern)
+    found = found.with_notes(*notes)
     if transform is not None:
         found = found.with_transform(transform)
     return found if split is None else found.split(split)
 
 
-def _find(path: Path, entry: DatasetEntry | None) -> Path:
-    """The file or folder to read: `path`, or the one data file in it."""
+_TABLES = (".csv", ".tsv")
+_FILES = (*_TABLES, ".npz", ".zip")
+
+
+def _find(path: Path, entry: DatasetEntry | None) -> tuple[Path, list[str]]:
+    """The file or folder to read: `path`, or the one data file in it; and what lies beside it unused."""
     if path.is_file():
-        if path.suffix.lower() not in (".csv", ".npz", ".zip"):
+        if path.suffix.lower() not in _FILES:
             raise DatasetError(f"{path}: not a dataset; give {_LAYOUTS}")
-        return path
+        return path, []
     if not path.is_dir():
         raise DatasetError(f"{path}: no such file or folder; give {_LAYOUTS}")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".npz") and file.is_file())
-    has_folders = any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir())
+    try:
+        children = sorted(path.iterdir())
+    except OSError as exc:
+        raise DatasetError(f"{path}: cannot be opened ({exc.strerror})") from exc
+    files = [file for file in children if file.suffix.lower() in _FILES and file.is_file()]
+    files = [file for file in files if reason_by_path(file.name) is None]
+    has_folders = any(child.is_dir() and reason_by_path(f"{child.name}/x") is None for child in children)
     if entry is not None:
         arrays = [file for file in files if file.suffix.lower() == ".npz" and file.stem.split("_")[0] == entry.name]
         files = arrays or files
         has_folders = has_folders and not arrays
+    if has_folders and files:
+        return path, [f"{shown(*[file.name for file in files])} beside the folders not used; give a path to use one"]
     if has_folders or not files:
-        return path
+        return path, []
     if len(files) > 1:
         raise DatasetError(f"{path} holds {', '.join(file.name for file in files)}; name the one to use")
-    return files[0]
+    return files[0], []
 
 
 def _by_file_name(path: Path) -> DatasetEntry | None:
     """The registry entry that a MedMNIST file name such as `bloodmnist_224.npz` stands for, if any."""
-    try:
-        return registry.get(path.stem.split("_")[0])
-    except registry.RegistryError:
-        return None
+    match = re.fullmatch(r"([a-z]+mnist)(_(28|64|128|224))?", path.stem)
+    return registry.get(match[1]) if match and match[1] in registry.names() else None

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..registry import DatasetEntry
+from ..utils.names import AmbiguousNameError, alike, shown, whole_number, words
+from .cells import LABEL_SEPARATOR, parse_labels
+from .csv_text import Table, read_table
 from .dataset import DatasetError, ImageDataset, Record, split_name
-from .files import FolderReader, compile_pattern, patient_of
-from .labels import resolve_classes
+from .files import FolderReader
+from .labels import is_missing, notes_on_names, resolve_classes
+from .locate import locate
+from .patients import patients_by_name
 
-LABEL_SEPARATOR = ";"
+__all__ = ["LABEL_SEPARATOR", "open_csv"]
 
+# Names that a column may have, in lower case. Where several are there, the first of these is taken.
 _COLUMNS = {
-    "path": ("path", "image", "image_path", "file", "filename", "file_name"),
+    "path": ("path", "image_path", "file", "filename", "file_name", "image"),
     "label": ("label", "labels", "class", "target", "diagnosis", "diagnostic"),
-    "patient": ("patient", "patient_id", "patientid", "group", "subject", "subject_id", "lesion_id"),
+    "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "group", "lesion_id"),
     "split": ("split", "set", "subset", "fold"),
 }
 
@@ -36,75 +42,75 @@ def open_csv(
     Columns: `path` (relative to `root`, by default the folder of the CSV file), `label`, and optionally `patient` and
     `split`. Several labels of one image are separated by `;`: if any row has them the task is multi-label, and an
     empty label is then an image that shows none. Instead of `label` there can be one column of 0 and 1 per class.
-    See `open_dataset` for the other arguments.
+    Delimiters are commas, semicolons, tabs or bars. See `open_dataset` for the other arguments.
 
     Raises:
-        DatasetError: a column or file that is missing, a label or split that cannot be understood, with its line.
+        DatasetError: a column or file that is missing, a row without a label ("nan" and its like included), labels that
+            contradict each other, a label or split that cannot be understood, with its line.
     """
     path = Path(path)
-    header, rows = _read(path)
-    columns = _columns(header, path)
-    label_columns = [name for name in header if name not in columns.values()]
+    where = str(path)
+    table = read_table(path, _COLUMNS["path"])
+    columns, notes = _columns(table.header, path)
+    label_columns = [name for name in table.header if name not in columns.values()]
     if "label" in columns:
-        texts = [[part.strip() for part in row[columns["label"]].split(LABEL_SEPARATOR)] for row in rows]
-        multilabel = any(len(parts) > 1 for parts in texts)
-        found = [[part for part in parts if part] for parts in texts]
+        cells = [(line, row[columns["label"]]) for line, row in table.rows]
+        found, multilabel, said = parse_labels(cells, _known(entry, classes), where)
+        notes += said
     elif label_columns:
         multilabel = True
-        found = [_marked(row, label_columns, line, path) for line, row in enumerate(rows, 2)]
+        found = [_marked(row, label_columns, line, path) for line, row in table.rows]
         classes = classes or (None if entry else label_columns)
     else:
-        raise DatasetError(f"{path}: no column 'label' (columns: {', '.join(header)}), nor one column per class")
-    where = str(path)
+        raise DatasetError(f"{path}: no column 'label' (columns: {', '.join(table.header)}), nor one column per class")
     names, index = resolve_classes((part for parts in found for part in parts), entry, classes, class_order, where)
-    pattern = compile_pattern(patient_pattern)
-    records = []
-    for line, (row, parts) in enumerate(zip(rows, found, strict=True), 2):
-        numbers = {index[part] for part in parts}
-        if not multilabel and not numbers:
-            raise DatasetError(f"{path}, line {line}: no label")
-        label = tuple(int(i in numbers) for i in range(len(names))) if multilabel else numbers.pop()
-        image = row[columns["path"]].strip()
-        patient = row[columns["patient"]].strip() if "patient" in columns else patient_of(image, pattern)
-        records.append(Record(image, label, _split(row, columns, line, path), patient or None))
+    notes += notes_on_names(part for parts in found for part in parts)
     folder = Path(root) if root is not None else path.parent
-    _check_files(records, folder, path)
-    return ImageDataset(
-        records, names, FolderReader(folder), "multilabel" if multilabel else "multiclass", None, path.name
-    )
+    images, said = locate([(line, row[columns["path"]].strip()) for line, row in table.rows], folder, where)
+    notes += said
+    _check_unique(images, found, table, folder, path)
+    patients, said = _patients(table, columns, images, patient_pattern, entry, where)
+    notes += said
+    splits = [_split(row, columns, line, path) for line, row in table.rows]
+    if any(splits) and None in splits:
+        notes.append(f"{splits.count(None)} of {len(splits)} rows have no split and are in none")
+    records = []
+    for image, parts, patient, split in zip(images, found, patients, splits, strict=True):
+        numbers = {index[part] for part in parts}
+        label = tuple(int(i in numbers) for i in range(len(names))) if multilabel else numbers.pop()
+        records.append(Record(image, label, split, patient))
+    task = "multilabel" if multilabel else "multiclass"
+    return ImageDataset(records, names, FolderReader(folder), task, None, path.name, notes)
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            first = stream.readline()
-            stream.seek(0)
-            delimiter = next((mark for mark in "\t,;" if mark in first), ",")
-            reader = csv.DictReader(stream, delimiter=delimiter, restval="", strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as exc:
-        raise DatasetError(f"{path}: cannot be read as a CSV file in UTF-8 ({exc})") from exc
-    if not rows:
-        raise DatasetError(
-            f"{path}: no rows; the first line names the columns (path,label), one image per line follows"
-        )
-    long = next((line for line, row in enumerate(rows, 2) if None in row), None)
-    if long:
-        raise DatasetError(f"{path}, line {long}: more fields than the {len(header)} columns; quote text with commas")
-    return header, rows
-
-
-def _columns(header: Sequence[str], path: Path) -> dict[str, str]:
-    columns = {}
+def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[str]]:
+    """The column of each role, and what to say where several could be it."""
+    columns: dict[str, str] = {}
+    notes = []
+    by_name = {name.lower(): name for name in header}
     for role, names in _COLUMNS.items():
-        match = next((name for name in header if name.lower() in names), None)
-        if match is not None:
-            columns[role] = match
+        matches = [by_name[name] for name in names if name in by_name]
+        if matches:
+            columns[role] = matches[0]
+        if len(matches) > 1:
+            notes.append(f"column {matches[0]!r} is read as the {role}, not {shown(*matches[1:])}")
     if "path" not in columns:
         raise DatasetError(f"{path}: no column 'path' (columns: {', '.join(header) or 'none'})")
-    return columns
+    return columns, notes
+
+
+def _known(entry: DatasetEntry | None, classes: Sequence[str] | None):
+    """Whether a text is a class that was given or that the registry knows."""
+
+    def is_class(text: str) -> bool:
+        if classes is not None:
+            return text in classes
+        try:
+            return entry is not None and entry.class_index(text) is not None
+        except AmbiguousNameError:
+            return True
+
+    return is_class
 
 
 def _marked(row: dict[str, str], columns: Sequence[str], line: int, path: Path) -> list[str]:
@@ -118,20 +124,57 @@ def _marked(row: dict[str, str], columns: Sequence[str], line: int, path: Path) 
     return marked
 
 
+def _patients(
+    table: Table,
+    columns: dict[str, str],
+    images: Sequence[str],
+    pattern: str | None,
+    entry: DatasetEntry | None,
+    where: str,
+) -> tuple[list[str | None], list[str]]:
+    if "patient" not in columns:
+        return patients_by_name(images, pattern, entry, where)
+    if pattern is not None:
+        raise DatasetError(
+            f"{where} has a column of patients, {columns['patient']!r}, so that patient_pattern would have no effect; "
+            "leave it out, or remove the column"
+        )
+    texts = [row[columns["patient"]].strip() for _, row in table.rows]
+    patients = [None if is_missing(text) else text for text in texts]
+    known = [patient for patient in patients if patient is not None]
+    notes = []
+    spelt = Counter(text for text in texts if text and is_missing(text))
+    if spelt:
+        rows = ", ".join(f"{count} {text!r}" for text, count in spelt.items())
+        notes.append(f"{rows} in column {columns['patient']!r} mean no known patient: a patient each")
+    for same in [*alike(known, words), *alike(known, whole_number)]:
+        notes.append(f"patients {shown(*same)} count as {len(same)}, though they may be one")
+        break
+    return patients, notes
+
+
 def _split(row: dict[str, str], columns: dict[str, str], line: int, path: Path) -> str | None:
     text = row[columns["split"]].strip() if "split" in columns else ""
     split = split_name(text)
-    if text and split is None:
+    if not is_missing(text) and split is None:
         raise DatasetError(f"{path}, line {line}: split {text!r} is not train, val or test")
     return split
 
 
-def _check_files(records: Sequence[Record], folder: Path, path: Path) -> None:
-    missing = [str(record.source) for record in records if not (folder / str(record.source)).is_file()]
-    if missing:
+def _check_unique(
+    images: Sequence[str], labels: Sequence[Sequence[str]], table: Table, folder: Path, path: Path
+) -> None:
+    """Refuses a file that several rows name, in whatever spelling of its path."""
+    seen: dict[str, int] = {}
+    for number, image in enumerate(images):
+        other = seen.setdefault(os.path.normpath(os.path.join(folder, image)), number)
+        if other == number:
+            continue
+        same = set(labels[number]) == set(labels[other])
+        says = "with the same label" if same else f"as {shown(*labels[other])} and as {shown(*labels[number])}"
+        several = f"decide for one, or separate several labels by {LABEL_SEPARATOR!r} in one row"
+        advice = "remove one" if same else several
         raise DatasetError(
-            f"{path}: {len(missing)} of {len(records)} images do not exist below {folder}, such as "
-            f"{', '.join(missing[:3])}; paths are relative to the CSV file unless root= says otherwise"
+            f"{path}, lines {table.rows[other][0]} and {table.rows[number][0]}: the same image, {image!r}, stands in "
+            f"it more than once, {says}; {advice}"
         )
-    if len({record.source for record in records}) != len(records):
-        raise DatasetError(f"{path}: the same path stands in it more than once; separate several labels by ';'")
