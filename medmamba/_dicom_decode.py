@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from ._image import MAX_PIXELS, ImageError, MissingDependencyError, check_size, is_dataset
+from ._image import MAX_PIXELS, ImageError, MissingDependencyError, is_dataset
+from .imaging import decode_pool
+from .imaging.native_pixels import check_native_length, single_bits
+from .imaging.stream_agreement import compare_stream, compressed_frame
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.pixels.decoders.base import Decoder
     from pydicom.uid import UID
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -32,6 +36,9 @@ ELEMENTS = [
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", *_PALETTE, *_SEGMENTED_PALETTE, *PIXEL_KEYWORDS),
 ]
 _MAX_INFLATED = 8 * MAX_PIXELS  # bytes of a deflated file
+# Limits of one compressed frame: about a hundred times what decoders take, so that only damage meets them.
+_SECONDS, _SECONDS_PER_SAMPLE = 15.0, 2e-6
+_MEMORY, _MEMORY_PER_SAMPLE = 512 << 20, 32
 
 
 def read_dataset(source: BinaryIO | Dataset) -> Dataset:
@@ -67,8 +74,30 @@ def _check_inflated_size(stream: BinaryIO) -> None:
     stream.seek(0)
 
 
-def decode_frame(ds: Dataset, index: int, n_frames: int) -> tuple[np.ndarray, str]:
-    """Stored values `(H, W)` or `(H, W, 3)` of one frame, and their photometric interpretation (YBR is RGB by now)."""
+class DecodedFrame(NamedTuple):
+    """One frame as it was decoded.
+
+    Attributes:
+        words: pixel cells `(H, W)` or `(H, W, 3)`, with their unused bits; see `dicom_stored`.
+        photometric: their photometric interpretation; YBR is RGB by now.
+        notes: contradictions of the file that were settled, and how.
+    """
+
+    words: np.ndarray
+    photometric: str
+    notes: list[str]
+
+
+def decode_frame(ds: Dataset, index: int, n_frames: int) -> DecodedFrame:
+    """Decode one frame.
+
+    Compressed frames are decoded in another process, with limits of time and memory. Before, their own header is
+    compared with the DICOM header; where the two differ, PS3.5 8.2.1 is followed (the stream controls) and said in
+    the notes, or the image is refused.
+
+    Raises:
+        ImageError: names the element that is wrong; `MissingDependencyError` where a plug-in is needed.
+    """
     from pydicom.pixels import get_decoder
 
     syntax = transfer_syntax(ds)
@@ -80,22 +109,125 @@ def decode_frame(ds: Dataset, index: int, n_frames: int) -> tuple[np.ndarray, st
         raise ImageError(
             f"compression{name} that pydicom does not decode; export frames as uncompressed DICOM or PNG"
         ) from None
+    bits = _read_bits(ds)
+    if bits is not None:
+        _refuse_deep_ybr(str(ds.PhotometricInterpretation), bits.allocated)
+        if syntax.is_encapsulated:
+            return _decode_compressed(ds, syntax, decoder, index, n_frames, bits)
+    notes = _check_native(ds, n_frames)
+    if bits and bits.allocated == 1 and int(ds.SamplesPerPixel) == 1 and isinstance(ds.PixelData, (bytes, bytearray)):
+        frame = single_bits(ds.PixelData, index, int(ds.Rows), int(ds.Columns), syntax.is_little_endian)
+        return DecodedFrame(frame, str(ds.PhotometricInterpretation), notes)
+    try:
+        keep_bits: Any = {"correct_unused_bits": False}  # they may hold padding, and dicom_stored looks at them
+        array, properties = decoder.as_array(ds, index=index, **keep_bits)
+    except Exception:
+        raise ImageError(f"{_undecodable(syntax)}. Copy or export it again") from None
+    return DecodedFrame(array, str(properties["photometric_interpretation"]), notes)
+
+
+class _Bits(NamedTuple):
+    allocated: int
+    stored: int
+    signed: bool
+
+
+def _read_bits(ds: Dataset) -> _Bits | None:
+    if "PixelData" not in ds:
+        return None
+    allocated = int(ds.BitsAllocated)
+    return _Bits(allocated, int(ds.get("BitsStored") or allocated), ds.get("PixelRepresentation") == 1)
+
+
+def _undecodable(syntax: UID) -> str:
+    return f"the pixel data ({syntax.name}) cannot be decoded: damaged, truncated, or not as the header says"
+
+
+def _refuse_deep_ybr(photometric: str, allocated: int) -> None:
+    if photometric.startswith("YBR_FULL") and allocated != 8:
+        # The standard's equations (PS3.3 C.7.6.3.1.2) and pydicom's are those of 8 bits.
+        raise ImageError(
+            f"Photometric Interpretation YBR_FULL with {allocated} Bits Allocated is not supported; export it as RGB"
+        )
+
+
+def _check_native(ds: Dataset, n_frames: int) -> list[str]:
+    keyword = next(keyword for keyword in PIXEL_KEYWORDS if keyword in ds)
+    data = ds[keyword].value
+    if not isinstance(data, (bytes, bytearray)):
+        return []  # an open file, in a Dataset made by hand: pydicom reads it
+    allocated = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}.get(keyword, int(ds.BitsAllocated))
+    samples = int(ds.Rows) * int(ds.Columns) * int(ds.SamplesPerPixel)
+    if ds.PhotometricInterpretation == "YBR_FULL_422":
+        if len(data) >= samples * n_frames > 0 and allocated == 8:
+            raise ImageError(
+                "Photometric Interpretation is YBR_FULL_422, but the pixel data is not subsampled; export it as RGB"
+            )
+        samples = samples // 3 * 2
+    expected = -(-samples * n_frames * allocated // 8)
+    return check_native_length(len(data), expected, -(-samples * allocated // 8), bytes(data[expected:]))
+
+
+def _decode_compressed(
+    ds: Dataset, syntax: UID, decoder: Decoder, index: int, n_frames: int, bits: _Bits
+) -> DecodedFrame:
     packages = _decoder_packages(syntax)
     if not decoder.is_available:
         raise MissingDependencyError(f"decoding {syntax.name} needs a plug-in: pip install {packages}")
-    if syntax.is_encapsulated:
-        _check_codestream(ds, index, n_frames)
+    data = compressed_frame(ds, syntax, index, n_frames)
+    stream = compare_stream(ds, syntax, data, bits.allocated, bits.stored)
+    rows, columns, samples = int(ds.Rows), int(ds.Columns), int(ds.SamplesPerPixel)
+    count = rows * columns * samples
+    seconds, memory = _SECONDS + count * _SECONDS_PER_SAMPLE, _MEMORY + count * _MEMORY_PER_SAMPLE + 8 * len(data)
+    job = {
+        "syntax": str(syntax),
+        "plugins": list(decoder.available_plugins),
+        "adobe_transform": stream.adobe_transform,
+        "seconds": seconds,
+        "bytes": memory,
+        "options": {
+            "rows": rows,
+            "columns": columns,
+            "samples_per_pixel": samples,
+            "bits_allocated": stream.container,
+            "bits_stored": max(1, min(bits.stored, stream.container)),
+            "pixel_representation": int(bits.signed),
+            "photometric_interpretation": stream.photometric,
+            "planar_configuration": 0,  # the decoders' own order; that of RLE sets itself
+            "number_of_frames": 1,
+        },
+    }
     try:
-        # Of one sample a pixel, unused bits are kept: they may hold padding, and dicom_stored looks at them.
-        array, properties = decoder.as_array(ds, index=index, correct_unused_bits=ds.SamplesPerPixel != 1)
-    except Exception:
-        message = f"the pixel data ({syntax.name}) cannot be decoded: damaged, truncated, or not as the header says"
-        if packages and not _better_plugins(syntax) & set(decoder.available_plugins):
+        header, pixels = decode_pool.decode(job, data, 8 * count)
+    except decode_pool.WorkerError as error:
+        message = _worker_message(error.reason, syntax, seconds, memory)
+        if error.reason == "decode" and packages and not _better_plugins(syntax) & set(decoder.available_plugins):
             raise MissingDependencyError(
                 f"{message}. Perhaps a better plug-in reads it: pip install {packages}"
             ) from None
-        raise ImageError(f"{message}. Copy or export it again") from None
-    return array, str(properties["photometric_interpretation"])
+        raise ImageError(message if error.reason == "start" else f"{message}. Copy or export it again") from None
+    shape = (rows, columns) if samples == 1 else (rows, columns, samples)
+    dtype = np.dtype(str(header["dtype"]))
+    if dtype.kind not in "ui" or tuple(header["shape"]) != shape or dtype.itemsize * count != len(pixels):
+        raise ImageError(f"{_undecodable(syntax)}. Copy or export it again")
+    array = np.frombuffer(pixels, dtype).reshape(shape)
+    array = array.astype(f"{dtype.kind}{bits.allocated // 8}", copy=False) if bits.allocated >= 8 else array
+    notes = stream.notes + stream.check_values(array, bits.stored, bits.signed)
+    return DecodedFrame(array, str(header["photometric"]), notes)
+
+
+def _worker_message(reason: str, syntax: UID, seconds: float, memory: int) -> str:
+    if reason == "start":
+        return (
+            "the process that decodes compressed pixel data cannot be started: check that this program may start "
+            "Python and has memory left, or decompress the file first (gdcmconv --raw, dcmdjpeg)"
+        )
+    what = {
+        "time": f"decoding was stopped after {seconds:.0f} s, far more than an image of this size takes",
+        "memory": f"decoding was stopped at {memory >> 20} MiB, far more than an image of this size takes",
+        "crash": "the decoder crashed on it",
+    }.get(reason)
+    return f"{_undecodable(syntax)} ({what})" if what else _undecodable(syntax)
 
 
 def transfer_syntax(ds: Dataset) -> UID:
@@ -128,36 +260,6 @@ def _better_plugins(syntax: UID) -> set[str]:
     from pydicom.uid import JPEGExtended12Bit
 
     return {"pylibjpeg"} if syntax == JPEGExtended12Bit else {"pylibjpeg", "gdcm", "pyjpegls"}
-
-
-def _check_codestream(ds: Dataset, index: int, n_frames: int) -> None:
-    """Check the size inside the compressed frame: decoders allocate by it, whatever Rows and Columns say."""
-    from pydicom.encaps import get_frame
-
-    offsets = (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
-    try:
-        data = get_frame(ds.PixelData, index, number_of_frames=n_frames, extended_offsets=offsets)
-    except Exception:
-        raise ImageError("the compressed pixel data is damaged or truncated; copy or export it again") from None
-    start = data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: start of codestream, then the SIZ segment
-    if start >= 0:
-        right, bottom, left, top = np.frombuffer(data, ">u4", 4, start + 8).tolist()
-        check_size(bottom - top, right - left)
-    elif data[:2] == b"\xff\xd8":
-        check_size(*_jpeg_size(data))
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width in the frame header of a JPEG, lossless JPEG or JPEG-LS stream."""
-    position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
-        # SOF0-15 without DHT, JPG and DAC, and SOF55 of JPEG-LS
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            height, width = np.frombuffer(data, ">u2", 2, position + 5).tolist()
-            return height, width
-        position += 1 if marker == 0xFF else 2 + length  # 0xFF before a marker is a fill byte
-    raise ImageError("the compressed pixel data is damaged or truncated; copy or export it again")
 
 
 def is_big_endian(ds: Dataset) -> bool:

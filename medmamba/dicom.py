@@ -136,7 +136,8 @@ class _Frame:
         self.value_range: tuple[float, float] | None = None
         self.photometric = str(ds.PhotometricInterpretation)
         self.groups = _functional_groups(ds, self.index)
-        words, self.decoded_photometric = decode_frame(ds, self.index, self.n_frames)
+        words, self.decoded_photometric, decoding_notes = decode_frame(ds, self.index, self.n_frames)
+        self.notes += decoding_notes
         self.big_endian = is_big_endian(ds)
         self.stored = words
         if not self.is_float:
