@@ -74,15 +74,12 @@ def emulated(file, name, signature, defines, shared, device):
 def emulate(monkeypatch, processors):
     """A GPU of so many processors."""
 
-    class Stream:
-        cuda_stream = 0
-
     class Properties:
         multi_processor_count, shared_memory_per_block_optin = processors, 100_000
 
     monkeypatch.setattr(nvrtc, "load_kernel", emulated)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(nvrtc, "current_stream", lambda device: 0)
 
 
 @pytest.fixture(autouse=True)

@@ -168,8 +168,8 @@ def test_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(mamba_ssm_backend, "_kernel", undefined_symbol)
     assert "_ZN3c107WarningC1E" in mamba_ssm_backend.unavailable()
     assert "MAMBA_FORCE_BUILD" in mamba_ssm_backend.unavailable()
-    assert "cpu" in mamba_ssm_backend.unsupported("cpu", torch.float32)
-    assert "float64" in mamba_ssm_backend.unsupported("cuda", torch.float64)
+    assert "cpu" in mamba_ssm_backend.unsupported(torch.device("cpu"), torch.float32)
+    assert "float64" in mamba_ssm_backend.unsupported(torch.device("cuda"), torch.float64)
 
 
 @gpu

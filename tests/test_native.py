@@ -395,5 +395,5 @@ def test_it_is_what_a_cpu_runs(monkeypatch):
     monkeypatch.delenv("MEDMAMBA_SCAN", raising=False)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert resolve_backend(torch.device("cpu"), dtype) == "native"
-    assert "not torch.float64" in native.unsupported("cpu", torch.float64)
-    assert "not on cuda" in native.unsupported("cuda", torch.float32)
+    assert "not torch.float64" in native.unsupported(torch.device("cpu"), torch.float64)
+    assert "not on cuda" in native.unsupported(torch.device("cuda"), torch.float32)

@@ -359,14 +359,17 @@ def test_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "nvidia-smi" in triton_backend.unavailable()
-    assert "CUDA" in triton_backend.unsupported("cpu", torch.float32)
-    assert "float64" in triton_backend.unsupported("cuda", torch.float64)
-    assert triton_backend.unsupported("cuda", torch.bfloat16) is None
+    assert "CUDA" in triton_backend.unsupported(torch.device("cpu"), torch.float32)
+    assert "float64" in triton_backend.unsupported(torch.device("cuda"), torch.float64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    capabilities = [(6, 1)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     assert "6.1" in triton_backend.unavailable()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    capabilities.append((7, 5))  # an old card for the screen, whichever is current, and one that computes
     assert triton_backend.unavailable() is None
+    assert "cuda:0 has 6.1" in triton_backend.unsupported(torch.device("cuda:0"), torch.float32)
+    assert triton_backend.unsupported(torch.device("cuda:1"), torch.float32) is None
     monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in triton_backend.unavailable()
 
@@ -374,7 +377,7 @@ def test_says_why_it_cannot_run(monkeypatch):
 def test_interpreter_counts_as_a_device(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_backend.unavailable() is None
-    assert triton_backend.unsupported("cpu", torch.float32) is None
+    assert triton_backend.unsupported(torch.device("cpu"), torch.float32) is None
 
 
 def test_plans(monkeypatch):

@@ -15,6 +15,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from . import fused_ops, nvrtc
 from .fused_ops import parameter, processors, ready, types
+from .once import once
 
 MAX_CHANNELS = 1024
 ROWS_EACH = 4  # that a thread adds up, at least
@@ -179,6 +180,6 @@ def _plan(C: int, dtype: torch.dtype, relu: bool, device: int) -> _Plan:
     return _Plan(threads, (*types(dtype), ("CHANNELS", C), ("THREADS", threads), ("RELU", int(relu))), device)
 
 
-@functools.cache
+@once
 def _kernel(name: str, signature: str, constants: tuple[tuple[str, int], ...], device: int) -> Callable[..., None]:
     return nvrtc.load_kernel("batch.cu", name, signature, constants, 0, device)

@@ -45,16 +45,24 @@ def unavailable() -> str | None:
         nvrtc.compiler(), nvrtc.driver()
     except OSError as error:
         return str(error)
-    if (capability := torch.cuda.get_device_capability()) < (7, 5):
-        return f"needs a GPU of compute capability 7.5, this one has {capability[0]}.{capability[1]}"
-    return None
+    reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and all(reasons) else None
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device_type`, else the reason."""
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
     if dtype not in TYPES:
         return f"the CUDA kernels compute in float32 and take no {dtype}; use backend 'torch'"
-    return None if device_type == "cuda" else f"the CUDA kernels run on GPUs, the tensors are on {device_type}"
+    if device.type != "cuda":
+        return f"the CUDA kernels run on GPUs, the tensors are on {device.type}"
+    return _too_old(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _too_old(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (7, 5):
+        return None
+    return f"needs a GPU of compute capability 7.5, cuda:{device} has {capability[0]}.{capability[1]}"
 
 
 # --- scan_2d --------------------------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ def forward_plan(batch: int, length: int, channels: int, device: int) -> Plan:
     segments."""
     block = _block(channels, BLOCKS)
     full = 8 * _properties(device).multi_processor_count  # warps: two for each of a processor's four schedulers
-    warps = batch * K * -(-channels // 32)
+    warps = max(1, batch * K * -(-channels // 32))
     lanes = 1
     while lanes < 4 and warps * lanes < full:
         lanes *= 2
@@ -239,10 +247,10 @@ def launch(
     on: Tensor,
     *arguments: Tensor | float | None,
 ) -> None:
-    """Runs a kernel of `cuda/` on the device and stream of the tensor `on`; None is a null pointer."""
-    kernel = nvrtc.load_kernel(file, name, signature, constants, shared, on.get_device())
-    values = (a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments)
-    kernel(grid, threads, torch.cuda.current_stream(on.device).cuda_stream, *values)
+    """Runs a kernel of `cuda/` on the device of the tensor `on`, see `nvrtc.launch`."""
+    if grid:
+        kernel = nvrtc.load_kernel(file, name, signature, constants, shared, on.get_device())
+        nvrtc.launch(kernel, grid, threads, on, *arguments)
 
 
 def _map(t: Tensor) -> Tensor:

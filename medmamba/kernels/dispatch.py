@@ -10,6 +10,7 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = {
     "native": "medmamba.kernels.native",
@@ -37,6 +38,12 @@ def available_backends() -> dict[str, str | None]:
     return {name: load_backend(name).unavailable() for name in BACKENDS}
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for (`torch.func.jvp`, `torch.autograd.forward_ad`). The kernels
+    know nothing of them, and PyTorch would take them for zero; so the plain definitions run, which PyTorch derives."""
+    return forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
 def states_chunk(name: str) -> int:
     """Tokens between the states that a backend's forward saves for its backward; 0: it saves none."""
@@ -57,7 +64,7 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
     name = requested or os.environ.get("MEDMAMBA_SCAN") or "auto"
     if name != "auto":
         backend = load_backend(name)
-        if (reason := backend.unavailable()) or (reason := backend.unsupported(device.type, dtype)):
+        if (reason := backend.unavailable()) or (reason := backend.unsupported(device, dtype)):
             raise BackendError(f"scan backend {name!r} cannot run here: {reason}")
         return name
     reasons = []
@@ -65,7 +72,7 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
         backend = load_backend(name)
         reason = backend.unavailable()
         if reason is None:
-            if backend.unsupported(device.type, dtype) is None:
+            if backend.unsupported(device, dtype) is None:
                 return name
         else:
             reasons.append(f"{name}: {reason}")

@@ -18,6 +18,8 @@ from torch.autograd.function import Function, once_differentiable
 
 from . import nvrtc
 from .cuda_backend import TYPES
+from .nvrtc import launch
+from .once import once
 
 MAX_CHANNELS = 2048  # of a norm: a warp keeps a row in its registers
 SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
@@ -220,7 +222,7 @@ def _norm_backward(
     return (None, None) if partials is None else partials.sum(0).to(ctx.dtype).unbind(0)
 
 
-@functools.cache
+@once
 def _norm_kernel(
     name: str, signature: str, op: int, C: int, params: bool, dtype: torch.dtype, device: int
 ) -> tuple[Callable[..., None], int]:
@@ -259,7 +261,7 @@ class _ConvPlan(NamedTuple):
         return min(-(-total // self.together), self.most), (total, H, W, strips, self.blocks)
 
 
-@functools.cache
+@once
 def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dtype, device: int) -> _ConvPlan:
     strip = 4 if name == "conv_backward" else 8  # it keeps what it reads
     blocks = -(-C // 512)
@@ -285,7 +287,7 @@ def _mix(name: str, signature: str, x: Tensor, factors: Tensor | None, *tensors:
     launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
 
 
-@functools.cache
+@once
 def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
     constants = types(dtype) + (
         ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(factors)),
@@ -294,16 +296,6 @@ def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, de
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
-
-
-def launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None) -> None:
-    """Runs a kernel on the device and stream of the tensor `on`; None is a null pointer."""
-    device = on.get_device()
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, threads, on, *arguments)
-    values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
-    kernel(grid, threads, torch.cuda.current_stream(on.device).cuda_stream, *values)
 
 
 def ready(t: Tensor) -> Tensor:

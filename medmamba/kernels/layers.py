@@ -3,9 +3,9 @@
 memory.
 
 The expressions run everywhere else: on CPUs and other backends, while torch.compile or torch.export trace (a compiler
-fuses them itself), in float64, for channels that are no multiple of 4, under `torch.func`, and where a module that the
-kernels would pass by has hooks or is not the layer that is expected. `backend` is what `selective_scan_2d` takes; so
-`model.set_scan_backend("triton")`, or MEDMAMBA_SCAN, turns the kernels off.
+fuses them itself), in float64, for channels that are no multiple of 4, under `torch.func` and forward-mode derivatives,
+and where a module that the kernels would pass by has hooks or is not the layer that is expected. `backend` is what
+`selective_scan_2d` takes; so `model.set_scan_backend("triton")`, or MEDMAMBA_SCAN, turns the kernels off.
 
 Under autocast the expressions return the norms in float32, which the linear layer behind rounds to 16 bits; the kernels
 round the same numbers to the type of the map.
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import conv_ops
 from .cuda_backend import TYPES
-from .dispatch import resolve_backend
+from .dispatch import forward_mode, resolve_backend
 from .fused_ops import MAX_CHANNELS, ConvSilu, GateProject, Mix, Norm, SplitNorm
 
 
@@ -132,7 +132,7 @@ def observed(module: nn.Module) -> bool:
 def _kernels_run(x: Tensor, backend: str | None) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in TYPES:
         return False  # subclasses: whoever traces or distributes has its own way with operators, not with addresses
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_mode():
         return False
     return _on_cuda_backend(x, backend)
 

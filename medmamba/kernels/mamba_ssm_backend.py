@@ -37,14 +37,15 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device_type`, else the reason."""
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
     if dtype not in DTYPES:
         return f"mamba_ssm's kernel computes in float32 and takes no {dtype}; use backend 'torch'"
-    return None if device_type == "cuda" else f"mamba_ssm's kernel runs on CUDA GPUs, the tensors are on {device_type}"
+    return None if device.type == "cuda" else f"mamba_ssm's kernel runs on CUDA GPUs, the tensors are on {device.type}"
 
 
 def _kernel() -> ModuleType:
+    """The extension. It runs on the device and PyTorch's current stream of its tensors, and keeps nothing."""
     return importlib.import_module("selective_scan_cuda")
 
 

@@ -73,9 +73,9 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu":
-        return f"it runs on the CPU, not on {device_type}"
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
     if dtype not in ELEMENT_TYPES:
         return f"it runs float32, bfloat16 and float16, not {dtype}; backend 'torch' runs every float type"
     return None

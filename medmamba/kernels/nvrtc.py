@@ -1,6 +1,8 @@
 """CUDA kernels compiled when they first run, by NVRTC, the compiler library that PyTorch's CUDA builds bring.
 
 Nobody needs nvcc. Machine code is kept in `$MEDMAMBA_CACHE` (default ~/.cache/medmamba), so that it is made once.
+
+Any number of threads may launch at the same time: nothing that a launch writes to is seen by another one.
 """
 
 import contextlib
@@ -11,15 +13,20 @@ import importlib.util
 import os
 import struct
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from .once import once
 
 SOURCES = Path(__file__).parent / "cuda"
 HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
+DIGEST = 32  # bytes of SHA-256 before the machine code in a file
 FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # pointer, int, long long, float
 
 
@@ -52,7 +59,7 @@ def compiler() -> ctypes.CDLL:
 
 @functools.cache
 def driver() -> ctypes.PyDLL:
-    """The CUDA driver. A PyDLL keeps Python's lock: launches are short, and their arguments lie in one buffer."""
+    """The CUDA driver. A PyDLL keeps Python's lock, because a launch is shorter than handing it over twice."""
     return ctypes.PyDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
@@ -84,7 +91,10 @@ def compile_kernel(source: str, defines: Sequence[str], capability: tuple[int, i
 
 
 class Kernel:
-    """One compiled kernel on one device.
+    """One compiled kernel on one device. Threads may call it at the same time.
+
+    The driver reads arguments from memory while it launches. Each call takes a piece of memory that no other call has,
+    and gives it back afterwards; there are as many pieces as there have been calls at once.
 
     Args:
         signature: a letter per argument: p pointer, i int, l long long, f float.
@@ -93,35 +103,68 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str, signature: str, shared: int, device: int):
         self.name, self.shared, self.device = name, shared, device
-        _use_context(device)
+        use_context(device)
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        _loaded("cuModuleLoadData", ctypes.byref(self._module), code)
-        _loaded("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
+        call_driver("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
         if shared > 48 * 1024:
             limit = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _loaded("cuFuncSetAttribute", self._function, limit, shared)
+            call_driver("cuFuncSetAttribute", self._function, limit, shared)
         self._format = struct.Struct("@" + "".join(FORMATS[letter] for letter in signature))
-        self._buffer = ctypes.create_string_buffer(self._format.size)
-        offsets, layout = [], "@"
+        self._offsets, layout = [], "@"
         for letter in signature:
             layout += FORMATS[letter]
-            offsets.append(struct.calcsize(layout) - struct.calcsize(FORMATS[letter]))
-        start = ctypes.addressof(self._buffer)
-        self._arguments = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+            self._offsets.append(struct.calcsize(layout) - struct.calcsize(FORMATS[letter]))
+        self._free: list[tuple[ctypes.Array, ctypes.Array]] = []  # arguments, and pointers to each of them
         self._launch = driver().cuLaunchKernel
 
+    def _room(self) -> tuple[ctypes.Array, ctypes.Array]:
+        buffer = ctypes.create_string_buffer(self._format.size)
+        start = ctypes.addressof(buffer)
+        return buffer, (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
+
     def __call__(self, grid: int, threads: int, stream: int, *arguments) -> None:
-        self._format.pack_into(self._buffer, 0, *arguments)
-        size = (grid, 1, 1, threads, 1, 1, self.shared, ctypes.c_void_p(stream))
-        status = self._launch(self._function, *size, self._arguments, None)
+        try:
+            room = self._free.pop()  # nobody else's until it is appended: both are single steps for other threads
+        except IndexError:
+            room = self._room()
+        self._format.pack_into(room[0], 0, *arguments)
+        size = (grid, 1, 1, threads, 1, 1, self.shared, ctypes.c_void_p(stream) if stream else None)
+        status = self._launch(self._function, *size, room[1], None)
         if status == INVALID_CONTEXT:
-            _use_context(self.device)
-            status = self._launch(self._function, *size, self._arguments, None)
+            use_context(self.device)
+            status = self._launch(self._function, *size, room[1], None)
+        self._free.append(room)
         if status:
             raise CudaError(f"{self.name} does not launch on {grid} blocks of {threads} threads: {_message(status)}")
 
 
-@functools.cache
+def launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None) -> None:
+    """Runs a kernel on the device of the tensor `on`, whichever is current, and on PyTorch's current stream there.
+
+    Args:
+        grid: programs; 0, for an empty batch, launches nothing.
+        arguments: tensors are passed by address; None is a null pointer.
+
+    Raises:
+        CudaError: the kernel does not launch.
+    """
+    if not grid:
+        return
+    device = on.get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, threads, on, *arguments)
+    values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    kernel(grid, threads, current_stream(device), *values)
+
+
+def current_stream(device: int) -> int:
+    """The address of PyTorch's current stream on a device: what `torch.cuda.current_stream` wraps in an object."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+@once
 def load_kernel(
     file: str, name: str, signature: str, defines: tuple[tuple[str, int], ...], shared: int, device: int
 ) -> Kernel:
@@ -139,7 +182,7 @@ def load_kernel(
     path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
     with torch.cuda.device(device):
         with contextlib.suppress(OSError, CudaError):  # not there yet, or damaged
-            return Kernel(path.read_bytes(), name, signature, shared, device)
+            return Kernel(_kept(path), name, signature, shared, device)
         code = compile_kernel(source, flags, capability)
         _keep(path, code)
         return Kernel(code, name, signature, shared, device)
@@ -154,13 +197,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MEDMAMBA_CACHE") or Path.home() / ".cache" / "medmamba") / "kernels"
 
 
+def _kept(path: Path) -> bytes:
+    """Machine code as `_keep` wrote it. Raises OSError where it is not there or not whole."""
+    digest, code = (content := path.read_bytes())[:DIGEST], content[DIGEST:]
+    if hashlib.sha256(code).digest() != digest:
+        raise OSError(f"{path} is damaged")
+    return code
+
+
 def _keep(path: Path, code: bytes) -> None:
-    """Written beside and renamed, so that another process never reads half of it. Without a place, it is not kept."""
+    """Written beside and renamed, so that nobody reads half of it. Without a place, it is not kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
-            partial.write_bytes(code)
+            partial.write_bytes(hashlib.sha256(code).digest() + code)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -170,9 +221,8 @@ def _keep(path: Path, code: bytes) -> None:
 
 def _compiled(status: int, log: str) -> None:
     if status:
-        nvrtc = compiler()
-        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-        raise CudaError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}\n{log}")
+        text = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("nvrtcGetErrorString", compiler()))
+        raise CudaError(f"NVRTC: {text(status).decode()}\n{log}")
 
 
 def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
@@ -183,16 +233,24 @@ def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
-def _use_context(device: int) -> None:
-    """PyTorch's context, for a thread that has not used the GPU yet, such as one of autograd's."""
+def use_context(device: int) -> None:
+    """Makes PyTorch's context of a device current in this thread: one of autograd's may have none, or another's."""
     context = ctypes.c_void_p()
-    _loaded("cuCtxGetCurrent", ctypes.byref(context))
-    if not context:
-        _loaded("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        _loaded("cuCtxSetCurrent", context)
+    call_driver("cuCtxGetCurrent", ctypes.byref(context))
+    if context.value != (wanted := _primary_context(device)):
+        call_driver("cuCtxSetCurrent", ctypes.c_void_p(wanted))
 
 
-def _loaded(function: str, *arguments) -> None:
+@once
+def _primary_context(device: int) -> int | None:
+    """Kept for as long as the process, as PyTorch keeps it."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    call_driver("cuDeviceGet", ctypes.byref(handle), device)
+    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    return context.value
+
+
+def call_driver(function: str, *arguments) -> None:
     if status := getattr(driver(), function)(*arguments):
         raise CudaError(f"{function}: {_message(status)}")
 

@@ -1,8 +1,12 @@
 """The scan as PyTorch operators: `torch.ops.medmamba.scan_2d` and `torch.ops.medmamba.scan_1d`.
 
-One node each for autograd, torch.compile and torch.export, whatever backend does the work.
+One node each for autograd, torch.compile and torch.export, whatever backend does the work. Backends give first
+derivatives, by backward passes. Second derivatives, and derivatives in forward mode, are those of the definition in
+plain PyTorch: right, but slower, and they keep every state of every token.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Literal, overload
 
@@ -10,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import load_backend, resolve_backend, states_chunk
+from . import reference
+from .dispatch import forward_mode, load_backend, resolve_backend, states_chunk
 from .reference import compute_dtype
 
 
@@ -35,8 +40,11 @@ def selective_scan_2d(
         (B, H, W, C) in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit. BackendError: a backend that cannot run here.
+        ValueError: shapes, types or devices that do not fit. BackendError: a backend that cannot run here.
     """
+    if x.ndim != 4 or dt_weight.ndim != 3 or A.ndim != 3:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, dt_weight, A))
+        raise ValueError(f"x must be (B, H, W, C), dt_weight (4, C, R) and A (4, C, N); got {shapes}")
     batch, height, width, channels = x.shape
     K, _, R = dt_weight.shape
     N = A.shape[-1]
@@ -50,10 +58,12 @@ def selective_scan_2d(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-    # An exported program chooses where it runs, not where it was made. PyTorch 2.11 takes torch.compile for an export.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    name = "auto" if exporting else resolve_backend(x.device, x.dtype, backend)
     tensors = (x, proj, dt_weight, dt_bias, A, D)
+    _check_tensors(("x", *expected), tensors)
+    if forward_mode():
+        with _without_autocast(x):
+            return reference.scan_2d(*tensors)
+    name = "auto" if _exporting() else resolve_backend(x.device, x.dtype, backend)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # How often states are saved shapes an output, so it is an argument: a compiled graph kept on disk by another
     # version must not be taken for this one's.
@@ -102,35 +112,72 @@ def selective_scan(
         y (B, C, L) in the dtype of u, or (y, last_state).
 
     Raises:
-        ValueError: complex A, or shapes that do not fit.
+        ValueError: complex numbers, or shapes, types or devices that do not fit.
+
+    VMamba's `selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus, ...)` has no z, so that its seventh
+    argument is another one. Name the arguments to serve its code:
+
+    >>> def selective_scan_fn(u, delta, A, B, C, D=None, bias=None, softplus=True, oflex=True, backend=None):
+    ...     y = selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=softplus)
+    ...     return y.float() if oflex else y
     """
     if u.ndim != 3 or delta.shape != u.shape:
         raise ValueError(
             f"u and delta must both be (batch, channels, length); got {tuple(u.shape)}, {tuple(delta.shape)}"
         )
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise ValueError("complex A, B or C are not supported; MedMamba, VMamba and VM-UNet use real ones")
+    if any(t is not None and t.is_complex() for t in (u, delta, A, B, C, D, z, delta_bias)):
+        raise ValueError("complex numbers are not supported; MedMamba, VMamba and VM-UNet use real ones")
     batch, channels, length = u.shape
-    N = A.shape[-1]
-    B = _grouped(B, "B", batch, channels, N, length)
-    C = _grouped(C, "C", batch, channels, N, length)
-    if B.shape[1] != C.shape[1]:
-        groups = channels if channels in (B.shape[1], C.shape[1]) else max(B.shape[1], C.shape[1])
-        B, C = (t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
-    if tuple(A.shape) != (channels, N):
-        raise ValueError(f"A has shape {tuple(A.shape)}, expected {(channels, N)} (channels of u, state size)")
+    if A.ndim != 2 or A.shape[0] != channels:
+        raise ValueError(f"A has shape {tuple(A.shape)}, expected ({channels}, N) (channels of u, state size)")
+    N = A.shape[1]
     for label, tensor in (("D", D), ("delta_bias", delta_bias)):
         if tensor is not None and tuple(tensor.shape) != (channels,):
             raise ValueError(f"{label} has shape {tuple(tensor.shape)}, expected {(channels,)}")
+    if z is not None and z.shape != u.shape:
+        hint = "; VMamba's function has no z: name the argument, delta_bias=..." if z.ndim == 1 else ""
+        raise ValueError(f"z has shape {tuple(z.shape)}, expected that of u, {tuple(u.shape)}{hint}")
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    _check_tensors(names, (u, delta, A, B, C, D, z, delta_bias))
+    B = _grouped(B, "B", batch, channels, N, length)
+    C = _grouped(C, "C", batch, channels, N, length)
+    groups = math.lcm(B.shape[1], C.shape[1])  # both divide the channels, and so does this
+    B, C = (t if t.shape[1] == groups else t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
     # The operator takes tensors only; a zero skip and a zero bias are the same function.
     dtype = compute_dtype(u.dtype)
     D = u.new_zeros(channels, dtype=dtype) if D is None else D
     delta_bias = u.new_zeros(channels, dtype=dtype) if delta_bias is None else delta_bias
-    name = resolve_backend(u.device, u.dtype, backend)
-    y, last_state = torch.ops.medmamba.scan_1d(u, delta, A, B, C, D, delta_bias, bool(delta_softplus), name)
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    if forward_mode():
+        with _without_autocast(u):
+            y, last_state = reference.scan_1d(*tensors, bool(delta_softplus))
+    else:
+        name = "auto" if _exporting() else resolve_backend(u.device, u.dtype, backend)
+        y, last_state = torch.ops.medmamba.scan_1d(*tensors, bool(delta_softplus), name)
     if z is not None:
         y = (y * F.silu(z.to(dtype))).to(y.dtype)
     return (y, last_state.detach()) if return_last_state else y
+
+
+def _check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Kernels get addresses, so that what PyTorch would complain about must be found before."""
+    first = tensors[0]
+    assert first is not None
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {names[0]} on {first.device}; move one of them")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, which is not a floating point type")
+
+
+def _exporting() -> bool:
+    """Whether a program is being made that chooses where it runs, not where it was made, and with gradients or not.
+    PyTorch 2.11 takes torch.compile for an export."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, length: int) -> Tensor:
@@ -140,7 +187,7 @@ def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, leng
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(1)
     good = tensor.ndim == 4 and (tensor.shape[0], *tensor.shape[2:]) == (batch, N, length)
-    if not good or channels % tensor.shape[1]:
+    if not good or not tensor.shape[1] or channels % tensor.shape[1]:
         raise ValueError(
             f"{label} has shape {tuple(tensor.shape)}; expected ({channels}, {N}), ({batch}, {N}, {length}) or "
             f"({batch}, groups, {N}, {length}) with groups dividing {channels}"
@@ -158,6 +205,21 @@ def _backend(name: str, x: Tensor) -> ModuleType:
 def _without_autocast(x: Tensor) -> torch.autocast:
     """A backend decides itself what is computed in which type; its float32 must not become bfloat16 underneath."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _zeros(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_zeros(t.shape) for t in tensors)
+
+
+def _differentiable(scan: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
+    """Gradients along dy of a scan by plain PyTorch, None where none is wanted, that can be differentiated again."""
+    wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
+    with _without_autocast(dy):
+        found = torch.autograd.grad(scan(*tensors), [tensors[i] for i in wanted], dy, create_graph=True)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return grads
 
 
 def _states_shape(x: Tensor, A: Tensor, chunk: int) -> tuple[int, ...]:
@@ -181,6 +243,8 @@ def _scan_2d(
         raise ValueError(f"backend {backend!r} saves a state every {module.CHUNK} tokens, not every {chunk}")
     shape = _states_shape(x, A, chunk) if chunk else (0,)
     states = x.new_empty(shape, dtype=torch.float32)
+    if not x.numel():
+        return x.new_empty(x.shape), states
     with _without_autocast(x):
         return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
 
@@ -203,6 +267,8 @@ def _scan_2d_backward(
     states: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not x.numel():
+        return _zeros(x, proj, dt_weight, dt_bias, A, D)  # type: ignore[return-value]
     module = _backend(backend, x)
     with _without_autocast(x):
         if module.CHUNK and not states.numel():  # an exported program saves none in its forward
@@ -226,6 +292,8 @@ def _scan_2d_grad(ctx, dy, _):
     *tensors, states = ctx.saved_tensors
     if dy is None:
         return (None,) * 8
+    if torch.is_grad_enabled():
+        return *_differentiable(reference.scan_2d, tensors, dy), None, None
     return *torch.ops.medmamba.scan_2d_backward(dy, *tensors, states, ctx.backend), None, None
 
 
@@ -247,8 +315,10 @@ def _scan_1d(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if not u.numel():  # of length 0, the state is that before the first token
+        return u.new_empty(u.shape), u.new_zeros((*u.shape[:2], A.shape[1]), dtype=compute_dtype(u.dtype))
     with _without_autocast(u):
-        return load_backend(backend).scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
+        return _backend(backend, u).scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
 
 
 @_scan_1d.register_fake
@@ -270,8 +340,10 @@ def _scan_1d_backward(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not u.numel():
+        return _zeros(u, delta, A, B, C, D, delta_bias)  # type: ignore[return-value]
     with _without_autocast(u):
-        return load_backend(backend).scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+        return _backend(backend, u).scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
 
 
 @_scan_1d_backward.register_fake
@@ -285,6 +357,12 @@ def _scan_1d_setup(ctx, inputs, output):
 
 
 def _scan_1d_grad(ctx, dy, _):
+    if torch.is_grad_enabled():
+
+        def scan(*tensors: Tensor) -> Tensor:
+            return reference.scan_1d(*tensors, ctx.softplus)[0]  # type: ignore[call-arg, arg-type]
+
+        return *_differentiable(scan, ctx.saved_tensors, dy), None, None
     grads = torch.ops.medmamba.scan_1d_backward(dy, *ctx.saved_tensors, ctx.softplus, ctx.backend)
     return *grads, None, None
 

@@ -19,8 +19,8 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device_type`, else the reason."""
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
     return None if dtype.is_floating_point else f"{dtype} is not a floating point type"
 
 

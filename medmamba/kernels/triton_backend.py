@@ -31,19 +31,28 @@ def unavailable() -> str | None:
             "PyTorch finds no CUDA GPU; check nvidia-smi, and that this PyTorch was built for CUDA "
             "(or set TRITON_INTERPRET=1 before starting Python to run the kernels on the CPU, slowly, for tests)"
         )
-    if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (7, 0):
-        major, minor = capability
-        return f"Triton needs a GPU of compute capability 7.0, this one has {major}.{minor}; use backend 'torch'"
-    return None
+    reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and all(reasons) else None
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device_type`, else the reason."""
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
     if dtype not in DTYPES:
         return f"the Triton kernels compute in float32 and take no {dtype}; use backend 'torch'"
-    if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
+    if device.type == "cpu" and _interpreted():
         return None
-    return f"the Triton kernels run on CUDA GPUs, the tensors are on {device_type}"
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA GPUs, the tensors are on {device.type}"
+    return _too_old(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _too_old(device: int) -> str | None:
+    if torch.version.hip is not None or _interpreted():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (7, 0):
+        return None
+    return f"Triton needs a GPU of compute capability 7.0, cuda:{device} has {major}.{minor}; use backend 'torch'"
 
 
 def _interpreted() -> bool:
@@ -207,4 +216,7 @@ def _split_table(dtable: Tensor, *parameters: Tensor) -> list[Tensor]:
     A, dt_weight, dt_bias, D = parameters
     dA, dweight, dbias, dD = dtable.split((A.shape[2], dt_weight.shape[2], 1, 1), dim=1)
     grads = (dA.mT, dweight.mT, dbias.squeeze(1), dD.squeeze(1))
-    return [g.to(p.dtype).contiguous() for g, p in zip(grads, parameters, strict=True)]
+    # Copies, each in memory of its own: with K = 1, slices are contiguous as they are, and share the table's.
+    return [
+        g.to(p.dtype, copy=True, memory_format=torch.contiguous_format) for g, p in zip(grads, parameters, strict=True)
+    ]

@@ -1,6 +1,8 @@
 """Launches the Triton kernels on (B, K, L, C) views: K directions over the same pixels, or K groups of channels."""
 
 import math
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,9 @@ from torch import Tensor
 from .triton_plan import CHUNK, Plan, backward_plan, forward_plan
 
 MAX_INT32 = 2**31 - 1
+# Triton compiles and loads a kernel when it first runs, and lets another thread run it half loaded; its interpreter
+# keeps what it is at in globals.
+_launching = threading.Lock()
 
 
 def forward(
@@ -80,7 +85,8 @@ def backward(
     exact = blocks > 1 and not plan.half_sums
     dproj = proj.new_empty((blocks, B, L, K, P), dtype=torch.float32 if exact else proj.dtype)
     dtable = table.new_empty((B * segments, *table.shape))
-    scan_backward_kernel[(programs,)](
+    _launch(
+        scan_backward_kernel, programs,
         dy, x, x if delta is None else delta, proj, table, states, ends, sums, scratch,
         dx, dx if ddelta is None else ddelta, dproj, dtable,
         *(size or (1, L)), L, C, C, blocks, segments, tokens,
@@ -103,7 +109,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[:, 0]
     out = parts.new_empty((outer, inner), dtype=dtype)
     blocks = -(-inner // 1024)
-    sum_kernel[(outer * blocks,)](parts, out, inner, blocks, parts=count, BLOCK=1024, num_warps=4)
+    _launch(sum_kernel, outer * blocks, parts, out, inner, blocks, parts=count, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -140,7 +146,8 @@ def _walk(
     # Two numbers of bfloat16 are read as one integer where they all lie on even places.
     packed = proj.dtype == torch.bfloat16 and NP == N > 1 and unit > 1 and R % 2 == 0
     out = x if out is None else out
-    scan_forward_kernel[(B * K * segments * blocks,)](
+    _launch(
+        scan_forward_kernel, B * K * segments * blocks,
         x, x if delta is None else delta, proj, table, out, states, ends, sums, last,
         *(size or (1, L)), L, C, C, blocks, segments, tokens,
         *x.stride()[:3], *_units(proj, unit), *out.stride()[:3],
@@ -151,6 +158,11 @@ def _walk(
         CARRY=CARRY, ENDS=ENDS, LAST=LAST,
         num_warps=1, maxnreg=plan.registers, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    with _launching:
+        kernel[(programs,)](*arguments, **constants)
 
 
 def _segment_ends(x: Tensor, N: int, plan: Plan) -> tuple[Tensor | None, Tensor | None]:

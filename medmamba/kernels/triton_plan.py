@@ -59,7 +59,7 @@ def _block(channels: int, largest: int) -> int:
 
 def _segments(programs: int, length: int, device: torch.device) -> int:
     """Splitting pays only where most of the chip would idle: from four pieces on, two walks beat one."""
-    segments = min(8 * _processors(device) // programs, length // CHUNK)
+    segments = min(8 * _processors(device) // max(1, programs), length // CHUNK)
     return segments if segments >= 4 else 1
 
 
