@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 SCAN_PARAMETERS = (".dt_weight", ".dt_bias", ".A_log", ".D")
 
@@ -37,25 +38,29 @@ class Pointwise(nn.Linear):
 @torch.no_grad()
 def fuse(model, dtype: torch.dtype | None = None):
     """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
-    input, but not be trained or saved. On NVIDIA GPUs its blocks run as few kernels, see `fused_model.py`.
+    input, but not be trained or saved. On NVIDIA GPUs its blocks run as few kernels, see `fused_model.py`. A copy of a
+    subclass keeps the methods of the subclass.
 
     Args:
         dtype: of weights and activations, e.g. torch.bfloat16, which spares autocast its conversions of every weight at
             every call. The scan and its parameters stay in float32.
 
     Raises:
-        ValueError: the model is in training mode, where its batch norms depend on the batch.
+        ValueError: the model or a batch norm in it is in training mode, where batch norms depend on the batch; layers
+            were replaced by others, such as adapters, that a batch norm cannot be folded into.
     """
-    from .fused_model import FusedMedMamba
+    from .fused_model import fused_class
     from .model import ConvBranch
 
-    if model.training:
+    if model.training or any(m.training for m in model.modules() if isinstance(m, _BatchNorm)):
         raise ValueError("fuse() needs a model in eval mode: call model.eval() first")
+    branches = [(n, m) for n, m in model.named_modules() if isinstance(m, ConvBranch) and isinstance(m[0], _BatchNorm)]
+    for name, branch in branches:
+        _check_branch(name, branch)
     fused = copy.deepcopy(model)
-    fused.__class__ = FusedMedMamba
-    for module in fused.modules():
-        if isinstance(module, ConvBranch) and isinstance(module[0], nn.BatchNorm2d):
-            _fuse_branch(module)
+    fused.__class__ = fused_class(type(model))
+    for name, _ in branches:
+        _fuse_branch(fused.get_submodule(name))
     if dtype is not None:
         for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
             if not name.endswith(SCAN_PARAMETERS):
@@ -63,7 +68,22 @@ def fuse(model, dtype: torch.dtype | None = None):
     return fused
 
 
-def _fuse_branch(branch: nn.Sequential) -> None:
+def _check_branch(name: str, branch: nn.Sequential) -> None:
+    norms, convs = (0, 2, 5), (1, 4, 7)
+    found = [type(layer) for layer in branch]
+    expected = [nn.Conv2d if i in convs else nn.ReLU for i in range(9)]
+    fits = len(found) == 9 and all(t is e or i in norms for i, (t, e) in enumerate(zip(found, expected, strict=True)))
+    if not fits or not all(isinstance(branch[i], _BatchNorm) for i in norms):
+        listed = ", ".join(t.__name__ for t in found)
+        raise ValueError(
+            f"fuse() cannot fold the batch norms of {name}, whose layers were changed: {listed}; merge adapters into "
+            "their layers first (peft: model.merge_and_unload()), or use the model as it is"
+        )
+    if any(branch[i].running_var is None or branch[i].weight is None for i in norms):
+        raise ValueError(f"fuse() folds batch norms with weights and running statistics; one in {name} has none")
+
+
+def _fuse_branch(branch: Any) -> None:
     layers: Any = list(branch)
     norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = layers
     for conv, norm in ((conv1, norm1), (conv2, norm2)):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels import cuda_graphs
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -23,6 +25,9 @@ _WARM_UP = 3  # eager passes before: libraries choose algorithms and Triton comp
 
 class GraphedStep:
     """Forward and backward for batches of one shape; gradients are left in `parameter.grad`, at a fixed place.
+
+    For one thread: what a call returns, and the gradients, are overwritten by the next call. Other threads may use the
+    GPU, and other graphs, meanwhile.
 
     What the network draws itself (stochastic depth, dropout) follows `torch.manual_seed` as without a graph: the graph
     reads seed and offset of PyTorch's generator at each replay. Batch norm statistics are updated at each replay;
@@ -56,22 +61,24 @@ class GraphedStep:
                 buffer.copy_(value)
 
     def _capture(self, loss: Loss) -> Tensor:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._drop_gradients()
-                loss(self._images, self._targets).backward()
-        torch.cuda.current_stream().wait_stream(stream)
+        device = self._images.device
+
+        def eager() -> None:
+            self._drop_gradients()
+            loss(self._images, self._targets).backward()
+
+        cuda_graphs.warm_up(device, eager, _WARM_UP)
         self._drop_gradients()  # so that the backward pass allocates them in the memory of the graph
         if self._adds:
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        # "thread_local": other threads of the process may go on using the device.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+
+        def step() -> Tensor:
             found = loss(self._images, self._targets)
             found.backward()
-        return found.detach()
+            return found.detach()
+
+        return cuda_graphs.record(self.graph, device, step)
 
     def begin(self) -> None:
         """To be called before the first batch of an optimiser step."""
@@ -80,9 +87,10 @@ class GraphedStep:
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of this batch; the next call overwrites it."""
-        self._images.copy_(images)
-        self._targets.copy_(targets)
-        self.graph.replay()
+        with torch.cuda.device_of(self._images):
+            self._images.copy_(images)
+            self._targets.copy_(targets)
+            self.graph.replay()
         return self._loss
 
     def _drop_gradients(self) -> None:
