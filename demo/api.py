@@ -1,11 +1,14 @@
 """Endpoints for programs, named and stable: `/models`, `/classify`, `/classify_batch`, `/explain`.
 
-They share nothing with the pages but the models: each call brings its file, which is deleted some minutes later.
+They share nothing with the pages but the models: each call brings its file, which is deleted some minutes later. What
+they take is checked, field by field; every refusal says which field and why, and no number in an answer is NaN.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +22,12 @@ from medmamba.images import ImageError
 from medmamba.predict import Failure
 from medmamba.pretrained import PretrainedError
 
+from .advice import WARNING, for_programs, of_problem, plain
 from .context import Context, Known
-from .options import IMAGE_TYPES, NOTICE
+from .options import NOTICE
 from .service import Answer, View
 from .store import Loaded
-from .tabs.answers import batch_csv, plain
+from .tabs.answers import batch_csv
 from .tabs.classify import refuse
 
 
@@ -42,7 +46,7 @@ def build(context: Context) -> None:
             One record per model: name, architecture, dataset, classes, licence, test figures with intervals, and how
             well it notices unusual images, where these are on record.
         """
-        return [_model_record(title, context.known.get(title)) for title in context.titles(None)]
+        return finite([_model_record(title, context.known.get(title)) for title in context.titles(None)])
 
     def classify(
         file: str,
@@ -54,15 +58,16 @@ def build(context: Context) -> None:
         """Classify one medical image. For research only; not a medical device.
 
         Args:
-            file: PNG, JPEG, WebP, TIFF, BMP or DICOM image, 8 or 16 bit.
+            file: PNG, JPEG, WebP, TIFF, BMP or DICOM image, 8 or 16 bit, recognised by its content.
             model: a name from /models; default: the first.
-            frame: of an image with several, counted from 0.
+            frame: of an image with several, a whole number counted from 0.
             window_center: for grey images, in the units of the file (Hounsfield for CT).
             window_width: with window_center.
 
         Returns:
-            label, probability, probabilities by class, calibrated, unsure, unusual, notes on the file, model, backend,
-            milliseconds and the notice.
+            label, probability, probabilities by class, calibrated, unsure, unusual, window (center and width that were
+            applied), better_window (where the one applied hides most of the image), warnings (what changes the worth of
+            the answer), notes on the file, model, backend, milliseconds and the notice.
         """
         with told(file):
             accept([file])
@@ -84,9 +89,9 @@ def build(context: Context) -> None:
             accept(files)
             loaded = context.load(None, model)
             paths = [Path(name) for name in files or []]
-            results = context.service.classify_files(loaded.source, paths)
+            results = context.service.classify_files(loaded.source, paths, program=True)
             records = [
-                {"file": path.name, "error": plain(result.error, path)}
+                {"file": path.name, "error": for_programs(plain(result.error, path))}
                 if isinstance(result, Failure)
                 else {"file": path.name, **_record(result, loaded)}
                 for path, result in zip(paths, results, strict=True)
@@ -100,6 +105,9 @@ def build(context: Context) -> None:
         method: str = "integrated_gradients",
         target: str | None = None,
         check: bool = False,
+        frame: float | None = None,
+        window_center: float | None = None,
+        window_width: float | None = None,
     ) -> tuple[dict[str, Any], str, str]:
         """Which pixels speak for a class. For research only; not a medical device.
 
@@ -109,25 +117,32 @@ def build(context: Context) -> None:
             method: one of {methods}, or "gradcam:stage3.scan" for a layer.
             target: name of the class; default: the model's answer.
             check: also test whether the map says what the model does; several times slower.
+            frame: as for /classify.
+            window_center: as for /classify.
+            window_width: with window_center.
 
         Returns:
             The record (settings, diagnostics, checks), the overlay as PNG, the maps as NumPy archive.
         """
         with told(file):
             accept([file])
+            view = _view(frame, window_center, window_width)
             loaded = context.load(None, model)
-            *_, found = context.service.explain(loaded.source, Path(file), View(), [method], target or None, check)
+            named = [method or "integrated_gradients"]
+            *_, found = context.service.explain(loaded.source, Path(file), view, named, target or None, bool(check))
             target_file = context.sessions.of(request).new_download("explanation.png")
             saved = [str(found.explanations[0].save(target_file.with_suffix(suffix))) for suffix in (".png", ".npz")]
-            return {**found.to_dict(), "notice": NOTICE}, saved[0], saved[1]
+            return finite({**found.to_dict(), "notice": NOTICE}), saved[0], saved[1]
 
     with gr.Row(visible=False):
-        name = gr.Textbox(label="model")
-        file = gr.File(label="file", file_types=IMAGE_TYPES, type="filepath")
-        files = gr.File(label="files", file_types=IMAGE_TYPES, type="filepath", file_count="multiple")
-        frame, center, width = (gr.Number(label=label, value=None) for label in ("frame", "center", "width"))
-        method = gr.Textbox(label="method", value="integrated_gradients", info="of attribution")
-        target, check = gr.Textbox(label="target"), gr.Checkbox(label="check")
+        name = checked(gr.Textbox(label="model"), "model", str)
+        file = checked(gr.File(label="file", type="filepath"), "file")
+        files = checked(gr.File(label="files", type="filepath", file_count="multiple"), "files")
+        labels = ("frame", "window_center", "window_width")
+        frame, center, width = (checked(gr.Number(label=label, value=None), label, float) for label in labels)
+        method = checked(gr.Textbox(label="method", value="integrated_gradients", info="of attribution"), "method", str)
+        target = checked(gr.Textbox(label="target"), "target", str)
+        check = checked(gr.Checkbox(label="check"), "check", bool)
         record, text = gr.JSON(label="record"), gr.Textbox(label="csv")
         picture, maps = gr.File(label="overlay"), gr.File(label="maps")
 
@@ -136,49 +151,124 @@ def build(context: Context) -> None:
         text = (inspect.getdoc(function) or "").replace("{methods}", ", ".join(methods()))
         trigger.click(function, inputs, outputs, api_name=function.__name__, api_description=text, concurrency_id=queue)
 
+    view = [frame, center, width]
     list_models.__name__ = "models"
     endpoint(list_models, [], [record], "classify")
-    endpoint(classify, [file, name, frame, center, width], [record], "classify")
+    endpoint(classify, [file, name, *view], [record], "classify")
     endpoint(classify_batch, [files, name], [record, text], "classify")
-    endpoint(explain, [file, name, method, target, check], [record, picture, maps], "explain")
+    endpoint(explain, [file, name, method, target, check, *view], [record, picture, maps], "explain")
+
+
+def checked(component: Any, name: str, kind: type | None = None) -> Any:
+    """The component, whose input must be of one type or absent; else an error that names it.
+
+    Args:
+        kind: str, bool or float; None: whatever the component takes.
+    """
+    preprocess = component.preprocess
+
+    def strict(payload: Any) -> Any:
+        right = payload is None or kind is None or isinstance(payload, (int, float) if kind is float else kind)
+        if kind is float and (isinstance(payload, bool) or (right and payload is not None and not _is_finite(payload))):
+            right = False
+        if not right:
+            words = {str: "text", bool: "true or false", float: "a finite number"}
+            raise gr.Error(f"{name} must be {words[kind] if kind else 'valid'}", print_exception=False)
+        try:
+            return preprocess(payload)
+        except gr.Error:
+            raise
+        except Exception:
+            raise gr.Error(f"{name} is not what this field takes", print_exception=False) from None
+
+    component.preprocess = strict
+    return component
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None in the place of numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def told(*uploads: str | None) -> Iterator[None]:
-    """Errors become those that a client shows, without the server's paths."""
+    """Errors become those that a client shows, without the server's paths; none is without a text."""
+    paths = [Path(name) for name in uploads if name]
     try:
         if not uploads or not all(uploads):
             raise ValueError("give a file")
         yield
+    except gr.Error:
+        raise
     except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as error:
-        message = plain(error, *(Path(name) for name in uploads if name))
+        message = for_programs(plain(of_problem(error, program=True), *paths))
+        raise gr.Error(message or type(error).__name__, print_exception=False) from None
+    except Exception as error:
+        logging.getLogger(__name__).exception("a call failed")
+        message = f"the server failed ({type(error).__name__}); the file, or the server, is at fault"
         raise gr.Error(message, print_exception=False) from None
 
 
 def _view(frame: float | None, center: float | None, width: float | None) -> View:
     if (center is None) != (width is None):
         raise ValueError("give window_center and window_width, or neither")
+    if width is not None and not width > 0:
+        raise ValueError(f"window_width must be above 0, not {width:g}")
+    if frame is not None and (frame != int(frame) or frame < 0):
+        raise ValueError(f"frame must be a whole number from 0, not {frame:g}")
     window = None if center is None or width is None else (float(center), float(width))
     return View(None if frame is None else int(frame), window)
 
 
 def _record(found: Answer, loaded: Loaded) -> dict[str, Any]:
     prediction = found.prediction
-    return {
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "probabilities": dict(prediction.top),
-        "calibrated": loaded.calibration is not None,
-        "unsure": found.unsure,
-        "unusual": found.unusual,
-        "notes": prediction.image_notes,
-        "model": loaded.title,
-        "architecture": loaded.config.architecture,
-        "backend": loaded.backend,
-        "device": str(loaded.device),
-        "milliseconds": round(found.milliseconds, 1),
-        "notice": NOTICE,
-    }
+    return finite(
+        {
+            "label": prediction.label,
+            "probability": prediction.probability,
+            "probabilities": dict(prediction.top),
+            "calibrated": loaded.calibrated,
+            "unsure": found.unsure,
+            "unusual": found.unusual,
+            "frame": found.frame,
+            "frames": found.n_frames,
+            "window": list(found.window) if found.window else None,
+            "better_window": list(found.better_window) if found.better_window else None,
+            "warnings": _warnings(found),
+            "notes": [for_programs(note) for note in prediction.image_notes],
+            "model": loaded.title,
+            "architecture": loaded.config.architecture,
+            "backend": loaded.backend,
+            "device": str(loaded.device),
+            "milliseconds": round(found.milliseconds, 1),
+            "notice": NOTICE,
+        }
+    )
+
+
+def _warnings(found: Answer) -> list[str]:
+    """What changes the worth of an answer, for programs."""
+    warnings = [for_programs(text.removeprefix(WARNING)) for text in found.warnings]
+    if found.better_window is not None:
+        center, width = found.better_window
+        text = "the window that was applied hides most of this image"
+        warnings.append(f"{text}; window_center={center:g} and window_width={width:g} show the range of its values")
+    if found.unusual:
+        warnings.append("this does not look like what the model was trained on")
+    if found.n_frames > 1:
+        warnings.append(f"this is the answer for frame {found.frame} of {found.n_frames} alone")
+    return warnings
 
 
 def _model_record(title: str, known: Known | None) -> dict[str, Any]:

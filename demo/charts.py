@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .html import esc
+from .html import Markup, join, tag
 
 WIDTH, HEIGHT = 340, 200
 NARROW = 230
@@ -31,7 +31,7 @@ def chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     width: int = WIDTH,
-) -> str:
+) -> Markup:
     """A figure with legend. Lines of one name share one entry; `width` is in the units of the text's size."""
     xs = [float(v) for line in lines for v in line.x] or [0.0, 1.0]
     ys = [float(v) for line in lines for v in line.y if math.isfinite(v)] or [0.0, 1.0]
@@ -48,26 +48,40 @@ def chart(
     def py(y: float) -> float:
         return HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - _TOP - _BOTTOM)
 
-    parts = []
+    parts: list[Markup] = []
     for tick in ticks(y0, y1):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{py(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        y = py(tick)
+        parts.append(
+            tag('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>', _LEFT, width - _RIGHT, y, y)
+            + tag('<text x="{}" y="{:.1f}" text-anchor="end">{:g}</text>', _LEFT - 8, y + 4, tick)
+        )
     for tick in ticks(x0, x1):
-        parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{width - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end" class="axis">{esc(x_label)}</text>')
+        x, y = px(tick), HEIGHT - _BOTTOM + 18
+        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>', x, y, tick))
+    end = width - _RIGHT
+    parts.append(tag('<text x="{}" y="{}" text-anchor="end" class="axis">{}</text>', end, HEIGHT - 4, x_label))
     for line in sorted(lines, key=lambda line: ("faint", "dash", "b", "a").index(line.style)):  # the main one on top
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline class="line-{line.style}" points="{path}"/>')
+        parts.append(tag('<polyline class="line-{}" points="{}"/>', line.style, path))
         if len(points) == 1 or (line.style in ("a", "b") and len(points) <= 40):
-            parts += [f'<circle class="dot-{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in points]
+            parts += [
+                tag('<circle class="dot-{}" cx="{:.1f}" cy="{:.1f}" r="2.4"/>', line.style, x, y) for x, y in points
+            ]
     names = dict.fromkeys((line.name, line.style) for line in lines)
-    legend = "".join(f'<li><i class="key-{style}" aria-hidden="true"></i>{esc(name)}</li>' for name, style in names)
+    legend = join(tag('<li><i class="key-{}" aria-hidden="true"></i>{}</li>', style, name) for name, style in names)
     last = "; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in lines if len(line.y) and line.style != "faint")
-    return (
-        f'<figure class="mm-chart"><figcaption><strong>{esc(title)}</strong><span>{esc(y_label)}</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{esc(title)}: {esc(last)}">{"".join(parts)}</svg>'
-        f"<ul>{legend}</ul></figure>"
+    return tag(
+        '<figure class="mm-chart"><figcaption><strong>{title}</strong><span>{y_label}</span></figcaption>'
+        '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}: {last}">{parts}</svg>'
+        "<ul>{legend}</ul></figure>",
+        title=title,
+        y_label=y_label,
+        width=width,
+        height=HEIGHT,
+        last=last,
+        parts=join(parts),
+        legend=legend,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .html import data_uri, esc
+from .html import NOTHING, Markup, bullets, data_uri, join, tag
 from .options import EXAMPLES
 
 KINDS = {
@@ -48,7 +48,7 @@ def load_examples() -> list[Example]:
     return found
 
 
-def examples_html(examples: list[Example], dataset: str | None) -> str:
+def examples_html(examples: list[Example], dataset: str | None) -> Markup:
     """Thumbnails that are buttons: what the model knows, then what it does not know.
 
     Args:
@@ -61,23 +61,31 @@ def examples_html(examples: list[Example], dataset: str | None) -> str:
         others += [(i, e) for i, e in numbered if e.kind == kind][: FOREIGN if own else 4]
     if not own:
         lead = "No example comes with the app that is of this model’s kind. Of other kinds:"
-        return f'<div class="mm-examples">{_group("Or try an example", others, lead)}{_sources()}</div>'
-    first = _group("Or try an example", own, "Test images, with their true class.")
-    second = _group("Or something it was not made for", others)
-    return f'<div class="mm-examples">{first}{second}{_sources()}</div>'
+        groups = _group("Or try an example", others, lead)
+    else:
+        first = _group("Or try an example", own, "Test images, with their true class.")
+        groups = first + _group("Or something it was not made for", others)
+    return tag('<div class="mm-examples">{}{}</div>', groups, _sources())
 
 
-def _sources() -> str:
-    rows = "".join(f"<li>{esc(kind)}: {esc(source)}</li>" for _, kind, source in KINDS.values())
-    return f'<details class="mm-more"><summary>Sources, all {LICENCE}</summary><ul>{rows}</ul></details>'
+def _sources() -> Markup:
+    rows = bullets(f"{kind}: {source}" for _, kind, source in KINDS.values())
+    return tag('<details class="mm-more"><summary>Sources, all {}</summary>{}</details>', LICENCE, rows)
 
 
-def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> str:
+def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> Markup:
     """A heading and its images; without a lead, by the kind of image instead of the class."""
-    cells = "".join(
-        f'<li><button type="button" data-mm-example="{i}" aria-label="{esc(e.what)}, {esc(e.kind)}">'
-        f'<img src="{e.thumbnail}" alt="" width="120" height="120">'
-        f"<span>{esc(e.what if lead else e.kind)}</span></button></li>"
+    cells = join(
+        tag(
+            '<li><button type="button" data-mm-example="{}" aria-label="{}, {}">'
+            '<img src="{}" alt="" width="120" height="120"><span>{}</span></button></li>',
+            i,
+            e.what,
+            e.kind,
+            e.thumbnail,
+            e.what if lead else e.kind,
+        )
         for i, e in examples
     )
-    return f"<h3>{esc(title)}</h3>{f'<p>{esc(lead)}</p>' if lead else ''}<ul>{cells}</ul>" if cells else ""
+    text = tag("<p>{}</p>", lead) if lead else NOTHING
+    return tag("<h3>{}</h3>{}<ul>{}</ul>", title, text, cells) if cells else NOTHING

@@ -1,35 +1,49 @@
-"""Between the network and the app: headers that keep pages to this server, and a limit on requests."""
+"""Between the network and the app: headers that keep pages to this server and run no code that is not the app's own,
+what a body of a request may hold, and a limit on requests."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import math
+import re
 import time
 from collections import OrderedDict, deque
 from typing import Any
 
-# Pages may load from and talk to this server alone, whatever ends up in them. Gradio needs inline code and styles.
-POLICY = "; ".join(
-    [
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self' ws: wss: blob: data:",
-        "worker-src 'self' blob:",
-        "object-src 'none'",
-        "base-uri 'self'",
-        "form-action 'self'",
-    ]
-)
+_RULES = {
+    # Pages may load from and talk to this server alone, whatever ends up in them.
+    "default-src": "'self'",
+    # Code in a page runs if it is in a file of the server or one of the inline scripts that Gradio's template has,
+    # by their hashes: nothing that gets into a page later, no handler in an attribute, no javascript: address.
+    # 'unsafe-eval' lets no such thing run; Gradio's HTML component and its `js=` are made by `Function`.
+    "script-src": "'self' 'unsafe-eval'",
+    "script-src-attr": "'none'",
+    "style-src": "'self' 'unsafe-inline'",
+    "img-src": "'self' data: blob:",
+    "media-src": "'self' data: blob:",
+    "font-src": "'self' data:",
+    "connect-src": "'self' blob: data:",
+    "worker-src": "'self' blob:",
+    "object-src": "'none'",
+    "base-uri": "'self'",
+    "form-action": "'self'",
+}
+FILES = "default-src 'none'; sandbox"
+"""Of files of visitors: whatever they hold, opened in a tab they are no page of this server's."""
 HEADERS = {
-    "content-security-policy": POLICY,
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+_INLINE = re.compile(rb"<script(?![^>]*\ssrc\s*=)[^>]*>(.*?)</script", re.DOTALL | re.IGNORECASE)
+BODY_MB = 8
+"""Of a request for work, which names files that were uploaded before."""
 WORK = ("/queue/join", "/call/", "/upload", "/api/", "/run/")
 """Requests that cost something; the rest are pages and streams."""
+CALLS = ("/queue/join", "/call/", "/api/", "/run/")
+"""Requests whose bodies are JSON: calls of functions."""
 ADDRESSES = 4096
 
 
@@ -55,14 +69,13 @@ class Guard:
                 await _refuse(send, wait)
                 return
 
-        async def with_headers(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                present = {name.lower() for name, _ in message["headers"]}
-                extra = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in present]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        await self.app(scope, receive, with_headers)
+        if scope["method"] == "POST" and any(part in scope["path"] for part in CALLS):
+            body = await _body(receive)
+            if problem := refused(scope["path"], body):
+                await _answer(send, 422, problem)
+                return
+            receive = _replay(body, receive)
+        await self.app(scope, receive, _WithHeaders(scope["path"], send))
 
     def _address(self, scope: dict[str, Any]) -> str:
         if self.behind_proxy:
@@ -88,9 +101,135 @@ class Guard:
         return 0.0
 
 
+def policy(page: bytes = b"") -> str:
+    """The content security policy of a page, which allows the inline scripts that the server put into it.
+
+    Args:
+        page: its HTML.
+    """
+    bodies = [match.replace(b"\r\n", b"\n") for match in _INLINE.findall(page)]
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in dict.fromkeys(bodies)]
+    rules = {**_RULES, "script-src": " ".join([_RULES["script-src"], *hashes])}
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+class _WithHeaders:
+    """Sends a response with the headers above; a page only when it is complete, as its policy holds its hashes."""
+
+    def __init__(self, path: str, send: Any):
+        self.path, self.send = path, send
+        self.start: dict[str, Any] | None = None
+        self.page = bytearray()
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            if kind.startswith(b"text/html") and not self._is_file():
+                self.start = message
+            else:
+                await self.send(self._with(message, FILES if self._is_file() else policy()))
+        elif message["type"] == "http.response.body" and self.start is not None:
+            self.page += message.get("body", b"")
+            if not message.get("more_body"):
+                await self.send(self._with(self.start, policy(bytes(self.page))))
+                await self.send({"type": "http.response.body", "body": bytes(self.page)})
+        else:
+            await self.send(message)
+
+    def _is_file(self) -> bool:
+        return "/file=" in self.path or "/file/" in self.path
+
+    def _with(self, message: dict[str, Any], rules: str) -> dict[str, Any]:
+        ours = {**HEADERS, "content-security-policy": rules}
+        kept = [(name, value) for name, value in message["headers"] if name.lower().decode() not in ours]
+        return {**message, "headers": [*kept, *((name.encode(), value.encode()) for name, value in ours.items())]}
+
+
+def refused(path: str, body: bytes) -> str:
+    """Why the body of a call is not taken; empty if it is.
+
+    JSON by its standard: no NaN, no Infinity, no number that overflows to one, and no field twice or unknown.
+    """
+    if len(body) > BODY_MB * 2**20:
+        return f"the request is larger than {BODY_MB} MB; upload files first and name them"
+    try:
+        data = json.loads(body or b"{}", parse_float=_number, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except _Refused as problem:
+        return str(problem)
+    except (ValueError, RecursionError):
+        return "the request is not valid JSON"
+    if not isinstance(data, dict):
+        return "the request must be a JSON object"
+    if "/call/v2/" in path:  # fields of the function itself, which Gradio compares with its parameters
+        return ""
+    known = FIELDS_SIMPLE if "/call/" in path else FIELDS
+    if unknown := sorted(set(data) - known):
+        return f"unknown field {unknown[0]!r}; a call has {', '.join(sorted(known))}"
+    return ""
+
+
+FIELDS_SIMPLE = {"data", "session_hash", "oauth_token"}
+FIELDS = FIELDS_SIMPLE | {
+    *("event_id", "event_data", "fn_index", "trigger_id", "simple_format", "batched", "api_name", "request"),
+    *("time_limit", "batch_trigger_ids"),
+}
+
+
+class _Refused(ValueError):
+    """Valid for Python's parser, and still not taken."""
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused(f"the number {text[:40]} is too large")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise _Refused(f"{text} is not a number in JSON; leave the field out, or give null")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Refused("a field is given twice")
+    return found
+
+
+async def _body(receive: Any) -> bytes:
+    """The body of a request, or as much of it as is refused."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or not message.get("more_body") or len(body) > BODY_MB * 2**20:
+            return bytes(body)
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    """A `receive` that gives the body, and then whatever comes after it."""
+    given = False
+
+    async def again() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
 async def _refuse(send: Any, wait: float) -> None:
     seconds = str(max(round(wait), 1))
-    body = f'{{"detail": "Too many requests from your address; try again in {seconds} seconds."}}'.encode()
-    headers = [(b"content-type", b"application/json"), (b"retry-after", seconds.encode())]
-    await send({"type": "http.response.start", "status": 429, "headers": headers})
+    text = f"Too many requests from your address; try again in {seconds} seconds."
+    await _answer(send, 429, text, [(b"retry-after", seconds.encode())])
+
+
+async def _answer(send: Any, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """A refusal in the form that Gradio's own have, which its clients show."""
+    body = json.dumps({"detail": text}).encode()
+    headers = [(b"content-type", b"application/json"), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,35 +1,58 @@
-"""Small pieces of HTML. All text passes through `esc`: names of classes and files come from visitors."""
+"""Small pieces of HTML, which escape whatever is put into them.
+
+Names of classes, models and files, notes and errors come from strangers. They are never concatenated with HTML: `tag`
+fills a template that is a literal of this program and escapes every value that is not a `Markup` of another `tag`, and
+`demo.theme.Html`, the only component that shows HTML, escapes what is not `Markup` either. A test checks that the
+templates are literals.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
+import math
 from collections.abc import Iterable
 
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image
+
+from medmamba.evaluation.result import Estimate
 
 from .options import NOTICE
 
+__all__ = ["Markup", "escape", "join", "tag"]
+
+
+def tag(template: str, /, *values: object, **named: object) -> Markup:
+    """Fills a template with escaped values; those that are `Markup` already are taken as they are.
+
+    Args:
+        template: HTML in the syntax of `str.format`, a literal. Attributes must be quoted.
+    """
+    return Markup(template).format(*values, **named)
+
+
+def join(parts: Iterable[object], by: str = "") -> Markup:
+    """Concatenates pieces of HTML; plain strings among them are escaped, `by` included."""
+    return escape(by).join(parts)
+
+
+NOTHING = Markup("")
+
 # The mark: the path of a scan over an image.
-MARK = (
+MARK = Markup(
     '<svg viewBox="0 0 32 32" width="30" height="30" aria-hidden="true" focusable="false">'
     '<rect x="1.5" y="1.5" width="29" height="29" rx="8" fill="none" stroke="currentColor" stroke-width="2"/>'
     '<path d="M8 10h16v6H8v6h16" fill="none" stroke="var(--mm-accent)" stroke-width="2.6" '
     'stroke-linecap="round" stroke-linejoin="round"/></svg>'
 )
 _ICONS = {
-    "good": '<path d="M4.5 10.5l3.5 3.5 7.5-8"/>',
-    "warn": '<path d="M10 6.5v4.5M10 13.8v.2"/><path d="M10 2.8l7.6 13.4H2.4z" stroke-linejoin="round"/>',
-    "error": '<circle cx="10" cy="10" r="7.6"/><path d="M10 6.2v4.6M10 13.6v.2"/>',
-    "info": '<circle cx="10" cy="10" r="7.6"/><path d="M10 9.2v4.6M10 6.2v.2"/>',
+    "good": Markup('<path d="M4.5 10.5l3.5 3.5 7.5-8"/>'),
+    "warn": Markup('<path d="M10 6.5v4.5M10 13.8v.2"/><path d="M10 2.8l7.6 13.4H2.4z" stroke-linejoin="round"/>'),
+    "error": Markup('<circle cx="10" cy="10" r="7.6"/><path d="M10 6.2v4.6M10 13.6v.2"/>'),
+    "info": Markup('<circle cx="10" cy="10" r="7.6"/><path d="M10 9.2v4.6M10 6.2v.2"/>'),
 }
-
-
-def esc(value: object) -> str:
-    """Text for HTML, attributes included."""
-    return html.escape(str(value), quote=True)
 
 
 def data_uri(pixels: np.ndarray, exact: bool = True) -> str:
@@ -44,54 +67,72 @@ def data_uri(pixels: np.ndarray, exact: bool = True) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def icon(kind: str) -> str:
-    return (
+def icon(kind: str) -> Markup:
+    return tag(
         '<svg class="mm-icon" viewBox="0 0 20 20" width="18" height="18" fill="none" stroke="currentColor" '
-        f'stroke-width="1.7" stroke-linecap="round" aria-hidden="true" focusable="false">{_ICONS[kind]}</svg>'
+        'stroke-width="1.7" stroke-linecap="round" aria-hidden="true" focusable="false">{}</svg>',
+        _ICONS[kind],
     )
 
 
-def header(version: str) -> str:
+def header(version: str) -> Markup:
     """Name, what it is, and the switch between light and dark."""
-    return (
-        f'<header class="mm-header"><div class="mm-brand">{MARK}<div><h1>medmamba</h1>'
-        f"<p>Medical image classification with MedMamba</p></div></div>"
-        f'<div class="mm-header-side"><span class="mm-version">version {esc(version)}</span>'
+    return tag(
+        '<header class="mm-header"><div class="mm-brand">{mark}<div><h1>medmamba</h1>'
+        "<p>Medical image classification with MedMamba</p></div></div>"
+        '<div class="mm-header-side"><span class="mm-version">version {version}</span>'
         '<button type="button" class="mm-theme" data-mm-theme aria-label="Switch between light and dark">'
         '<svg viewBox="0 0 20 20" width="18" height="18" aria-hidden="true" focusable="false">'
         '<circle cx="10" cy="10" r="6.6" fill="none" stroke="currentColor" stroke-width="1.7"/>'
-        '<path d="M10 3.4a6.6 6.6 0 0 1 0 13.2z" fill="currentColor"/></svg></button></div></header>'
+        '<path d="M10 3.4a6.6 6.6 0 0 1 0 13.2z" fill="currentColor"/></svg></button></div></header>',
+        mark=MARK,
+        version=version,
     )
 
 
-def notice() -> str:
-    return f'<p class="mm-notice" role="note">{icon("info")}<span>{esc(NOTICE)}</span></p>'
+def notice() -> Markup:
+    return tag('<p class="mm-notice" role="note">{}<span>{}</span></p>', icon("info"), NOTICE)
 
 
-def callout(kind: str, title: str, text: str = "") -> str:
-    """A remark: kind "good", "warn", "error" or "info"."""
+def callout(kind: str, title: object, text: object = "", action: Markup = NOTHING) -> Markup:
+    """A remark: kind "good", "warn", "error" or "info"; `action` is a button that mends what it says."""
     role = "alert" if kind == "error" else "note"
-    body = f"<p>{esc(text)}</p>" if text else ""
-    text = f"<div><strong>{esc(title)}</strong>{body}</div>"
-    return f'<div class="mm-callout mm-{kind}" role="{role}">{icon(kind)}{text}</div>'
+    body = tag("<p>{}</p>", text) if text else NOTHING
+    return tag(
+        '<div class="mm-callout mm-{}" role="{}">{}<div><strong>{}</strong>{}{}</div></div>',
+        kind,
+        role,
+        icon(kind),
+        title,
+        body,
+        action,
+    )
 
 
-def card(body: str, title: str = "", text: str = "", css: str = "", attributes: str = "") -> str:
-    """A box; `body` is HTML, `title` and `text` are not."""
-    lead = f"<p>{esc(text)}</p>" if text else ""
-    head = f'<div class="mm-card-head"><h2>{esc(title)}</h2>{lead}</div>' if title else ""
-    return f'<section class="mm-card {css}" {attributes}>{head}{body}</section>'
+def card(body: Markup, title: object = "", text: object = "", css: str = "", attributes: Markup = NOTHING) -> Markup:
+    """A box around `body` with a heading and a line of text."""
+    lead = tag("<p>{}</p>", text) if text else NOTHING
+    head = tag('<div class="mm-card-head"><h2>{}</h2>{}</div>', title, lead) if title else NOTHING
+    return tag('<section class="mm-card {}" {}>{}{}</section>', css, attributes, head, body)
 
 
-def error(title: str, text: str) -> str:
+def error(title: object, text: object) -> Markup:
     """A result that could not be had, and what to do."""
     return card(callout("error", title, text))
 
 
-def empty(title: str, text: str) -> str:
+def empty(title: object, text: object) -> Markup:
     """What stands where a result will be."""
-    art = '<div class="mm-empty-art" aria-hidden="true"></div>'
-    return f'<section class="mm-empty">{art}<h2>{esc(title)}</h2><p>{esc(text)}</p></section>'
+    return tag(
+        '<section class="mm-empty"><div class="mm-empty-art" aria-hidden="true"></div><h2>{}</h2><p>{}</p></section>',
+        title,
+        text,
+    )
+
+
+def with_detail(value: object, detail: object) -> Markup:
+    """A value and, smaller, what else is to be said of it."""
+    return tag("{}<span>{}</span>", value, detail)
 
 
 def licence_name(identifier: str | None) -> str:
@@ -106,67 +147,86 @@ def licence_name(identifier: str | None) -> str:
     return identifier
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Pairs of name and value; values are HTML."""
-    cells = "".join(f"<div><dt>{esc(name)}</dt><dd>{value}</dd></div>" for name, value in rows if value)
-    return f'<dl class="mm-facts">{cells}</dl>'
+def facts(rows: Iterable[tuple[object, object]]) -> Markup:
+    """Pairs of name and value; pairs without a value are left out."""
+    cells = join(tag("<div><dt>{}</dt><dd>{}</dd></div>", name, value) for name, value in rows if value)
+    return tag('<dl class="mm-facts">{}</dl>', cells)
 
 
-def bars(pairs: list[tuple[str, float]], caption: str, limit: int = 12) -> str:
+def bullets(items: Iterable[object], css: str = "") -> Markup:
+    """A list without order."""
+    return tag('<ul class="{}">{}</ul>', css, join(tag("<li>{}</li>", item) for item in items))
+
+
+def bars(pairs: list[tuple[str, float]], caption: str, limit: int = 12) -> Markup:
     """Probabilities as bars, best first; beyond `limit` folded away."""
 
-    def row(label: str, value: float, first: bool) -> str:
-        return (
-            f'<tr{" class=mm-first" if first else ""}><th scope="row">{esc(label)}</th>'
-            f'<td class="mm-bar" aria-hidden="true"><span style="width:{100 * value:.2f}%"></span></td>'
-            f'<td class="mm-num">{percent(value)}</td></tr>'
+    def row(label: str, value: float, first: bool) -> Markup:
+        return tag(
+            '<tr class="{}"><th scope="row">{}</th><td class="mm-bar" aria-hidden="true">'
+            '<span style="width:{:.2f}%"></span></td><td class="mm-num">{}</td></tr>',
+            "mm-first" if first else "",
+            label,
+            100 * value,
+            percent(value),
         )
 
-    head = f'<table class="mm-bars"><caption>{esc(caption)}</caption><tbody>'
-    shown = "".join(row(label, value, i == 0) for i, (label, value) in enumerate(pairs[:limit]))
+    shown = join(row(label, value, i == 0) for i, (label, value) in enumerate(pairs[:limit]))
     rest = pairs[limit:]
-    more = ""
+    more = NOTHING
     if rest:
-        body = "".join(row(label, value, False) for label, value in rest)
-        more = (
-            f'<details class="mm-more"><summary>{len(rest)} more classes</summary>'
-            f'<table class="mm-bars"><tbody>{body}</tbody></table></details>'
+        more = tag(
+            '<details class="mm-more"><summary>{} more classes</summary>'
+            '<table class="mm-bars"><tbody>{}</tbody></table></details>',
+            len(rest),
+            join(row(label, value, False) for label, value in rest),
         )
-    return f"{head}{shown}</tbody></table>{more}"
+    return tag(
+        '<table class="mm-bars"><caption>{}</caption><tbody>{}</tbody></table>{}',
+        caption,
+        shown,
+        more,
+    )
 
 
 def percent(value: float) -> str:
-    """With as many digits as mean something: 99.97 %, 93 %, 0.4 %."""
+    """With as many digits as mean something: >99.9%, 93.0%, 0.4%."""
     if 0 < value < 0.0005:
-        return "<0.1%".replace("<", "&lt;")
+        return "<0.1%"
     if value > 0.9995:
-        return "&gt;99.9%" if value < 1 else "100%"
+        return ">99.9%" if value < 1 else "100%"
     return f"{100 * value:.1f}%"
 
 
-def table(header_cells: list[str], rows: list[list[str]], caption: str, sort: bool = False, css: str = "") -> str:
-    """Rows of HTML cells under plain text headers; with `sort`, headers are buttons that page.js sorts by.
+def interval_text(estimate: Estimate) -> str:
+    """ "0.912 – 0.953", or nothing where there is no interval."""
+    return "" if math.isnan(estimate.low) else f"{estimate.low:.3f} – {estimate.high:.3f}"
+
+
+def table(header_cells: list[str], rows: list[list[object]], caption: str, sort: bool = False, css: str = "") -> Markup:
+    """Rows of cells under headers; with `sort`, headers are buttons that page.js sorts by.
 
     On narrow screens each row becomes a card, which names its cells by `data-label`.
     """
 
-    def head(text: str) -> str:
+    def head(text: str) -> Markup:
         if not sort or not text:
-            return f'<th scope="col">{esc(text)}</th>'
-        return f'<th scope="col" aria-sort="none"><button type="button" data-mm-sort>{esc(text)}</button></th>'
+            return tag('<th scope="col">{}</th>', text)
+        return tag('<th scope="col" aria-sort="none"><button type="button" data-mm-sort>{}</button></th>', text)
 
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-label="{esc(name)}"><div>{cell}</div></td>' if cell else "<td></td>"
-            for name, cell in zip(header_cells, row, strict=True)
-        )
-        + "</tr>"
+    def cell(name: str, value: object) -> Markup:
+        return tag('<td data-label="{}"><div>{}</div></td>', name, value) if value else Markup("<td></td>")
+
+    body = join(
+        tag("<tr>{}</tr>", join(cell(name, value) for name, value in zip(header_cells, row, strict=True)))
         for row in rows
     )
-    head_row = "".join(map(head, header_cells))
-    return (
-        f'<div class="mm-scroll" tabindex="0" role="region" aria-label="{esc(caption)}">'
-        f'<table class="mm-table {css}"><caption>{esc(caption)}</caption>'
-        f"<thead><tr>{head_row}</tr></thead><tbody>{body}</tbody></table></div>"
+    return tag(
+        '<div class="mm-scroll" tabindex="0" role="region" aria-label="{caption}">'
+        '<table class="mm-table {css}"><caption>{caption}</caption>'
+        "<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>",
+        caption=caption,
+        css=css,
+        head=join(map(head, header_cells)),
+        body=body,
     )

@@ -5,8 +5,6 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent / "examples"
 SAMPLE_SET = EXAMPLES / "chest_xray_sample.zip"
-IMAGE_TYPES: list[str] | None = None
-"""Suffixes that an upload may have; None: any, because scanners name files by UID. Content decides when it is read."""
 NOTICE = (
     "For research and teaching only. Not a medical device: do not use it for diagnosis or treatment, and do not "
     "upload images that identify a person."

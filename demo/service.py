@@ -7,12 +7,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from medmamba._image import FrameNeeded, WindowNeeded
 from medmamba.dicom import DicomWindows, dicom_window_presets
 from medmamba.explain import Comparison, assess, compare
 from medmamba.explain.subject import sub_progress
@@ -20,6 +21,7 @@ from medmamba.images import ImageError, MedicalImage, load_image
 from medmamba.predict import UNUSUAL, Failure, Prediction, iter_predict
 from medmamba.preprocess import preprocess, to_display
 
+from .advice import WARNING, of_problem
 from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
 
@@ -48,12 +50,19 @@ class FileFacts:
     """What a window control and a preview need.
 
     Attributes:
-        image: read with the file's own window.
+        image: read under the view asked for; without a window of its own or one asked for, by the range of its values.
         windows: declared in the file; None where no window applies (8 bits, colour).
+        lacks_window: the file declares no range, and no window was asked for: it can be shown, not classified.
     """
 
     image: MedicalImage
     windows: DicomWindows | None
+    lacks_window: bool = False
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a window can be chosen."""
+        return self.windows is not None and self.windows.value_range is not None
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ class Answer:
         unusual: unlike what the model was trained on; None where it has no threshold for that.
         seen: (H, W, 3) uint8, the image as the model sees it; of several files, a thumbnail of each.
         milliseconds: from the file to the answer.
+        window: that was applied, and `window_from`, by whom: see `MedicalImage`.
+        better_window: by the range of values, where the one applied hides most of the image.
+        values: smallest and largest value of a grey image.
+        frame, n_frames: which of how many.
     """
 
     prediction: Prediction
@@ -72,27 +85,51 @@ class Answer:
     unusual: bool | None
     seen: np.ndarray
     milliseconds: float
+    window: Window | None = None
+    window_from: str = ""
+    better_window: Window | None = None
+    values: tuple[float, float] | None = None
+    frame: int = 0
+    n_frames: int = 1
+
+    @property
+    def warnings(self) -> list[str]:
+        """Notes that change what the answer is worth; the remark on unusual images has a place of its own."""
+        return [note for note in self.prediction.image_notes if note.startswith(WARNING)]
+
+    @property
+    def notes(self) -> list[str]:
+        """The other notes: what was done to the file."""
+        return [note for note in self.prediction.image_notes if not note.startswith(WARNING)]
 
 
-def inspect(path: Path, frame: int | None = None) -> FileFacts:
-    """Reads a file; of several frames the first where none is chosen.
+class AnswerError(ValueError):
+    """The image was read, and the model gave no answer; the message says why."""
+
+
+def inspect(path: Path, view: View | None = None) -> FileFacts:
+    """Reads a file as a view asks for; of several frames the first where none is chosen.
 
     Raises:
         ImageError: it cannot be read.
     """
+    view = view or View()
+    lacking = False
     try:
-        image = load_image(path, frame=frame)
-    except ImageError:
-        if frame is not None:
-            raise
-        image = load_image(path, frame=0)  # raises the first error again, unless a frame was all that was missing
+        image = load_image(path, frame=view.frame, window=view.window)
+    except FrameNeeded:
+        return inspect(path, View(0, view.window))
+    except WindowNeeded as needed:
+        low, high = needed.value_range
+        image = load_image(path, frame=view.frame, window=((low + high) / 2, max(high - low, 1e-6)))
+        lacking = True
     windows = None
     if image.value_range is not None and image.value_range[0] < image.value_range[1]:
         if image.format == "DICOM":
             windows = dicom_window_presets(path, frame=image.frame)
-        elif image.bit_depth > 8:
+        elif image.bit_depth > 8 or lacking:
             windows = DicomWindows((), image.value_range)
-    return FileFacts(image, windows)
+    return FileFacts(image, windows, lacking)
 
 
 class Service:
@@ -125,24 +162,32 @@ class Service:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
         image = load_image(path, frame=view.frame, window=view.window)
-        (result,), _ = self._forward(source, [image])
+        ((result, _),) = self._forward(source, [image])
         if isinstance(result, Failure):
-            raise ImageError(result.error)
+            raise AnswerError(result.error)
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
-        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began))
+        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began), applied(image))
 
-    def classify_files(self, source: str, paths: list[Path], title: str | None = None) -> list[Answer | Failure]:
-        """One entry per file, in order; files with several frames are failures that say so."""
-        return self._in_thread(self._classify_files, source, paths, title)
+    def classify_files(
+        self, source: str, paths: list[Path], title: str | None = None, program: bool = False
+    ) -> list[Answer | Failure]:
+        """One entry per file, in order; files with several frames are failures that say so.
 
-    def _classify_files(self, source: str, paths: list[Path], title: str | None) -> list[Answer | Failure]:
+        Args:
+            program: whether failures advise one that calls the endpoints.
+        """
+        return self._in_thread(self._classify_files, source, paths, title, program)
+
+    def _classify_files(
+        self, source: str, paths: list[Path], title: str | None, program: bool
+    ) -> list[Answer | Failure]:
         loaded = self.store.get(source, title)
         began = time.perf_counter()
-        results, thumbnails = self._forward(source, paths)
+        results = self._forward(source, paths, program)
         each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
         return [
-            r if isinstance(r, Failure) else answer(loaded, r, t, each)
-            for r, t in zip(results, thumbnails, strict=True)
+            result if isinstance(result, Failure) else answer(loaded, result, seen.thumbnail, each, seen.applied)
+            for result, seen in results
         ]
 
     def explain(
@@ -170,24 +215,26 @@ class Service:
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
 
     def _predict(
-        self, source: str, images: list[MedicalImage] | list[Path]
-    ) -> tuple[list[Prediction | Failure], list[np.ndarray]]:
-        """Predictions and a thumbnail of each image."""
+        self, source: str, images: list[MedicalImage] | list[Path], program: bool = False
+    ) -> list[tuple[Prediction | Failure, Seen]]:
+        """Predictions, and what is kept of each image."""
         loaded = self.store.get(source)
-        thumbnails: list[np.ndarray] = []
+        kept: list[Seen] = []
+        failed: dict[int, Failure] = {}
 
-        def read() -> Iterator[MedicalImage | Path]:  # one at a time: files can be large
-            for item in images:
+        def read() -> Iterator[MedicalImage]:  # one at a time: files can be large
+            for number, item in enumerate(images):
                 try:
                     image = item if isinstance(item, MedicalImage) else load_image(item)
-                except (ImageError, ValueError):
-                    thumbnails.append(np.zeros((1, 1, 3), np.uint8))
-                    yield item  # predicting it says why
+                except (ImageError, ValueError, OSError) as problem:
+                    kept.append(Seen())
+                    failed[number] = Failure(str(item), of_problem(problem, program))
                 else:
-                    thumbnails.append(reduced(image, THUMBNAIL).to_uint8())
+                    kept.append(Seen(reduced(image, THUMBNAIL).to_uint8(), applied(image)))
                     yield image
 
-        return list(iter_predict(loaded.fused, read())), thumbnails
+        answers = iter(list(iter_predict(loaded.fused, read())))
+        return [(failed[i] if i in failed else next(answers), seen) for i, seen in enumerate(kept)]
 
     def _explained(
         self,
@@ -214,12 +261,36 @@ class Service:
             yield small(dataclasses.replace(found, trust=tuple(trust)))
 
 
-def answer(loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float) -> Answer:
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of an image when it has been predicted: a thumbnail, and fields of its `Answer`."""
+
+    thumbnail: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
+    applied: dict[str, Any] = field(default_factory=dict)
+
+
+def applied(image: MedicalImage) -> dict[str, Any]:
+    """How an image was read, as fields of `Answer`."""
+    chosen = image.bit_depth > 8 or image.window_from != "range"  # else it is 0 to 255, as everybody expects
+    return {
+        "window": image.window if chosen else None,
+        "window_from": image.window_from if chosen else "",
+        "better_window": image.range_window if image.low_contrast else None,
+        "values": image.value_range,
+        "frame": image.frame,
+        "n_frames": image.n_frames,
+    }
+
+
+def answer(
+    loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float, how: dict[str, Any] | None = None
+) -> Answer:
     """A prediction, and how far to believe it. The page has a place of its own for the remark on unusual images."""
     notes = [note for note in prediction.image_notes if note != UNUSUAL]
     prediction = dataclasses.replace(prediction, image_notes=notes)
     limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
-    return Answer(prediction, prediction.probability < limit, prediction.unusual, seen, milliseconds)
+    unsure = prediction.probability < limit
+    return Answer(prediction, unsure, prediction.unusual, seen, milliseconds, **(how or {}))
 
 
 def small(comparison: Comparison) -> Comparison:

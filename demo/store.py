@@ -68,6 +68,11 @@ class Loaded:
         """None where the model was not calibrated."""
         return Calibration.from_dict(self.config.calibration, self.config.task) if self.config.calibration else None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a temperature was fitted, so that scores may be called probabilities."""
+        return self.calibration is not None and self.calibration.method == "temperature"
+
 
 class ModelStore:
     """Loads by name or folder and keeps the models used last.

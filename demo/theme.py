@@ -1,9 +1,15 @@
 """How the app looks: one accent on cool neutrals, in light and dark. The rest is in style.css and page.js."""
 
-from functools import partial
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
 
 import gradio as gr
+from gradio.component_meta import ComponentMeta
 from gradio.themes.utils import colors, sizes
+
+from .html import escape
 
 ACCENT = colors.Color(
     name="teal_ink",
@@ -17,8 +23,27 @@ NEUTRAL = colors.Color(
 )  # fmt: skip
 
 
-Html = partial(gr.HTML, apply_default_css=False, padding=False)
-"""HTML without Gradio's styles for prose."""
+def escaped(value: Any) -> str | None:
+    """HTML as a plain `str`, for the page: text that is not `Markup` is escaped."""
+    return None if value is None else str(escape(value))
+
+
+# Not a `class` statement: with that, Gradio writes a .pyi file beside this one. Its name chooses the part of the page.
+# And not a method set on an object: Gradio makes new objects of the class, one for each visitor.
+_Html: Any = ABCMeta.__new__(
+    ComponentMeta, "HTML", (gr.HTML,), {"postprocess": lambda _, value: escaped(value), "__module__": __name__}
+)
+
+
+def Html(value: str = "", **options: Any) -> gr.HTML:
+    """A `gr.HTML` without Gradio's styles for prose, which shows plain text as text.
+
+    Whatever is sent to it, first or later, is escaped unless `demo.html.tag` made it.
+
+    Args:
+        options: of `gr.HTML`.
+    """
+    return _Html(value, apply_default_css=False, padding=False, **options)
 
 
 def theme() -> gr.themes.Base:

@@ -13,131 +13,102 @@ from medmamba.evaluation import PAPER_COLUMNS
 from medmamba.evaluation.result import TITLES
 from medmamba.predict import Failure
 
-from ..html import bars, callout, card, data_uri, error, esc, facts, licence_name, percent, table
+from ..advice import in_app, plain
+from ..html import (
+    NOTHING,
+    Markup,
+    bars,
+    bullets,
+    callout,
+    card,
+    data_uri,
+    facts,
+    interval_text,
+    join,
+    licence_name,
+    percent,
+    table,
+    tag,
+    with_detail,
+)
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
+from .remarks import WINDOW_BUTTON, remarks_of
 
 EMPTY_TITLE = "No image yet"
 EMPTY_TEXT = "Drop one in, paste it, or pick an example. The answer appears here in a second."
-_WARNING = "warning: "
-_NO_WINDOW = "no usable window in the file"
-SURE = 0.8
-"""From this calibrated probability on, an answer gets a tick."""
 
 
-def answer_html(found: Answer, loaded: Loaded) -> str:
+def answer_html(found: Answer, loaded: Loaded) -> Markup:
     """One image: what the model saw, how probable each class is, how far to believe it, how it came about."""
     prediction, config = found.prediction, loaded.config
-    height, width = config.preprocess.input_size
     if config.task == "multilabel":
         above = [label for label, p in prediction.top if p >= 0.5]
         kicker, title = "The model sees", ", ".join(above) or "none of the labels"
-        caption = "Calibrated probability of each label" if loaded.calibration else "Score of each label"
+        caption = "Calibrated probability of each label" if loaded.calibrated else "Score of each label, not calibrated"
     else:
         kicker, title = "The model’s answer", prediction.label
-        caption = "Calibrated probability" if loaded.calibration else "Score, not calibrated"
-    first, *rest = ["", *(callout(*remark) for remark in remarks_of(found, loaded))]
-    if found.unusual:  # before anything that looks like an answer
-        first, rest = rest[0], rest[1:]
-    doubt = " mm-doubt" if found.unusual else ""
+        caption = "Calibrated probability" if loaded.calibrated else "Score, not calibrated"
+    before, after = remarks_of(found, loaded)
     made = facts(
         [
-            ("Model", f"{esc(loaded.title)}<span>MedMamba-{esc(config.architecture)}</span>"),
+            ("Model", with_detail(loaded.title, f"MedMamba-{config.architecture}")),
+            ("Window", window_fact(found)),
             ("Time", f"{found.milliseconds:.0f} ms"),
-            ("Backend", f"{esc(loaded.backend)} on {esc(loaded.device)}"),
+            ("Backend", f"{loaded.backend} on {loaded.device}"),
         ]
     )
-    notes = "".join(f"<li>{esc(note)}</li>" for note in prediction.image_notes if not note.startswith(_WARNING))
-    return (
-        f'<section class="mm-card mm-answer{doubt}" aria-live="polite" aria-label="Answer">{first}'
-        f'<div class="mm-answer-top"><figure class="mm-seen"><img src="{data_uri(found.seen)}" '
-        f'alt="The image at the size and contrast that the model sees"><figcaption>As the model sees it, '
-        f'{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
-        f"<h2>{esc(title)}</h2>{bars(prediction.top, caption)}</div></div>"
-        f'<div class="mm-remarks">{"".join(rest)}</div>{made}'
-        f'<details class="mm-notes"><summary>What was done to the file</summary><ul>{notes}</ul></details></section>'
+    height, width = config.preprocess.input_size
+    return tag(
+        '<section class="mm-card mm-answer {doubt}" aria-live="polite" aria-label="Answer">{first}'
+        '<div class="mm-answer-top"><figure class="mm-seen"><img src="{seen}" '
+        'alt="The image at the size and contrast that the model sees"><figcaption>As the model sees it, '
+        '{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
+        '<h2>{title}</h2>{bars}</div></div><div class="mm-remarks">{rest}</div>{made}'
+        '<details class="mm-notes"><summary>What was done to the file</summary>{notes}</details></section>',
+        doubt="mm-doubt" if before else "",
+        first=join(callout(*remark) for remark in before),  # before anything that looks like an answer
+        seen=data_uri(found.seen),
+        width=width,
+        height=height,
+        kicker=kicker,
+        title=title,
+        bars=bars(prediction.top, caption),
+        rest=join(callout(*remark) for remark in after),
+        made=made,
+        notes=bullets(in_app(note) for note in found.notes),
     )
 
 
-def remarks_of(found: Answer, loaded: Loaded) -> list[tuple[str, str, str]]:
-    """(kind, title, text) in plain language, the most important first."""
-    prediction, remarks = found.prediction, []
-    if found.unusual:
-        remarks.append(
-            (
-                "warn",
-                "This does not look like what the model was trained on",
-                f"Only {1 - _coverage(loaded):.0%} of its validation images looked this unusual. The probabilities "
-                f"mean little here, whatever they say.{_auroc_text(loaded)}",
-            )
-        )
-    for note in prediction.image_notes:
-        if note.startswith(_WARNING):
-            text = note.removeprefix(_WARNING)
-            remarks.append(("warn", text[:1].upper() + text[1:], ""))
-    if any(note.startswith(_NO_WINDOW) for note in prediction.image_notes):
-        text = "All values are shown, so the contrast is low. Choose a window, or set level and width."
-        remarks.append(("info", "The file declares no window", text))
-    share = round(100 * prediction.probability)
-    right = f"about {share} of 100" if share < 100 else "more than 99 of 100"
-    if loaded.config.task == "multilabel":
-        if found.unsure:
-            remarks.append(("info", "No label reaches an even chance", "The model sees none of what it knows."))
-    elif found.unsure:
-        second = prediction.top[1][0] if len(prediction.top) > 1 else ""
-        says = f"It is right in {right} such cases." if loaded.calibration else "Its scores are not calibrated."
-        remarks.append(("warn", "The model is unsure", f"{says} The runner-up is {second}." if second else says))
-    elif not found.unusual and loaded.calibration:
-        remarks.append(
-            (
-                "good" if prediction.probability >= SURE else "info",
-                f"Answers this sure are right in {right} cases",
-                "On images like those it was trained on. Another hospital, device or population can change that.",
-            )
-        )
-    if not loaded.calibration:
-        remarks.append(
-            (
-                "info",
-                "This model was never calibrated",
-                "Read the scores as a ranking of the classes, not as probabilities. It cannot tell unusual images.",
-            )
-        )
-    return remarks
+WINDOW_ORIGINS = {
+    "argument": "chosen here",
+    "file": "the file’s own",
+    "range": "all that its bits can hold",
+}
 
 
-def _coverage(loaded: Loaded) -> float:
-    """Share of the validation images that the warning lets pass."""
-    if loaded.unusual:
-        return loaded.unusual.coverage
-    ood = loaded.calibration.ood if loaded.calibration else None
-    return ood.coverage if ood else 1.0
+def window_fact(found: Answer) -> Markup:
+    """Level and width that were applied, and whose they are; nothing where no window was."""
+    if found.window is None:
+        return NOTHING
+    center, width = found.window
+    return with_detail(f"{center:g} / {width:g}", WINDOW_ORIGINS[found.window_from])
 
 
-def _auroc_text(loaded: Loaded) -> str:
-    """How well the warning works, where that was measured."""
-    measured = loaded.unusual.measured.get("auroc", {}) if loaded.unusual else {}
-    values = [row["auroc"] for row in measured.values()]
-    if not values:
-        return " How well this warning works was not measured for this model."
-    return (
-        f" The warning is a heuristic: it told the model’s own test images from those of {len(values)} other datasets "
-        f"with an AUROC of {min(values):.3f} or more."
-    )
-
-
-def preview_html(path: Path, found: FileFacts, shown: str | None = None) -> str:
-    """The current file: what it looks like and what it is."""
+def preview_html(path: Path, found: FileFacts) -> Markup:
+    """The current file: what it looks like, under the window that is applied, and what it is."""
     image = found.image
     height, width = image.size
-    large = " mm-large" if found.windows else ""
     kind = f"{image.format}, {image.bit_depth} bit, {width}×{height}"
     if image.n_frames > 1:
         kind += f", frame {image.frame + 1} of {image.n_frames}"
-    return (
-        f'<figure class="mm-current{large}"><img src="{shown or data_uri(squeeze(reduced(image, 384).to_uint8()))}" '
-        f'alt="The image as it is read from the file"><figcaption><strong>{esc(path.name)}</strong>'
-        f"<span>{esc(kind)}</span></figcaption></figure>"
+    return tag(
+        '<figure class="mm-current {}"><img src="{}" alt="The image as it is read from the file">'
+        "<figcaption><strong>{}</strong><span>{}</span></figcaption></figure>",
+        "mm-large" if found.windowed else "",
+        data_uri(squeeze(reduced(image, 384).to_uint8())),
+        path.name,
+        kind,
     )
 
 
@@ -149,143 +120,154 @@ def squeeze(pixels):
 BATCH_COLUMNS = ["Image", "Answer", "Probability", "Remarks"]
 
 
-def batch_html(paths: list[Path], results: list[Answer | Failure]) -> str:
-    """A table that sorts; each image opens by a button."""
-    rows = []
+def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: bool = True) -> Markup:
+    """A table that sorts; each image opens by a button.
+
+    Args:
+        calibrated: whether the numbers may be called probabilities.
+    """
+    rows: list[list[object]] = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-        name = esc(path.name)
-        none = '<span class="mm-file"><i></i>'
         if isinstance(result, Failure):
-            rows.append(
-                [
-                    f"{none}{name}</span>",
-                    "",
-                    "",
-                    f'<span class="mm-tag mm-error">{esc(reason(result.error, path))}</span>',
-                ]
-            )
+            name = tag('<span class="mm-file"><i></i>{}</span>', path.name)
+            rows.append([name, "", "", tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))])
             continue
         prediction = result.prediction
-        tags = ['<span class="mm-tag mm-warn">unusual</span>'] if result.unusual else []
-        tags += ['<span class="mm-tag mm-warn">unsure</span>'] if result.unsure else []
-        rows.append(
-            [
-                f'<span class="mm-file"><img src="{data_uri(squeeze(result.seen), exact=False)}" alt="">'
-                f'<button type="button" class="mm-link" data-mm-index="{i}">{name}</button></span>',
-                esc(prediction.label),
-                f'<span data-mm-value="{prediction.probability:.6f}">{percent(prediction.probability)}</span>',
-                " ".join(tags),
-            ]
+        says = [text for text, said in (("unusual", result.unusual), ("unsure", result.unsure)) if said]
+        says += ["warning"] if result.warnings else []
+        hint = "; ".join(in_app(text) for text in result.warnings)
+        tags = (tag('<span class="mm-tag mm-warn" title="{}">{}</span>', hint, text) for text in says)
+        name = tag(
+            '<span class="mm-file"><img src="{}" alt="">'
+            '<button type="button" class="mm-link" data-mm-index="{}">{}</button></span>',
+            data_uri(squeeze(result.seen), exact=False),
+            i,
+            path.name,
         )
+        share = prediction.probability
+        number = tag('<span data-mm-value="{:.6f}">{}</span>', share, percent(share))
+        rows.append([name, prediction.label, number, join(tags, " ")])
     failed = sum(isinstance(result, Failure) for result in results)
     done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
     text = "Select an image for the full answer. Headers sort."
-    return card(table(BATCH_COLUMNS, rows, "Answers", sort=True, css="mm-batch"), done, text)
+    columns = [name if calibrated or name != "Probability" else "Score" for name in BATCH_COLUMNS]
+    return card(table(columns, rows, "Answers", sort=True, css="mm-batch"), done, text)
 
 
 def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str]) -> str:
     """The table with every class, safe to open in a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["image", "label", "probability", "unsure", "unusual", *map(sanitize_value_for_csv, labels), "error"]
-    )
+    safe = sanitize_value_for_csv
+    writer.writerow(["image", "label", "probability", "unsure", "unusual", *map(safe, labels), "warnings", "error"])
     for path, result in zip(paths, results, strict=True):
-        name = sanitize_value_for_csv(path.name)
+        name = safe(path.name)
         if isinstance(result, Failure):
-            writer.writerow([name, *[""] * (4 + len(labels)), sanitize_value_for_csv(plain(result.error, path))])
+            writer.writerow([name, *[""] * (5 + len(labels)), safe(plain(result.error, path))])
             continue
         prediction = result.prediction
         scores = dict(prediction.top)
         unusual = "" if result.unusual is None else result.unusual
-        label = sanitize_value_for_csv(prediction.label)
-        values = [f"{scores[name]:.6f}" for name in labels]
-        writer.writerow([name, label, f"{prediction.probability:.6f}", result.unsure, unusual, *values, ""])
+        row = [name, safe(prediction.label), f"{prediction.probability:.6f}", result.unsure, unusual]
+        warned = safe("; ".join(in_app(text) for text in result.warnings))
+        writer.writerow([*row, *(f"{scores[label]:.6f}" for label in labels), warned, ""])
     return text.getvalue()
-
-
-def plain(message: object, *paths: Path) -> str:
-    """An error text without the server's own paths."""
-    text = str(message)
-    for path in paths:
-        text = text.replace(str(path), path.name)
-    return text
 
 
 def reason(message: object, path: Path) -> str:
     """Why a file could not be read, as a sentence that does not name it again."""
-    text = plain(message, path).removeprefix(f"{path.name}: ")
+    text = in_app(plain(message, path).removeprefix(f"{path.name}: "))
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def failure_html(message: object, path: Path) -> str:
-    """An image that could not be classified."""
-    return error(f"{path.name} could not be read", reason(message, path))
+def failure_html(message: object, path: Path, windowed: bool = False) -> Markup:
+    """An image that could not be classified; with `windowed`, a button that gives it the window it lacks."""
+    text = reason(message, path)
+    return card(callout("error", f"{path.name} could not be read", text, WINDOW_BUTTON if windowed else NOTHING))
 
 
-def card_html(loaded: Loaded) -> str:
+def card_html(loaded: Loaded) -> Markup:
     """What a model is, from its folder: data, classes, licence, figures with intervals, calibration."""
     entry, config, terms = loaded.facts.entry, loaded.config, loaded.facts.terms
-    training = config.training
-    dataset = entry.title if entry else str(training.get("dataset") or "not stated")
+    dataset: object = str(config.training.get("dataset") or "not stated")
     if entry:
-        dataset = f"{esc(dataset)}<span>{esc(entry.modality)}</span>"
+        dataset = with_detail(entry.title, entry.modality)
     named = terms.name if terms.name else licence_name(terms.licence)
-    licence = f"{esc(named)}<span>{esc(terms.reason[:1].upper() + terms.reason[1:])}</span>"
+    licence = with_detail(named, terms.reason[:1].upper() + terms.reason[1:])
     if not loaded.licence_known:
-        licence = "Not stated<span>Ask whoever made the model before you use it elsewhere</span>"
-    labels = "".join(f"<li>{esc(label)}</li>" for label in config.labels)
-    rows = [
+        licence = with_detail("Not stated", "Ask whoever made the model before you use it elsewhere")
+    rows: list[tuple[object, object]] = [
         ("Trained on", dataset),
         ("Licence of the weights", licence),
         ("Calibration", _calibration(loaded)),
         ("Unusual images", _unusual(loaded)),
     ]
-    classes = facts([(f"{config.num_classes} classes", f'<ul class="mm-classes">{labels}</ul>')])
+    classes = facts([(f"{config.num_classes} classes", bullets(config.labels, "mm-classes"))])
     height, width = config.preprocess.input_size
     title = f"MedMamba-{config.architecture}, {_parameters(loaded)}, images of {width}×{height}"
     return card(classes + facts(rows) + _figures(loaded), loaded.title, title, css="mm-model")
 
 
-def _figures(loaded: Loaded) -> str:
+def _figures(loaded: Loaded) -> Markup:
     split = loaded.facts.split
     if not split:
         return callout("info", "No test figures come with this model", "Nothing is known of how often it is right.")
     evaluation = loaded.facts.evaluations[split]
     names = ["accuracy", "balanced_accuracy", *(n for n in PAPER_COLUMNS if n != "accuracy"), "ece"]
     rows = []
+    intervals = False
     for name in names:
         estimate = evaluation.overall.get(name)
         if estimate is None or math.isnan(estimate.value):
             continue
-        interval = "" if math.isnan(estimate.low) else f"<span>{estimate.low:.3f} – {estimate.high:.3f}</span>"
-        rows.append((TITLES[name], f"<strong>{estimate.value:.3f}</strong>{interval}"))
-    by = f"{evaluation.n_images:,} images" + (f" of {evaluation.n_patients} patients" if evaluation.n_patients else "")
-    head = f"<h3>On the {esc(split)} split <span>{by}, with {evaluation.level:.0%} intervals</span></h3>"
-    return f'<div class="mm-figures">{head}{facts(rows)}</div>'
+        between = interval_text(estimate)
+        intervals = intervals or bool(between)
+        detail = tag("<span>{}</span>", between) if between else NOTHING
+        rows.append((TITLES[name], tag("<strong>{:.3f}</strong>{}", estimate.value, detail)))
+    said = [counted(evaluation.n_images, evaluation.n_patients, group_unit(loaded))]
+    if intervals:
+        said.append(f"with {evaluation.level:.0%} intervals")
+    if split != "test":
+        said.append("not test images: these may have chosen the weights")
+    head = tag("<h3>On the {} split <span>{}</span></h3>", split, ", ".join(said))
+    return tag('<div class="mm-figures">{}{}</div>', head, facts(rows))
 
 
-def _calibration(loaded: Loaded) -> str:
+def counted(images: int, groups: int | None, unit: str) -> str:
+    """How many images, and of how many patients, lesions or other groups."""
+    return f"{images:,} images" + (f" of {groups:,} {unit}" if groups else "")
+
+
+def group_unit(loaded: Loaded) -> str:
+    """What the groups of a dataset are: patients only where the dataset says so."""
+    entry = loaded.facts.entry
+    unit = entry.group_unit if entry and entry.group_pattern else None
+    return f"{unit}s" if unit else "groups"
+
+
+def _calibration(loaded: Loaded) -> Markup:
     found = loaded.calibration
     if found is None:
-        return "None<span>Scores are not probabilities</span>"
+        return with_detail("None", "Scores are not probabilities")
+    if not loaded.calibrated:
+        text = f"No temperature improved them on {found.n:,} validation images; error {found.ece_after:.3f}"
+        return with_detail("None", f"Scores are not probabilities. {text}")
     change = f"Calibration error {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n:,} images"
-    title = f"Temperature {found.temperature:.2f}" if found.method == "temperature" else "Not needed"
-    return f"{title}<span>{esc(change)}</span>"
+    return with_detail(f"Temperature {found.temperature:.2f}", change)
 
 
-def _unusual(loaded: Loaded) -> str:
+def _unusual(loaded: Loaded) -> Markup:
     if loaded.unusual:
         measured = loaded.unusual.measured
         each = ", ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.get("auroc", {}).items())
         text = f"{loaded.unusual.coverage:.0%} of validation images pass. "
         text += f"AUROC against {each}" if each else "How well it works was not measured"
-        return f"Warned by the distance of features<span>{esc(text)}</span>"
+        return with_detail("Warned by the distance of features", text)
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:
-        return "No warning<span>The model has no threshold for it</span>"
+        return with_detail("No warning", "The model has no threshold for it")
     text = f"{ood.coverage:.0%} of validation images pass. How well it works was not measured for this model"
-    return f"Warned by the {esc(ood.score.replace('_', ' '))} score<span>{esc(text)}</span>"
+    return with_detail(f"Warned by the {ood.score.replace('_', ' ')} score", text)
 
 
 def _parameters(loaded: Loaded) -> str:

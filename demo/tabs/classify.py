@@ -11,15 +11,16 @@ from typing import Any
 
 import gradio as gr
 
+from medmamba._image import WindowNeeded
 from medmamba.config import ConfigError
-from medmamba.images import ImageError, load_image
+from medmamba.images import ImageError
 from medmamba.pretrained import PretrainedError
 
+from ..advice import of_problem
 from ..context import Context
 from ..examples import examples_html, load_examples
-from ..html import data_uri, empty, error
-from ..options import IMAGE_TYPES
-from ..service import FileFacts, View, Window, inspect, reduced
+from ..html import Markup, empty, error, tag
+from ..service import AnswerError, FileFacts, View, Window, inspect
 from ..sessions import Session
 from ..store import Loaded
 from ..theme import Html
@@ -27,6 +28,7 @@ from . import answers
 
 AS_FILE = "As the file says"
 CUSTOM = "Set by hand"
+RANGE = "Range of the values"
 CT_WINDOWS = [("Soft tissue", (40, 400)), ("Lung", (-600, 1500)), ("Bone", (400, 1800)), ("Brain", (40, 80))]
 """Level and width in Hounsfield units that readers of CT use."""
 WINDOW_WORDS = (
@@ -63,14 +65,17 @@ def build(context: Context) -> ClassifyTab:
                 label="Images",
                 show_label=False,
                 file_count="multiple",
-                file_types=IMAGE_TYPES,
                 type="filepath",
                 height=132,
                 elem_id="mm-drop",
             )
             Html(
-                f'<p class="mm-hint">PNG, JPEG, WebP, TIFF, BMP or DICOM, 8 or 16 bit, up to {limits.image_mb} MB each '
-                f"and {limits.batch_files} at once. Paste works too.</p>"
+                tag(
+                    '<p class="mm-hint">PNG, JPEG, WebP, TIFF, BMP or DICOM, whatever the file is called, 8 or 16 bit, '
+                    "up to {} MB each and {} at once. Paste works too.</p>",
+                    limits.image_mb,
+                    limits.batch_files,
+                )
             )
             current = Html("", visible=False, elem_id="mm-current")
             with gr.Group(visible=False, elem_id="mm-reading") as reading:
@@ -89,7 +94,11 @@ def build(context: Context) -> ClassifyTab:
         with gr.Column(scale=7, min_width=320):
             batch = Html(visible=False, js_on_load=pick_js("mm-index", "click"), elem_id="mm-batch")
             table_file = gr.DownloadButton("Download the table (CSV)", visible=False, size="sm")
-            result = Html(empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT), elem_id="mm-result")
+            result = Html(
+                empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT),
+                elem_id="mm-result",
+                js_on_load=pick_js("mm-window", "click"),
+            )
             explain = gr.Button("Explain this answer", visible=False, elem_id="mm-explain-this")
             with gr.Accordion("About this model", open=True, elem_id="mm-about"):
                 card = Html(answers.card_html(store.default))
@@ -118,20 +127,32 @@ def build(context: Context) -> ClassifyTab:
         return {**updates, **window_controls(found)}
 
     def window_controls(found: FileFacts) -> Updates:
+        """The controls of a new image. They show the window that was applied; where that was a table, none."""
         if found.windows is None or found.windows.value_range is None:
             return {}
-        low, high = found.windows.value_range
-        (c, w), unit = default_window(found), f" ({found.windows.unit})" if found.windows.unit else ""
-        step = 1 if high - low > 64 else (high - low) / 256
-        names = [name for name, _ in presets(found)]
-        # The window of a file may lie outside the values that this image has.
+        unit = f" ({found.windows.unit})" if found.windows.unit else ""
+        names = [*([] if found.lacks_window else [AS_FILE]), *(name for name, _ in presets(found)), CUSTOM]
         return {
             reading: gr.update(visible=True),
-            preset: gr.update(choices=[AS_FILE, *names, CUSTOM], value=AS_FILE),
-            center: gr.update(
-                minimum=min(low, c), maximum=max(high, c), value=c, step=step, label=f"Level (centre){unit}"
-            ),
-            width: gr.update(minimum=step, maximum=max(high - low, w), value=w, step=step, label=f"Window width{unit}"),
+            preset: gr.update(choices=names, value=None if found.lacks_window else AS_FILE),
+            **sliders(found, unit),
+        }
+
+    def sliders(found: FileFacts, unit: str | None = None) -> Updates:
+        """Level and width as they were applied to the image."""
+        assert found.windows is not None and found.windows.value_range is not None
+        low, high = found.windows.value_range
+        window = found.image.window
+        c, w = window or default_window(found)
+        step = slider_step(low, high, c, w)
+        labels = (
+            [{}, {}] if unit is None else [{"label": f"{name}{unit}"} for name in ("Level (centre)", "Window width")]
+        )
+        shown = {"visible": window is not None, "step": step}
+        # The window of a file may lie outside the values that this image has.
+        return {
+            center: gr.update(minimum=min(low, c), maximum=max(high, c), value=c, **shown, **labels[0]),
+            width: gr.update(minimum=min(step, w), maximum=max(high - low, w), value=w, **shown, **labels[1]),
         }
 
     def answer(session: Session, title: str, view: View) -> Updates:
@@ -161,10 +182,14 @@ def build(context: Context) -> ClassifyTab:
 
     def single(session: Session, loaded: Any, view: View) -> Updates:
         path = session.images[session.current]
+        hidden = gr.update(visible=False)
         try:
             found = context.service.classify(loaded.source, path, view)
-        except (ImageError, ValueError) as problem:
-            return {result: answers.failure_html(problem, path), explain: gr.update(visible=False)}
+        except AnswerError as problem:
+            return {result: error("The model gave no answer", answers.reason(problem, path)), explain: hidden}
+        except (ImageError, OSError, ValueError) as problem:
+            lacking = isinstance(problem, WindowNeeded) and len(session.images) == 1
+            return {result: answers.failure_html(of_problem(problem), path, lacking), explain: hidden}
         return {result: answers.answer_html(found, loaded), explain: gr.update(visible=True)}
 
     def take(files: list[str], title: str, request: gr.Request) -> Updates:
@@ -175,7 +200,7 @@ def build(context: Context) -> ClassifyTab:
             session.keep_images(list(files or []))
         except OSError:  # another visitor left who had brought an equal file a moment ago
             return {file: None, result: error("The upload was lost", "Choose the file again.")}
-        return {file: None, **controls(session), **answer(session, title, View())}
+        return {file: None, **controls(session), **answer(session, title, FIRST)}
 
     def choose(event: gr.EventData, title: str, request: gr.Request) -> Updates:
         index = int(event.index)
@@ -191,32 +216,48 @@ def build(context: Context) -> ClassifyTab:
         return answer(session, title, view_of(preset_, c, w, f))
 
     def look(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
-        """After a change of the window: preview and answer."""
+        """After a change of the window: preview, level and width as they are applied, and answer."""
         session = context.sessions.of(request)
-        updates = rerun(title, preset_, c, w, f, request)
         view = view_of(preset_, c, w, f)
-        with contextlib.suppress(ImageError):  # rerun has said why
+        updates = answer(session, title, view)
+        with contextlib.suppress(ImageError, OSError):  # the answer has said why
             if len(session.images) == 1:
-                updates[current] = preview(session.images[0], view)
+                found = inspect(session.images[0], view)
+                updates[current] = answers.preview_html(session.images[0], found)
+                if found.windowed:
+                    updates.update(sliders(found))
         return updates
-
-    def preview(path: Path, view: View) -> str:
-        found = inspect(path, view.frame)
-        if view.window is None:
-            return answers.preview_html(path, found)
-        image = load_image(path, frame=view.frame, window=view.window)
-        return answers.preview_html(path, found, data_uri(answers.squeeze(reduced(image, 384).to_uint8())))
 
     def use_preset(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
-        found = inspect(session.images[0], view_of(preset_, c, w, f).frame)
-        chosen = dict(presets(found)).get(preset_, (c, w)) if preset_ != AS_FILE else default_window(found)
-        return {center: chosen[0], width: chosen[1], **look(title, preset_, *chosen, f, request)}
+        if preset_ not in (AS_FILE, CUSTOM) and len(session.images) == 1:
+            with contextlib.suppress(ImageError, OSError):  # the answer says why
+                found = inspect(session.images[0], view_of(AS_FILE, c, w, f))
+                c, w = dict(presets(found)).get(preset_, (c, w))
+        return look(title, preset_, c, w, f, request)
 
     def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         return {preset: CUSTOM, **look(title, CUSTOM, c, w, f, request)}
 
-    def examples_of(title: str, request: gr.Request) -> str:
+    def by_range(title: str, f: float, request: gr.Request) -> Updates:
+        """The button beside an answer that the window spoils; of several images, for the one that is shown."""
+        session = context.sessions.of(request)
+        if not session.images:
+            return {result: gr.skip()}
+        path = session.images[session.current]
+        try:
+            found = inspect(path, view_of(AS_FILE, 0, 1, f if len(session.images) == 1 else 1))
+        except (ImageError, OSError) as problem:
+            return {result: answers.failure_html(of_problem(problem), path)}
+        window = found.image.range_window
+        if window is None:
+            return {result: gr.skip()}
+        if len(session.images) > 1:
+            return single(session, context.load(session, title), View(found.image.frame, window))
+        name = next((name for name, known in presets(found) if known == window), CUSTOM)
+        return {preset: name, **look(title, name, *window, f, request)}
+
+    def examples_of(title: str, request: gr.Request) -> Markup:
         try:
             return examples_html(examples, dataset_of(context.load(context.sessions.of(request), title)))
         except (PretrainedError, ConfigError, OSError, ValueError):  # answering says why
@@ -234,6 +275,7 @@ def build(context: Context) -> ClassifyTab:
     batch.click(open_row, [model], [result, explain], **shared)
     gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
     model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
+    result.click(by_range, [model, frame], shown, **shared)
     preset.input(use_preset, [model, *view], shown, **shared)
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
     gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
@@ -246,20 +288,33 @@ def dataset_of(loaded: Loaded) -> str | None:
     return loaded.facts.entry.name if loaded.facts.entry else None
 
 
-def view_of(preset: str, center: float, width: float, frame: float) -> View:
-    """From the controls; frames are counted from 1 there."""
-    window = None if preset == AS_FILE else (float(center), float(width))
-    return View(int(frame) - 1 if frame and frame > 1 else None, window)
+FIRST = View(0)
+"""Of a new file: the first frame, with the window that the file declares."""
+
+
+def view_of(preset: str | None, center: float, width: float, frame: float | None) -> View:
+    """From the controls; frames are counted from 1 there. Without a preset, as the file says."""
+    window = None if preset in (AS_FILE, None) else (float(center), float(width))
+    return View(max(int(frame or 1) - 1, 0), window)
 
 
 def presets(found: FileFacts) -> list[tuple[str, Window]]:
-    """Windows that the file declares, then, for CT, those in common use; by a name for people."""
+    """Windows that the file declares, for CT those in common use, and the range of the values; with names."""
     if found.windows is None:
         return []
     windows = [(_words(p.explanation), (p.center, p.width)) for p in found.windows.presets]
     if found.windows.unit == "HU":
         windows += [(name, window) for name, window in CT_WINDOWS if window not in dict(windows).values()]
+    if found.image.range_window:
+        windows.append((RANGE, found.image.range_window))
     return [(f"{name} ({center:g} / {width:g})", (center, width)) for name, (center, width) in windows]
+
+
+def slider_step(low: float, high: float, center: float, width: float) -> float:
+    """The step of level and width: whole units where the range is large and the window has whole numbers."""
+    if high - low > 64:
+        return 1 if float(center).is_integer() and float(width).is_integer() else 0.5
+    return (high - low) / 256
 
 
 def _words(explanation: str) -> str:
@@ -269,12 +324,11 @@ def _words(explanation: str) -> str:
 
 
 def default_window(found: FileFacts) -> Window:
-    """The file's first window, else the range of its values."""
-    assert found.windows is not None and found.windows.value_range is not None
+    """Where the controls start where no window was applied: the file's first, else the range of its values."""
+    assert found.windows is not None
     if found.windows.presets:
         return found.windows.presets[0].center, found.windows.presets[0].width
-    low, high = found.windows.value_range
-    return (low + high) / 2, high - low
+    return found.image.range_window or (0.0, 1.0)
 
 
 def refuse(files: list[str], most: int, megabytes: int) -> str:

@@ -12,8 +12,9 @@ from medmamba.explain import Comparison, ExplainCancelled, methods
 from medmamba.images import ImageError
 from medmamba.pretrained import PretrainedError
 
+from ..advice import of_problem
 from ..context import Context
-from ..html import card, empty, error, esc
+from ..html import Markup, card, empty, error, join, tag
 from ..options import BUSY
 from ..service import MAPS_SHARE, inspect
 from ..theme import Html
@@ -63,9 +64,10 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         try:
             loaded = context.load(session, title)
             path = session.images[session.current]
-            shown = answers.preview_html(path, inspect(path, view_of(preset, c, w, f).frame))
+            shown = answers.preview_html(path, inspect(path, view_of(preset, c, w, f)))
         except (ImageError, PretrainedError, ConfigError, OSError, ValueError) as problem:
-            return {current: _no_current(), picture: error("This cannot be explained", str(problem))}
+            text = answers.reason(of_problem(problem), session.images[session.current])
+            return {current: _no_current(), picture: error("This cannot be explained", text)}
         return {
             current: shown,
             target: gr.update(choices=[BEST, *loaded.config.labels], value=BEST),
@@ -87,7 +89,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         return {
             run: gr.update(visible=False),
             stop: gr.update(value="Cancel", interactive=True, visible=True),
-            status: gr.update(value='<div class="mm-status"></div>', visible=True),
+            status: gr.update(value=Markup('<div class="mm-status"></div>'), visible=True),
             picture: _working(names) if names else "",
             trust: gr.update(visible=False),
             downloads: gr.update(visible=False),
@@ -120,14 +122,14 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
 
         found: Comparison | None = None
         try:
-            source = context.source(session, title)
+            loaded = context.load(session, title)
             wanted = None if label == BEST else label
             view = view_of(preset, c, w, f)
-            for found in context.service.explain(source, path, view, names, wanted, check, report):
+            for found in context.service.explain(loaded.source, path, view, names, wanted, check, report):
                 first = not found.trust
                 update: Updates = {trust: gr.update(value=maps.trust_html(found, len(names)), visible=True)}
                 if first:
-                    update[picture] = maps.maps_html(found)
+                    update[picture] = maps.maps_html(found, loaded.calibrated)
                     if check:
                         update[trust] = gr.update(value=_checking(len(names)), visible=True)
                 yield update
@@ -136,7 +138,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
                 yield {picture: empty("Cancelled", "Nothing was changed. Press Explain to start again."), **idle()}
                 return
         except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
-            yield {picture: error("This could not be explained", answers.plain(problem, path)), **idle()}
+            yield {picture: error("This could not be explained", answers.reason(of_problem(problem), path)), **idle()}
             return
         assert found is not None
         target_file = session.new_download("explanation.png")
@@ -171,19 +173,24 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
     stop.click(cancel, None, stop, queue=False, api_visibility="private")
 
 
-def _no_current() -> str:
-    return '<p class="mm-hint">The image chosen in Classify is explained here.</p>'
+def _no_current() -> Markup:
+    return Markup('<p class="mm-hint">The image chosen in Classify is explained here.</p>')
 
 
-def _working(names: list[str]) -> str:
+def _working(names: list[str]) -> Markup:
     """Placeholders in the shape of what comes."""
-    cells = "".join(
-        f'<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>'
-        f"{esc(maps.method_title(name))}</strong><span>waiting</span></figcaption></figure>"
+    cells = join(
+        tag(
+            '<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>{}</strong>'
+            "<span>waiting</span></figcaption></figure>",
+            maps.method_title(name),
+        )
         for name in names
     )
-    return card(f'<div class="mm-map-grid">{cells}</div>', attributes='role="status" aria-label="Explaining"')
+    grid = tag('<div class="mm-map-grid">{}</div>', cells)
+    return card(grid, attributes=Markup('role="status" aria-label="Explaining"'))
 
 
-def _checking(count: int) -> str:
-    return card(f'<p class="mm-wait" role="status">Checking 1 of {count}…</p>', "Can these maps be trusted?")
+def _checking(count: int) -> Markup:
+    wait = tag('<p class="mm-wait" role="status">Checking 1 of {}…</p>', count)
+    return card(wait, "Can these maps be trusted?")

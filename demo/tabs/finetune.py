@@ -22,7 +22,21 @@ from medmamba.pretrained import PretrainedError
 from ..charts import Line, chart
 from ..context import Context
 from ..gpu import ZERO_GPU
-from ..html import callout, card, empty, error, esc, facts, table
+from ..html import (
+    NOTHING,
+    Markup,
+    bullets,
+    callout,
+    card,
+    empty,
+    error,
+    facts,
+    interval_text,
+    join,
+    table,
+    tag,
+    with_detail,
+)
 from ..jobs import Job, JobError, Plan, Progress, plan
 from ..options import BUSY, SAMPLE_SET
 from ..sessions import Session
@@ -35,6 +49,12 @@ EMPTY = empty(
 )
 CANCELLED = empty("Cancelled", "Nothing was kept. Press Fine-tune to start again.")
 POLL_SECONDS = 0.7
+FEW_IMAGES = 100
+"""Below, the figures of a test split come with a warning."""
+CHOSEN_BY_VAL = (
+    "These images chose the best epoch and fitted the calibration, so the figures are too good. Add a test folder to "
+    "know how good the model is."
+)
 Updates = dict[Any, Any]
 
 
@@ -48,8 +68,12 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                 elem_id="mm-zip",
             )  # fmt: skip
             Html(
-                f'<p class="mm-hint">A .zip with one folder per class, or with train, val and test folders around '
-                f"those. Up to {limits.zip_mb} MB and {limits.zip_images:,} images. Deleted when you leave.</p>"
+                tag(
+                    '<p class="mm-hint">A .zip with one folder per class, or with train, val and test folders around '
+                    "those. Up to {} MB and {:,} images. Deleted when you leave.</p>",
+                    limits.zip_mb,
+                    limits.zip_images,
+                )
             )
             sample = gr.Button("Use the sample set: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")
@@ -139,7 +163,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             name = own_name(session)
             session.models[name] = job.out
             yield {
-                picture: result_html(found, job, name),
+                picture: result_html(found, job, name, limits.idle_minutes),
                 done: gr.update(visible=True),
                 download: packed(job.out, session.new_download("medmamba-model.zip")),
                 **idle(),
@@ -202,21 +226,29 @@ def packed(model: Path, target: Path) -> str:
     return shutil.make_archive(str(target.with_suffix("")), "zip", model.parent, model.name)
 
 
-def set_html(found: Plan) -> str:
+def set_html(found: Plan) -> Markup:
     """What is in the set and how it will be divided."""
     index = found.index
     counts = zip(index.classes, index.class_counts, strict=True)
-    classes = "".join(f"<li>{esc(name)} · {count}</li>" for name, count in counts)
+    classes = bullets((f"{name} · {count}" for name, count in counts), "mm-classes")
     sizes = ", ".join(f"{size} {split}" for split, size in index.split_sizes.items())
-    how = "divided at random within each class" if found.made else "as the folders say"
-    rows = [
-        (f"{len(index)} images, {len(index.classes)} classes", f'<ul class="mm-classes">{classes}</ul>'),
-        ("Split", f"{sizes}<span>{how}</span>"),
+    rows: list[tuple[object, object]] = [
+        (f"{len(index)} images, {len(index.classes)} classes", classes),
+        ("Split", with_detail(sizes, how_divided(found))),
     ]
     return card(facts(rows), found.data.name, css="mm-tight")
 
 
-def progress_html(found: Progress, epochs: int, stage: str = "") -> str:
+def how_divided(found: Plan) -> str:
+    """How the splits come about, and what that is worth."""
+    if not found.made:
+        return "as the folders say"
+    if any(found.index.patients):
+        return "divided at random, each group of images (patient, lesion) kept together"
+    return "divided at random within each class; which images are of one patient is not known"
+
+
+def progress_html(found: Progress, epochs: int, stage: str = "") -> Markup:
     """The curves so far, and how long it will take; `stage` says what is going on instead of the epoch."""
     if stage:
         title = stage
@@ -226,15 +258,16 @@ def progress_html(found: Progress, epochs: int, stage: str = "") -> str:
         title = "Reading the images"
     left = f"about {duration(found.left)} left" if found.left is not None else "estimating the time"
     share = 100 * found.share
-    bar = (
-        f'<div class="mm-progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{share:.0f}"><span style="width:{share:.1f}%"></span></div>'
+    bar = tag(
+        '<div class="mm-progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
+        'aria-valuenow="{share:.0f}"><span style="width:{share:.1f}%"></span></div>',
+        share=share,
     )
     text = f"{duration(found.seconds)} so far, {left}" if found.seconds else "One model is trained at a time here."
-    return card(bar + curves_html(found, epochs), title, text, attributes='aria-live="off"')
+    return card(bar + curves_html(found, epochs), title, text, attributes=Markup('aria-live="off"'))
 
 
-def curves_html(found: Progress, epochs: int) -> str:
+def curves_html(found: Progress, epochs: int) -> Markup:
     """Loss and accuracy over epochs."""
 
     def column(name: str) -> list[float]:
@@ -249,48 +282,56 @@ def curves_html(found: Progress, epochs: int) -> str:
         Line("balanced accuracy", x, column("val_balanced_accuracy"), "b"),
     ]
     limit = (0.0, float(epochs))
-    return (
-        f'<div class="mm-chart-grid">{chart(loss, "Loss", "epoch", "lower is better", limit)}'
-        f"{chart(scores, 'On validation images', 'epoch', 'share right, higher is better', limit, (0, 1))}</div>"
-    )
+    drawn = chart(scores, "On validation images", "epoch", "share right, higher is better", limit, (0, 1))
+    return tag('<div class="mm-chart-grid">{}{}</div>', chart(loss, "Loss", "epoch", "lower is better", limit), drawn)
 
 
-def result_html(found: dict[str, Evaluation], job: Job, name: str) -> str:
+def result_html(found: dict[str, Evaluation], job: Job, name: str, minutes: float) -> Markup:
     """Scores, confusion matrix and curves of the finished model."""
     split = "test" if "test" in found else "val"
     evaluation = found[split]
     progress = job.progress()
     best = read_facts(job.out, licence="other").config.training.get("best_epoch")
-    rows = [
-        [esc(TITLES[key]), f"{estimate.value:.3f}", _interval(estimate.low, estimate.high)]
-        for key in ("accuracy", "balanced_accuracy", "auroc")
-        if (estimate := evaluation.overall.get(key)) is not None and not math.isnan(estimate.value)
+    estimates = {key: evaluation.overall.get(key) for key in ("accuracy", "balanced_accuracy", "auroc")}
+    known = {key: found for key, found in estimates.items() if found is not None and not math.isnan(found.value)}
+    rows: list[list[object]] = [
+        [TITLES[key], f"{estimate.value:.3f}", interval_text(estimate)] for key, estimate in known.items()
     ]
-    few = ""
-    if evaluation.n_images < 100:
-        text = f"These figures come from {evaluation.n_images} images: the intervals say how little that is."
-        few = callout("warn", "Few images", text)
+    few = NOTHING
+    if evaluation.n_images < FEW_IMAGES:
+        wide = any(interval_text(estimate) for estimate in known.values())
+        text = f"These figures come from {evaluation.n_images} images"
+        few = callout("warn", "Few images", text + (": the intervals say how little that is." if wide else "."))
+    chosen = callout("warn", "No test images", CHOSEN_BY_VAL) if split != "test" else NOTHING
     figures = table(["Figure", "Value", f"{evaluation.level:.0%} interval"], rows, f"On the {split} images")
-    ended = f"Epoch {best} of {len(progress.history)} was best on validation. {duration(progress.seconds)} in all."
-    text = f"{ended} It stays here until you leave the page."
-    both = f'<div class="mm-result-grid"><div>{figures}</div><div>{confusion_html(evaluation)}</div></div>'
-    return card(both + few, f"{name} is ready", text) + card(curves_html(progress, len(progress.history)))
+    epochs = len(progress.history)
+    ended = f"Epoch {best} of {epochs} was best on validation." if best else f"{epochs} epochs."
+    text = f"{ended} {duration(progress.seconds)} in all. {kept_until(minutes)}"
+    both = tag('<div class="mm-result-grid"><div>{}</div><div>{}</div></div>', figures, confusion_html(evaluation))
+    return card(both + few + chosen, f"{name} is ready", text) + card(curves_html(progress, epochs))
 
 
-def confusion_html(evaluation: Evaluation) -> str:
+def kept_until(minutes: float) -> str:
+    """When a visitor's model goes."""
+    return f"It stays here until you leave the page or do nothing for {minutes:g} minutes."
+
+
+def confusion_html(evaluation: Evaluation) -> Markup:
     """Counts, shaded by their share of the true class."""
     if evaluation.task != "multiclass":
-        return ""
-    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in evaluation.classes)
-    body = ""
+        return NOTHING
+    head = join(tag('<th scope="col">{}</th>', name) for name in evaluation.classes)
+    rows = []
     for name, row in zip(evaluation.classes, evaluation.confusion, strict=True):
         total = sum(row) or 1
-        cells = "".join(f'<td style="--share:{count / total:.3f}">{count}</td>' for count in row)
-        body += f'<tr><th scope="row">{esc(name)}</th>{cells}</tr>'
-    return (
-        f'<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'
-        f"<caption>Rows: true class. Columns: what the model says.</caption>"
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        cells = join(tag('<td style="--share:{:.3f}">{}</td>', count / total, count) for count in row)
+        rows.append(tag('<tr><th scope="row">{}</th>{}</tr>', name, cells))
+    return tag(
+        '<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'
+        "<caption>Rows: true class. Columns: what the model says.</caption>"
+        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>",
+        head,
+        join(rows),
     )
 
 
@@ -298,7 +339,3 @@ def duration(seconds: float) -> str:
     """45 s, 3 min 20 s."""
     whole = max(round(seconds), 0)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
-
-
-def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f"{low:.3f} – {high:.3f}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from medmamba.explain import Comparison, Explanation, Trust, methods
 
+from ..advice import WARNING, in_app
 from ..charts import NARROW, Line, chart
-from ..html import callout, card, data_uri, esc, table
+from ..html import NOTHING, Markup, bullets, callout, card, data_uri, join, percent, table, tag
 
 OPACITY = 65
 GOOD = {
@@ -31,48 +32,70 @@ def title_of(explanation: Explanation) -> str:
     return f"{title}, {layer.replace('.', ' ')}" if layer else title
 
 
-def maps_html(found: Comparison) -> str:
+def maps_html(found: Comparison, calibrated: bool = False) -> Markup:
     """Each map over the image. The image lies below, the full overlay above with an opacity that the slider sets:
-    an overlay is linear in its opacity, so this is what `overlay_pixels(alpha)` computes."""
+    an overlay is linear in its opacity, so this is what `overlay_pixels(alpha)` computes.
+
+    Args:
+        calibrated: whether the probability may be called one; else it is a score.
+    """
     first = found.explanations[0]
     below = data_uri(first.overlay_pixels(0.0))
-    cells = "".join(_map(explanation, below) for explanation in found.explanations)
-    return (
-        f'<section class="mm-card mm-maps" style="--mm-opacity:{OPACITY / 100}"><div class="mm-maps-head"><div>'
-        f"<h2>What speaks for {esc(first.label)}</h2>"
-        f"<p>{first.probability:.1%} probable. What was explained is the logit, {first.logit:.2f}.</p></div>"
-        f'<label class="mm-slider"><span>Overlay</span><input type="range" min="0" max="100" value="{OPACITY}" '
-        f'data-mm-opacity aria-label="Strength of the overlay"><output>{OPACITY} %</output></label></div>'
-        f'<div class="mm-map-grid">{cells}</div>{_legend(found)}</section>'
+    return tag(
+        '<section class="mm-card mm-maps" style="--mm-opacity:{share}"><div class="mm-maps-head"><div>'
+        "<h2>What speaks for {label}</h2>"
+        "<p>{kind} {probability}. What was explained is the logit, {logit:.2f}.</p></div>"
+        '<label class="mm-slider"><span>Overlay</span><input type="range" min="0" max="100" value="{percent}" '
+        'data-mm-opacity aria-label="Strength of the overlay"><output>{percent} %</output></label></div>'
+        '{warnings}<div class="mm-map-grid">{cells}</div>{legend}</section>',
+        share=OPACITY / 100,
+        label=first.label,
+        kind="Calibrated probability" if calibrated else "Score, not calibrated:",
+        probability=percent(first.probability),
+        logit=first.logit,
+        percent=OPACITY,
+        warnings=join(callout("warn", text) for text in _warnings(found)),
+        cells=join(_map(explanation, below) for explanation in found.explanations),
+        legend=_legend(found),
     )
 
 
-def _map(explanation: Explanation, below: str) -> str:
-    notes = "".join(f"<li>{esc(note)}</li>" for note in explanation.notes)
+def _warnings(found: Comparison) -> list[str]:
+    """What changes the worth of the maps: what was noted of the file, and of each map."""
+    notes = [note for explanation in found.explanations for note in explanation.notes if note.startswith(WARNING)]
+    return [text[:1].upper() + text[1:] for text in dict.fromkeys(map(in_app, notes))]
+
+
+def _map(explanation: Explanation, below: str) -> Markup:
     about = methods()[explanation.method].summary
-    more = f"<details><summary>Notes</summary><ul>{notes}</ul></details>" if notes else ""
-    title = title_of(explanation)
-    return (
-        f'<figure class="mm-map"><div class="mm-stack"><img src="{below}" alt="">'
-        f'<img class="mm-over" src="{data_uri(explanation.overlay_pixels(1.0))}" '
-        f'alt="{esc(title)}: the image, coloured where the map is strong"></div>'
-        f"<figcaption><strong>{esc(title)}</strong><span>{esc(about[:1].upper() + about[1:])}. "
-        f"{explanation.seconds:.1f}&nbsp;s</span></figcaption>{more}</figure>"
+    more = NOTHING
+    if notes := [in_app(note) for note in explanation.notes if not note.startswith(WARNING)]:
+        more = tag("<details><summary>Notes</summary>{}</details>", bullets(notes))
+    return tag(
+        '<figure class="mm-map"><div class="mm-stack"><img src="{below}" alt=""><img class="mm-over" src="{above}" '
+        'alt="{title}: the image, coloured where the map is strong"></div>'
+        "<figcaption><strong>{title}</strong><span>{about}. {seconds:.1f}&nbsp;s</span></figcaption>{more}</figure>",
+        below=below,
+        above=data_uri(explanation.overlay_pixels(1.0)),
+        title=title_of(explanation),
+        about=about[:1].upper() + about[1:],
+        seconds=explanation.seconds,
+        more=more,
     )
 
 
-def _legend(found: Comparison) -> str:
+def _legend(found: Comparison) -> Markup:
     signed = any(e.signed for e in found.explanations)
     unsigned = any(not e.signed for e in found.explanations)
     parts = []
     if signed:
-        parts.append('<span><i class="mm-ramp-signed"></i>against the class, nothing, for the class</span>')
+        parts.append(Markup('<span><i class="mm-ramp-signed"></i>against the class, nothing, for the class</span>'))
     if unsigned:
-        parts.append('<span><i class="mm-ramp-plain"></i>no influence to most influence, either way</span>')
-    return f'<p class="mm-legend">{"".join(parts)}</p>'
+        parts.append(Markup('<span><i class="mm-ramp-plain"></i>no influence to most influence, either way</span>'))
+    return tag('<p class="mm-legend">{}</p>', join(parts))
 
 
-def trust_html(found: Comparison, checking: int | None = None) -> str:
+def trust_html(found: Comparison, checking: int | None = None) -> Markup:
     """The agreement of the maps, and the checks that are done.
 
     Args:
@@ -87,22 +110,24 @@ def trust_html(found: Comparison, checking: int | None = None) -> str:
     results = [{name: (value, good) for name, value, good in trust.rows()} for trust in found.trust]
     rows = [
         [
-            f"<strong>{esc(name[:1].upper() + name[1:])}</strong><small>{esc(GOOD.get(name, ''))}</small>",
-            *(f"{esc(values[name][0])}<small>{esc(_compared(name, values[name][1]))}</small>" for values in results),
+            tag("<strong>{}</strong><small>{}</small>", name[:1].upper() + name[1:], GOOD.get(name, "")),
+            *(tag("{}<small>{}</small>", values[name][0], _compared(name, values[name][1])) for values in results),
         ]
         for name in names
     ]
-    wait = ""
+    wait = NOTHING
     if checking and len(found.trust) < checking:
-        wait = f'<p class="mm-wait" role="status">Checking {len(found.trust) + 1} of {checking}…</p>'
+        wait = tag('<p class="mm-wait" role="status">Checking {} of {}…</p>', len(found.trust) + 1, checking)
     header = ["Check", *(title_of(e) for e in found.explanations[: len(found.trust)])]
     checks = table(header, rows, "Checks of each map", css="mm-trust")
-    curves = "".join(_curves(e, t) for e, t in zip(found.explanations, found.trust, strict=False))
+    curves = join(_curves(e, t) for e, t in zip(found.explanations, found.trust, strict=False))
     lead = (
         "Parts of the image are blurred away, strongest evidence first, or brought back in that order. A map that says "
         "what the model uses makes the logit fall fast and rise fast; the grey lines are random orders."
     )
-    removal = card(f'<div class="mm-chart-grid mm-narrow">{curves}</div>', "Removing and restoring the evidence", lead)
+    removal = card(
+        tag('<div class="mm-chart-grid mm-narrow">{}</div>', curves), "Removing and restoring the evidence", lead
+    )
     return card(checks + wait + agreement, "Can these maps be trusted?") + removal
 
 
@@ -113,22 +138,22 @@ def _compared(name: str, good: str) -> str:
     return good.partition(": ")[2] if name.startswith("same map") else ""
 
 
-def _agreement(found: Comparison) -> str:
+def _agreement(found: Comparison) -> Markup:
     if len(found.explanations) < 2:
-        return ""
+        return NOTHING
     titles = [title_of(e) for e in found.explanations]
     rows = [
-        [f"<strong>{esc(a)}</strong>", *(f"{v:.2f}" for v in row)]
-        for a, row in zip(titles, found.agreement, strict=True)
+        [tag("<strong>{}</strong>", name), *(f"{value:.2f}" for value in row)]
+        for name, row in zip(titles, found.agreement, strict=True)
     ]
     caption = "Rank correlation between the maps: 1 is the same order of pixels. Where two disagree, one is wrong."
-    return f'<div class="mm-agreement">{table(["", *titles], rows, caption)}</div>'
+    return tag('<div class="mm-agreement">{}</div>', table(["", *titles], rows, caption))
 
 
-def _curves(explanation: Explanation, trust: Trust) -> str:
+def _curves(explanation: Explanation, trust: Trust) -> Markup:
     curves = trust.curves
     if curves is None:
-        return ""
+        return NOTHING
     x = [100 * f for f in curves.fractions]
     lines = [
         Line("random orders", x, list(row), "faint") for row in (*curves.random_deletion, *curves.random_insertion)

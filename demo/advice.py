@@ -1,0 +1,57 @@
+"""Messages of the package for people who sit before the app, and for programs that call it: what *they* can do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from medmamba._image import FrameNeeded, WindowNeeded
+
+WARNING = "warning: "
+_KIND = re.compile(r"^[a-z][a-z0-9-]*: ")
+_FOR_PYTHON = re.compile(r"\b(?:frame|window|classes)=|numpy\.|\bpass \w|medmamba \w+ --|--(?:frame|window)\b")
+"""What only somebody who writes Python, or a command, can follow."""
+
+
+def in_app(text: object) -> str:
+    """A note, warning or error without its prefix, its kind and clauses that only a programmer can follow."""
+    said = str(text).removeprefix(WARNING)
+    said = _KIND.sub("", said, count=1) if str(text).startswith(WARNING) else said
+    clauses = re.split(r"(; |(?<=[^.])\. (?=[A-Z])|, (?=pass |window=|frame=)| \((?=frame=))", said)
+    kept = clauses[0]
+    for mark, clause in zip(clauses[1::2], clauses[2::2], strict=True):
+        if not _FOR_PYTHON.search(clause):
+            kept += mark + clause
+    return kept.strip().rstrip(";,") or said
+
+
+def for_programs(text: object) -> str:
+    """A note, warning or error in the words of the endpoints: their fields are called differently."""
+    said = re.sub(r"window=\(([^()]*), ([^()]*)\)", r"window_center=\1 and window_width=\2", str(text))
+    return said.replace("window_center=center and window_width=width", "window_center and window_width")
+
+
+def of_problem(problem: Exception, program: bool = False) -> str:
+    """What to do about an image that could not be read.
+
+    Args:
+        program: for one that calls the endpoints, which have fields instead of controls.
+    """
+    if isinstance(problem, FrameNeeded):
+        how = f"give frame, 0 to {problem.n_frames - 1}" if program else "open it alone to choose one under Frame"
+        return f"this file holds {problem.n_frames} frames; {how}"
+    if isinstance(problem, WindowNeeded):
+        low, high = problem.value_range
+        how = (
+            "give window_center and window_width" if program else "set level and width, or take the range of its values"
+        )
+        return f"its values, {low:g} to {high:g}, declare no range of brightness; {how}"
+    return str(problem)
+
+
+def plain(message: object, *paths: Path) -> str:
+    """An error text without the server's own paths."""
+    text = str(message)
+    for path in paths:
+        text = text.replace(str(path), path.name)
+    return text
