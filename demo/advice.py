@@ -17,8 +17,8 @@ def in_app(text: object) -> str:
     """A note, warning or error without its prefix, its kind and clauses that only a programmer can follow."""
     said = str(text).removeprefix(WARNING)
     said = _KIND.sub("", said, count=1) if str(text).startswith(WARNING) else said
-    clauses = re.split(r"(; |(?<=[^.])\. (?=[A-Z])|, (?=pass |window=|frame=)| \((?=frame=))", said)
-    kept = clauses[0]
+    clauses = re.split(r"(; |(?<=[^.])\. (?=[A-Z])| \((?=frame=))", said)
+    kept = re.split(r", (?=pass |window=|frame=)", clauses[0])[0]
     for mark, clause in zip(clauses[1::2], clauses[2::2], strict=True):
         if not _FOR_PYTHON.search(clause):
             kept += mark + clause

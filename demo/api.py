@@ -262,8 +262,7 @@ def _warnings(found: Answer) -> list[str]:
     warnings = [for_programs(text.removeprefix(WARNING)) for text in found.warnings]
     if found.better_window is not None:
         center, width = found.better_window
-        text = "the window that was applied hides most of this image"
-        warnings.append(f"{text}; window_center={center:g} and window_width={width:g} show the range of its values")
+        warnings.append(f"window_center={center:g} and window_width={width:g} show the whole range of the values")
     if found.unusual:
         warnings.append("this does not look like what the model was trained on")
     if found.n_frames > 1:

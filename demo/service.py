@@ -95,12 +95,24 @@ class Answer:
     @property
     def warnings(self) -> list[str]:
         """Notes that change what the answer is worth; the remark on unusual images has a place of its own."""
-        return [note for note in self.prediction.image_notes if note.startswith(WARNING)]
+        found = [note for note in self.prediction.image_notes if note.startswith(WARNING)]
+        if self.better_window is not None and not any(is_of_contrast(note) for note in found):
+            found.append(f"{WARNING}unused-range: another window would show far more of this image")
+        return found
 
     @property
     def notes(self) -> list[str]:
         """The other notes: what was done to the file."""
         return [note for note in self.prediction.image_notes if not note.startswith(WARNING)]
+
+
+CONTRAST = frozenset(("unused-range", "saturated", "two-valued", "almost-constant", "constant"))
+"""Kinds of warnings, see `MedicalImage.warnings`, of images that another window may show better."""
+
+
+def is_of_contrast(note: str) -> bool:
+    """Whether a warning is of one of those kinds."""
+    return note.removeprefix(WARNING).partition(": ")[0] in CONTRAST
 
 
 class AnswerError(ValueError):
@@ -271,11 +283,13 @@ class Seen:
 
 def applied(image: MedicalImage) -> dict[str, Any]:
     """How an image was read, as fields of `Answer`."""
+    doubtful = image.low_contrast or not CONTRAST.isdisjoint(image.warning_kinds)
+    better = image.range_window if doubtful and image.range_window != image.window else None
     chosen = image.bit_depth > 8 or image.window_from != "range"  # else it is 0 to 255, as everybody expects
     return {
         "window": image.window if chosen else None,
         "window_from": image.window_from if chosen else "",
-        "better_window": image.range_window if image.low_contrast else None,
+        "better_window": better,
         "values": image.value_range,
         "frame": image.frame,
         "n_frames": image.n_frames,

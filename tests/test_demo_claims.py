@@ -181,8 +181,9 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
 
     found = jobs.plan(jobs.Path(str(classify.__file__)).parents[1] / "examples" / "chest_xray_sample.zip", Limits())
     assert "which images are of one patient is not known" in finetune.set_html(found)
-    records = [dataclasses.replace(r, patient="p") for r in found.index.records]
-    grouped = dataclasses.replace(found, index=dataclasses.replace(found.index, records=tuple(records)))
+    index = found.index
+    records = [dataclasses.replace(record, patient="p") for record in index.records]
+    grouped = dataclasses.replace(found, index=index.with_records(records))
     assert "kept together" in finetune.how_divided(grouped)
     assert finetune.how_divided(dataclasses.replace(found, made=False)) == "as the folders say"
     assert "20 minutes" in finetune.kept_until(20)

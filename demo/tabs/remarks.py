@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..advice import in_app
 from ..html import NOTHING, Markup
-from ..service import Answer
+from ..service import Answer, is_of_contrast
 from ..store import Loaded
 
 Remark = tuple[str, str, str, Markup]
@@ -90,13 +90,15 @@ def _warnings(found: Answer) -> list[Remark]:
     """What was noted in reading the file; with a button if another window shows more."""
     remarks: list[Remark] = []
     for warning in found.warnings:
-        text = in_app(warning)
-        remarks.append(("warn", text[:1].upper() + text[1:], "", NOTHING))
-    if found.better_window is not None:
-        values = f" The values of the file lie between {found.values[0]:g} and {found.values[1]:g}." if found.values else ""
-        text = f"The model sees what is shown here.{values}"
-        title = remarks.pop(0)[1] if remarks else "Another window would show far more of this image"
-        remarks.insert(0, ("warn", title, text, WINDOW_BUTTON))
+        title = in_app(warning)
+        title = title[:1].upper() + title[1:]
+        if found.better_window is None or not is_of_contrast(warning) or any(button for *_, button in remarks):
+            remarks.append(("warn", title, "", NOTHING))
+            continue
+        values = (
+            f" The values of the file lie between {found.values[0]:g} and {found.values[1]:g}." if found.values else ""
+        )
+        remarks.insert(0, ("warn", title, f"The model sees what is shown here.{values}", WINDOW_BUTTON))
     return remarks
 
 
