@@ -157,7 +157,7 @@ def evaluate_model(
         "input_size": list(config.preprocess.input_size),
     }
     scored = score(logits, index, config, resamples=resamples, seed=seed, context=context)
-    if out is not None and accelerator.is_main_process:
+    if out is not None and accelerator.process_index == 0:
         write_results(out, {split or "all": scored})
     return scored
 

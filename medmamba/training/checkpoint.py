@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ import torch
 from torch import Tensor
 
 from ..utils.files import write_atomically, write_text
+from .identity import differences
 
-__all__ = ["CheckpointStore", "ResumeError", "write_text"]  # write_text: where it was before
+__all__ = [
+    "CheckpointStore",
+    "ResumeError",
+    "another_run",
+    "check_same_run",
+    "write_text",
+]  # write_text: where it was before
 
 FORMAT = 1
 LAST = "last.pt"
@@ -54,6 +62,19 @@ class CheckpointStore:
             raise ResumeError(f"{path} was written by another version; start again with restart=True (--restart)")
         return state
 
+    def note_run(self, identity: dict[str, Any], table: dict[str, str]) -> None:
+        """Keeps what the run is made of (see `identity`), to say what has changed when it is to go on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / RUN, json.dumps({"identity": identity, "data": table}))
+
+    def noted_run(self) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """What `note_run` was given; None where there is none that can be read."""
+        try:
+            found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+            return dict(found["identity"]), dict(found["data"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def save(self, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / LAST, lambda path: torch.save({"format": FORMAT, **state}, path))
@@ -85,3 +106,24 @@ class CheckpointStore:
 
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best-{epoch:04d}.safetensors"
+
+
+def check_same_run(store: CheckpointStore, identity: dict[str, Any], table: dict[str, str]) -> None:
+    """
+    Raises:
+        ResumeError: the store holds a run of other inputs; the message says which, and how to go on.
+    """
+    noted = store.noted_run()
+    if (
+        not store or noted is None
+    ):  # nothing to go on from, or the trainer compares with what the checkpoint itself says
+        return
+    if changed := differences(identity, noted[0], table, noted[1]):
+        raise another_run(store, changed)
+
+
+def another_run(store: CheckpointStore, changed: str) -> ResumeError:
+    return ResumeError(
+        f"{store.folder} holds an unfinished run with another {changed}. To go on with it, put that back as it was; "
+        "else use another output folder, or start again with restart=True (--restart)"
+    )

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ..model import MedMamba
 from ..preprocess import normalise
+from ..utils.devices import autocast, owning
 from . import augment, data_parallel, graphs, objective, sampling
-from .checkpoint import CheckpointStore, ResumeError
+from .checkpoint import CheckpointStore, ResumeError, another_run
 from .graphs import graphs_possible
+from .identity import differences
 from .log import RunLog
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
 from .recipe import Recipe, RecipeError
-from .validation import selection_score, validate, validation_batch
+from .stopping import stop_on_sigterm
+from .validation import NotFiniteError, selection_score, validate, validation_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +114,8 @@ class Trainer:
         synchronised = data_parallel.sync_batch_norm(self.model, accelerator, self.batches.part)
         self._use_graphs = graphs == "auto" and graphs_possible(accelerator) and not synchronised
         self._graph = _NO_GRAPH
-        self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
+        with owning(accelerator):
+            self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.wrapped: torch.nn.Module = self.model
         self._gradients = data_parallel.GradientMean(accelerator, self._trained)
@@ -208,7 +210,7 @@ class Trainer:
         return torch.as_tensor(total)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             logits = self.wrapped(images)
         return objective.loss(logits, targets, self.config.task, self.weights) / self.batches.accumulate
 
@@ -226,7 +228,8 @@ class Trainer:
     def _wrap(self) -> None:
         """DistributedDataParallel, for steps without graphs; one process has nothing to wrap."""
         if self.accelerator.num_processes > 1:
-            self.wrapped = self.accelerator.prepare(self.model)
+            with owning(self.accelerator):
+                self.wrapped = self.accelerator.prepare(self.model)
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
         """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
@@ -247,7 +250,11 @@ class Trainer:
         if progress.epoch == recipe.final_phase:
             progress.best = None  # of another size
         batch_size = validation_batch(plan.part, self.accelerator.device)
-        scores = validate(shown, val, self.accelerator, batch_size)
+        self._check_weights()
+        try:
+            scores = validate(shown, val, self.accelerator, batch_size)
+        except NotFiniteError as error:
+            raise self._diverged(f"{error} after epoch {progress.epoch + 1}") from error
         score = [selection_score(scores, metric) for metric in recipe.select]
         is_best = progress.best is None or score > progress.best["score"]
         row = {
@@ -255,14 +262,14 @@ class Trainer:
             "lr": recipe.lr * lr_factor((progress.epoch + 1) * plan.steps - 1, plan.steps, recipe),
             "size": recipe.size_at(progress.epoch),
             "loss": loss,
-            **{f"val_{name}": None if np.isnan(value) else value for name, value in scores.items()},
+            **{f"val_{name}": value if math.isfinite(value) else None for name, value in scores.items()},
             "best": is_best,
             "images_per_second": round(plan.steps * plan.size / max(progress.seconds, 1e-9), 2),
             "seconds": round(progress.seconds, 3),
         }
         if is_best:
             progress.best = {"epoch": progress.epoch, "score": score}
-            if self.accelerator.is_main_process:
+            if self.accelerator.process_index == 0:
                 self._best = {name: tensor.clone() for name, tensor in shown.state_dict().items()}
         progress.history.append(row)
         progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
@@ -299,8 +306,9 @@ class Trainer:
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
-        if not self.accelerator.is_main_process:
+        if self.accelerator.process_index != 0:
             return
+        self._check_weights()
         progress = self.progress
         scaler = self.accelerator.scaler
         if self._best is not None and progress.best:
@@ -309,7 +317,7 @@ class Trainer:
         self.store.save(
             {
                 "identity": self.identity,
-                "plan": [self.batches.steps, self.batches.size],
+                "plan": self._plan(),
                 "epoch": progress.epoch,
                 "step": progress.step,
                 "loss_sum": progress.loss_sum,
@@ -327,16 +335,12 @@ class Trainer:
         state = self.store.load()
         if state is None:
             return
-        if state["identity"] != self.identity:
-            mine, theirs = self.identity, state["identity"]
-            changed = [key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)]
+        if changed := differences(self.identity, state["identity"]):
+            raise another_run(self.store, changed)
+        if state["plan"] != self._plan():
             raise ResumeError(
-                f"{self.store.folder} holds a run with another {', '.join(sorted(changed))}; use another output "
-                "folder, or start again with restart=True (--restart)"
-            )
-        if state["plan"] != [self.batches.steps, self.batches.size]:
-            raise ResumeError(
-                f"{self.store.folder} holds a run of other batches; resume with the same processes and accumulation"
+                f"{self.store.folder} holds a run of other batches (steps, images per step, images at once: "
+                f"{state['plan']}, now {self._plan()}); resume with the same processes and accumulation"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -347,6 +351,9 @@ class Trainer:
         self.progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
         self.log.resumed(self.progress.history)
 
+    def _plan(self) -> list[int]:
+        return [self.batches.steps, self.batches.size, self.batches.part]
+
     # --- small things ---
 
     def _global_step(self) -> int:
@@ -355,25 +362,28 @@ class Trainer:
     def _checked(self, running: Tensor, epoch: int) -> float:
         value = float(running)
         if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is no longer a number in epoch {epoch + 1}; use a smaller lr, clip_grad=1, or precision="
-                "'fp32'. The last checkpoint is from before; other settings need a new run"
-            )
+            raise self._diverged(f"the loss is no longer a number in epoch {epoch + 1}")
         return value
 
+    def _check_weights(self) -> None:
+        """A loss is of the weights before its step; the step itself may have been the bad one.
 
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a scheduler can end a run without loss. Other handlers are put back."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        Raises:
+            TrainingError: a weight or statistic is no number.
+        """
+        tensors = [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+        if not bool(torch.isfinite(largest).all()):
+            raise self._diverged(f"weights are no longer numbers in epoch {self.progress.epoch + 1}")
+
+    def _diverged(self, what: str) -> TrainingError:
+        kept = "nothing was kept yet"
+        if self.store:
+            kept = f"the last good checkpoint is kept in {self.store.folder}"
+        return TrainingError(
+            f"{what}: training has diverged. Use a smaller lr, clip_grad=1, or precision='fp32'. Other settings need a "
+            f"new run (another folder, or restart=True, --restart); {kept}"
+        )
 
 
 def _double(device: torch.device) -> torch.device:

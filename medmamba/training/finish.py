@@ -24,8 +24,11 @@ from ..pretrained import CONFIG_NAME, WEIGHTS_NAME
 from ..registry import DatasetEntry
 from ..unusual import NAME as UNUSUAL_NAME
 from ..unusual import Unusual, UnusualError, fit_unusual, learn_unusual, sample
+from ..utils.devices import wait_for_everyone
+from ..utils.files import staged
 from .checkpoint import CheckpointStore
 from .engine import Progress
+from .identity import differences
 from .recipe import Recipe
 from .setup import ImageCache
 from .validation import predict_logits, validation_batch
@@ -50,10 +53,10 @@ def finish(
 ) -> dict[str, Evaluation]:
     """Scores of "val", and of "test" where there is such a split. The test images are touched here for the first time.
 
-    The weights are scored as they are stored: in float16 if `half`. `config.json` and the weights are written last, so
-    a folder that loads is complete.
+    The weights are scored as they are stored: in float16 if `half`. `config.json` and then the weights are put in place
+    last, so a folder that loads is complete.
     """
-    accelerator.wait_for_everyone()  # the first process may still be writing
+    wait_for_everyone(accelerator)  # the first process may still be writing
     dtype = torch.float16 if half else None
     model = MedMamba(model.config)
     model.load_state_dict(store.load_best(best))
@@ -73,15 +76,26 @@ def finish(
             model.config = model.config.replace(calibration=calibration.to_dict(), training=record)
         context = {"data": record["dataset"], "split": split, "input_size": [size, size]}
         scored[split] = score(logits, data.index, model.config, context=context)
-    if accelerator.is_main_process:
+    if images.warnings:  # known in full only now
+        record |= {"image_warnings": images.warnings}
+        model.config = model.config.replace(training=record)
+    if accelerator.process_index == 0:
         write_results(out, scored, training=record, calibration=model.config.calibration)
         unusual = _learn_unusual(model, images, size, accelerator.device)
-        model.to("cpu").save_pretrained(out, dtype=dtype)
-        if unusual:
-            unusual.save(out)
+        _save(out, model.to("cpu"), unusual, dtype)
         store.clear()
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     return {split: result.evaluation for split, result in scored.items()}
+
+
+def _save(out: Path, model: MedMamba, unusual: Unusual | None, dtype: torch.dtype | None) -> None:
+    """A model folder, the weights last: whatever interrupts this, a folder that loads is complete."""
+    if unusual is None:
+        (out / UNUSUAL_NAME).unlink(missing_ok=True)  # of a model that was here before
+    with staged(out, last=(CONFIG_NAME, WEIGHTS_NAME)) as folder:
+        model.save_pretrained(folder, dtype=dtype)
+        if unusual:
+            unusual.save(folder)
 
 
 def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:
@@ -95,7 +109,8 @@ def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch
         data = images(split, size)
         rows = torch.from_numpy(sample(len(data), UNUSUAL_IMAGES))
         batches = (normalise(data.batch(part, device)[0], model.config.preprocess) for part in rows.split(32))
-        features[split] = torch.cat([predict_features(model, batch)[0] for batch in batches]).numpy()
+        found = [predict_features(model, batch)[0] for batch in batches]
+        features[split] = torch.cat([part for part in found if part is not None]).numpy()
         labels[split] = np.asarray(data.index.labels)[rows]
     with contextlib.suppress(UnusualError):
         return fit_unusual(features["train"], labels["train"], features["val"], task=model.config.task)
@@ -126,7 +141,7 @@ def training_record(
         "data_fingerprint": identity["data"],
         "recipe": recipe.name,
         "settings": recipe.to_dict(),
-        "init": identity["init"],
+        "init": "",
         "seed": identity["seed"],
         "epochs": progress.epoch,
         "best_epoch": progress.best["epoch"] + 1,
@@ -159,12 +174,16 @@ def finished_before(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     """
     if not (out / CONFIG_NAME).is_file() or not (out / WEIGHTS_NAME).is_file():
         return None
-    results: dict[str, Any] = {}
-    if (out / RESULTS_NAME).is_file():
+    try:
         results = json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))
-    if results.get("training", {}).get("identity") != json.loads(json.dumps(identity)):
+        before, _ = results["training"]["identity"], results["splits"]["val"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    changed = differences(identity, before) if before else "origin: its results.json does not say what it was made of"
+    if changed:
         raise FileExistsError(
-            f"{out} already holds a model of another run; use another folder, or restart=True (--restart) to replace it"
+            f"{out} already holds a finished model of another run, with another {changed}. Use another folder, or "
+            "restart=True (--restart) to replace it"
         )
     return results
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import write_text
+from ..utils.files import write_text
+
+HISTORY = "history.jsonl"
+_SHOWN = ("loss", "accuracy")
 
 
 class RunLog:
@@ -24,6 +29,11 @@ class RunLog:
 
     def bar(self, images: int, done: int) -> Bar:
         return Bar(images, done, self.progress)
+
+    def warn(self, text: str) -> None:
+        """Says something that deserves attention, also where there are no progress bars."""
+        if self.active:
+            warnings.warn(text.removeprefix("warning: "), UserWarning, stacklevel=2)
 
     def resumed(self, history: list[dict[str, Any]]) -> None:
         """The files go on from this history; what was written after the checkpoint will be written again."""
@@ -53,8 +63,8 @@ class RunLog:
         writer = csv.DictWriter(table, history[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        lines = "".join(json.dumps(row) + "\n" for row in history)
-        for name, text in (("history.csv", table.getvalue()), ("history.jsonl", lines)):
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
+        for name, text in (("history.csv", table.getvalue()), (HISTORY, lines)):
             write_text(self.folder / name, text)
 
 
@@ -92,5 +102,6 @@ class Bar:
         text = f"epoch {epoch + 1} loss {loss:.4f}"
         if history:
             row = history[-1]
-            text += f" | val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}"
+            loss, accuracy = (math.nan if row[f"val_{name}"] is None else row[f"val_{name}"] for name in _SHOWN)
+            text += f" | val loss {loss:.4f} accuracy {accuracy:.4f}"
         self._tqdm.set_postfix_str(text, refresh=False)

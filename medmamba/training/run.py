@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,13 +18,19 @@ from .. import registry
 from ..data import DatasetError, ImageDataset, check_leakage, make_splits, open_dataset, published_split
 from ..evaluation import Evaluation
 from ..model import MedMamba
-from .checkpoint import CheckpointStore
+from ..utils.devices import wait_for_everyone
+from ..utils.files import LockedError, locked
+from .checkpoint import LOCK, CheckpointStore, check_same_run
 from .engine import Trainer
 from .finish import RESULT_FILES, evaluations, finish, finished_before, training_record
 from .graphs import GRAPHS
-from .log import RunLog
+from .identity import data_table, fingerprint, known_files, run_identity
+from .log import HISTORY, RunLog
 from .recipe import Recipe, load_recipe
 from .setup import ImageCache, build_model, check_splits, make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINTS = "checkpoint"
 
@@ -119,7 +125,9 @@ def train(
 
     Raises:
         RecipeError, DatasetError, LeakageError, PretrainedError: something to put right before training.
-        ResumeError: `out` holds another run.
+        ResumeError: `out` holds another run, or data have changed since it began.
+        LockedError: another process is training into `out`.
+        DiskFullError: no space; what was there before is unchanged.
         TrainingError: the loss is no longer a number.
     """
     started = time.monotonic()
@@ -130,70 +138,90 @@ def train(
     if chosen.size is None:
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
     accelerator = make_accelerator(device, precision)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, folder = Path(out), Path(cache) if cache else None
     index, entry = _open(data, dataset, split, patient_pattern, seed)
     check_splits(index)
-    store = CheckpointStore(out / CHECKPOINTS)
-    if restart and accelerator.is_main_process:
-        store.clear()
-        for name in RESULT_FILES:
-            (out / name).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-
     torch.manual_seed(seed)
     labels = entry.id2label if entry else dict(enumerate(index.classes))
     model = build_model(chosen, index, variant, source, in_chans, labels)
-    identity = {
-        "recipe": {key: value for key, value in chosen.to_dict().items() if key not in ("name", "description")},
-        "seed": seed,
-        "data": fingerprint(index),
-        "model": model.config.architecture,
-        "init": init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init)),
-        "in_chans": model.config.in_chans,
-        "precision": accelerator.mixed_precision,
-    }
-    if (done := _already_done(out, identity)) is not None:
-        return done
-    if not store and accelerator.is_main_process:  # else it was checked before
-        check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
-    images = ImageCache(index, model.config, accelerator, Path(cache) if cache else None, progress)
-    log = RunLog(out, progress, tensorboard, accelerator.is_main_process)
-    trainer = Trainer(
-        model,
+    files = known_files(folder)
+    table = data_table(index, files)
+    identity = run_identity(
         chosen,
-        images,
-        accelerator,
-        store,
-        log,
+        model,
+        source,
+        fingerprint(index, table),
         seed=seed,
-        accumulate=accumulate,
-        identity=identity,
-        deadline=None if max_seconds is None else started + max_seconds,
-        checkpoint_seconds=checkpoint_seconds,
-        graphs=graphs,
+        precision=accelerator.mixed_precision,
+        parts=accelerator.num_processes * accumulate,
     )
-    state = trainer.fit()
-    log.close()
-    best = state.best["epoch"] if state.best else None
-    finished = state.finished(chosen) or (finish_early and best is not None)
-    result = TrainResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
-    if not result.finished or best is None:
-        return result
-    record = training_record(index, entry, chosen, identity, state, accelerator, _split_rule(index, split))
-    record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
-    record |= {} if check_duplicates else {"duplicates_checked": False}
-    record |= notes or {}
-    found = finish(out, model, images, store, accelerator, record, best, half)
-    return dataclasses.replace(result, val=found["val"], test=found.get("test"))
+    stored = {"stored": "float16" if half else "float32"}  # decides the files, not what is learnt
+    if not restart and (done := _already_done(out, identity | stored)) is not None:
+        return done
+    store = CheckpointStore(out / CHECKPOINTS)
+    with _alone(out, accelerator):
+        if restart and accelerator.process_index == 0:
+            store.clear()
+            for name in RESULT_FILES:
+                (out / name).unlink(missing_ok=True)
+        wait_for_everyone(accelerator)
+        if (done := _already_done(out, identity | stored)) is not None:  # by the run that held the folder till now
+            return done
+        checked_before = bool(store)
+        if accelerator.process_index == 0:
+            check_same_run(store, identity, table)
+            if not checked_before:
+                check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
+            store.note_run(identity, table)
+        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
+        images = ImageCache(index, model.config, accelerator, folder, progress, files=files, say=log.warn)
+        trainer = Trainer(
+            model,
+            chosen,
+            images,
+            accelerator,
+            store,
+            log,
+            seed=seed,
+            accumulate=accumulate,
+            identity=identity,
+            deadline=None if max_seconds is None else started + max_seconds,
+            checkpoint_seconds=checkpoint_seconds,
+            graphs=graphs,
+        )
+        try:
+            state = trainer.fit()
+        finally:
+            log.close()
+        best = state.best["epoch"] if state.best else None
+        finished = state.finished(chosen) or (finish_early and best is not None)
+        result = TrainResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
+        if not result.finished or best is None:
+            return result
+        record = training_record(index, entry, chosen, identity | stored, state, accelerator, _split_rule(index, split))
+        record["init"] = init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
+        record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
+        record |= {} if check_duplicates else {"duplicates_checked": False}
+        record |= notes or {}
+        found = finish(out, model, images, store, accelerator, record, best, half)
+        return dataclasses.replace(result, val=found["val"], test=found.get("test"))
 
 
-def fingerprint(index: ImageDataset) -> str:
-    """A digest of names, labels and splits of all images."""
-    digest = hashlib.blake2b(repr(index.classes).encode(), digest_size=16)
-    for record in index.records:
-        digest.update(repr((record.source, record.label, record.split)).encode())
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Holds the folder of a run, so that a second run into it is refused. The first of several processes holds it."""
+    if accelerator.process_index != 0:
+        yield
+        return
+    lock = out / CHECKPOINTS / LOCK
+    try:
+        with locked(lock, f"{out} is being trained", timeout=0, remove=True):
+            yield
+    except LockedError as error:
+        raise LockedError(f"{error}; wait until it ends, or give this run another folder (out=, --out)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            lock.parent.rmdir()  # if the run is finished, and nothing is left in it
 
 
 def _open(
@@ -230,6 +258,7 @@ def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:
     results = finished_before(out, identity)
     if results is None:
         return None
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (out / HISTORY).read_text(encoding="utf-8").splitlines() if (out / HISTORY).is_file() else []
+    history = [json.loads(line) for line in lines]
     found, record = evaluations(results), results["training"]
     return TrainResult(out, True, record["epochs"], record["best_epoch"], history, found["val"], found.get("test"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,50 +13,16 @@ import torch
 from torch import Tensor
 
 from ..config import MedMambaConfig, variant_config
-from ..data import CachedDataset, DatasetError, ImageDataset
+from ..data import CachedDataset, DatasetError, ImageDataset, cache_images
+from ..data.identity import FileIndex
 from ..model import MedMamba
+from ..utils.devices import make_accelerator
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerator:
-    """Where and in what precision to compute; takes part in `accelerate launch` or `torchrun` if started by one.
-
-    Args:
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "mps".
-        precision: "fp32", "bf16" or "fp16" (matrix products and convolutions; the scan stays float32), or "auto":
-            bf16 on GPUs that have it, else fp32.
-
-    Raises:
-        ImportError: accelerate is missing.
-        ValueError: no such device or precision here.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "medmamba[train]"') from error
-    if precision not in ("auto", *PRECISIONS):
-        raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}; got {precision!r}")
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}; pick a GPU by CUDA_VISIBLE_DEVICES=1")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device, True):
-        raise ValueError(f"no device {device!r} here; `medmamba doctor` shows what there is")
-    if precision == "auto":
-        on_gpu = device != "cpu" and there["cuda"]
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # accelerate keeps one state per process and refuses another precision; each run here has its own.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    # No weight is used twice in a forward pass, and casts that are kept do not go together with CUDA graphs.
-    autocast = AutocastKwargs(cache_enabled=False)
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision], kwargs_handlers=[ddp, autocast])
+__all__ = ["ImageCache", "adapt_input", "build_model", "check_splits", "make_accelerator"]
 
 
 @dataclass
@@ -65,7 +31,11 @@ class ImageCache:
 
     Args:
         folder: keep them on disk too; None: memory alone.
-        fits: decides whether this many bytes may lie on the device.
+        files: what is known of the contents of the files of the images.
+        say: told what the readers of the images warn of, once for each split.
+
+    Attributes:
+        warnings: those, by split.
     """
 
     index: ImageDataset
@@ -73,6 +43,9 @@ class ImageCache:
     accelerator: Accelerator
     folder: Path | None = None
     progress: bool = False
+    files: FileIndex = field(default_factory=FileIndex)
+    say: Callable[[str], None] | None = None
+    warnings: dict[str, list[str]] = field(default_factory=dict)
     _kept: dict[str, tuple[int, CachedDataset]] = field(default_factory=dict)
 
     def __call__(self, split: str, size: int) -> CachedDataset:
@@ -88,28 +61,35 @@ class ImageCache:
     def _load(self, split: str, size: int) -> CachedDataset:
         from tqdm import tqdm
 
-        from ..evaluate import decode
-
         part = self.index.split(split)
-        visible = self.progress and self.accelerator.is_main_process
+        visible = self.progress and self.accelerator.process_index == 0
         file = None
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # `cache_images` says what is wrong with it
+                self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / f"{split}-{size}.npy"
 
         def bar(items: Iterable[int]) -> Iterable[int]:
             return tqdm(items, f"reading {split}", len(part), unit="img", disable=not visible)
 
-        preprocess = dataclasses.replace(self.config.preprocess, input_size=(size, size))
-        config = self.config.replace(preprocess=preprocess)
-        with self.accelerator.main_process_first() if file else contextlib.nullcontext():
-            cached = decode(part, config, file, bar)
+        preprocess = dataclasses.replace(self.config.preprocess, input_size=(size, size), mean=(0.0,), std=(1.0,))
+        first = file is not None and self.accelerator.num_processes > 1
+        with self.accelerator.main_process_first() if first else contextlib.nullcontext():
+            cached = cache_images(part, preprocess, self.config.in_chans, file=file, progress=bar, files=self.files)
+        self._warn(split, cached.warning_lines())
         if self.accelerator.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.accelerator.device)
             if cached.images.nbytes < free // 3:
                 cached.images = cached.images.to(self.accelerator.device)
                 cached.targets = cached.targets.to(self.accelerator.device)
         return cached
+
+    def _warn(self, split: str, lines: list[str]) -> None:
+        if lines and self.say and split not in self.warnings:
+            for line in lines:
+                self.say(f"{split}: {line.removeprefix('warning: ')}")
+        if lines:
+            self.warnings[split] = lines
 
 
 def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) -> None:

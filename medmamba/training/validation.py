@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ from tqdm import tqdm
 
 from ..model import MedMamba
 from ..preprocess import normalise
+from ..utils.devices import autocast
+from ..utils.modes import eval_view
 from . import objective
 
 if TYPE_CHECKING:
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
     from ..data import CachedDataset
 
 
+class NotFiniteError(ArithmeticError):
+    """Logits that are infinite or NaN."""
+
+
 def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-    """Scores that a best epoch can be chosen by, and the mean loss, over all processes."""
+    """Scores that a best epoch can be chosen by, and the mean loss, over all processes.
+
+    Raises:
+        NotFiniteError: logits that are no numbers.
+    """
     from ..evaluation import evaluate
 
     logits = predict_logits(model, data, batch_size, accelerator)
+    bad = int((~torch.isfinite(logits)).any(1).sum())
+    if bad:
+        raise NotFiniteError(f"logits of {bad} of {len(logits)} validation images are no longer numbers")
     task, labels = model.config.task, data.index.targets
     targets = objective.soft_targets(labels, model.config.num_classes, 0.0)
     probabilities = objective.to_probabilities(logits, task).double()
@@ -45,21 +57,23 @@ def predict_logits(
     full_precision: bool = False,
     progress: bool = False,
 ) -> Tensor:
-    """Logits (N, K) float32 on the CPU, of all images in order; each process computes its share."""
-    was_training = model.training
-    model.eval()
+    """Logits (N, K) float32 on the CPU, of all images in order; each process computes its share.
+
+    Computed by a view of the model in eval mode: the model itself, and the modes of its modules, stay as they are.
+    """
+    view = eval_view(model)
     count, processes = len(data), accelerator.num_processes
     share = math.ceil(count / processes)
     mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
     mine = mine.to(data.images.device)
     found = []
-    visible = progress and accelerator.is_main_process
+    visible = progress and accelerator.process_index == 0
     for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
         images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
-        with contextlib.nullcontext() if full_precision else accelerator.autocast():
-            found.append(model(images.contiguous(memory_format=torch.channels_last)).float())
-    model.train(was_training)
-    return accelerator.gather(torch.cat(found))[:count].cpu()
+        with autocast(accelerator, enabled=not full_precision):
+            found.append(view(images.contiguous(memory_format=torch.channels_last)).float())
+    logits = torch.cat(found)
+    return (logits if processes == 1 else accelerator.gather(logits))[:count].cpu()
 
 
 def validation_batch(part: int, device: torch.device) -> int:
