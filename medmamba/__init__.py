@@ -5,6 +5,8 @@
 >>> print(model.predict("cell.png"))
 """
 
+import importlib
+
 from .config import ConfigError, MedMambaConfig, PreprocessConfig
 from .convert import ConversionError, load_upstream
 from .images import ImageError, MedicalImage, load_image
@@ -38,11 +40,17 @@ __all__ = [
 ]
 
 
+# Parts that are imported when first used: `medmamba.export.to_onnx` needs no import of its own.
+_SUBMODULES = ("calibrate", "data", "evaluate", "evaluation", "explain", "export", "plots", "predict", "training")
+
+
 def __getattr__(name: str):
     if name == "train":  # imported when first used, with what it needs
         from .training import train
 
         return train
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'medmamba' has no attribute {name!r}")
 
 

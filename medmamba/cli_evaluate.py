@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from .cli_messages import say
+from .cli_predict import add_reading
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -16,7 +19,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--split", default="test", help="train, val, test, or all (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder for the files; default: print the tables alone")
     parser.add_argument("--dataset", metavar="NAME", help="name in the registry: classes, patients")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all names of classes, where the data have images of some alone"
+    )
     parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    add_reading(parser)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(%(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
@@ -34,12 +41,15 @@ def run(args: argparse.Namespace) -> int:
         None if args.split == "all" else args.split,
         out=args.out,
         dataset=args.dataset,
+        classes=args.classes,
         patient_pattern=args.patient_pattern,
+        frame=args.frame,
+        window=args.window,
         device=args.device,
         batch_size=args.batch_size,
         resamples=args.resamples,
         seed=args.seed,
         progress=not args.quiet,
     )
-    print(scored.evaluation.to_markdown())
+    say(scored.evaluation.to_markdown())
     return 0

@@ -2,14 +2,17 @@
 
 import argparse
 import ast
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cli import DEFAULT_MODEL, pick_device
+from .cli import pick_device
+from .cli_messages import followable, say
+from .cli_predict import add_reading
+from .sources import DEFAULT_MODEL
+from .utils.text import json_text, printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,18 +49,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any other option of the method; repeatable"
     )
-    parser.add_argument("--stage", type=int, default=1, metavar="N", help="for --scan: 1 to 4 (%(default)s)")
+    parser.add_argument("--stage", type=int, metavar="N", help="for --scan: 1 to 4 (1)")
     parser.add_argument("--block", type=int, metavar="N", help="for --scan: block of the stage, from 1 (the last)")
     parser.add_argument("--trust", action="store_true", help="check the map: infidelity, sensitivity, deletion, ...")
     parser.add_argument(
         "--out", nargs="+", metavar="FILE", help=".png, .npz or .json, one or several (IMAGE's name + .explain.png)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of methods that draw random numbers (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of methods that draw random numbers (0)")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="images evaluated at once (8, on a GPU what its memory holds)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")
-    parser.add_argument("--frame", type=int, metavar="N", help="of an image with several, from 0")
+    add_reading(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,18 +72,17 @@ def run(args: argparse.Namespace) -> int:
 
     outputs = _outputs(args)
     if args.list:
-        print(_listing(args.model))
+        say(_listing(args.model))
         return 0
     if args.image is None:
         raise ValueError("name an image to explain; --list shows the methods")
-    if args.trust and args.scan is not None:
-        raise ValueError("--trust checks maps of a class; a scan field has none")
-    image = load_image(args.image, frame=args.frame)
+    _check_combination(args)
+    image = load_image(args.image, frame=args.frame, window=args.window)
     model = MedMamba.from_pretrained(args.model).to(pick_device(args.device))
-    settings = {"seed": args.seed, "batch_size": args.batch_size}
+    settings = {"seed": args.seed or 0, "batch_size": args.batch_size}
     result: Any
     if args.scan is not None:
-        result = scan_field(model, image, _pixel(args.scan), args.stage, args.block)
+        result = scan_field(model, image, _pixel(args.scan), args.stage or 1, args.block)
         lines = [f"{name}: 90% of the influence within {n} tokens" for name, n in result.reach.items() if n is not None]
     elif args.compare is not None:
         names = [parse_method(name.strip()) for name in args.compare.split(",")] if args.compare else None
@@ -97,10 +99,36 @@ def run(args: argparse.Namespace) -> int:
         if args.trust:
             with _progress() as progress:
                 lines.append(assess(model, result, progress=progress, **settings).table())
-    print("\n".join(lines))
+    say("\n".join(followable(line, args.parser) for line in lines))
     for path in outputs:
-        print(f"wrote {result.save(path)}")
+        say(f"wrote {result.save(path)}")
     return 0
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    if args.trust and args.scan is not None:
+        raise ValueError("--trust checks maps of a class; a scan field has none")
+    mode = "--scan" if args.scan is not None else "--compare" if args.compare is not None else "--method"
+    given = {
+        "--layer": args.layer is not None,
+        "--baseline": args.baseline is not None,
+        "--option": bool(args.option),
+        "--target": args.target is not None,
+        "--batch-size": args.batch_size is not None,
+        "--seed": args.seed is not None,
+        "--stage": args.stage is not None,
+        "--block": args.block is not None,
+    }
+    without = {
+        "--scan": ("--layer", "--baseline", "--option", "--target", "--batch-size", "--seed"),
+        "--compare": ("--layer", "--baseline", "--option", "--stage", "--block"),
+        "--method": ("--stage", "--block"),
+    }[mode]
+    idle = [name for name in without if given[name]]
+    if idle:
+        advice = "; name a layer as in --compare gradcam:stage3.scan" if mode == "--compare" and args.layer else ""
+        raise ValueError(f"{', '.join(idle)} would have no effect with {mode}{advice}: leave it out")
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:
@@ -149,7 +177,8 @@ def _pixel(text: str) -> tuple[int, int] | None:
 
 def _headline(explanation: Any) -> str:
     e = explanation
-    return f"{e.image.source}: {e.title} for {e.label}, logit {e.logit:.3f}, probability {e.probability:.1%}"
+    what = f"{printable(e.image.source)}: {e.title} for {printable(e.label)}"
+    return f"{what}, logit {e.logit:.3f}, probability {e.probability:.1%}"
 
 
 def _notes(explanations: Any) -> list[str]:
@@ -169,7 +198,7 @@ def _listing(model_name: str) -> str:
     for method in methods().values():
         lines.append(f"  {method.name}: {method.summary}")
         if method.options:
-            lines.append("      " + ", ".join(f"{k}={json.dumps(v)}" for k, v in method.options.items()))
+            lines.append("      " + ", ".join(f"{k}={json_text(v)}" for k, v in method.options.items()))
     lines += ["baselines:", *(f"  {name}: {meaning}" for name, meaning in BASELINES.items())]
     try:
         names = layers(MedMamba.from_pretrained(model_name, local_files_only=True))

@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any
 
+from .cli_messages import say
+
 FORMATS = ("onnx", "torch-export")
 
 
@@ -68,5 +70,5 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         report = to_torch_export(model, args.out, images=images, tolerance=args.tolerance)
-    print(report)
+    say(str(report))
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .config import MedMambaConfig
 from .data import CachedDataset, DatasetError, ImageDataset, cache_images, open_dataset
 from .evaluation import Evaluation, evaluate
 from .model import MedMamba
+from .predict import NotFiniteError, why_not_finite
+from .utils.extras import require
+from .utils.modes import frozen_view, unwrap
 from .utils.names import AmbiguousNameError, find_name, shown
 
 if TYPE_CHECKING:
@@ -102,7 +106,10 @@ def evaluate_model(
     *,
     out: str | os.PathLike | None = None,
     dataset: str | None = None,
+    classes: Sequence[str] | None = None,
     patient_pattern: str | None = None,
+    frame: int | None = None,
+    window: tuple[float, float] | None = None,
     device: str = "auto",
     batch_size: int = 64,
     resamples: int = 1000,
@@ -111,31 +118,50 @@ def evaluate_model(
 ) -> Scored:
     """Scores a model on a split, in float32 and with the model's own preprocessing and calibration.
 
+    The model is not changed and may be in any mode.
+
     Args:
         model: a model, a bundled name, "org/name[@revision]" or a folder.
         data: whatever `medmamba.data.open_dataset` takes. Classes are matched to the model's by name.
         split: "train", "val", "test"; None: all images.
         out: folder for `results.json`, `results.md` and the figures as PNG.
         dataset: name in the registry, for names of classes and patients in file names.
+        classes: all names of classes, where `data` has images of some alone.
+        frame, window: how image files are read, as in `load_image`; not for an `ImageDataset`.
         resamples: of the bootstrap; 0 for no intervals.
 
     Raises:
         DatasetError: nothing there, no such split, or classes that the model does not know.
+        NotFiniteError: the model gave NaN or infinity for some images.
         PretrainedError: no such model.
+        ValueError: numbers out of range, or options that do not go together.
     """
+    require("accelerate", "evaluation")
+    if out is not None:
+        require("matplotlib", "evaluation with figures (out=...)")
     from accelerate import Accelerator
     from tqdm import tqdm
 
     from .training.setup import make_accelerator
     from .training.validation import predict_logits
 
-    name = model.config.architecture if isinstance(model, MedMamba) else str(model)
-    network = model if isinstance(model, MedMamba) else MedMamba.from_pretrained(model)
+    if batch_size < 1 or resamples < 0:
+        raise ValueError(f"batch_size must be at least 1 and resamples at least 0, got {batch_size} and {resamples}")
+    given = unwrap(model) if isinstance(model, torch.nn.Module) else None
+    network = cast(MedMamba, MedMamba.from_pretrained(model) if given is None else given)  # type: ignore[arg-type]
+    name = network.config.architecture if given is not None else str(model)
     config = network.config
+    if not config.num_classes:
+        raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     if isinstance(data, ImageDataset):
+        idle = {"dataset": dataset, "classes": classes, "patient_pattern": patient_pattern}
+        idle |= {"frame": frame, "window": window}
+        if said := [key for key, value in idle.items() if value is not None]:
+            raise ValueError(f"{', '.join(said)} would have no effect on a dataset that has been opened already")
         index = data
     else:
-        index = open_dataset(data, dataset=dataset, patient_pattern=patient_pattern)
+        index = open_dataset(data, dataset=dataset, classes=classes, patient_pattern=patient_pattern, single_class=True)
+        index = read_as(index, frame, window)
     index = match_classes(index if split is None else index.split(split), config)
     accelerator: Accelerator = make_accelerator(device, "fp32")
 
@@ -143,13 +169,13 @@ def evaluate_model(
         return tqdm(items, "reading", len(index), unit="img", disable=not progress)
 
     images = decode(index, config, progress=bar)
-    original = next(network.parameters()).device
-    try:
-        logits = predict_logits(
-            network.to(accelerator.device), images, batch_size, accelerator, full_precision=True, progress=progress
-        )
-    finally:
-        network.to(original)
+    view = frozen_view(network, torch.float32, accelerator.device)
+    logits = predict_logits(view, images, batch_size, accelerator, full_precision=True, progress=progress)
+    undefined = ~logits.isfinite().all(1)
+    if undefined.any():
+        first = int(undefined.nonzero()[0])
+        reason = why_not_finite(network, logits[first])
+        raise NotFiniteError(f"{int(undefined.sum())} of {len(logits)} images got no answer: {reason}")
     context = {
         "model": name,
         "data": index.name,
@@ -160,6 +186,19 @@ def evaluate_model(
     if out is not None and accelerator.process_index == 0:
         write_results(out, {split or "all": scored})
     return scored
+
+
+def read_as(dataset: ImageDataset, frame: int | None, window: tuple[float, float] | None) -> ImageDataset:
+    """Returns the dataset with its image files read as `load_image(frame=frame, window=window)` does."""
+    if frame is None and window is None:
+        return dataset
+    reader = copy.copy(dataset.reader)
+    if not hasattr(reader, "frame"):
+        raise DatasetError(f"{dataset.name}: frame and window are for image files, and this holds arrays")
+    reader.frame, reader.window = frame, window  # type: ignore[attr-defined]
+    found = copy.copy(dataset)
+    found.reader = reader
+    return found
 
 
 def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset:
@@ -184,7 +223,7 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
     if unknown:
         raise DatasetError(
             f"{dataset.name}: the model does not know {', '.join(unknown)}; it knows {', '.join(wanted)}. Rename the "
-            "classes, name the dataset (dataset=... or --dataset NAME), or train a model for these"
+            "classes, name the dataset (dataset=...), or train a model for these"
         )
     for number in set(numbers):
         same = [name for name, other in zip(dataset.classes, numbers, strict=True) if other == number]

@@ -90,14 +90,14 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
             return _load_stream(stream, name, frame, window)
 
 
-def load_named(content: bytes, path: str) -> MedicalImage:
+def load_named(content: bytes, path: str, *, frame: int | None = None, window: Window | None = None) -> MedicalImage:
     """Read one image from bytes that stand for a file called `path`, such as a member of an archive.
 
     Raises:
         ImageError: as `load_image`, with the path.
     """
     with naming_errors(path):
-        return _load_stream(io.BytesIO(content), source_name(path), None, None)
+        return _load_stream(io.BytesIO(content), source_name(path), frame, window)
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,11 @@ class MedMamba(PretrainedMixin, nn.Module):
         return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(("A_log", ".D", "dt_bias"))}
 
     def _check_input(self, x: Tensor) -> None:
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and _exports_onnx():
+            raise RuntimeError(
+                "torch.onnx.export does not know the selective scan: use medmamba.export.to_onnx(model, 'model.onnx'), "
+                "or `medmamba export MODEL --to onnx --out model.onnx`"
+            )
         if x.ndim != 4 or x.shape[1] != self.config.in_chans:
             raise ValueError(
                 f"expected a batch of images (B, {self.config.in_chans}, H, W), got {tuple(x.shape)}; "
@@ -315,6 +320,11 @@ def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3,
         ConfigError: unknown name or field.
     """
     return MedMamba(variant_config(name, num_classes=num_classes, in_chans=in_chans, **config))
+
+
+@torch.compiler.assume_constant_result  # else torch.export takes it for False
+def _exports_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -164,13 +164,23 @@ def predict_logits(model, batch: Tensor) -> Tensor:
     Raises:
         ValueError: the model does not return logits of `config.num_classes` classes.
     """
-    return predict_features(model, batch)[1]
+    return _outputs(model, batch)[1]
+
+
+def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Like `predict_logits`, with the pooled features (B, C) that the classifier was given before them.
+
+    Raises:
+        ValueError: as `predict_logits`; or a subclass does without `model.head`.
+    """
+    features, logits = _outputs(model, batch)
+    if features is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} does not call its head, so there are no features before it")
+    return features, logits
 
 
 @torch.inference_mode()
-def predict_features(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Like `predict_logits`, with the pooled features (B, C) that the classifier was given before them; None where a
-    subclass does without `model.head`."""
+def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
     view = eval_view(model)
     weight = view.patch_embed.proj.weight
     seen: list[Tensor] = []
@@ -234,7 +244,7 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
     if not batch:
         yield from pending
         return
-    features, logits = predict_features(model, torch.stack(batch))
+    features, logits = _outputs(model, torch.stack(batch))
     finite = logits.isfinite().all(1)
     known = None if features is None else features[finite]
     rows = zip(

@@ -30,13 +30,19 @@ _READABLE_METHODS = {
 
 
 class FolderReader:
-    """Reads images from files under a folder. Records may also hold absolute paths."""
+    """Reads images from files under a folder; `frame` and `window` as in `load_image`.
+
+    Records may also hold absolute paths.
+    """
+
+    frame: int | None = None
+    window: tuple[float, float] | None = None
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def read(self, record: Record) -> MedicalImage:
-        return load_image(self.file_of(record))
+        return load_image(self.file_of(record), frame=self.frame, window=self.window)
 
     def file_of(self, record: Record) -> Path:
         """The file that decides what `read` returns."""
@@ -44,7 +50,10 @@ class FolderReader:
 
 
 class ZipReader:
-    """Reads images straight from a zip file, nothing is unpacked to disk."""
+    """Reads images straight from a zip file, nothing is unpacked to disk; `frame` and `window` as in `load_image`."""
+
+    frame: int | None = None
+    window: tuple[float, float] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,7 +71,7 @@ class ZipReader:
             raise ImageError(f"{self.path}: no longer holds {name!r}; was the file replaced?") from None
         except DAMAGES as exc:
             raise ImageError(f"{self.path}: {name!r} is damaged ({exc}); pack or download the archive again") from exc
-        return load_named(content, name)
+        return load_named(content, name, frame=self.frame, window=self.window)
 
     def file_of(self, record: Record) -> Path:
         """The file that decides what `read` returns."""
@@ -77,7 +86,7 @@ class ZipReader:
         return self._open[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_open": None, "_members": {}}
+        return {**self.__dict__, "_open": None, "_members": {}}
 
 
 def open_folder(

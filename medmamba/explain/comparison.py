@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from ..images import ImageSource, MedicalImage, load_image
+from .._image import Window
+from ..images import ImageSource, MedicalImage
 from ..model import MedMamba
+from ..predict import read_image
 from ..utils import modes
+from ..utils.text import json_text
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, text_table
 from .methods import METHODS
@@ -34,7 +37,8 @@ class Comparison:
         explanations: in the order asked for.
         trust: what the checks found of each; empty where they were not asked for.
         agreement: float64 (n, n) rank correlation between the maps, averaged over 14x14 cells, since some are fine and
-            some are coarse: where methods disagree, at most one is right.
+            some are coarse: where methods disagree, at most one is right. NaN between a constant map and another: there
+            is nothing to rank. The diagonal is 1.
     """
 
     explanations: tuple[Explanation, ...]
@@ -53,9 +57,10 @@ class Comparison:
         if self.trust:
             header += [name for name, _, _ in self.trust[0].rows()]
         rows = []
-        others = self.agreement.sum(1) - 1
         for i, explanation in enumerate(self.explanations):
-            mean = f"{others[i] / (len(others) - 1):.2f}" if len(others) > 1 else "-"
+            others = np.delete(self.agreement[i], i)
+            known = others[~np.isnan(others)]
+            mean = f"{known.mean():.2f}" if len(known) else "-"
             row = [explanation.title, f"{explanation.seconds:.2f}", mean]
             rows.append(row + [result for _, result, _ in self.trust[i].rows()] if self.trust else row)
         return header, rows
@@ -81,9 +86,9 @@ class Comparison:
         elif path.suffix == ".npz":
             maps = np.stack([e.attribution for e in self.explanations])
             titles = np.array([e.title for e in self.explanations])
-            np.savez_compressed(path, maps=maps, methods=titles, record=np.array(json.dumps(self.to_dict())))
+            np.savez_compressed(path, maps=maps, methods=titles, record=np.array(json_text(self.to_dict())))
         elif path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json_text(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         else:
             raise ValueError(f"cannot save a comparison as {path.name!r}: use .png, .npz or .json")
         return path
@@ -96,6 +101,8 @@ def compare(
     target: int | str | None = None,
     *,
     metrics: Sequence[str] | None = (),
+    frame: int | None = None,
+    window: Window | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -107,11 +114,12 @@ def compare(
             two branches of the last stage but one.
         metrics: checks to run on each, of `faithfulness.METRICS`; None: all.
         target: class index or label, the same for all; None: the predicted class.
+        frame, window: as in `load_image`.
 
     Raises:
         As `explain` and `Assessor`.
     """
-    picture = image if isinstance(image, MedicalImage) else load_image(image)
+    picture = read_image(image, frame, window)
     requests = [parse_method(m) for m in (default_methods(model) if methods is None else methods)]
     if not requests:
         raise ValueError("name at least one method to compare")
@@ -129,8 +137,16 @@ def compare(
         if assessor:
             trust.append(assessor.assess(e, metrics, sub_progress(progress, middle, end)))
     maps = [cell_means(torch.from_numpy(e.attribution))[0] for e in explanations]
-    agreement = np.array([[rank_correlation(a, b) for b in maps] for a in maps])
+    agreement = np.array([[_agreement(a, b) for b in maps] for a in maps])
     return Comparison(tuple(explanations), tuple(trust), agreement)
+
+
+def _agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a is b:
+        return 1.0
+    if any(float(map_.max() - map_.min()) == 0 for map_ in (a, b)):
+        return math.nan
+    return rank_correlation(a, b)
 
 
 def default_methods(model: MedMamba) -> list[str]:

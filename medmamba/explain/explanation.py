@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._image import Window
 from ..config import MedMambaConfig, PreprocessConfig
-from ..images import ImageSource, MedicalImage, load_image
+from ..images import ImageSource, MedicalImage
 from ..kernels import resolve_backend
 from ..model import MedMamba
-from ..predict import probabilities
+from ..predict import probabilities, read_image
 from ..preprocess import placement, preprocess
 from ..utils import modes
+from ..utils.extras import missing_text
+from ..utils.text import json_text
 from .methods import METHODS, Attribution, Method, check_options
 from .render import faint_range
 from .subject import Progress, SeededNumPy, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
@@ -118,12 +120,12 @@ class Explanation:
         if path.suffix == ".png":
             self.overlay().savefig(path)
         elif path.suffix == ".npz":
-            record = json.dumps(self.to_dict(), ensure_ascii=False)
+            record = json_text(self.to_dict())
             np.savez_compressed(
                 path, attribution=self.attribution, attribution_full=self.attribution_full, record=np.array(record)
             )
         elif path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json_text(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         else:
             raise ValueError(f"cannot save an explanation as {path.name!r}: use .png, .npz or .json")
         return path
@@ -135,6 +137,8 @@ def explain(
     method: str | CustomMethod = "integrated_gradients",
     target: int | str | None = None,
     *,
+    frame: int | None = None,
+    window: Window | int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -148,6 +152,8 @@ def explain(
         image: anything that `load_image` reads.
         method: a name of `methods()`, or a function `(model, x, target) -> (H, W)`.
         target: class index or label; None: the predicted class.
+        frame: as in `load_image`.
+        window: as in `load_image`, (center, width); a single number is the option `window` of the method "occlusion".
         seed: of the methods that draw random numbers.
         batch_size: the most copies of the image evaluated at once, which bounds the memory; None: 8, and on an NVIDIA
             GPU as many as its memory surely holds. The result does not depend on it, but for the noise that smoothgrad
@@ -162,6 +168,8 @@ def explain(
         ExplainCancelled: `progress` returned False.
     """
     began = time.perf_counter()
+    if isinstance(window, int | float):
+        options, window = {**options, "window": window}, None
     chosen = find_method(method)
     filled = check_options(chosen, options)
     view = frozen_view(model)
@@ -169,7 +177,7 @@ def explain(
     batch_size = check_batch_size(batch_size, view)
     config = view.config
     index = resolve_target(target, config)
-    picture = image if isinstance(image, MedicalImage) else load_image(image)
+    picture = read_image(image, frame, window)
     device = view.patch_embed.proj.weight.device
     x = preprocess(picture, config.preprocess, config.in_chans, device).unsqueeze(0)
     subject = Subject(view, x, index, batch_size, progress)
@@ -218,7 +226,7 @@ def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: i
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "captum":
                 raise
-            raise ImportError('explanations need captum: pip install "medmamba[explain]"') from error
+            raise ImportError(missing_text("captum", "an explanation")) from error
     if tuple(result.values.shape) != tuple(subject.x.shape[2:]):
         raise ValueError(
             f"{method.name} returned a map of shape {tuple(result.values.shape)}, expected {tuple(subject.x.shape[2:])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..images import ImageSource, MedicalImage, load_image
+from .._image import Window
+from ..images import ImageSource, MedicalImage
 from ..kernels.reference import to_directions
 from ..model import MedMamba
+from ..predict import read_image
 from ..preprocess import placement, preprocess
+from ..utils.text import json_text
 from .explanation import to_image_size
 from .subject import blocks, controlled, frozen_view
 
@@ -80,7 +82,7 @@ class ScanField:
     def save(self, path: str | os.PathLike) -> Path:
         """Writes .png (the figure), .npz (the maps and the record) or .json (the record)."""
         path = Path(path)
-        record = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        record = json_text(self.to_dict(), indent=2)
         if path.suffix == ".png":
             self.figure().savefig(path)
         elif path.suffix == ".npz":
@@ -104,6 +106,9 @@ def scan_field(
     pixel: tuple[int, int] | None = None,
     stage: int = 1,
     block: int | None = None,
+    *,
+    frame: int | None = None,
+    window: Window | None = None,
 ) -> ScanField:
     """How far each of the four directions carries influence to one pixel.
 
@@ -114,6 +119,7 @@ def scan_field(
         pixel: (y, x) in the image, not in the network's input; None: its centre.
         stage: 1 (finest map, 4 pixels of the input each) to 4.
         block: of the stage, from 1; None: the last.
+        frame, window: as in `load_image`.
 
     Raises:
         ValueError: a pixel outside of the image, or in a part that the model crops away; no such stage or block.
@@ -124,7 +130,7 @@ def scan_field(
     if not 1 <= block <= len(in_stage):
         raise ValueError(f"no block {block}; stage {stage} of this model has blocks 1 to {len(in_stage)}")
     ssm = in_stage[block - 1].ssm
-    picture = image if isinstance(image, MedicalImage) else load_image(image)
+    picture = read_image(image, frame, window)
     config = view.config
     height, width = picture.size
     y, x = (height // 2, width // 2) if pixel is None else pixel

@@ -17,8 +17,10 @@ from ..config import MedMambaConfig
 from ..data import ImageDataset, open_dataset
 from ..evaluate import match_classes
 from ..images import load_image
+from ..model import MedMamba
 from ..predict import predict_logits
 from ..preprocess import normalise, preprocess
+from ..utils.modes import frozen_view, unwrap
 
 TOLERANCE = 1e-4
 MAX_ACCURACY_LOSS = 0.5  # points
@@ -64,6 +66,21 @@ class ExportReport:
                 f"accuracy {self.accuracy:.2f} %, PyTorch {self.accuracy_pytorch:.2f} %, on {self.images} images"
             )
         return "\n".join(lines)
+
+
+def export_view(model: torch.nn.Module) -> MedMamba:
+    """Returns the model in eval mode, float32, on the CPU, sharing what it can; the model itself is not changed.
+
+    Raises:
+        ExportError: not a MedMamba, or its weights are NaN or infinite.
+    """
+    inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
+    if not isinstance(inner, MedMamba):
+        raise ExportError(f"only a MedMamba can be exported, got {type(inner).__name__}")
+    for name, tensor in inner.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ExportError(f"{name} holds NaN or infinity: the model is damaged or its training diverged")
+    return frozen_view(inner, torch.float32, torch.device("cpu"))
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """MedMamba as one ONNX file."""
 
-import copy
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 
 from ..config import MedMambaConfig
 from ..kernels import native
+from ..utils.text import json_text
 from .check import (
     TOLERANCE,
     ExportError,
@@ -19,6 +18,7 @@ from .check import (
     check_accuracy,
     check_batches,
     compare,
+    export_view,
     open_check_data,
     written_whole,
 )
@@ -47,7 +47,7 @@ def to_onnx(
     The file only appears after it gave the outputs of PyTorch in ONNX Runtime, with the library and without.
 
     Args:
-        model: a `MedMamba`; it is not changed.
+        model: a `MedMamba`, in any mode; it is not changed.
         precision: "fp32"; "fp16", weights stored in half precision and computed in float32, half the size; "int8",
             convolutions and matrix products quantised, a quarter of the size. The scan is always float32.
         images: for the comparison, what `load_image` reads; none: drawn pictures. int8 also takes its ranges from
@@ -73,7 +73,7 @@ def to_onnx(
         raise ExportError(f"{precision} changes the outputs: give check_data, labelled images that show by how much")
     if precision == "int8" and not images:
         raise ExportError("int8 takes the ranges of its numbers from images: give a few dozen as `images`")
-    model = copy.deepcopy(model).eval().float().cpu()
+    model = export_view(model)
     # Reduced precision may differ by what does not change the classes; the check data decide.
     tolerance = tolerance if precision == "fp32" else float("inf")
     data = open_check_data(check_data, model.config, check_limit) if check_data is not None else None
@@ -138,4 +138,4 @@ def _describe(proto: Any, config: MedMambaConfig, precision: str) -> None:
         "medmamba_version": __version__,
     }.items():
         entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        entry.key, entry.value = key, value if isinstance(value, str) else json_text(value)

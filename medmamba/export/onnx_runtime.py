@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import native
+from ..utils import extras
 
 
 def scan_library() -> Path:
@@ -43,10 +44,5 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int | None = No
 
 
 def require(name: str) -> Any:
-    """Imports one of the packages of the extra `export`."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"exporting to ONNX needs {name}: pip install 'medmamba[export]'") from error
+    """Returns one of the packages of the extra `export`."""
+    return extras.require(name, "exporting to ONNX", "export")

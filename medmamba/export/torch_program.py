@@ -1,6 +1,5 @@
 """MedMamba as a torch.export program."""
 
-import copy
 import json
 import os
 import warnings
@@ -13,7 +12,8 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from .check import TOLERANCE, ExportError, ExportReport, check_batches, compare, written_whole
+from ..utils.text import json_text
+from .check import TOLERANCE, ExportError, ExportReport, check_batches, compare, export_view, written_whole
 
 CONFIG_FILE = "config.json"  # in the file, beside the program
 
@@ -30,7 +30,7 @@ def to_torch_export(
     The file only appears after it was loaded again and gave the outputs of the model.
 
     Args:
-        model: a `MedMamba`; it is not changed.
+        model: a `MedMamba`, in any mode; it is not changed.
         images: for the comparison, what `load_image` reads; none: drawn pictures.
         tolerance: of the comparison.
 
@@ -40,7 +40,7 @@ def to_torch_export(
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"the name of a torch.export program ends in .pt2, not {os.fspath(path)}")
-    model = copy.deepcopy(model).eval().float().cpu()
+    model = export_view(model)
     batches = check_batches(model.config, images)
     # Neither 1 nor equal to each other: torch.export takes such sizes for fixed ones.
     example = torch.zeros(2, model.config.in_chans, 64, 96)
@@ -51,7 +51,7 @@ def to_torch_export(
     with written_whole(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights whose memory is channels-last
-            torch.export.save(program, temporary, extra_files={CONFIG_FILE: json.dumps(model.config.to_dict())})
+            torch.export.save(program, temporary, extra_files={CONFIG_FILE: json_text(model.config.to_dict())})
         loaded, _ = load_torch_export(temporary)
 
         @torch.inference_mode()

@@ -95,7 +95,7 @@ def _view(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     if hooks := state["_forward_hooks"]:
         # A hook that looks its module up must find it. Hooks before the forward pass get the view: those of
         # torch.nn.utils set the weight that is then used.
-        state["_forward_hooks"] = OrderedDict((k, functools.partial(_call, hook, module)) for k, hook in hooks.items())
+        state["_forward_hooks"] = OrderedDict((k, _Hook(hook, module)) for k, hook in hooks.items())
     if state.get("_compiled_call_impl") is not None:  # of `module.compile()`: bound to the original
         state["_compiled_call_impl"] = None
     if "forward" in state:
@@ -103,8 +103,17 @@ def _view(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     return new
 
 
-def _call(hook: Callable, module: nn.Module, _view: nn.Module, *args: Any) -> Any:
-    return hook(module, *args)
+class _Hook:
+    """A forward hook that is given the module it was registered on; a copy of the view has the same."""
+
+    def __init__(self, hook: Callable, module: nn.Module):
+        self.hook, self.module = hook, module
+
+    def __call__(self, _view: nn.Module, *args: Any) -> Any:
+        return self.hook(self.module, *args)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return self
 
 
 def _rebind_forward(module: nn.Module, new: nn.Module) -> None:
