@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.cli_train import STOPPED
-from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset
+from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset, val_from_train
 from medmamba.evaluate import RESULTS_NAME
 from medmamba.evaluation import Evaluation
 from medmamba.training.finish import evaluations
@@ -99,6 +99,8 @@ def plan(path: Path, limits: Limits) -> Plan:
         if rarest < 5:
             raise DatasetError(f"a class has only {rarest} images; five of each are the least that can be divided")
         index = make_splits(index, FRACTIONS)
+    elif set(index.split_sizes) == {"train", "test"}:
+        index = val_from_train(index)  # as the command does by itself
     for split in ("train", "val"):
         if not index.split_sizes.get(split):
             raise DatasetError(

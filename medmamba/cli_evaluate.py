@@ -1,6 +1,7 @@
 """`medmamba evaluate`."""
 
 import argparse
+import sys
 from typing import Any
 
 from .cli_messages import say
@@ -51,5 +52,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         progress=not args.quiet,
     )
+    for note in scored.notes:
+        say(note, sys.stderr)
     say(scored.evaluation.to_markdown())
     return 0

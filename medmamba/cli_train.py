@@ -27,7 +27,11 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument("--split", metavar="A,B,C", help="make splits by these fractions, or 'published' with --dataset")
     data.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
     data.add_argument(
-        "--allow-leakage", nargs="+", default=(), choices=("patients", "duplicates"), help="of images across splits"
+        "--allow-leakage",
+        nargs="+",
+        default=(),
+        choices=("patients", "duplicates", "conflicts"),
+        help="go on although patients or images are in several splits, or one image has contradicting labels",
     )
     data.add_argument("--in-chans", type=int, metavar="N", help="channels of the model (those of --from, or 3)")
     data.add_argument("--cache", metavar="DIR", help="keep decoded images here, for a faster next start")

@@ -40,12 +40,14 @@ class Scored:
         uncalibrated: the same without the model's temperature; None where it has none.
         labels: (N,) or (N, K) as in the dataset.
         logits: (N, K) float32.
+        notes: what was passed over, merged or guessed when the images were listed (`ImageDataset.notes`).
     """
 
     evaluation: Evaluation
     uncalibrated: Evaluation | None
     labels: np.ndarray
     logits: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation, and under "uncalibrated" what calibration changed."""
@@ -96,7 +98,7 @@ def score(
     before = None
     if config.calibration:
         before = evaluate(dataset.labels, to_probabilities(raw, config.task), config.labels, resamples=0, **options)
-    return Scored(found, before, dataset.labels, logits.numpy())
+    return Scored(found, before, dataset.labels, logits.numpy(), dataset.notes)
 
 
 def evaluate_model(
@@ -241,7 +243,9 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
         return tuple(int(i in shown) for i in range(len(wanted)))
 
     records = [dataclasses.replace(record, label=renumbered(record.label)) for record in dataset.records]
-    return ImageDataset(records, wanted, dataset.reader, dataset.task, dataset.transform, dataset.name)
+    return ImageDataset(
+        records, wanted, dataset.reader, dataset.task, dataset.transform, dataset.name, dataset.notes
+    )
 
 
 def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record: Any) -> Path:

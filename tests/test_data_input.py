@@ -1,6 +1,9 @@
 """Folders, archives and tables that say something doubtful: it is refused with the reason, or said."""
 
+import json
 import os
+import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -8,7 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medmamba.data import DatasetError, open_csv, open_dataset, order_classes
+from medmamba import cli, create_model
+from medmamba.data import (
+    SPLITS,
+    DatasetError,
+    ImageDataset,
+    LeakageError,
+    Record,
+    check_leakage,
+    find_leakage,
+    make_splits,
+    open_csv,
+    open_dataset,
+    order_classes,
+    val_from_train,
+)
 from medmamba.images import ImageError
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
@@ -364,3 +381,108 @@ def test_patients_and_splits_of_a_table(tmp_path: Path) -> None:
     assert "1 'nan', 1 'NA' in column 'patient_id' mean no known patient" in text
     assert "patients 'P1', 'p1' count as 2" in text and "not 'lesion_id'" in text
     assert "1 of 4 rows have no split and are in none" in text
+
+
+# ---- splits and contradictions --------------------------------------------------------------------------------------
+
+
+def indexed(labels: list[int], patients: list[str] | None = None, splits: list[str] | None = None) -> ImageDataset:
+    names = patients or [None] * len(labels)
+    places = splits or [None] * len(labels)
+    rows = zip(labels, names, places, strict=True)
+    records = [Record(str(i), label, split, patient) for i, (label, patient, split) in enumerate(rows)]
+    return ImageDataset(records, ["a", "b"], None)  # type: ignore[arg-type]
+
+
+def test_val_is_taken_from_train_by_patient_and_test_stays() -> None:
+    labels = [i % 2 for i in range(240)]
+    patients = [f"p{i // 4}" for i in range(240)]
+    dataset = indexed(labels, patients, ["train"] * 200 + ["test"] * 40)
+    found = val_from_train(dataset, seed=1)
+    assert found.split_sizes == {"train": 176, "val": 24, "test": 40}  # an eighth, in whole patients of four
+    assert [r.source for r in found.split("test").records] == [str(i) for i in range(200, 240)]
+    assert not find_leakage(found, duplicates=False) and found.split("val").class_counts.tolist() == [12, 12]
+    assert "24 of 200 training images were taken for it, by patient; test was not touched" in said(found)
+    assert found.splits == val_from_train(dataset, seed=1).splits != val_from_train(dataset, seed=2).splits
+    assert "patients are unknown" in said(val_from_train(indexed(labels, None, dataset.splits)))
+    for splits in (["train"] * 239 + ["val"], ["test"] * 240):
+        with pytest.raises(DatasetError, match="where there is a train and no val"):
+            val_from_train(indexed(labels, patients, splits))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ([None] * 4, r"no images in train and val; .*\(--split 0\.7,0\.1,0\.2\)"),
+        (["val", "val", "test", "test"], "no images in train; it has val, test alone. Call the split"),
+        (["train"] * 4, "no images in val; it has train alone. Move a part of train to a folder val"),
+    ],
+)
+def test_missing_splits_come_with_advice_that_can_be_followed(splits: list[str], message: str) -> None:
+    from medmamba.training.setup import check_splits
+
+    with pytest.raises(DatasetError, match=message):
+        check_splits(indexed([0, 1, 0, 1], None, splits))
+
+
+def test_too_few_images_or_patients_for_a_split_are_told_apart() -> None:
+    with pytest.raises(DatasetError, match=r"6 images are few for these .* val 0\.6, .*a class has only 3") as few:
+        make_splits(indexed([0, 1] * 3), (0.7, 0.1, 0.2))
+    assert "patients" not in str(few.value)
+    fractions = tuple(map(float, re.search(r"\(([\d., ]+)\) would do", str(few.value))[1].split(",")))  # type: ignore[index]
+    assert set(make_splits(indexed([0, 1] * 3), np.array(fractions) / sum(fractions)).splits) == set(SPLITS)
+    patients = ["x"] * 60 + ["y"] * 60 + ["z"] * 3
+    with pytest.raises(DatasetError, match="a few patients hold most images, up to 60 of 123"):
+        make_splits(indexed([i % 2 for i in range(123)], patients), (0.7, 0.1, 0.2))
+
+
+def test_the_same_image_under_two_classes_is_refused(tmp_path: Path) -> None:
+    tree(tmp_path, *[f"train/{c}/{i}.png" for c in "ab" for i in range(2)], "val/a/x.png", "val/b/y.png")
+    shutil.copy(tmp_path / "train/a/0.png", tmp_path / "train/b/again.png")
+    dataset = open_dataset(tmp_path)
+    with pytest.raises(LeakageError, match=r"1 images stand in one split with labels that contradict each other") as it:
+        check_leakage(dataset)
+    assert "train/a/0.png (a) = train/b/again.png (b)" in str(it.value) and "--allow-leakage" in str(it.value)
+    assert check_leakage(dataset, allow=["conflicts"]).conflicts
+    shutil.move(tmp_path / "train/b/again.png", tmp_path / "train/a/again.png")  # the same label: harmless
+    assert check_leakage(open_dataset(tmp_path)).repeats
+
+
+def test_the_command_trains_on_train_and_test_and_says_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate")
+    tree(tmp_path / "d", *[f"{s}/{c}/p{i}_{c}.png" for s in ("train", "test") for c in "ab" for i in range(8)])
+    for i, path in enumerate(sorted((tmp_path / "d" / "test").rglob("*.png"))):
+        save(path, 100 + i)
+        path.rename(path.with_name(f"q{path.name}"))
+    (tmp_path / "d" / "train" / "a" / "notes.txt").write_text("text")
+    command = ["train", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "out"), "--variant", "test", "--quiet"]
+    command += ["--size", "32", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    assert cli.main([*command, "--patient-pattern", r"^(p\d)_"]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "passed over 1 file: 1 .txt" in err and "no val: 2 of 16 training images were taken for it, by patient" in err
+    )
+    assert "16 of 32 file names: 8 patients" in err
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
+    assert record["split"].startswith("val taken from train") and record["split_sizes"]["test"] == 16
+    assert cli.main([*command[:-2], "--patient-pattern", "^(x)", "--restart"]) == 2
+    assert "matches none of the 32 file names" in capsys.readouterr().err
+
+
+def test_evaluation_of_one_class_folder_and_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate")
+    model = create_model("test", num_classes=2)
+    model.config = model.config.replace(id2label={0: "a", 1: "b"})
+    model.save_pretrained(tmp_path / "model")
+    tree(tmp_path / "d", "a/1.png", "a/2.png")
+    (tmp_path / "d" / "a" / "notes.txt").write_text("text")
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--device", "cpu", "--quiet", "--resamples", "0"]
+    assert cli.main([*command, "--data", str(tmp_path / "d")]) == 2
+    assert "--split all" in capsys.readouterr().err
+    assert cli.main([*command, "--data", str(tmp_path / "d"), "--split", "all"]) == 0
+    assert "passed over 1 file: 1 .txt" in capsys.readouterr().err
+    tree(tmp_path / "e", "other/1.png")
+    assert cli.main([*command, "--data", str(tmp_path / "e"), "--split", "all"]) == 2
+    assert "the model does not know other" in capsys.readouterr().err

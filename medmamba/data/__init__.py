@@ -14,7 +14,7 @@ from .labels import alphabetical_permutation, order_classes
 from .leakage import LeakageError, LeakageReport, check_leakage, find_leakage
 from .npz import open_npz, unpack_npz
 from .opening import open_dataset
-from .splits import make_splits, published_split, random_split
+from .splits import make_splits, published_split, random_split, val_from_train
 from .table import open_csv
 
 __all__ = [
@@ -42,4 +42,5 @@ __all__ = [
     "random_split",
     "to_tensor",
     "unpack_npz",
+    "val_from_train",
 ]

@@ -75,17 +75,18 @@ def find_leakage(dataset: ImageDataset, *, duplicates: bool = True, workers: int
 def check_leakage(
     dataset: ImageDataset, *, allow: Collection[str] = (), duplicates: bool = True, workers: int | None = None
 ) -> LeakageReport:
-    """Raise where train, val and test share patients or identical images.
+    """Raise where train, val and test share patients or identical images, or identical images have several labels.
 
     Args:
-        allow: "patients", "duplicates" or both, to let them pass (some published splits leak; say so with the figures).
+        allow: what to let pass: "patients", "duplicates" (in several splits; some published splits leak, say so with
+            the figures; identical images are then not looked for), "conflicts" (labels that differ within one split).
 
     Raises:
         LeakageError: with examples and the way out.
     """
-    unknown = set(allow) - {"patients", "duplicates"}
+    unknown = set(allow) - {"patients", "duplicates", "conflicts"}
     if unknown:
-        raise DatasetError(f"allow takes 'patients' and 'duplicates', not {', '.join(sorted(unknown))}")
+        raise DatasetError(f"allow takes 'patients', 'duplicates' and 'conflicts', not {', '.join(sorted(unknown))}")
     wanted = duplicates and "duplicates" not in allow
     report = find_leakage(dataset, duplicates=wanted, workers=workers)
     problems = []
@@ -98,13 +99,30 @@ def check_leakage(
             for group in report.duplicates[:_EXAMPLES]
         )
         problems.append(f"{len(report.duplicates)} images stand in more than one split: {examples}")
-    if problems:
-        raise LeakageError(
-            f"{dataset.name}: " + ". ".join(problems) + ". Figures on such a test set are too good. Split again with "
-            "make_splits (it keeps patients together), remove the doubles, or pass allow= and say so with the figures",
-            report,
+    advice = (
+        "Figures on such a test set are too good. Split again with make_splits (it keeps patients together), remove "
+        "the doubles, or pass allow= (allow_leakage= of train, --allow-leakage) and say so with the figures"
+    )
+    inside = [group for group in report.conflicts if group not in report.duplicates]
+    if inside and "conflicts" not in allow:
+        if problems:
+            problems.append(advice)
+        examples = "; ".join(" = ".join(_labelled(dataset, i) for i in group[:3]) for group in inside[:_EXAMPLES])
+        problems.append(f"{len(inside)} images stand in one split with labels that contradict each other: {examples}")
+        advice = (
+            "Decide for one label, remove the others, or let them pass with 'conflicts' in allow= (allow_leakage= of "
+            "train, --allow-leakage)"
         )
+    if problems:
+        raise LeakageError(f"{dataset.name}: {'. '.join([*problems, advice])}", report)
     return report
+
+
+def _labelled(dataset: ImageDataset, index: int) -> str:
+    """An image with its labels, for a message."""
+    record = dataset.records[index]
+    labels = (record.label,) if isinstance(record.label, int) else [i for i, y in enumerate(record.label) if y]
+    return f"{record.source} ({', '.join(dataset.classes[label] for label in labels) or 'none'})"
 
 
 def pixel_hash(image: MedicalImage) -> bytes:

@@ -11,6 +11,9 @@ import torch
 from ..registry import DatasetEntry
 from .dataset import SPLITS, DatasetError, ImageDataset
 
+VAL_SHARE = 0.125
+"""Of the training images, what `val_from_train` takes: the proportion of val to train that `make_splits` makes."""
+
 
 def make_splits(
     dataset: ImageDataset, fractions: Sequence[float] = (0.7, 0.1, 0.2), *, stratify: bool = True, seed: int = 0
@@ -43,27 +46,34 @@ def make_splits(
             "or leave a split out with a fraction of 0"
         )
     counts = _class_counts(dataset, group_of, n_groups) if stratify else np.bincount(group_of)[:, None].astype(float)
-    totals = counts.sum(axis=0)  # (K,)
-    weights = 1 / np.maximum(totals, 1) ** 2
-    present = np.where(counts > 0, totals, np.inf)
-    rarity = present.min(axis=1)  # images of the rarest class that the group shows
-    shuffled = np.random.default_rng(seed).permutation(n_groups)
-    order = shuffled[np.lexsort((-counts.sum(axis=1)[shuffled], rarity[shuffled]))]
-    lack = shares[:, None] * totals  # (3, K): images still missing
-    part = np.empty(n_groups, dtype=int)
-    for group in order:
-        count = counts[group]
-        change = (count * (count - 2 * lack) * weights).sum(axis=1)  # of the squared distance, by split
-        change[shares == 0] = np.inf
-        part[group] = int(change.argmin())
-        lack[part[group]] -= count
-    empty = [SPLITS[i] for i in range(3) if shares[i] > 0 and not (part == i).any()]
+    part = _assign(counts, shares, seed)
+    empty = _unfilled(part, shares)
     if empty:
-        raise DatasetError(
-            f"{dataset.name}: no patient is left for {', '.join(empty)}: a few patients hold most images; "
-            "change the fractions"
-        )
+        raise DatasetError(f"{dataset.name}: {_why_empty(empty, dataset, counts, shares, seed)}")
     return dataset.with_splits([SPLITS[part[group]] for group in group_of])
+
+
+def val_from_train(dataset: ImageDataset, share: float = VAL_SHARE, *, seed: int = 0) -> ImageDataset:
+    """Move a share of the training images to val, as `make_splits` would divide them; test stays as it is.
+
+    For data that come with train and test alone. Patients stay together. `ImageDataset.notes` says what was done.
+
+    Raises:
+        DatasetError: there are images in val, none in train, or too few to divide.
+    """
+    rows = [i for i, record in enumerate(dataset.records) if record.split == "train"]
+    if not rows or "val" in dataset.splits:
+        raise DatasetError(f"{dataset.name}: val is taken from train where there is a train and no val ({dataset!r})")
+    divided = make_splits(dataset.subset(rows), (1 - share, share, 0), seed=seed)
+    splits = dataset.splits
+    for row, record in zip(rows, divided.records, strict=True):
+        splits[row] = record.split
+    known = any(dataset.records[row].patient is not None for row in rows)
+    moved = divided.split_sizes.get("val", 0)
+    return dataset.with_splits(splits).with_notes(
+        f"no val: {moved} of {len(rows)} training images were taken for it, "
+        f"{'by patient' if known else 'by image, as patients are unknown'}; test was not touched"
+    )
 
 
 def random_split(dataset: ImageDataset, sizes: Sequence[int], seed: int) -> ImageDataset:
@@ -111,6 +121,49 @@ def published_split(dataset: ImageDataset, entry: DatasetEntry) -> ImageDataset:
             "be drawn again. check_dataset says what differs"
         )
     return random_split(dataset, [entry.splits[name] for name in SPLITS], rule.seed)
+
+
+def _assign(counts: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """int64 `(groups,)`: index of the split of each group, from its counts `(groups, K)` and the shares `(3,)`."""
+    totals = counts.sum(axis=0)  # (K,)
+    weights = 1 / np.maximum(totals, 1) ** 2
+    present = np.where(counts > 0, totals, np.inf)
+    rarity = present.min(axis=1)  # images of the rarest class that the group shows
+    shuffled = np.random.default_rng(seed).permutation(len(counts))
+    order = shuffled[np.lexsort((-counts.sum(axis=1)[shuffled], rarity[shuffled]))]
+    lack = shares[:, None] * totals  # (3, K): images still missing
+    part = np.empty(len(counts), dtype=int)
+    for group in order:
+        count = counts[group]
+        change = (count * (count - 2 * lack) * weights).sum(axis=1)  # of the squared distance, by split
+        change[shares == 0] = np.inf
+        part[group] = int(change.argmin())
+        lack[part[group]] -= count
+    return part
+
+
+def _unfilled(part: np.ndarray, shares: np.ndarray) -> list[str]:
+    return [SPLITS[i] for i in range(3) if shares[i] > 0 and not (part == i).any()]
+
+
+def _why_empty(empty: list[str], dataset: ImageDataset, counts: np.ndarray, shares: np.ndarray, seed: int) -> str:
+    """Why a split stays empty, and fractions that would fill it where some do."""
+    largest = counts.sum(axis=1).max()
+    few = counts.sum() / len(counts) > 2 and largest > shares[SPLITS.index(empty[0])] * counts.sum()
+    sizes = ", ".join(f"{name} {share * len(dataset):.3g}" for name, share in zip(SPLITS, shares, strict=True) if share)
+    if few:
+        reason = f"a few patients hold most images, up to {largest:.0f} of {len(dataset)}"
+    else:
+        rarest = min(count for count in dataset.class_counts.tolist() if count)
+        reason = f"{len(dataset)} images are few for these fractions ({sizes}), and a class has only {rarest}"
+    text = f"nothing is left for {', '.join(empty)}: {reason}. Add data or change the fractions"
+    for other in ((0.6, 0.2, 0.2), (0.5, 0.25, 0.25), (0.4, 0.3, 0.3), (0.34, 0.33, 0.33)):
+        scaled = np.where(shares > 0, other, 0)
+        scaled = scaled / scaled.sum()
+        if not _unfilled(_assign(counts, scaled, seed), scaled):
+            numbers = [f"{share:.3g}" for share in scaled]
+            return f"{text}: ({', '.join(numbers)}) would do (--split {','.join(numbers)})"
+    return text
 
 
 def _groups(dataset: ImageDataset) -> np.ndarray:

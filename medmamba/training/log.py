@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -34,6 +35,11 @@ class RunLog:
         """Says something that deserves attention, also where there are no progress bars."""
         if self.active:
             warnings.warn(text.removeprefix("warning: "), UserWarning, stacklevel=2)
+
+    def note(self, text: str) -> None:
+        """Says on the error stream, above any bar, what the user should know of the data."""
+        if self.active:
+            tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
     def resumed(self, history: list[dict[str, Any]]) -> None:
         """The files go on from this history; what was written after the checkpoint will be written again."""

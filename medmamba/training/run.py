@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import registry
-from ..data import DatasetError, ImageDataset, check_leakage, make_splits, open_dataset, published_split
+from ..data import (
+    DatasetError,
+    ImageDataset,
+    check_leakage,
+    make_splits,
+    open_dataset,
+    published_split,
+    val_from_train,
+)
 from ..evaluation import Evaluation
 from ..model import MedMamba
 from ..utils.devices import wait_for_everyone
@@ -98,7 +106,8 @@ def train(
 
     Args:
         data: whatever `medmamba.data.open_dataset` takes: folder, CSV, `.npz`, zip; or an `ImageDataset`. Needs splits
-            train and val, or `split`; test is used if there is one.
+            train and val, or `split`; test is used if there is one. Where there are train and test alone, val is taken
+            from train (an eighth, by patient where known).
         out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints while it runs; with several
             nodes, on storage that they share.
         recipe: name, `.json` file or `Recipe`.
@@ -107,7 +116,8 @@ def train(
         dataset: name in the registry: order and names of classes, patients, licence, all noted with the weights.
         split: how to make splits where `data` has none: three fractions, or "published" for the registry's rule.
         patient_pattern: regular expression; group 1 in a file name is the patient.
-        allow_leakage: "patients", "duplicates": go on although they are in more than one split.
+        allow_leakage: "patients", "duplicates": go on although they are in more than one split. "conflicts": although
+            the same picture has several labels within one split.
         check_duplicates: False where an earlier run has found none: it decodes every image. Noted with the weights.
         in_chans: channels of the model; default: those of `init`, or 3.
         device, precision: see `make_accelerator`.
@@ -139,7 +149,7 @@ def train(
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
     accelerator = make_accelerator(device, precision)
     out, folder = Path(out), Path(cache) if cache else None
-    index, entry = _open(data, dataset, split, patient_pattern, seed)
+    index, entry, rule = _open(data, dataset, split, patient_pattern, seed)
     check_splits(index)
     torch.manual_seed(seed)
     labels = entry.id2label if entry else dict(enumerate(index.classes))
@@ -174,6 +184,8 @@ def train(
                 check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
             store.note_run(identity, table)
         log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
+        for note in index.notes:
+            log.note(f"{index.name}: {note}")
         images = ImageCache(index, model.config, accelerator, folder, progress, files=files, say=log.warn)
         trainer = Trainer(
             model,
@@ -198,7 +210,7 @@ def train(
         result = TrainResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
         if not result.finished or best is None:
             return result
-        record = training_record(index, entry, chosen, identity | stored, state, accelerator, _split_rule(index, split))
+        record = training_record(index, entry, chosen, identity | stored, state, accelerator, rule)
         record["init"] = init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
         record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
         record |= {} if check_duplicates else {"duplicates_checked": False}
@@ -230,28 +242,29 @@ def _open(
     split: str | Sequence[float] | None,
     patient_pattern: str | None,
     seed: int,
-) -> tuple[ImageDataset, registry.DatasetEntry | None]:
+) -> tuple[ImageDataset, registry.DatasetEntry | None, str]:
+    """The images with their splits, what the registry knows of them, and how the splits came about."""
     entry = registry.get(dataset) if dataset else None
     index = (
         data if isinstance(data, ImageDataset) else open_dataset(data, dataset=entry, patient_pattern=patient_pattern)
     )
+    if isinstance(data, ImageDataset) and patient_pattern is not None:
+        raise DatasetError("patient_pattern would have no effect on an ImageDataset; give it to open_dataset")
     if len(index) == 0:
         raise DatasetError(f"{index.name} has no images")
+    found = index.split_sizes
     if split is None:
-        return index, entry
+        if "train" in found and "test" in found and "val" not in found:
+            return val_from_train(index, seed=seed), entry, "val taken from train by val_from_train, test as arranged"
+        return index, entry, "as the data are arranged"
     if isinstance(split, str):
         if split != "published" or entry is None:
             raise DatasetError("split is three fractions, or 'published' together with dataset=NAME")
-        return published_split(index, entry), entry
+        return published_split(index, entry), entry, "published"
     if any(index.splits):
-        raise DatasetError(f"{index.name} has splits already ({index!r}); leave split out")
-    return make_splits(index, split, seed=seed), entry
-
-
-def _split_rule(index: ImageDataset, split: str | Sequence[float] | None) -> str:
-    if split is None:
-        return "as the data are arranged"
-    return "published" if isinstance(split, str) else f"made by make_splits: {', '.join(map(str, split))}"
+        rest = ": val is then taken from train" if "val" not in found and "train" in found else ""
+        raise DatasetError(f"{index.name} has splits already ({index!r}); leave split= (--split) out{rest}")
+    return make_splits(index, split, seed=seed), entry, f"made by make_splits: {', '.join(map(str, split))}"
 
 
 def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:

@@ -100,16 +100,32 @@ def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) 
     sizes = index.split_sizes
     missing = [name for name in needed if not sizes.get(name)]
     if missing:
-        raise DatasetError(
-            f"{index.name} has no images in {' and '.join(missing)}; give folders train, val and test, a CSV with a "
-            "column split, or let splits be made: split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
-        )
+        raise DatasetError(f"{index.name} has no images in {' and '.join(missing)}; {_how_to_split(sizes)}")
     if len(index.classes) < 2 and index.task == "multiclass":
         raise DatasetError(f"{index.name} has one class, {index.classes[0]!r}: there is nothing to tell apart")
     counts = index.split("train").class_counts
     empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
     if empty:
         raise DatasetError(f"{index.name}: no training images of {', '.join(empty)}; add some or remove the class")
+
+
+def _how_to_split(sizes: dict[str | None, int]) -> str:
+    """What to do about splits that are missing, given those that are there."""
+    if not set(sizes) - {None}:
+        return (
+            "give folders train, val and test, a CSV with a column split, or let splits be made: "
+            "split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
+        )
+    there = ", ".join(str(name) for name in sizes)
+    if "train" not in sizes:
+        return (
+            f"it has {there} alone. Call the split with the images to learn from train: the folder of that name, or "
+            "the value in column split"
+        )
+    return (
+        f"it has {there} alone. Move a part of train to a folder val, or give the folder train itself, where it has "
+        "class folders, and let splits be made: split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
+    )
 
 
 def build_model(
