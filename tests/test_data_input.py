@@ -141,7 +141,7 @@ def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_one_class_alone(tmp_path: Path) -> None:
     tree(tmp_path, "a/1.png", "a/2.png")
-    refuses("only one class folder .a..*--dataset NAME", tmp_path)
+    refuses("only one class folder .a..*dataset=NAME .--dataset", tmp_path)
     assert open_dataset(tmp_path, single_class=True).classes == ("a",)
 
 
@@ -486,3 +486,47 @@ def test_evaluation_of_one_class_folder_and_what_it_says(tmp_path: Path, capsys:
     tree(tmp_path / "e", "other/1.png")
     assert cli.main([*command, "--data", str(tmp_path / "e"), "--split", "all"]) == 2
     assert "the model does not know other" in capsys.readouterr().err
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------------
+
+PIXELS = np.zeros((4, 8, 8), np.uint8)
+LABELS = np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": PIXELS.astype(np.int64), "labels": LABELS}, "images is of type int64"),
+        ({"images": PIXELS.astype(np.complex64), "labels": LABELS}, "images is of type complex64"),
+        ({"images": PIXELS.astype("U1"), "labels": LABELS}, "images is of type <U1"),
+        ({"images": np.zeros((4, 3, 8, 8), np.uint8), "labels": LABELS}, r"channels first.*transpose\(0, 2, 3, 1\)"),
+        ({"images": PIXELS.reshape(4, 64), "labels": LABELS}, "something else"),
+        ({"images": PIXELS, "labels": LABELS.astype(float)}, "must be integers"),
+        ({"images": PIXELS, "labels": LABELS.astype(object)}, "Python objects, which are refused"),
+        ({"images": PIXELS.astype(object), "labels": LABELS}, "Python objects, which are refused"),
+        ({"images": PIXELS, "labels": LABELS[:3]}, "4 images but 3 labels"),
+        ({"images": PIXELS, "labels": LABELS - 1}, "label -1 of .* does not fit"),
+        ({"images": PIXELS, "labels": LABELS * 10**9}, "a label is 1000000000, and classes are counted from 0"),
+        (
+            {"images": PIXELS, "labels": LABELS, "train_images": PIXELS, "train_labels": LABELS},
+            "beside those of splits",
+        ),
+        ({"images": PIXELS}, "no array 'labels'"),
+    ],
+)
+def test_arrays_that_are_no_dataset(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    refuses(message, tmp_path / "x.npz")
+
+
+def test_arrays_that_are_doubtful(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=PIXELS, labels=LABELS * 2, ages=LABELS)
+    text = said(open_dataset(tmp_path / "x.npz"))
+    assert "arrays 'ages' are not used" in text and "no image has the class '1'" in text
+    np.savez(tmp_path / "y.npz", images=PIXELS, labels=np.eye(2, dtype=int)[LABELS])
+    assert "exactly one class, and counts as a multi-label task" in said(open_dataset(tmp_path / "y.npz"))
+    np.savez(tmp_path / "bloodmnist.npz", images=PIXELS, labels=LABELS)
+    assert "classes are named as those of BloodMNIST" in said(open_dataset(tmp_path / "bloodmnist.npz"))
+    np.savez(tmp_path / "bloodmnist_of_mine.npz", images=PIXELS, labels=LABELS)  # another set, as its name says
+    assert open_dataset(tmp_path / "bloodmnist_of_mine.npz").classes == ("0", "1")

@@ -102,10 +102,12 @@ def resolve_classes(
         index = {name: names.index(name) for name in unique}
     unknown = [name for name, number in index.items() if number is None]
     if unknown:
-        source = f"dataset {entry.name}" if classes is None and entry is not None else "the classes given"
+        by_entry = classes is None and entry is not None
+        source = f"dataset {entry.name}" if by_entry and entry else "the classes given"
+        way = "leave out dataset= (--dataset) to take the names as they are" if by_entry else "correct classes="
         raise DatasetError(
             f"{where}: {shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among {source} "
-            f"({', '.join(names)}); rename, or leave out dataset= (--dataset) or classes= to take names as they are"
+            f"({', '.join(names)}); rename, or {way}"
         )
     resolved = {name: number for name, number in index.items() if number is not None}
     doubles = {number for number in resolved.values() if list(resolved.values()).count(number) > 1}

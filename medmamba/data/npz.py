@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..images import MedicalImage, load_image
 from ..registry import DatasetEntry
+from ..utils.names import shown
+from .archive import DAMAGES
 from .dataset import SPLITS, DatasetError, ImageDataset, Record
+
+MAX_CLASSES = 65_536
+"""Labels of an array without names may be below this; a larger one is no number of a class."""
 
 _LOCAL_HEADER_BYTES = 30
 
@@ -58,10 +64,11 @@ def open_npz(
         DatasetError: a file that is cut off, of another kind, or whose arrays do not fit together.
     """
     path = Path(path)
-    shapes = _member_shapes(path)
+    shapes, types = _members(path)
     members: dict[str | None, tuple[str, str]] = {
         split: (f"{split}_images", f"{split}_labels") for split in SPLITS if f"{split}_images" in shapes
     }
+    notes = _unused(shapes, members, path)
     members = members or {None: ("images", "labels")}
     records: list[Record] = []
     multilabel = False
@@ -76,7 +83,13 @@ def open_npz(
         shape = shapes[images]
         if not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
             kind = "volumes (a 3D MedMNIST set?)" if len(shape) == 4 else "something else"
+            if len(shape) == 4 and shape[1] in (1, 3):
+                kind = "channels first, which images.transpose(0, 2, 3, 1) turns"
             raise DatasetError(f"{path}: {images} has shape {shape}: {kind}, not (N, H, W) or (N, H, W, 3)")
+        if not _is_pixel_type(types[images]):
+            raise DatasetError(
+                f"{path}: {images} is of type {types[images]}; images are uint8, uint16, bool, or float in [0, 1]"
+            )
         values = _labels(read_member(path, labels), path, labels)
         if len(values) != shape[0]:
             raise DatasetError(f"{path}: {shape[0]} {images} but {len(values)} {labels}")
@@ -86,8 +99,48 @@ def open_npz(
         if len(values):
             largest = max(largest, values.shape[1] - 1 if values.ndim == 2 else int(values.max()))
     if classes is None:
+        if entry is not None:
+            notes.append(f"classes are named as those of {entry.title}")
+        elif largest >= MAX_CLASSES:
+            raise DatasetError(
+                f"{path}: a label is {largest}, and classes are counted from 0; number them 0, 1, 2, ... without gaps"
+            )
         classes = entry.classes if entry is not None else tuple(str(index) for index in range(largest + 1))
-    return ImageDataset(records, classes, NpzReader(path), "multilabel" if multilabel else "multiclass", name=path.stem)
+    task = "multilabel" if multilabel else "multiclass"
+    dataset = ImageDataset(records, classes, NpzReader(path), task, name=path.stem)
+    return dataset.with_notes(*notes, *_notes_on_labels(dataset))
+
+
+def _unused(shapes: Collection[str], members: Mapping[str | None, tuple[str, str]], path: Path) -> list[str]:
+    """What to say of arrays that are not read.
+
+    Raises:
+        DatasetError: images of a split beside plain `images`, so that nobody can tell which are meant.
+    """
+    if members and "images" in shapes:
+        raise DatasetError(f"{path}: has the array images beside those of splits; remove or rename the ones not meant")
+    used = {name for pair in members.values() for name in pair} or {"images", "labels"}
+    others = [name for name in shapes if name not in used]
+    return [f"arrays {shown(*others)} are not used"] if others else []
+
+
+def _notes_on_labels(dataset: ImageDataset) -> list[str]:
+    """What is doubtful about the labels: one-hot rows, and classes without images."""
+    if not len(dataset):
+        return []
+    if dataset.task == "multilabel":
+        if len(dataset.classes) > 1 and (dataset.labels.sum(axis=1) == 1).all():
+            return [
+                "each row of the labels shows exactly one class, and counts as a multi-label task; for one class per "
+                "image store labels.argmax(1)"
+            ]
+        return []
+    empty = [name for name, count in zip(dataset.classes, dataset.class_counts, strict=True) if count == 0]
+    return [f"no image has the class {shown(*empty)}"] if empty else []
+
+
+def _is_pixel_type(dtype: np.dtype) -> bool:
+    return dtype.kind in "bf" or (dtype.kind == "u" and dtype.itemsize <= 2)
 
 
 def read_member(path: Path, member: str) -> np.ndarray:
@@ -96,7 +149,7 @@ def read_member(path: Path, member: str) -> np.ndarray:
         info = archive.getinfo(f"{member}.npy")
         with archive.open(info) as stream:
             shape, fortran, dtype, header = _npy_header(stream, path, member)
-        expected = header + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        expected = header + math.prod(shape) * dtype.itemsize  # of Python: a product that wraps round may fit by chance
         if expected != info.file_size:
             raise DatasetError(f"{path}: array {member} declares {expected} bytes but has {info.file_size}")
         if info.compress_type == zipfile.ZIP_STORED:
@@ -105,7 +158,7 @@ def read_member(path: Path, member: str) -> np.ndarray:
         try:
             with archive.open(info) as stream:
                 return np.lib.format.read_array(stream, allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as exc:
+        except (ValueError, *DAMAGES) as exc:
             raise DatasetError(f"{path}: array {member} is damaged ({exc}); download the file again") from exc
 
 
@@ -125,15 +178,26 @@ def unpack_npz(source: str | os.PathLike[str], target: str | os.PathLike[str]) -
     return target
 
 
-def _member_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+def _members(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:
+    """Shape and type of each array, by name.
+
+    Raises:
+        DatasetError: two arrays of one name, or one that cannot be unpacked.
+    """
+    shapes, types = {}, {}
     with _open(path) as archive:
         for info in archive.infolist():
-            if info.filename.endswith(".npy"):
-                member = info.filename.removesuffix(".npy")
+            if not info.filename.endswith(".npy"):
+                continue
+            member = info.filename.removesuffix(".npy")
+            if member in shapes:
+                raise DatasetError(f"{path}: array {member} stands in the file twice")
+            try:
                 with archive.open(info) as stream:
-                    shapes[member] = _npy_header(stream, path, member)[0]
-    return shapes
+                    shapes[member], _, types[member], _ = _npy_header(stream, path, member)
+            except DAMAGES as exc:
+                raise DatasetError(f"{path}: array {member} cannot be unpacked ({exc}); save it again") from exc
+    return shapes, types
 
 
 def _npy_header(stream: object, path: Path, member: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:

@@ -49,7 +49,7 @@ def index_tree(found: Found, reader: Reader, where: str, options: TreeOptions) -
     if len(names) < 2 and not options.single_class:
         raise DatasetError(
             f"{where}: only one class folder ({names[0]}), and there is nothing to tell apart. If the labels stand in "
-            "a CSV file, give its path; if this is part of a larger set, name that (dataset=... or --dataset NAME) or, "
+            "a CSV file, give its path; if this is part of a larger set, name that (dataset=NAME (--dataset)) or, "
             "in Python, open it with open_dataset(..., classes=[...])"
         )
     patients, said = patients_by_name([path for path, _, _ in rows], options.patient_pattern, options.entry, where)
