@@ -30,6 +30,15 @@ from .store import Loaded
 from .tabs.answers import batch_csv
 from .tabs.classify import refuse
 
+_VIEW = ("frame", "window_center", "window_width")
+ENDPOINTS = {
+    "models": (),
+    "classify": ("file", "model", *_VIEW),
+    "classify_batch": ("files", "model"),
+    "explain": ("file", "model", "method", "target", "check", *_VIEW),
+}
+"""Names of the parameters of each endpoint, in order."""
+
 
 def build(context: Context) -> None:
     """Adds the endpoints; to be called inside `gr.Blocks`. Their components are never shown."""
@@ -138,8 +147,7 @@ def build(context: Context) -> None:
         name = checked(gr.Textbox(label="model"), "model", str)
         file = checked(gr.File(label="file", type="filepath"), "file")
         files = checked(gr.File(label="files", type="filepath", file_count="multiple"), "files")
-        labels = ("frame", "window_center", "window_width")
-        frame, center, width = (checked(gr.Number(label=label, value=None), label, float) for label in labels)
+        frame, center, width = (checked(gr.Number(label=label, value=None), label, float) for label in _VIEW)
         method = checked(gr.Textbox(label="method", value="integrated_gradients", info="of attribution"), "method", str)
         target = checked(gr.Textbox(label="target"), "target", str)
         check = checked(gr.Checkbox(label="check"), "check", bool)

@@ -69,7 +69,7 @@ def launch_options(limits: Limits) -> dict[str, Any]:
     from starlette.middleware import Middleware
 
     on_space = "SPACE_ID" in os.environ
-    guard = Middleware(Guard, per_minute=limits.requests_per_minute, behind_proxy=on_space)
+    guard = Middleware(Guard, per_minute=limits.requests_per_minute, behind_proxy=on_space, endpoints=api.ENDPOINTS)
     return {
         "app_kwargs": {"middleware": [guard]},
         "theme": theme.theme(),

@@ -10,6 +10,8 @@ import math
 import re
 import time
 from collections import OrderedDict, deque
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 _RULES = {
@@ -52,11 +54,19 @@ class Guard:
 
     Args:
         per_minute: requests for work that one address may make in a minute; 0: any number.
+        endpoints: names of the parameters of each endpoint for programs; the first must be given.
         behind_proxy: take the address that the proxy in front saw. Only there: anybody can write that header.
     """
 
-    def __init__(self, app: Any, per_minute: int = 0, behind_proxy: bool = False):
+    def __init__(
+        self,
+        app: Any,
+        per_minute: int = 0,
+        behind_proxy: bool = False,
+        endpoints: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    ):
         self.app, self.per_minute, self.behind_proxy = app, per_minute, behind_proxy
+        self.endpoints = endpoints
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -71,7 +81,7 @@ class Guard:
 
         if scope["method"] == "POST" and any(part in scope["path"] for part in CALLS):
             body = await _body(receive)
-            if problem := refused(scope["path"], body):
+            if problem := refused(scope["path"], body, self.endpoints):
                 await _answer(send, 422, problem)
                 return
             receive = _replay(body, receive)
@@ -145,7 +155,7 @@ class _WithHeaders:
         return {**message, "headers": [*kept, *((name.encode(), value.encode()) for name, value in ours.items())]}
 
 
-def refused(path: str, body: bytes) -> str:
+def refused(path: str, body: bytes, endpoints: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> str:
     """Why the body of a call is not taken; empty if it is.
 
     JSON by its standard: no NaN, no Infinity, no number that overflows to one, and no field twice or unknown.
@@ -160,11 +170,20 @@ def refused(path: str, body: bytes) -> str:
         return "the request is not valid JSON"
     if not isinstance(data, dict):
         return "the request must be a JSON object"
-    if "/call/v2/" in path:  # fields of the function itself, which Gradio compares with its parameters
-        return ""
+    name = path.rstrip("/").rpartition("/")[2]
+    parameters = endpoints.get(name)
+    if "/call/v2/" in path:
+        if parameters is None:
+            return ""
+        if unknown := sorted(set(data) - set(parameters)):
+            return f"unknown field {unknown[0]!r}; {name} has {', '.join(parameters)}"
+        return f"{name} needs {parameters[0]}" if parameters and data.get(parameters[0]) is None else ""
     known = FIELDS_SIMPLE if "/call/" in path else FIELDS
     if unknown := sorted(set(data) - known):
         return f"unknown field {unknown[0]!r}; a call has {', '.join(sorted(known))}"
+    given = data.get("data")
+    if parameters is not None and (not isinstance(given, list) or len(given) != len(parameters)):
+        return f"{name} needs {len(parameters)} values in data, null for those left out: {', '.join(parameters)}"
     return ""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -35,7 +35,7 @@ def tag(template: str, /, *values: object, **named: object) -> Markup:
 
 def join(parts: Iterable[object], by: str = "") -> Markup:
     """Concatenates pieces of HTML; plain strings among them are escaped, `by` included."""
-    return escape(by).join(parts)
+    return escape(by).join(escape(part) for part in parts)
 
 
 NOTHING = Markup("")
@@ -203,7 +203,9 @@ def interval_text(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.low) else f"{estimate.low:.3f} – {estimate.high:.3f}"
 
 
-def table(header_cells: list[str], rows: list[list[object]], caption: str, sort: bool = False, css: str = "") -> Markup:
+def table(
+    header_cells: list[str], rows: Sequence[Sequence[object]], caption: str, sort: bool = False, css: str = ""
+) -> Markup:
     """Rows of cells under headers; with `sort`, headers are buttons that page.js sorts by.
 
     On narrow screens each row becomes a card, which names its cells by `data-label`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,7 +227,7 @@ class Service:
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
 
     def _predict(
-        self, source: str, images: list[MedicalImage] | list[Path], program: bool = False
+        self, source: str, images: Sequence[MedicalImage | Path], program: bool = False
     ) -> list[tuple[Prediction | Failure, Seen]]:
         """Predictions, and what is kept of each image."""
         loaded = self.store.get(source)

@@ -53,9 +53,9 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
     made = facts(
         [
             ("Model", with_detail(loaded.title, f"MedMamba-{config.architecture}")),
-            ("Window", window_fact(found)),
             ("Time", f"{found.milliseconds:.0f} ms"),
             ("Backend", f"{loaded.backend} on {loaded.device}"),
+            ("Window", window_fact(found)),
         ]
     )
     height, width = config.preprocess.input_size

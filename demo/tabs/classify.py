@@ -111,7 +111,7 @@ def build(context: Context) -> ClassifyTab:
         hidden: Updates = {
             current: gr.update(visible=False),
             reading: gr.update(visible=False),
-            preset: gr.update(value=AS_FILE),
+            preset: gr.update(choices=[AS_FILE, CUSTOM], value=AS_FILE),
             frame: gr.update(visible=False, value=1),
         }
         if len(session.images) != 1:
@@ -131,7 +131,7 @@ def build(context: Context) -> ClassifyTab:
         if found.windows is None or found.windows.value_range is None:
             return {}
         unit = f" ({found.windows.unit})" if found.windows.unit else ""
-        names = [*([] if found.lacks_window else [AS_FILE]), *(name for name, _ in presets(found)), CUSTOM]
+        names = [AS_FILE, *(name for name, _ in presets(found)), CUSTOM]
         return {
             reading: gr.update(visible=True),
             preset: gr.update(choices=names, value=None if found.lacks_window else AS_FILE),
@@ -145,10 +145,10 @@ def build(context: Context) -> ClassifyTab:
         window = found.image.window
         c, w = window or default_window(found)
         step = slider_step(low, high, c, w)
-        labels = (
-            [{}, {}] if unit is None else [{"label": f"{name}{unit}"} for name in ("Level (centre)", "Window width")]
-        )
-        shown = {"visible": window is not None, "step": step}
+        labels: list[Updates] = [{}, {}]
+        if unit is not None:
+            labels = [{"label": f"{name}{unit}"} for name in ("Level (centre)", "Window width")]
+        shown: Updates = {"visible": window is not None, "step": step}
         # The window of a file may lie outside the values that this image has.
         return {
             center: gr.update(minimum=min(low, c), maximum=max(high, c), value=c, **shown, **labels[0]),
