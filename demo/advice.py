@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from medmamba._image import FrameNeeded, WindowNeeded
+from medmamba.utils.advice import spelled
 
 WARNING = "warning: "
 _KIND = re.compile(r"^[a-z][a-z0-9-]*: ")
@@ -26,25 +27,31 @@ def in_app(text: object) -> str:
 
 
 def for_programs(text: object) -> str:
-    """A note, warning or error in the words of the endpoints: their fields are called differently."""
-    said = re.sub(r"window=\(([^()]*), ([^()]*)\)", r"window_center=\1 and window_width=\2", str(text))
-    return said.replace("window_center=center and window_width=width", "window_center and window_width")
+    """A note, warning or error in the words of the endpoints, whose fields are called differently."""
+    return spelled(str(text), {"window": _window_fields})
 
 
-def of_problem(problem: Exception, program: bool = False) -> str:
+def _window_fields(value: str) -> str:
+    center, _, width = value.strip("()").partition(", ")
+    if not re.match(r"-?[\d.]", center):
+        return "window_center and window_width"
+    return f"window_center={center} and window_width={width}"
+
+
+def of_problem(problem: Exception, program: bool = False, alone: bool = True) -> str:
     """What to do about an image that could not be read.
 
     Args:
         program: for one that calls the endpoints, which have fields instead of controls.
+        alone: whether it is the only image, so that controls are shown for it.
     """
     if isinstance(problem, FrameNeeded):
         how = f"give frame, 0 to {problem.n_frames - 1}" if program else "open it alone to choose one under Frame"
         return f"this file holds {problem.n_frames} frames; {how}"
     if isinstance(problem, WindowNeeded):
         low, high = problem.value_range
-        how = (
-            "give window_center and window_width" if program else "set level and width, or take the range of its values"
-        )
+        how = "set level and width, or take the range of its values"
+        how = "give window_center and window_width" if program else how if alone else f"open it alone to {how}"
         return f"its values, {low:g} to {high:g}, declare no range of brightness; {how}"
     return str(problem)
 

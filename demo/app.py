@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 import medmamba
-from medmamba.cli import DEFAULT_MODEL
+from medmamba import DEFAULT_MODEL
 
 from . import api, html, theme
 from .context import Context

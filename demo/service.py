@@ -240,7 +240,7 @@ class Service:
                     image = item if isinstance(item, MedicalImage) else load_image(item)
                 except (ImageError, ValueError, OSError) as problem:
                     kept.append(Seen())
-                    failed[number] = Failure(str(item), of_problem(problem, program))
+                    failed[number] = Failure(str(item), of_problem(problem, program, alone=len(images) == 1))
                 else:
                     kept.append(Seen(reduced(image, THUMBNAIL).to_uint8(), applied(image)))
                     yield image

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo_helpers import CHROMIUM, FLAGS, save_model, serving
+from PIL import Image
 
 import medmamba
 
@@ -173,6 +174,29 @@ def test_a_patient_is_never_shown(open_page, tmp_path, capfd):
     texts = [answered, page.content(), Path(download.value.path()).read_text(), output.out, output.err]
     assert "scan.dcm" in answered, "the name of the file is the visitor's own"
     assert not any("JANE4711" in text for text in texts)
+
+
+def test_a_window_that_hides_an_image_is_mended_by_a_button(open_page, tmp_path):
+    """12 bits in a 16-bit PNG: the controls show what was applied, before and after."""
+    values = np.random.default_rng(0).integers(348, 3205, (64, 64)).astype(np.uint16)
+    values[0, :2] = 348, 3204
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    page = open_page()
+    answer_of(page, tmp_path / "deep.png")
+    level = page.get_by_label("number input for Level (centre)")
+    width = page.get_by_label("number input for Window width")
+    preset = page.locator("#mm-reading").get_by_label("Window", exact=True)
+    assert [level.input_value(), width.input_value()] == ["32767.5", "65535"]
+    assert preset.input_value() == "As the file says"
+    page.get_by_role("button", name="Window by the range of values").click()
+    page.locator(".mm-answer", has_text="1776 / 2856").wait_for()
+    assert [level.input_value(), width.input_value()] == ["1776", "2856"]
+    assert preset.input_value() == "Range of the values (1776 / 2856)"
+    assert page.get_by_role("button", name="Window by the range of values").count() == 0
+    level.fill("2000")
+    level.press("Enter")
+    page.locator(".mm-answer", has_text="2000 / 2856").wait_for()
+    assert preset.input_value() == "Set by hand"
 
 
 def test_a_window_by_hand(open_page):

@@ -217,6 +217,20 @@ def test_the_window_that_hides_an_image_is_a_warning_with_a_button(deep, loaded_
     assert dict(mended.prediction.top) == pytest.approx(dict(expected.top), abs=1e-5)
 
 
+def test_maps_say_what_the_answer_says(deep, loaded_with):
+    """Warnings of the file, a picture that is drawn with more contrast than the model sees, and what a number is."""
+    from demo.tabs import maps
+
+    loaded = loaded_with("maps")
+    answering = service.Service(store.ModelStore((loaded.source,), "cpu"))
+    *_, found = answering.explain(loaded.source, deep, classify.FIRST, ["gradcam"], None, False)
+    page = maps.maps_html(found, loaded.calibrated)
+    assert "more contrast than the model sees" in page and page.index("mm-warn") < page.index("mm-map-grid")
+    assert "Calibrated probability" in page and "Score, not calibrated" in maps.maps_html(found, False)
+    *_, found = answering.explain(loaded.source, deep, View(0, (1776, 2856)), ["gradcam"], None, False)
+    assert "mm-warn" not in maps.maps_html(found, True)
+
+
 def test_ct_without_a_window_likewise(loaded_with):
     pydicom = pytest.importorskip("pydicom")
     path = Path(pydicom.data.get_testdata_file("CT_small.dcm", download=False))
@@ -253,7 +267,7 @@ def test_files_that_need_a_choice_say_what_the_app_offers(tmp_path, loaded_with)
     Image.fromarray(signed, "I").save(tmp_path / "signed.tif")
     stack, depth = answering.classify_files(loaded.source, [tmp_path / "stack.tif", tmp_path / "signed.tif"])
     assert "2 frames; open it alone to choose one under Frame" in stack.error
-    assert "declare no range" in depth.error and "level and width" in depth.error
+    assert "declare no range" in depth.error and "open it alone to set level and width" in depth.error
     stack, depth = answering.classify_files(
         loaded.source, [tmp_path / "stack.tif", tmp_path / "signed.tif"], program=True
     )

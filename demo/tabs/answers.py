@@ -7,11 +7,10 @@ import io
 import math
 from pathlib import Path
 
-from gradio.utils import sanitize_value_for_csv
-
 from medmamba.evaluation import PAPER_COLUMNS
 from medmamba.evaluation.result import TITLES
 from medmamba.predict import Failure
+from medmamba.utils.tables import csv_row
 
 from ..advice import in_app, plain
 from ..html import (
@@ -158,19 +157,17 @@ def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[s
     """The table with every class, safe to open in a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    safe = sanitize_value_for_csv
-    writer.writerow(["image", "label", "probability", "unsure", "unusual", *map(safe, labels), "warnings", "error"])
+    writer.writerow(csv_row(["image", "label", "probability", "unsure", "unusual", *labels, "warnings", "error"]))
     for path, result in zip(paths, results, strict=True):
-        name = safe(path.name)
         if isinstance(result, Failure):
-            writer.writerow([name, *[""] * (5 + len(labels)), safe(plain(result.error, path))])
+            writer.writerow(csv_row([path.name, *[""] * (5 + len(labels)), plain(result.error, path)]))
             continue
         prediction = result.prediction
         scores = dict(prediction.top)
         unusual = "" if result.unusual is None else result.unusual
-        row = [name, safe(prediction.label), f"{prediction.probability:.6f}", result.unsure, unusual]
-        warned = safe("; ".join(in_app(text) for text in result.warnings))
-        writer.writerow([*row, *(f"{scores[label]:.6f}" for label in labels), warned, ""])
+        row = [path.name, prediction.label, f"{prediction.probability:.6f}", result.unsure, unusual]
+        warned = "; ".join(in_app(text) for text in result.warnings)
+        writer.writerow(csv_row([*row, *(f"{scores[label]:.6f}" for label in labels), warned, ""]))
     return text.getvalue()
 
 

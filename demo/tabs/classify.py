@@ -189,7 +189,7 @@ def build(context: Context) -> ClassifyTab:
             return {result: error("The model gave no answer", answers.reason(problem, path)), explain: hidden}
         except (ImageError, OSError, ValueError) as problem:
             lacking = isinstance(problem, WindowNeeded) and len(session.images) == 1
-            return {result: answers.failure_html(of_problem(problem), path, lacking), explain: hidden}
+            return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), explain: hidden}
         return {result: answers.answer_html(found, loaded), explain: gr.update(visible=True)}
 
     def take(files: list[str], title: str, request: gr.Request) -> Updates:

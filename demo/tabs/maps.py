@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medmamba.explain import Comparison, Explanation, Trust, methods
+from medmamba.explain.render import faint_range
 
 from ..advice import WARNING, in_app
 from ..charts import NARROW, Line, chart
@@ -61,9 +62,16 @@ def maps_html(found: Comparison, calibrated: bool = False) -> Markup:
 
 
 def _warnings(found: Comparison) -> list[str]:
-    """What changes the worth of the maps: what was noted of the file, and of each map."""
-    notes = [note for explanation in found.explanations for note in explanation.notes if note.startswith(WARNING)]
-    return [text[:1].upper() + text[1:] for text in dict.fromkeys(map(in_app, notes))]
+    """What changes the worth of the maps: what was noted of the file and of each map, and how they are drawn."""
+    image = found.explanations[0].image
+    notes = [*image.warnings, *(note for explanation in found.explanations for note in explanation.notes)]
+    said = [in_app(note) for note in notes if note.startswith(WARNING)]
+    if (span := faint_range(image)) is not None:
+        said.append(
+            "the maps are drawn over the image with more contrast than the model sees: nearly all its pixels are from "
+            f"{100 * span[0]:.0f}% to {100 * span[1]:.0f}% bright"
+        )
+    return [text[:1].upper() + text[1:] for text in dict.fromkeys(said)]
 
 
 def _map(explanation: Explanation, below: str) -> Markup:
