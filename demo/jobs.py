@@ -36,11 +36,13 @@ class Plan:
         data: the zip file.
         index: with its splits, as they will be used.
         made: whether the splits are made here rather than in the file.
+        val_taken: whether the file has train and test alone, so that val is a part of its train.
     """
 
     data: Path
     index: ImageDataset
     made: bool
+    val_taken: bool = False
 
     @property
     def batch_size(self) -> int:
@@ -93,20 +95,20 @@ def plan(path: Path, limits: Limits) -> Plan:
         raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has none")
     if len(index.classes) > limits.zip_classes:
         raise DatasetError(f"{len(index.classes)} classes; the limit here is {limits.zip_classes}")
-    made = not any(index.splits)
+    made, val_taken = not any(index.splits), False
     if made:
         rarest = min(index.class_counts)
         if rarest < 5:
             raise DatasetError(f"a class has only {rarest} images; five of each are the least that can be divided")
         index = make_splits(index, FRACTIONS)
-    elif set(index.split_sizes) == {"train", "test"}:
+    elif val_taken := set(index.split_sizes) == {"train", "test"}:
         index = val_from_train(index)  # as the command does by itself
     for split in ("train", "val"):
         if not index.split_sizes.get(split):
             raise DatasetError(
                 f"there are split folders, but none called {split!r}; add it, or use class folders alone"
             )
-    return Plan(path, index, made)
+    return Plan(path, index, made, val_taken)
 
 
 class Job:

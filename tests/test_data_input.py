@@ -261,6 +261,26 @@ def test_zip_members_that_cannot_be_unpacked(tmp_path: Path) -> None:
         open_dataset(pack(tmp_path / "bad.zip", "a/1.png", raw={"b/2.png": b"text"}))[1]
 
 
+def test_zip_that_is_encrypted(tmp_path: Path) -> None:
+    content = bytearray(pack(tmp_path / "x.zip", "a/1.png", "b/2.png").read_bytes())
+    content[content.find(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    refuses("'a/1.png' is encrypted; unpack the archive first", tmp_path / "locked.zip")
+
+
+def test_the_app_says_what_it_passed_over_and_where_val_comes_from(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from demo.jobs import plan
+    from demo.options import Limits
+    from demo.tabs.finetune import set_html
+
+    names = [f"{split}\\{c}\\{i}.IMA" for split in ("train", "test") for c in "ab" for i in range(8)]
+    found = plan(pack(tmp_path / "x.zip", *names, raw={"train\\a\\notes.txt": b"text"}), Limits())
+    assert found.index.split_sizes == {"train": 14, "val": 2, "test": 16}
+    text = str(set_html(found))
+    assert "passed over 1 file: 1 .txt" in text and "val taken from train, the rest as the folders say" in text
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 

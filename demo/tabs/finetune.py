@@ -236,11 +236,15 @@ def set_html(found: Plan) -> Markup:
         (f"{len(index)} images, {len(index.classes)} classes", classes),
         ("Split", with_detail(sizes, how_divided(found))),
     ]
+    if index.notes:
+        rows.append(("Noted", bullets(index.notes)))
     return card(facts(rows), found.data.name, css="mm-tight")
 
 
 def how_divided(found: Plan) -> str:
     """How the splits come about, and what that is worth."""
+    if found.val_taken:
+        return "val taken from train, the rest as the folders say"
     if not found.made:
         return "as the folders say"
     if any(found.index.patients):
