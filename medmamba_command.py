@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> int:
-    from medmamba.cli import main
-
+    try:
+        from medmamba.cli import main
+    except KeyboardInterrupt:  # while PyTorch is loaded
+        return 130
     return main()

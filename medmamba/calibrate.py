@@ -171,11 +171,17 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclas
 
 def to_probabilities(logits: ArrayLike, task: str = "multiclass") -> Floats:
     """Returns the softmax over the classes, or a sigmoid for each label, of logits `(..., K)`."""
-    z = np.asarray(logits, dtype=np.float64)
+    p = np.array(logits, dtype=np.float64)  # one copy, changed in place: there may be many images and classes
     if task == "multilabel":
-        return 0.5 * (1 + np.tanh(0.5 * z))
-    e = np.exp(z - z.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+        p *= 0.5
+        np.tanh(p, out=p)
+        p += 1
+        p *= 0.5
+        return p
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
 
 
 def ood_score(logits: ArrayLike, score: str = "energy", task: str = "multiclass") -> Floats:

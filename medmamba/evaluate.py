@@ -85,11 +85,11 @@ def score(
     patients = dataset.patients
     options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed)
     temperature = float(config.calibration.get("temperature", 1.0))
-    raw = logits.double().numpy()
+    raw = logits.numpy()
     context = {**(context or {}), "temperature": temperature}
     found = evaluate(
         dataset.labels,
-        to_probabilities(raw / temperature, config.task),
+        to_probabilities(raw, config.task, temperature),
         config.labels,
         resamples=resamples,
         context=context,
@@ -269,12 +269,12 @@ def figures(scored: Scored, title: str = "") -> dict[str, matplotlib.figure.Figu
     from .plots import confusion_matrix_figure, reliability_figure, roc_figure
 
     task = scored.evaluation.task
-    raw = scored.logits.astype(np.float64)
+    raw = scored.logits
     curves = {"as trained": to_probabilities(raw, task)}
     if scored.uncalibrated:
-        curves["calibrated"] = to_probabilities(raw / scored.evaluation.context["temperature"], task)
+        curves["calibrated"] = to_probabilities(raw, task, scored.evaluation.context["temperature"])
     found = {
-        "roc": roc_figure(scored.labels, to_probabilities(raw, task), scored.evaluation.classes, title=title),
+        "roc": roc_figure(scored.labels, curves["as trained"], scored.evaluation.classes, title=title),
         "reliability": reliability_figure(scored.labels, curves, title=title),
     }
     if task == "multiclass":

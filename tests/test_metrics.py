@@ -320,3 +320,81 @@ def test_two_classes_may_be_given_by_the_second_alone() -> None:
     )
     with pytest.raises(EvaluationError, match="3 patients for 600 images"):
         evaluate(labels, p, NAMES[:2], patients=["a"] * 3)
+
+
+# --- memory, and sets where scores are not defined ---
+
+
+def peak(function) -> int:
+    """Largest memory that NumPy and Python took beyond what there was, bytes."""
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("images", "classes", "task"), [(300, 600, "multiclass"), (3000, 120, "multilabel")])
+def test_memory_does_not_grow_with_classes_times_resamples(images, classes, task):
+    """Confusion matrices of all resamples would take 288 MB of the first; several tables of images by classes, at once,
+    of the second 50 MB and more."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(classes), images)
+    labels = rng.integers(0, classes, images) if task == "multiclass" else (rng.random(p.shape) < 0.1).astype(int)
+    names = [str(i) for i in range(classes)]
+    resamples = 100 if task == "multiclass" else 10
+    assert peak(lambda: evaluate(labels, p, names, task=task, resamples=resamples)) < 30e6
+
+
+def test_patients_by_classes_are_no_table():
+    from medmamba.evaluation.bootstrap import resampling_units
+
+    n = 20_000
+    labels = np.arange(n) % 5000
+    assert peak(lambda: resampling_units(labels, None)) < 30e6  # the table would be 800 MB
+    unit, stratum = resampling_units(np.array([2, 1, 1, 0, 0, 3]), ["a", "a", "a", "b", None, "b"])
+    assert unit.tolist() == [0, 0, 0, 1, 2, 1] and stratum.tolist() == [1, 0, 0]  # of equals the lowest
+
+
+def test_figures_of_a_thousand_classes_are_of_bounded_size():
+    plots = pytest.importorskip("medmamba.plots")
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    classes = 300
+    p = rng.dirichlet(np.ones(classes), 3000)
+    labels = rng.integers(0, classes, 3000)
+    found = evaluate(labels, p, [f"class {i}" for i in range(classes)], resamples=0)
+    matrix = plots.confusion_matrix_figure(found)
+    assert max(matrix.get_size_inches()) < 30 and not matrix.axes[0].texts
+    curves = plots.roc_figure(labels, p, found.classes)
+    assert all(len(line.get_xdata()) <= 2000 for line in curves.axes[0].lines)
+    assert len(found.to_markdown()) < 100_000
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 1, 1], [0, 0, 2, 2], [2, 2, 2, 2]])
+def test_absent_classes_are_left_out_and_json_stays_json(labels):
+    p = np.array([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.4, 0.3, 0.3], [0.2, 0.2, 0.6]])
+    found = evaluate(labels, p, ["a", "b", "c"], resamples=20)
+    present = set(labels)
+    for i, row in enumerate(found.per_class):
+        assert np.isnan(row.scores["sensitivity"].value) == (i not in present)
+        assert np.isnan(row.scores["auroc"].value) == (i not in present or len(present) == 1)
+    assert found["balanced_accuracy"] == pytest.approx(
+        np.mean([np.mean(p.argmax(1)[np.array(labels) == c] == c) for c in present])
+    )
+    assert "NaN" not in found.to_json() and found.notes
+
+
+def test_scores_that_are_nan_are_refused():
+    from medmamba.evaluation import scores
+    from medmamba.plots import roc_curve
+
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        scores.rank(np.array([0.1, np.nan, 0.3]))
+    with pytest.raises(ValueError, match="NaN"):
+        roc_curve(np.array([True, False]), np.array([np.nan, 0.5]))
+    with pytest.raises(EvaluationError, match="1 of 2 images have probabilities that are NaN"):
+        evaluate([0, 1], [[0.5, 0.5], [np.nan, 0.5]], ["a", "b"])

@@ -23,9 +23,12 @@ def resampling_units(labels: Ints, patients: Sequence[str | None] | None) -> tup
     unit_of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
     if labels.ndim == 2:
         return unit_of, np.zeros(len(numbers), dtype=np.int64)
-    counts = np.zeros((len(numbers), int(labels.max()) + 1), dtype=np.int64)
-    np.add.at(counts, (unit_of, labels), 1)
-    return unit_of, counts.argmax(axis=1)
+    # Not a table of units by classes, which for many of both is larger than all else.
+    pairs, counts = np.unique(unit_of * (int(labels.max()) + 1) + labels, return_counts=True)
+    units, classes = np.divmod(pairs, int(labels.max()) + 1)
+    order = np.lexsort((classes, -counts, units))  # by unit, the commonest class first, of equals the lowest
+    first = np.flatnonzero(np.diff(units[order], prepend=-1))
+    return unit_of, classes[order][first]
 
 
 def bootstrap_weights(unit_of: Ints, stratum_of: Ints, resamples: int, seed: int) -> Iterator[Floats]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,10 @@ def evaluate(
     if patients is not None and len(patients) != len(truth):
         raise EvaluationError(f"{len(patients)} patients for {len(truth)} images")
     scorer = _Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
-    point = scorer(np.ones((1, len(truth))))
+    point = scorer.scores(lambda: iter([np.ones((1, len(truth)))]))
     unit_of, stratum_of = resampling_units(truth, patients)
-    chunks = [scorer(weights) for weights in bootstrap_weights(unit_of, stratum_of, resamples, seed)]
-    interval = {name: _interval([chunk[name] for chunk in chunks], level) for name in point} if chunks else {}
+    resampled = scorer.scores(lambda: bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else {}
+    interval = {name: _interval(values, level) for name, values in resampled.items()}
 
     def estimate(name: str, *index: int) -> Estimate:
         value = float(point[name][0][index])
@@ -104,30 +104,55 @@ class _Scorer:
 
     def __init__(self, truth: Ints, p: Floats, k: int, multilabel: bool, threshold: float, bins: int) -> None:
         self.k, self.multilabel = k, multilabel
-        self.truth = truth
-        self.onehot = (truth if multilabel else np.eye(k, dtype=np.int64)[truth]).astype(float)
-        self.support = self.onehot.sum(axis=0).astype(int)
-        self.said = (p > threshold).astype(np.int64) if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
-        self.brier = scores.brier(self.onehot, p) / (k if multilabel else 2 if k == 2 else 1)
-        self.ranks = [scores.rank(p[:, i]) for i in range(k)]
-        right = self.onehot if multilabel else (self.said == truth).astype(float)
+        self.truth, self.p = truth, p
+        self.support = truth.sum(axis=0) if multilabel else np.bincount(truth, minlength=k)
+        self.said = p > threshold if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
+        self.brier = scores.brier(truth, p) / (k if multilabel else 2 if k == 2 else 1)
+        right = truth if multilabel else (self.said == truth).astype(float)
         self.gaps = scores.calibration_gaps(p if multilabel else p.max(axis=1), right, bins)
-        self.nll = scores.negative_log_likelihood(self.onehot, p, multilabel)
+        self.nll = scores.negative_log_likelihood(truth, p)
+        if multilabel:
+            self.shown = truth.astype(bool)
+            same = self.said == self.shown
+            self.right, self.all_right = same.mean(axis=1), same.all(axis=1)
+        else:
+            self.right = self.said == truth
 
-    def __call__(self, weights: Floats) -> dict[str, Floats]:
-        """Overall scores `(R,)` by name, and scores of each class `(R, K)` by "class_" and name."""
+    def scores(self, weightings: Callable[[], Iterator[Floats]]) -> dict[str, Floats]:
+        """Overall scores `(R,)` by name, and scores of each class `(R, K)` by "class_" and name.
+
+        Args:
+            weightings: gives the weights in chunks `(R, N)`, the same ones every time. Ranks of all classes at once
+                may not fit into memory, so there is one pass for each block of classes.
+        """
+        areas: list[Floats] = []
+        for block in scores.blocks(self.k, len(self.truth)):
+            classes = range(self.k)[block]
+            ranks = [scores.rank(self.p[:, i]) for i in classes]
+            areas.append(np.concatenate([self._areas(classes, ranks, weights) for weights in weightings()]))
+        area = np.concatenate(areas, axis=1)  # (R, K, 2)
+        parts, done = [], 0
+        for weights in weightings():
+            parts.append(self._chunk(weights, area[done : done + len(weights)]))
+            done += len(weights)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _areas(self, classes: range, ranks: list[scores.Ranks], weights: Floats) -> Floats:
+        """AUROC and AUPRC of some classes, `(R, len(classes), 2)`."""
+        found = np.empty((len(weights), len(classes), 2))
+        for place, (i, rank) in enumerate(zip(classes, ranks, strict=True)):
+            positive = self.shown[:, i] if self.multilabel else self.truth == i
+            found[:, place, 0], found[:, place, 1] = scores.auroc_and_auprc(positive, rank, weights)
+        return found
+
+    def _chunk(self, weights: Floats, area: Floats) -> dict[str, Floats]:
         total = weights.sum(axis=1)
         tables = self._tables(weights)  # (R, K, 2, 2)
         by_class = scores.rates(tables)
-        positive = self.onehot.astype(bool)
-        areas = [scores.auroc_and_auprc(positive[:, i], self.ranks[i], weights) for i in range(self.k)]
-        by_class["auroc"], by_class["auprc"] = (np.stack(column, axis=1) for column in zip(*areas, strict=True))
+        by_class["auroc"], by_class["auprc"] = area[..., 0], area[..., 1]
+        overall = {"accuracy": weights @ self.right / total}
         if self.multilabel:
-            right = self.said == self.truth
-            overall = {"accuracy": weights @ right.mean(axis=1) / total}
-            overall["subset_accuracy"] = weights @ right.all(axis=1) / total
-        else:
-            overall = {"accuracy": weights @ (self.said == self.truth) / total}
+            overall["subset_accuracy"] = weights @ self.all_right / total
         present = by_class["sensitivity"] >= 0  # not NaN
         overall["balanced_accuracy"] = _macro(by_class["sensitivity"], present)
         if self.multilabel:
@@ -146,8 +171,8 @@ class _Scorer:
 
     def _tables(self, weights: Floats) -> Floats:
         if not self.multilabel:
-            return scores.one_against_rest(scores.confusion(self.truth, self.said, self.k, weights))
-        return scores.label_tables(self.onehot, self.said.astype(float), weights)
+            return scores.class_tables(self.truth, self.said, self.k, weights)
+        return scores.label_tables(self.shown, self.said, weights)
 
 
 def _macro(values: Floats, present: np.ndarray) -> Floats:
@@ -158,9 +183,8 @@ def _macro(values: Floats, present: np.ndarray) -> Floats:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _interval(chunks: list[Floats], level: float) -> tuple[Floats, Floats]:
+def _interval(values: Floats, level: float) -> tuple[Floats, Floats]:
     """Percentiles over the resamples, `(R,)` or `(R, K)` to `()` or `(K,)`, of those in which a score is defined."""
-    values = np.concatenate(chunks)
     rows = values.reshape(len(values), -1)
     limits = np.full((2, rows.shape[1]), np.nan)
     known = ~np.isnan(rows).all(axis=0)
@@ -191,13 +215,16 @@ def _checked(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> 
     highest = 1 if task == "multilabel" else k - 1
     if truth.min() < 0 or truth.max() > highest:
         raise EvaluationError(f"labels must be 0 to {highest}; found {truth.min()} to {truth.max()}")
-    if not np.isfinite(p).all() or p.min() < -1e-6 or p.max() > 1 + 1e-6:
-        raise EvaluationError("probabilities must be finite and in [0, 1]; these look like logits")
+    if not np.isfinite(p).all():
+        bad = int((~np.isfinite(p)).any(axis=1).sum())
+        raise EvaluationError(f"{bad} of {len(p)} images have probabilities that are NaN or infinite, so no scores")
+    if p.min() < -1e-6 or p.max() > 1 + 1e-6:
+        raise EvaluationError("probabilities must be in [0, 1]; these look like logits")
     if task == "multiclass" and np.abs(p.sum(axis=1) - 1).max() > 1e-2:
         raise EvaluationError(
             "the probabilities of an image must add up to 1; for independent labels: task='multilabel'"
         )
-    return truth, np.clip(p, 0, 1)
+    return truth, np.clip(p, 0, 1) if p.min() < 0 or p.max() > 1 else p
 
 
 def _notes(classes: Sequence[str], support: np.ndarray, n: int, task: str) -> tuple[str, ...]:

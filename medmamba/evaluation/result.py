@@ -10,8 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import write_text
+from ..utils.text import printable
+
 PAPER_COLUMNS = ("precision", "sensitivity", "specificity", "f1", "accuracy", "auroc")
 """The columns of the published table, in its order."""
+
+MAX_TABLE = 50
+"""Classes up to which tables have a confusion matrix."""
 
 TITLES = {
     "accuracy": "Accuracy",
@@ -114,7 +120,7 @@ class Evaluation:
         """JSON text; also written to `path` if given."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
     @classmethod
@@ -131,7 +137,9 @@ class Evaluation:
         columns = list(self.per_class[0].scores) if self.per_class else []
         rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
         lines += ["", *_table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
-        if self.task == "multiclass":
+        if self.task == "multiclass" and len(self.classes) > MAX_TABLE:
+            lines += ["", f"The confusion matrix of {len(self.classes)} classes is in `confusion`, not printed here."]
+        elif self.task == "multiclass":
             matrix = [[name, *map(str, row)] for name, row in zip(self.classes, self.confusion, strict=True)]
             lines += ["", "Rows: true class. Columns: predicted class.", ""]
             lines += _table(["", *self.classes], matrix)
@@ -164,6 +172,6 @@ def _tuples(value: Any) -> Any:
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
     return [line(header), "|" + " --- |" * len(header), *(line(row) for row in rows)]

@@ -7,6 +7,7 @@ R: weightings, N: images, K: classes. Undefined scores (no positives, nothing pr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ Ints = NDArray[np.int64]
 Ranks = tuple[Ints, Ints]
 
 _SMALLEST_PROBABILITY = 1e-12
+_BLOCK_ELEMENTS = 2**22  # in memory at a time besides what is given: 32 MB of float64
 
 
 def confusion(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Floats:
@@ -26,20 +28,36 @@ def confusion(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Float
     return np.array(rows, dtype=np.float64).reshape(-1, k, k)
 
 
-def label_tables(truth: Floats, said: Floats, weights: Floats) -> Floats:
-    """2x2 tables `(R, K, 2, 2)`, [[tn, fp], [fn, tp]], of several labels at once, given as 0 and 1, `(N, K)`."""
-    tp, fn, fp = weights @ (truth * said), weights @ (truth * (1 - said)), weights @ ((1 - truth) * said)
+def label_tables(truth: NDArray[np.bool_], said: NDArray[np.bool_], weights: Floats) -> Floats:
+    """2x2 tables `(R, K, 2, 2)`, [[tn, fp], [fn, tp]], of several labels at once, `(N, K)`."""
+    R, K = len(weights), truth.shape[1]
+    tp, shown, found = (np.empty((R, K)) for _ in range(3))
+    for columns in blocks(K, len(truth)):
+        t, s = truth[:, columns], said[:, columns]
+        for out, mask in ((tp, t & s), (shown, t), (found, s)):
+            out[:, columns] = weights @ mask.astype(weights.dtype)
+    return _tables(tp, shown, found, weights)
+
+
+def class_tables(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Floats:
+    """One 2x2 table per class, `(R, K, 2, 2)`: [[tn, fp], [fn, tp]]. Never the confusion matrices of all weightings,
+    which take R times K times K."""
+    right = labels == predictions
+    columns = ((labels[right], right), (labels, ...), (predictions, ...))
+    tp, shown, found = (np.array([np.bincount(i, row[m], k) for row in weights]) for i, m in columns)
+    return _tables(tp, shown, found, weights)
+
+
+def _tables(tp: Floats, shown: Floats, found: Floats, weights: Floats) -> Floats:
+    fn, fp = shown - tp, found - tp
     tn = weights.sum(axis=1, keepdims=True) - tp - fn - fp
     return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
 
 
-def one_against_rest(matrix: Floats) -> Floats:
-    """Confusion `(R, K, K)` to one 2x2 table per class, `(R, K, 2, 2)`: [[tn, fp], [fn, tp]]."""
-    tp = np.einsum("rkk->rk", matrix)
-    fn = matrix.sum(axis=2) - tp
-    fp = matrix.sum(axis=1) - tp
-    tn = matrix.sum(axis=(1, 2))[:, None] - tp - fn - fp
-    return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """Slices of `range(count)`, such that slices of rows of `size` elements stay below `_BLOCK_ELEMENTS`."""
+    step = max(1, _BLOCK_ELEMENTS // max(size, 1))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def rates(tables: Floats) -> dict[str, Floats]:
@@ -61,7 +79,13 @@ def rates(tables: Floats) -> dict[str, Floats]:
 
 
 def rank(scores: Floats) -> Ranks:
-    """Ascending order of the scores `(N,)`, and where in it each distinct score starts."""
+    """Ascending order of the scores `(N,)`, and where in it each distinct score starts.
+
+    Raises:
+        ValueError: a score is NaN, which has no rank.
+    """
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN, which cannot be ranked")
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
     return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -95,10 +119,14 @@ def calibration_gaps(confidence: Floats, correct: Floats, bins: int) -> Floats:
     Both are `(N,)`, or `(N, L)` for several statements about each image, of which the mean counts.
     """
     confidence, correct = (values.reshape(len(values), -1) for values in (confidence, correct))
-    gaps = np.zeros((len(confidence), bins))
-    rows = np.broadcast_to(np.arange(len(confidence))[:, None], confidence.shape)
-    np.add.at(gaps, (rows, bin_index(confidence, bins)), correct - confidence)
-    return gaps / confidence.shape[1]
+    N, L = confidence.shape
+    gaps = np.empty((N, bins))
+    for rows in blocks(N, L):
+        said = confidence[rows]
+        cell = np.arange(len(said))[:, None] * bins + bin_index(said, bins)
+        sums = np.bincount(cell.ravel(), (correct[rows] - said).ravel(), len(said) * bins)
+        gaps[rows] = sums.reshape(len(said), bins)
+    return gaps / L
 
 
 def expected_calibration_error(gaps: Floats, weights: Floats) -> Floats:
@@ -114,22 +142,37 @@ def bin_index(confidence: Floats, bins: int) -> Ints:
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def brier(onehot: Floats, probabilities: Floats) -> Floats:
-    """Brier score of each image, `(N,)`.
+def brier(truth: Ints, probabilities: Floats) -> Floats:
+    """Brier score of each image, `(N,)`; `truth` is `(N,)` class indices or `(N, K)` of 0 and 1.
 
     More than two exclusive classes: the sum over classes of squared errors, in [0, 2]. Two classes, or several labels
     at once: half of that, or the mean over labels, in [0, 1]. (scikit-learn's `scale_by_half="auto"`.)
     """
-    return ((probabilities - onehot) ** 2).sum(axis=1)
+    return _by_rows(lambda t, p: ((p - t) ** 2).sum(axis=1), truth, probabilities)
 
 
-def negative_log_likelihood(onehot: Floats, probabilities: Floats, multilabel: bool) -> Floats:
-    """Cross entropy of each image in nats, `(N,)`; the mean over labels where several can hold at once."""
-    probabilities = np.clip(probabilities, _SMALLEST_PROBABILITY, 1)
-    if not multilabel:
-        return -(onehot * np.log(probabilities)).sum(axis=1)
-    others = np.clip(1 - probabilities, _SMALLEST_PROBABILITY, 1)
-    return -(onehot * np.log(probabilities) + (1 - onehot) * np.log(others)).mean(axis=1)
+def negative_log_likelihood(truth: Ints, probabilities: Floats) -> Floats:
+    """Cross entropy of each image in nats, `(N,)`; the mean over labels where several can hold at once, `truth` being
+    `(N, K)` of 0 and 1 then."""
+    if truth.ndim == 1:
+        return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], _SMALLEST_PROBABILITY, 1))
+
+    def entropy(t: Floats, p: Floats) -> Floats:
+        inverse = np.clip(1 - p, _SMALLEST_PROBABILITY, 1)
+        p = np.clip(p, _SMALLEST_PROBABILITY, 1)
+        return -(t * np.log(p) + (1 - t) * np.log(inverse)).mean(axis=1)
+
+    return _by_rows(entropy, truth, probabilities)
+
+
+def _by_rows(score: Callable[[Floats, Floats], Floats], truth: Ints, probabilities: Floats) -> Floats:
+    """A score of each image from 0 and 1 and probabilities, both (n, K), for some images at a time."""
+    N, K = probabilities.shape
+    found = np.empty(N)
+    for rows in blocks(N, K):
+        labels = truth[rows]
+        found[rows] = score(labels if truth.ndim == 2 else np.eye(K)[labels], probabilities[rows])
+    return found
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
