@@ -78,7 +78,7 @@ class Calibration:
 
     def probabilities(self, logits: ArrayLike) -> Floats:
         """Calibrated probabilities `(N, K)` of logits `(N, K)`."""
-        return to_probabilities(np.asarray(logits, dtype=np.float64) / self.temperature, self.task)
+        return to_probabilities(logits, self.task, self.temperature)
 
     def to_dict(self) -> dict[str, Any]:
         """For `MedMambaConfig.calibration`; the task stands in the config itself."""
@@ -169,9 +169,13 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclas
     return 1 / math.sqrt(low * high)
 
 
-def to_probabilities(logits: ArrayLike, task: str = "multiclass") -> Floats:
-    """Returns the softmax over the classes, or a sigmoid for each label, of logits `(..., K)`."""
+def to_probabilities(logits: ArrayLike, task: str = "multiclass", temperature: float = 1.0) -> Floats:
+    """Returns the softmax over the classes, or a sigmoid for each label, of logits `(..., K)` over a temperature.
+
+    The one place where logits become probabilities, in float64.
+    """
     p = np.array(logits, dtype=np.float64)  # one copy, changed in place: there may be many images and classes
+    p /= temperature
     if task == "multilabel":
         p *= 0.5
         np.tanh(p, out=p)

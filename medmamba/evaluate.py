@@ -243,9 +243,7 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
         return tuple(int(i in shown) for i in range(len(wanted)))
 
     records = [dataclasses.replace(record, label=renumbered(record.label)) for record in dataset.records]
-    return ImageDataset(
-        records, wanted, dataset.reader, dataset.task, dataset.transform, dataset.name, dataset.notes
-    )
+    return ImageDataset(records, wanted, dataset.reader, dataset.task, dataset.transform, dataset.name, dataset.notes)
 
 
 def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record: Any) -> Path:

@@ -208,7 +208,7 @@ def probabilities(logits: Tensor, config) -> Tensor:
     from .calibrate import to_probabilities
 
     temperature = float(config.calibration.get("temperature", 1.0))
-    found = to_probabilities(logits.detach().cpu().double().numpy() / temperature, config.task)
+    found = to_probabilities(logits.detach().cpu().double().numpy(), config.task, temperature)
     return torch.from_numpy(found).to(logits)
 
 

@@ -374,3 +374,18 @@ def test_a_missing_package_names_its_extra(module, call, tiny_model, tmp_path, m
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'{module}: pip install "medmamba\[(train|explain|export)\]"'):
         call(tiny_model, tmp_path)
+
+
+def test_export_is_there_after_import_medmamba():
+    code = "import medmamba, sys; assert 'onnx' not in sys.modules; print(medmamba.export.to_onnx.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "to_onnx"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = medmamba.nothing
+
+
+def test_the_exporter_of_pytorch_points_to_the_one_here(tiny_model, tmp_path, recwarn):
+    pytest.importorskip("onnxscript")
+    for options in ({}, {"dynamo": False}):
+        with pytest.raises(RuntimeError, match=r"medmamba\.export\.to_onnx"):
+            torch.onnx.export(tiny_model, (torch.zeros(1, 3, 32, 32),), str(tmp_path / "x.onnx"), **options)

@@ -253,3 +253,23 @@ def test_a_frozen_view_can_be_differentiated_moved_and_hooked(mixed):
     assert x.grad.abs().sum() > 0 and all(p.grad is None for p in view.parameters())
     view.half()
     assert state_of(mixed) == before
+
+
+def test_evaluation_leaves_a_model_in_train_mode_as_it_is(mixed):
+    pytest.importorskip("accelerate")
+    from medmamba.data import ImageDataset, Record
+    from medmamba.evaluate import evaluate_model
+
+    class Reader:
+        def read(self, record):
+            return medmamba.load_image(picture(record.source))
+
+    index = ImageDataset([Record(i, i % 3) for i in range(6)], mixed.config.labels, Reader())
+    expected = reference(mixed)
+    before = state_of(mixed)
+    found = evaluate_model(mixed, index, None, device="cpu", resamples=0)
+    assert state_of(mixed) == before
+    logits = [expected.predict(picture(i)).logits for i in range(6)]
+    np.testing.assert_allclose(found.logits, logits, atol=0.05)  # decoded images are kept in 8 bits
+    with pytest.raises(ValueError, match="frame would have no effect"):
+        evaluate_model(mixed, index, None, frame=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +26,3 @@ def loss(logits: Tensor, targets: Tensor, task: str, weights: Tensor | None = No
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
     return F.cross_entropy(logits, targets, weight=weights)
-
-
-def to_probabilities(logits: Tensor, task: str) -> Tensor:
-    return torch.sigmoid(logits) if task == "multilabel" else torch.softmax(logits, -1)

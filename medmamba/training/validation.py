@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..calibrate import to_probabilities
 from ..model import MedMamba
+from ..predict import NotFiniteError
 from ..preprocess import normalise
 from ..utils.devices import autocast
 from ..utils.modes import eval_view
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..data import CachedDataset
-
-
-class NotFiniteError(ArithmeticError):
-    """Logits that are infinite or NaN."""
 
 
 def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
@@ -40,10 +38,8 @@ def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, bat
         raise NotFiniteError(f"logits of {bad} of {len(logits)} validation images are no longer numbers")
     task, labels = model.config.task, data.index.targets
     targets = objective.soft_targets(labels, model.config.num_classes, 0.0)
-    probabilities = objective.to_probabilities(logits, task).double()
-    if task == "multiclass":
-        probabilities = probabilities / probabilities.sum(1, keepdim=True)
-    found = evaluate(data.index.labels, probabilities.numpy(), data.index.classes, task=task, resamples=0)
+    probabilities = to_probabilities(logits.numpy(), task)
+    found = evaluate(data.index.labels, probabilities, data.index.classes, task=task, resamples=0)
     scores = {name: found[name] for name in ("accuracy", "balanced_accuracy", "auroc", "f1")}
     return {"loss": float(objective.loss(logits, targets, task)), **scores}
 
