@@ -9,11 +9,21 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from ._image import MAX_PIXELS, ImageError, MedicalImage, Window, WindowNeeded, check_frame, check_size
+from ._image import (
+    MAX_PIXELS,
+    ImageError,
+    MedicalImage,
+    Window,
+    WindowNeeded,
+    check_frame,
+    check_size,
+    warning_note,
+)
+from .imaging import tiff
+from .imaging.deep_colour import is_deep_colour, is_premultiplied, read_deep_colour
+from .imaging.quality import picture_notes
 
 _EXIF_ORIENTATION = 0x0112
-# TIFF tags that Pillow reads but does not fully act on.
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
 def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
@@ -26,7 +36,7 @@ def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, windo
                 image.verify()
             stream.seek(0)
         with Image.open(stream, formats=[kind]) as image:
-            return _from_pil(image, name, kind, frame, window)
+            return _from_pil(image, name, kind, frame, window, stream)
 
 
 def load_pil(image: Image.Image, name: str, frame: int | None, window: Window | None) -> MedicalImage:
@@ -75,34 +85,56 @@ def _decoding(what: str) -> Iterator[None]:
         ) from exc
 
 
-def _from_pil(image: Image.Image, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
+def _from_pil(
+    image: Image.Image, name: str, kind: str, frame: int | None, window: Window | None, stream: BinaryIO | None = None
+) -> MedicalImage:
+    """Decodes a Pillow image; `stream` is its file where that may be read again."""
     notes: list[str] = []
-    n_frames = getattr(image, "n_frames", 1)
+    directories = n_frames = getattr(image, "n_frames", 1)
     if image.format == "MPO" and n_frames > 1:  # a camera's JPEG with previews or gain maps behind the picture
         if frame is None:
             notes.append(f"first of {n_frames} pictures in this JPEG used")
         frame = frame or 0
+    is_tiff = bool(getattr(image, "tag_v2", None))
+    if is_tiff:
+        notes += tiff.imagej_notes(image)
+        if directories == 1:
+            n_frames = tiff.imagej_images(image)
     index = check_frame(frame, n_frames)
     check_size(image.height, image.width)
-    if index != image.tell():
+    if index != image.tell() and directories > 1:
         image.seek(index)
         check_size(image.height, image.width)
 
     tags: Any = getattr(image, "tag_v2", {})
-    if tags:
-        _check_strips(image)
+    if is_tiff:
+        tiff.check_tiff(image)
+        if n_frames > directories:
+            tiff.select_imagej_image(image, index, n_frames)
     bits = _stored_bits(image, tags)
-    grey_alpha = "LA;16" in _raw_mode(image)
+    raw_mode = _raw_mode(image)
+    grey_alpha = "LA;16" in raw_mode
     # Pillow inverts "white is zero" for up to 8 bits only.
-    inverted = bool(tags) and tags.get(_TIFF_PHOTOMETRIC, 0) == 0 and image.mode in ("I;16", "I;16B", "F")
-    signed = tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2 if tags else None
+    inverted = is_tiff and tags.get(tiff.PHOTOMETRIC, 0) == 0 and image.mode in ("I;16", "I;16B", "F")
+    signed = tags.get(tiff.SAMPLE_FORMAT, (1,))[0] == 2 if is_tiff else None
     mode = image.mode
 
-    # Before load(), which turns a TIFF and removes its tag; the other formats are turned here.
-    readable = _note_orientation(image, notes)
-    image.load()
-    image = ImageOps.exif_transpose(image) if readable else image
-    array = _pil_array(image, bits, signed, grey_alpha, notes)
+    # Frames of an animated PNG are drawn over each other, in 8 bits.
+    single = n_frames == directories and (is_tiff or n_frames == 1)
+    deep = ";16" in raw_mode and stream is not None and single and is_deep_colour(image)
+    premultiplied = deep and is_premultiplied(image)
+    # Before load(), which turns a TIFF and removes its tag; the other formats are turned here. For a PNG this decodes.
+    turned = _note_orientation(image, notes)
+    if deep and stream is not None:
+        _note_profile(image, notes)
+        if premultiplied:
+            notes.append("transparent areas composited on black")
+        array = _with_transparent_colour(read_deep_colour(stream, kind, index, turn=turned), image)
+    else:
+        image.load()
+        image = ImageOps.exif_transpose(image) if turned else image  # which copies, turned or not
+        array = _pil_array(image, bits, signed, grey_alpha, notes)
+    _note_display(image, notes)
     return _finish(
         array,
         bits,
@@ -117,12 +149,29 @@ def _from_pil(image: Image.Image, name: str, kind: str, frame: int | None, windo
     )
 
 
-def _check_strips(image: Image.Image) -> None:
-    """Refuse a TIFF whose strips or tiles do not cover it: Pillow would leave the rest black."""
-    boxes = [tile[1] for tile in getattr(image, "tile", None) or []]
-    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
-    if boxes and covered < image.width * image.height:
-        raise ImageError("damaged TIFF: part of its pixels is missing. Copy or export it again")
+def _with_transparent_colour(array: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Values `(H, W)` or `(H, W, 3)` with alpha behind, where the file names a transparent colour (PNG tRNS)."""
+    colour = image.info.get("transparency")
+    if not isinstance(colour, (int, tuple)) or (array.ndim == 3 and array.shape[2] != 3):
+        return array
+    array = array if array.ndim == 3 else array[..., None]
+    opaque = (array != np.array(colour, array.dtype)).any(axis=-1, keepdims=True)
+    return np.concatenate([array, opaque * np.array(np.iinfo(array.dtype).max, array.dtype)], axis=-1)
+
+
+def _note_display(image: Image.Image, notes: list[str]) -> None:
+    """Note what a viewer would do to the picture, and what is not done here."""
+    info = image.info
+    if not info:
+        return
+    gamma = info.get("gamma")
+    if gamma and "srgb" not in info and abs(gamma - 1 / 2.2) > 0.02:
+        notes.append(f"display gamma {gamma:g} of the file not applied")
+    density = info.get("dpi") or info.get("aspect") or info.get("jfif_density")
+    if isinstance(density, tuple) and len(density) == 2 and density[0] != density[1] and min(density) > 0:
+        ratio = float(density[0] / density[1])
+        if abs(ratio - 1) > 0.01:
+            notes.append(f"pixels are not square (height to width {ratio:.3g}); not resampled")
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -133,41 +182,46 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _stored_bits(image: Image.Image, tags: Any) -> int:
-    if tags and _TIFF_BITS in tags:
-        return int(max(tags[_TIFF_BITS]))
+    if tags and tiff.BITS in tags:
+        return int(max(tags[tiff.BITS]))
     if ";16" in _raw_mode(image):
         return 16
     return {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
 
 
 def _note_orientation(image: Image.Image, notes: list[str]) -> bool:
-    """Note a rotation that is due; False where the metadata is too damaged to tell."""
+    """Note a rotation that is due; returns whether one is, and False where the metadata is too damaged to tell."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata fails in any way, and the pixels may be good
         notes.append("unreadable EXIF data ignored; the image may lack a rotation")
         return False
-    if orientation in range(2, 9):
-        notes.append(f"EXIF rotation applied (orientation {orientation})")
+    if orientation not in range(2, 9):
+        return False
+    notes.append(f"EXIF rotation applied (orientation {orientation})")
     return True
+
+
+def _note_profile(image: Image.Image, notes: list[str]) -> None:
+    profile = image.info.get("icc_profile") or b""
+    if profile and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile and image.mode != "L":
+        notes.append("embedded colour profile not applied")
 
 
 def _pil_array(image: Image.Image, bits: int, signed: bool | None, grey_alpha: bool, notes: list[str]) -> np.ndarray:
     """Raw values `(H, W)` or `(H, W, C)`; 8 bits where Pillow expands or cuts the stored ones."""
     mode = image.mode
-    profile = image.info.get("icc_profile") or b""
-    if profile and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile and mode != "L":
-        notes.append("embedded colour profile not applied")
+    _note_profile(image, notes)
     if mode == "1":
         return np.asarray(image, dtype=bool)
     if mode == "F":
         return np.asarray(image)
     if mode.startswith("I"):
-        if "transparency" in image.info:
-            notes.append("transparent grey value ignored")
         array = np.asarray(image)
         if mode == "I" and bits == 16 and not signed:
-            return array.astype(np.uint16)
+            array = array.astype(np.uint16)
+        if array.dtype.kind == "u" and array.itemsize == 2:
+            return _with_transparent_colour(array.astype(np.uint16, copy=False), image)
         # Pillow keeps unsigned 32-bit TIFF in its signed mode "I"; of other sources only the mode is known.
         return array.view(np.uint32) if mode == "I" and signed is False else array
     if mode == "L" and signed:
@@ -193,32 +247,63 @@ def _finish(
     """Raw values `(H, W)` or `(H, W, 1|2|3|4)` (grey, grey and alpha, RGB, RGBA) to `MedicalImage`."""
     if raw.ndim == 2:
         raw = raw[..., None]
+    if not raw.dtype.isnative:
+        raw = raw.astype(raw.dtype.newbyteorder("="))
     channels = raw.shape[2]
     if raw.dtype.kind == "f" and not np.isfinite(raw).all():
         raise ImageError("the pixels hold NaN or infinite values; replace them first (numpy.nan_to_num)")
-    value_range = (float(raw.min()), float(raw.max())) if channels == 1 else None
-    applied = window if window is not None else _declared_window(raw, bits) if channels == 1 else None
+    colour = raw[..., : channels - 1] if channels in (2, 4) else raw  # without alpha
+    is_grey = channels <= 2
+    value_range = (float(colour.min()), float(colour.max())) if is_grey else None
+    applied = window if window is not None else _declared_window(raw, bits) if is_grey else None
+    used_bits = int(colour.max()).bit_length() or 1 if raw.dtype.kind in "bu" else None
+    if window is not None and not is_grey:
+        raise ImageError(f"window applies to grey images only; this one has {channels} channels")
     if window is not None:
-        if channels != 1:
-            raise ImageError(f"window applies to grey images only; this one has {channels} channels")
         center, width = window
-        pixels = np.clip((raw.astype(np.float64) - center) / width + 0.5, 0, 1)
+        pixels = np.clip((colour.astype(np.float64) - center) / width + 0.5, 0, 1)
+        if channels == 2:
+            pixels = np.concatenate([pixels, _to_unit(raw[..., 1:], bits, [])], axis=-1)
         notes.append(f"window {center:g}/{width:g} applied")
     else:
         pixels = _to_unit(raw, bits, notes)
+        _note_unused_range(colour, bits, notes)
     if inverted:
         pixels = 1 - pixels
         notes.append("white-is-zero inverted")
     if channels in (2, 4):
         pixels = _drop_alpha(pixels, notes)
+    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
     return MedicalImage(
-        pixels=np.ascontiguousarray(pixels, dtype=np.float32),
+        pixels=pixels,
         bit_depth=bits,
         value_range=value_range,
-        notes=tuple(notes),
+        notes=(*notes, *picture_notes(pixels, raw if channels == 1 else None)),
         window=applied,
         window_from="" if applied is None else "range" if window is None else "argument",
+        used_bits=used_bits,
         **info,
+    )
+
+
+def _note_unused_range(colour: np.ndarray, bits: int, notes: list[str]) -> None:
+    """Warn of values that leave at least half of a 16-bit range unused: they were made with fewer bits."""
+    if bits != 16 or colour.dtype not in (np.uint8, np.uint16):
+        return
+    # Of some files only the upper bytes are read.
+    largest = int(colour.max()) if colour.dtype == np.uint16 else int(colour.max()) * 257
+    if not 0 < largest < 2**15:
+        return
+    used = max(largest.bit_length(), 8)
+    advice = f"pass window=({(2**used - 1) / 2:g}, {2**used - 1})"
+    if colour.shape[2] == 3:
+        advice = "save it as 8 bits a channel, scaled by its own range"
+    notes.append(
+        warning_note(
+            "unused-range",
+            f"16-bit values scaled by 65535 though the largest is {largest}, so the image is dark; if these are {used}-"
+            f"bit values, {advice}",
+        )
     )
 
 
@@ -230,6 +315,10 @@ def _declared_window(raw: np.ndarray, bits: int) -> Window:
 
 def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
     """Scale by the declared range of the type, never by the values found."""
+    if raw.dtype == np.uint8 or raw.dtype == np.uint16:
+        return np.divide(raw, np.float32(255 if raw.dtype == np.uint8 else 2**bits - 1), dtype=np.float32)
+    if raw.dtype == np.bool_:
+        return raw
     largest = raw.max()
     if raw.dtype.kind == "f":
         smallest, tolerance = raw.min(), 1e-6  # resampling in float leaves 1.0000001
@@ -241,21 +330,11 @@ def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
                 "window=(center, width) with the range that the values stand for",
             )
         return np.clip(raw, 0, 1)
-    if raw.dtype == np.bool_:
-        return raw
-    if raw.dtype not in (np.uint8, np.uint16):
-        raise _window_needed(
-            raw,
-            f"{raw.dtype} pixels declare no range; pass window=(center, width) in the units of the image (found "
-            f"{raw.min()}..{largest}), or convert to uint8, uint16 or float in 0..1 first",
-        )
-    if raw.dtype == np.uint16 and bits == 16 and 0 < largest < 2**15:
-        used = max(int(largest).bit_length(), 8)
-        notes.append(
-            f"16-bit values scaled by 65535 though the largest is {largest}, so the image is dark; if these are {used}-"
-            f"bit values, pass window=({(2**used - 1) / 2:g}, {2**used - 1})"
-        )
-    return raw.astype(np.float32) / (255 if raw.dtype == np.uint8 else 2**bits - 1)
+    raise _window_needed(
+        raw,
+        f"{raw.dtype} pixels declare no range; pass window=(center, width) in the units of the image (found "
+        f"{raw.min()}..{largest}), or convert to uint8, uint16 or float in 0..1 first",
+    )
 
 
 def _window_needed(raw: np.ndarray, text: str) -> ImageError:
