@@ -3,7 +3,7 @@
 A header that is read wrongly, a window that misses the data or a sentinel value leaves such pictures, and a classifier
 answers them with confidence. Every reader ends here.
 
-Thresholds, on the luminance of a grid of at most about 128 x 128 pixels, and only for pictures of at least 256:
+Thresholds, on the luminance of a grid of about 128 x 128 pixels, and only for pictures of at least 256:
 
 - almost constant: the middle 99 % of the values span less than 1/64 of the range (4 of 256 levels)
 - two-valued: 99.5 % of the values are within 1/512 of the smallest or the largest, and at least 0.5 % of either
