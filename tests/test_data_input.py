@@ -70,6 +70,15 @@ def test_a_class_folder_without_images_does_not_vanish(tmp_path: Path) -> None:
     assert open_dataset(tmp_path).classes == ("a", "b")
 
 
+def test_a_class_of_subfolders_beside_one_without_images_is_no_outer_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "a/left/1.png", "a/right/2.png")
+    (tmp_path / "b").mkdir()
+    refuses("is folder 'b' a class[?] .* Give the path of 'a'", tmp_path)
+    (tmp_path / "b" / "v.nii").write_bytes(b"x")
+    refuses("is folder 'b' a class", tmp_path)
+    assert open_dataset(tmp_path / "a").classes == ("left", "right")
+
+
 def test_an_empty_class_in_one_split_is_said_and_in_all_refused(tmp_path: Path) -> None:
     tree(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png")
     (tmp_path / "val" / "b").mkdir()
@@ -82,8 +91,9 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     tree(tmp_path, "set/a/1.png", "set/b/2.png", "set/a/.3.png")
     (tmp_path / "set" / "a" / "notes.txt").write_text("text")
     (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("text")
     text = said(open_dataset(tmp_path))
-    assert "passed over 2 files: 1 .txt, 1 hidden" in text
+    assert "passed over 3 files: 1 .md, 1 .txt, 1 hidden" in text
     assert "below 'set', the folder that holds all images" in text and "folders 'docs' beside it" in text
     save(tmp_path / "set" / "preview.png")
     (tmp_path / "set" / "labels.csv").write_text("path,label\n")

@@ -16,6 +16,11 @@ from .labels import notes_on_names, resolve_classes
 from .patients import patients_by_name
 
 Parts = tuple[str, ...]
+# What comes along with images and is no class: a folder that holds nothing else beside that of the images.
+_PAPERS = frozenset(
+    ("", ".txt", ".md", ".rst", ".pdf", ".csv", ".tsv", ".json", ".xml", ".html", ".htm", ".yaml", ".yml", ".doc")
+    + (".docx", ".xls", ".xlsx", ".py", ".ipynb", ".m", ".log", ".rtf")
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,14 @@ def _check_empty(
             "is no class, move the folder away or begin its name with a dot"
         )
     beside = [parts[0] for parts in all_parts if depth and len(parts) == 1 and parts != outer[:1]]
+    for folder in beside:
+        held = {suffix_of(path) for path in found.others if PurePosixPath(path).parts[0] == folder}
+        if not options.fixed and not (held and held <= _PAPERS):
+            raise DatasetError(
+                f"{where}: is folder {shown(folder)} a class? It holds no images, and {shown(outer[0])} holds all of "
+                f"them in folders of its own. Give the path of {outer[0]!r} if the classes are in there; else add "
+                f"images to {folder!r}, move it away or begin its name with a dot"
+            )
     if beside:
         notes.append(f"folders {shown(*beside)} beside it hold no images")
 
