@@ -65,7 +65,7 @@ def fuse(model, dtype: torch.dtype | None = None):
         for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
             if not name.endswith(SCAN_PARAMETERS):
                 parameter.data = parameter.data.to(dtype)
-    return fused
+    return fused.eval()  # new layers begin in training mode
 
 
 def _check_branch(name: str, branch: nn.Sequential) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .fuse import ChannelAffine, Pointwise
 from .kernels import cuda_graphs, fused, resolve_backend
-from .kernels.dispatch import forward_mode
+from .kernels.dispatch import transformed
 from .kernels.layers import pad_rank
 from .kernels.once import once
 from .model import SS2D, ConvBranch, DropPath, MedMamba, PatchEmbed, PatchMerging, SSConvSSM, Stage
@@ -63,6 +63,7 @@ class FusedMedMamba(MedMamba):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """The feature maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
         self._check_input(x)
+        x = x.to(self.patch_embed.proj.weight.dtype)
         return self.cuda_pyramid(x) if self._runs_fused(x) else super().forward_pyramid(x)
 
     @torch.inference_mode()
@@ -160,7 +161,7 @@ class FusedMedMamba(MedMamba):
             return False
         if weight.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
             return False
-        if not len(x) or torch.jit.is_tracing() or forward_mode() or torch._C._are_functorch_transforms_active():
+        if not len(x) or torch.jit.is_tracing() or transformed():
             return False
         if self._plain is None:
             parts = (self.patch_embed, self.stages, self.downsamples)

@@ -190,6 +190,24 @@ def test_values_and_gradients(shape):
 
 
 @runs
+def test_through_the_operator(monkeypatch):
+    """As users call it: PyTorch checks there that outputs share no memory. On a CPU the emulator runs the kernels."""
+    monkeypatch.setattr(cuda_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
+    tensors = [t.requires_grad_() for t in problem(H=3, W=7, C=32, R=3)]
+    found, expected = (
+        torch.autograd.grad(selective_scan_2d(*tensors, backend=backend).square().sum(), tensors)
+        for backend in ("cuda", "torch")
+    )
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
+    nothing = [t[:0].detach().requires_grad_() if t.ndim > 3 else t for t in tensors]
+    y = selective_scan_2d(*nothing, backend="cuda")
+    assert y.shape == (0, 3, 7, 32)
+    assert all((g == 0).all() for g in torch.autograd.grad(y.sum(), nothing))
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
     check(problem(H=4, W=6, C=32, dtype=dtype))

@@ -145,6 +145,19 @@ def test_1d_of_constant_b_and_c(stand_in, monkeypatch):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_1d_trains_through_the_operator(G, stand_in, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mamba_ssm_backend, "unsupported", lambda device, dtype: None)
+    tensors = [t.requires_grad_() for t in problem_1d(G=G)]
+    u, delta, A, B, C, D, bias = tensors
+    grads = [
+        torch.autograd.grad(selective_scan(u, delta, A, B, C, D, u, bias, True, backend=name).square().sum(), tensors)
+        for name in ("mamba_ssm", "torch")
+    ]
+    compare(*grads, tensors, rtol=1e-3, atol=1e-3)
+
+
 def test_operator_runs_it(stand_in, monkeypatch):
     """Through autograd, and so with the states that the operator makes room for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

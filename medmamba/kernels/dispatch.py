@@ -38,10 +38,13 @@ def available_backends() -> dict[str, str | None]:
     return {name: load_backend(name).unavailable() for name in BACKENDS}
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives may be asked for (`torch.func.jvp`, `torch.autograd.forward_ad`). The kernels
-    know nothing of them, and PyTorch would take them for zero; so the plain definitions run, which PyTorch derives."""
-    return forward_ad._current_level >= 0
+def transformed() -> bool:
+    """Whether derivatives may be asked for that kernels do not give: in forward mode (`torch.func.jvp`,
+    `torch.autograd.forward_ad`), which PyTorch would take for zero, or by another transform of `torch.func`. Then the
+    plain definitions run, which PyTorch derives."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @torch.compiler.assume_constant_result

@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import conv_ops
 from .cuda_backend import TYPES
-from .dispatch import forward_mode, resolve_backend
+from .dispatch import resolve_backend, transformed
 from .fused_ops import MAX_CHANNELS, ConvSilu, GateProject, Mix, Norm, SplitNorm
 
 
@@ -132,7 +132,7 @@ def observed(module: nn.Module) -> bool:
 def _kernels_run(x: Tensor, backend: str | None) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in TYPES:
         return False  # subclasses: whoever traces or distributes has its own way with operators, not with addresses
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_mode():
+    if torch.jit.is_tracing() or transformed():
         return False
     return _on_cuda_backend(x, backend)
 

@@ -1,8 +1,8 @@
 """The scan as PyTorch operators: `torch.ops.medmamba.scan_2d` and `torch.ops.medmamba.scan_1d`.
 
 One node each for autograd, torch.compile and torch.export, whatever backend does the work. Backends give first
-derivatives, by backward passes. Second derivatives, and derivatives in forward mode, are those of the definition in
-plain PyTorch: right, but slower, and they keep every state of every token.
+derivatives, by backward passes. Second derivatives, derivatives in forward mode, and what transforms of `torch.func`
+make of the scan are those of the definition in plain PyTorch: right, but slower, and they keep every state.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .dispatch import forward_mode, load_backend, resolve_backend, states_chunk
+from .dispatch import load_backend, resolve_backend, states_chunk, transformed
 from .reference import compute_dtype
 
 
@@ -60,7 +60,7 @@ def selective_scan_2d(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
     tensors = (x, proj, dt_weight, dt_bias, A, D)
     _check_tensors(("x", *expected), tensors)
-    if forward_mode():
+    if transformed():
         with _without_autocast(x):
             return reference.scan_2d(*tensors)
     name = "auto" if _exporting() else resolve_backend(x.device, x.dtype, backend)
@@ -125,6 +125,9 @@ def selective_scan(
         raise ValueError(
             f"u and delta must both be (batch, channels, length); got {tuple(u.shape)}, {tuple(delta.shape)}"
         )
+    if z is not None and z.shape != u.shape:
+        hint = "; VMamba's function has no z: name the argument, delta_bias=..." if z.ndim == 1 else ""
+        raise ValueError(f"z has shape {tuple(z.shape)}, expected that of u, {tuple(u.shape)}{hint}")
     if any(t is not None and t.is_complex() for t in (u, delta, A, B, C, D, z, delta_bias)):
         raise ValueError("complex numbers are not supported; MedMamba, VMamba and VM-UNet use real ones")
     batch, channels, length = u.shape
@@ -134,9 +137,6 @@ def selective_scan(
     for label, tensor in (("D", D), ("delta_bias", delta_bias)):
         if tensor is not None and tuple(tensor.shape) != (channels,):
             raise ValueError(f"{label} has shape {tuple(tensor.shape)}, expected {(channels,)}")
-    if z is not None and z.shape != u.shape:
-        hint = "; VMamba's function has no z: name the argument, delta_bias=..." if z.ndim == 1 else ""
-        raise ValueError(f"z has shape {tuple(z.shape)}, expected that of u, {tuple(u.shape)}{hint}")
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     _check_tensors(names, (u, delta, A, B, C, D, z, delta_bias))
     B = _grouped(B, "B", batch, channels, N, length)
@@ -148,7 +148,7 @@ def selective_scan(
     D = u.new_zeros(channels, dtype=dtype) if D is None else D
     delta_bias = u.new_zeros(channels, dtype=dtype) if delta_bias is None else delta_bias
     tensors = (u, delta, A, B, C, D, delta_bias)
-    if forward_mode():
+    if transformed():
         with _without_autocast(u):
             y, last_state = reference.scan_1d(*tensors, bool(delta_softplus))
     else:
