@@ -49,6 +49,62 @@ class GradientMean:
         return found
 
 
+class StatisticsMean:
+    """Batch norm statistics after a step: the mean of what each part of the batch alone would have made of them.
+
+    The parts of one process come one after the other, those of several processes at once; with this, both leave the
+    same statistics, and a batch in two parts counts as one step and not as two.
+
+    Args:
+        parts: that each process takes one after the other.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, parts: int):
+        self._processes, self._parts = accelerator.num_processes, parts
+        # Where the tensors are, since wrapping a model for several processes may give it others.
+        self._places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self._before: list[Tensor] = []
+        self._sum: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """To be called before a step."""
+        if self._parts > 1:
+            self._before = [buffer.clone() for buffer in self._buffers()]
+            self._sum = [torch.zeros_like(buffer) for buffer in self._averaged()]
+
+    @torch.no_grad()
+    def part_done(self, turn: int) -> None:
+        """To be called after each part of a step, counted from 0."""
+        if self._parts == 1:
+            return
+        averaged = self._averaged()
+        torch._foreach_add_(self._sum, averaged)
+        if turn < self._parts - 1:
+            for buffer, value in zip(self._buffers(), self._before, strict=True):
+                buffer.copy_(value)
+        else:
+            torch._foreach_div_(self._sum, self._parts)
+            torch._foreach_copy_(averaged, self._sum)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """To be called after a step, by all processes."""
+        if self._processes == 1 or not (averaged := self._averaged()):
+            return
+        flat = torch.cat([buffer.reshape(-1) for buffer in averaged])
+        torch.distributed.all_reduce(flat)
+        flat /= self._processes
+        parts = flat.split([buffer.numel() for buffer in averaged])
+        torch._foreach_copy_(averaged, [part.view_as(buffer) for part, buffer in zip(parts, averaged, strict=True)])
+
+    def _buffers(self) -> list[Tensor]:
+        return [tensor for table, name in self._places if (tensor := table[name]) is not None]
+
+    def _averaged(self) -> list[Tensor]:
+        return [buffer for buffer in self._buffers() if buffer.is_floating_point()]
+
+
 def agree(model: nn.Module, accelerator: Accelerator, buffers_only: bool = False) -> None:
     """Parameters and buffers of the first process become everybody's."""
     if accelerator.num_processes == 1:

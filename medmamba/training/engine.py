@@ -119,6 +119,7 @@ class Trainer:
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.wrapped: torch.nn.Module = self.model
         self._gradients = data_parallel.GradientMean(accelerator, self._trained)
+        self._statistics = data_parallel.StatisticsMean(self.model, accelerator, accumulate)
         if self._use_graphs:
             data_parallel.agree(self.model, accelerator)
         else:
@@ -181,6 +182,7 @@ class Trainer:
         count, switch = epoch * plan.steps + step, recipe.final_phase * plan.steps
         set_lr(self.optimizer, recipe.lr * lr_factor(count, plan.steps, recipe))
         total: Tensor | float = 0.0
+        self._statistics.begin()
         for turn in range(plan.accumulate):
             of_epoch, of_step = plan.rows(step, process, turn)
             images, targets = self._batch(data, order[of_epoch], drawn.rows(of_step.start, of_step.stop))
@@ -190,12 +192,14 @@ class Trainer:
             sampling.seed_network(self.seed, epoch, step, of_step.start)
             if graph:
                 total = total + graph(images, targets)
-                continue
-            last = turn == plan.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self._loss(images, targets)
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
+            else:
+                last = turn == plan.accumulate - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    loss = self._loss(images, targets)
+                    self.accelerator.backward(loss)
+                total = total + loss.detach()
+            self._statistics.part_done(turn)
+        self._statistics.end()
         if self._graph.step:
             self._gradients.average()
         if recipe.clip_grad:
@@ -230,6 +234,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             with owning(self.accelerator):
                 self.wrapped = self.accelerator.prepare(self.model)
+            if self.average:
+                self.average.look_again()  # wrapping may give the model other buffers
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
         """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
@@ -281,7 +287,7 @@ class Trainer:
     # --- between processes ---
 
     def _agree_on_statistics(self) -> None:
-        """Each process has seen other images: the batch norm statistics of the first one are everybody's."""
+        """The processes have the same, see `StatisticsMean`; rounding must not part them over many epochs."""
         for model in [self.model, *([self.average.model] if self.average else [])]:
             data_parallel.agree(model, self.accelerator, buffers_only=True)
 

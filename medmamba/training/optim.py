@@ -104,6 +104,10 @@ class WeightAverage:
         self._mine = _by_kind(self.model)
         self._theirs: tuple[nn.Module, tuple[list[Tensor], list[Tensor]]] | None = None
 
+    def look_again(self) -> None:
+        """To be called when the tensors of the averaged model have been replaced by others."""
+        self._theirs = None
+
     @torch.no_grad()
     def update(self, model: MedMamba, step: int) -> None:
         """Takes in the weights after optimiser step `step`, counted from 0, or anew to forget what was before."""

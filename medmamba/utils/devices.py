@@ -22,8 +22,8 @@ def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerat
 
     accelerate keeps one state per process, which all its objects share and which refuses another precision. This one is
     made aside: an `Accelerator` that the caller has, or makes later, keeps its precision, device and gradient
-    accumulation. Its methods and `is_main_process` read the shared state: use `owning` around `prepare`, `autocast` of this
-    module, and `process_index`, or call them only where there are several processes.
+    accumulation. Its methods and `is_main_process` read the shared state: use `owning` around `prepare`, `autocast` of
+    this module, and `process_index`, or call them only where there are several processes.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "mps".
