@@ -26,6 +26,7 @@ _STAT_IS_ENOUGH = os.name != "nt"  # there, the time of the last change of the i
 _RACY_NS = 2_000_000_000
 _UNREADABLE = "unreadable"
 _READING = ("imag", "raster", "dicom", "preprocess")  # in the paths of the modules that make pixels of files
+_ASKED = ("frame", "window")  # attributes of readers that decide which pixels of a file they return
 _LIBRARIES = ("pillow", "pydicom", "torch")
 
 
@@ -81,12 +82,15 @@ class FileIndex:
 def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None) -> list[str]:
     """For each image of `dataset` a digest of where its pixels come from: its file, or the archive that holds it.
 
-    The reader says which file that is by its method `file_of(record)`. Images of a reader without one are decoded, and
-    their pixels hashed.
+    The reader says which file that is by its method `file_of(record)`; the frame and window that it was asked for are
+    part of the digest. Images of a reader without that method are decoded, and their pixels hashed.
     """
     file_of = getattr(dataset.reader, "file_of", None)
     if file_of is not None:
-        return index.hashes([file_of(record) for record in dataset.records], workers)
+        found = index.hashes([file_of(record) for record in dataset.records], workers)
+        asked = {name: getattr(dataset.reader, name, None) for name in _ASKED}
+        suffix = "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
+        return [f"{content}{suffix}" for content in found]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda i: pixel_hash(dataset.image(i)).hex(), range(len(dataset))))
 
