@@ -68,8 +68,8 @@ def measure(name: str, root: Path, side: int) -> None:
     size = sum(file.stat().st_size for file in files_of(index)) / 2**20
     share = (known + again) / (opened + known + decoded)
     print(
-        f"{name}: {len(index)} images, {size:.0f} MiB: index {opened:.2f} s, identity {known:.2f} s, cache {decoded:.2f} "
-        f"s ({again:.2f} s of it identity); identity is {share:.1%} [{identity[:8]}]"
+        f"{name}: {len(index)} images, {size:.0f} MiB: index {opened:.2f} s, identity {known:.2f} s, "
+        f"cache {decoded:.2f} s ({again:.2f} s of it identity); identity is {share:.1%} [{identity[:8]}]"
     )
 
 
