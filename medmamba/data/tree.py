@@ -199,8 +199,8 @@ def _check_empty(
         )
     beside = [parts[0] for parts in all_parts if depth and len(parts) == 1 and parts != outer[:1]]
     for folder in beside:
-        held = {suffix_of(path) for path in found.others if PurePosixPath(path).parts[0] == folder}
-        if not options.fixed and not (held and held <= _PAPERS):
+        kinds_of = {suffix_of(path) for path in found.others if PurePosixPath(path).parts[0] == folder}
+        if not options.fixed and not (kinds_of and kinds_of <= _PAPERS):
             raise DatasetError(
                 f"{where}: is folder {shown(folder)} a class? It holds no images, and {shown(outer[0])} holds all of "
                 f"them in folders of its own. Give the path of {outer[0]!r} if the classes are in there; else add "
