@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from ._image import MAX_PIXELS, ImageError, MissingDependencyError, is_dataset
+from ._image import MAX_PIXELS, ImageError, MissingDependencyError, is_dataset, warning_note
 from .imaging import decode_pool
 from .imaging.native_pixels import check_native_length, single_bits
 from .imaging.stream_agreement import compare_stream, compressed_frame
@@ -116,7 +116,8 @@ def decode_frame(ds: Dataset, index: int, n_frames: int) -> DecodedFrame:
             return _decode_compressed(ds, syntax, decoder, index, n_frames, bits)
     notes = _check_native(ds, n_frames)
     if bits and bits.allocated == 1 and int(ds.SamplesPerPixel) == 1 and isinstance(ds.PixelData, (bytes, bytearray)):
-        frame = single_bits(ds.PixelData, index, int(ds.Rows), int(ds.Columns), syntax.is_little_endian)
+        swapped = not syntax.is_little_endian and ds["PixelData"].VR == "OW"
+        frame = single_bits(ds.PixelData, index, int(ds.Rows), int(ds.Columns), swapped)
         return DecodedFrame(frame, str(ds.PhotometricInterpretation), notes)
     try:
         keep_bits: Any = {"correct_unused_bits": False}  # they may hold padding, and dicom_stored looks at them
@@ -135,8 +136,17 @@ class _Bits(NamedTuple):
 def _read_bits(ds: Dataset) -> _Bits | None:
     if "PixelData" not in ds:
         return None
-    allocated = int(ds.BitsAllocated)
-    return _Bits(allocated, int(ds.get("BitsStored") or allocated), ds.get("PixelRepresentation") == 1)
+    allocated, representation = int(ds.BitsAllocated), ds.get("PixelRepresentation")
+    if representation not in (None, 0, 1):
+        raise ImageError("Pixel Representation of the DICOM header must be 0 or 1; export the image again")
+    return _Bits(allocated, int(ds.get("BitsStored") or allocated), representation == 1)
+
+
+def _missing_notes(ds: Dataset) -> list[str]:
+    """Notes on elements that decoding needs and the standard requires; native pixels without them are refused."""
+    missing = [keyword for keyword in ("BitsStored", "PixelRepresentation") if ds.get(keyword) is None]
+    text = f"{' and '.join(missing)} missing; taken as Bits Allocated and unsigned" if missing else ""
+    return [warning_note("header-incomplete", text)] if missing else []
 
 
 def _undecodable(syntax: UID) -> str:
@@ -212,7 +222,7 @@ def _decode_compressed(
         raise ImageError(f"{_undecodable(syntax)}. Copy or export it again")
     array = np.frombuffer(pixels, dtype).reshape(shape)
     array = array.astype(f"{dtype.kind}{bits.allocated // 8}", copy=False) if bits.allocated >= 8 else array
-    notes = stream.notes + stream.check_values(array, bits.stored, bits.signed)
+    notes = _missing_notes(ds) + stream.notes + stream.check_values(array, bits.stored, bits.signed)
     return DecodedFrame(array, str(header["photometric"]), notes)
 
 

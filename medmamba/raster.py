@@ -24,6 +24,7 @@ from .imaging.deep_colour import is_deep_colour, is_premultiplied, read_deep_col
 from .imaging.quality import picture_notes
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_COMPRESSION, _FAX = 259, (2, 3, 4)
 
 
 def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
@@ -109,6 +110,9 @@ def _from_pil(
     tags: Any = getattr(image, "tag_v2", {})
     if is_tiff:
         tiff.check_tiff(image)
+        if tags.get(_TIFF_COMPRESSION) in _FAX:
+            # Pillow gets no error from libtiff there, and leaves what was not decoded undefined.
+            notes.append("fax compression (CCITT): damage of the file would not be noticed")
         if n_frames > directories:
             tiff.select_imagej_image(image, index, n_frames)
     bits = _stored_bits(image, tags)

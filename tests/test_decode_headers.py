@@ -20,6 +20,7 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
     JPEG2000,
     UID,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -219,6 +220,13 @@ def test_signed_stream_in_an_unsigned_header():
     assert np.array_equal(result.words, signed) and result.notes == []
 
 
+def test_missing_elements_are_said():
+    ds = compressed(codecs().jpegls_encode(GREY), JPEGLSLossless, GREY.shape, 16)
+    del ds.BitsStored, ds.PixelRepresentation
+    image = load_image(ds)
+    assert "header-incomplete" in image.warning_kinds and image.value_range == (GREY.min(), GREY.max())
+
+
 def test_signed_header_over_a_narrower_jpeg_ls_stream_is_not_guessed():
     frame = codecs().jpegls_encode((GREY % 256).astype(np.uint8))
     with pytest.raises(ImageError, match="sign is not certain"):
@@ -297,7 +305,7 @@ def test_cut_streams_and_frames_that_nobody_declared_are_refused():
             load_image(ds, frame=1)
 
 
-def test_palette_and_12_bit_syntaxes_are_uids():
+def test_what_is_no_stream_is_refused():
     for syntax in (JPEGBaseline8Bit, UID("1.2.840.10008.1.2.4.201")):
         with pytest.raises(ImageError, match="no known header"):
             load_image(compressed(bytes(64), syntax, (8, 8), 8))
@@ -342,6 +350,23 @@ def test_odd_lengths_and_single_bits():
     ds.NumberOfFrames = 4
     with pytest.raises(ImageError, match="Number of Frames"):
         load_image(ds, frame=0)
+
+
+def test_single_bits_of_big_endian_files():
+    bits = np.random.default_rng(0).integers(0, 2, (8, 16)).astype(np.uint8)
+    data = np.packbits(bits.ravel(), bitorder="little")
+    for vr, stored in (("OB", data), ("OW", data.view("<u2").byteswap())):
+        ds = header((8, 16), 1, syntax=ExplicitVRBigEndian)
+        ds.PixelData = stored.tobytes()
+        ds["PixelData"].VR = vr
+        assert np.array_equal(decoded(ds).words, bits)
+
+
+def test_pixel_representation_must_be_0_or_1():
+    for ds in (native(GREY, stored=12), compressed(codecs().jpegls_encode(GREY), JPEGLSLossless, GREY.shape, 16)):
+        ds.PixelRepresentation = 12
+        with pytest.raises(ImageError, match="Pixel Representation"):
+            load_image(ds)
 
 
 def test_ybr_of_more_than_8_bits_is_refused():

@@ -36,14 +36,14 @@ def check_native_length(actual: int, expected: int, frame_bytes: int, tail: byte
     return [f"{actual - expected} bytes of padding after the pixel data ignored"]
 
 
-def single_bits(data: bytes | bytearray, index: int, rows: int, columns: int, little_endian: bool) -> np.ndarray:
+def single_bits(data: bytes | bytearray, index: int, rows: int, columns: int, swapped: bool) -> np.ndarray:
     """Return frame `index` of native pixels of one bit, `(rows, columns)` of uint8 0 or 1.
 
     Frames follow each other without padding, so that one may begin within a byte (PS3.5 8.1.1 and D.4), where
-    pydicom 3.0 fails. In big-endian files the bits lie in words of 16 bits.
+    pydicom 3.0 fails. `swapped`: the bits lie in big-endian words of 16 bits (VR OW of a big-endian file).
     """
     first, count = index * rows * columns, rows * columns
     start, stop = first // 16 * 2, -(-(first + count) // 16) * 2  # whole words
-    words = np.frombuffer(bytes(data[start:stop]).ljust(stop - start, b"\0"), "<u2" if little_endian else ">u2")
+    words = np.frombuffer(bytes(data[start:stop]).ljust(stop - start, b"\0"), ">u2" if swapped else "<u2")
     bits = np.unpackbits(words.astype("<u2").view(np.uint8), bitorder="little")
     return bits[first - 8 * start :][:count].reshape(rows, columns)

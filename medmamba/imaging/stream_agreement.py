@@ -136,6 +136,8 @@ def compare_stream(ds: Dataset, syntax: UID, data: bytes, bits_allocated: int, b
     if precision < bits_stored:
         text = f"Bits Stored is {bits_stored}, but the compressed stream holds samples of {precision} bits"
         notes.append(warning_note("stream-precision", text))
+    if samples > 1 and ds.get("PlanarConfiguration") not in (None, 0):
+        notes.append("Planar Configuration ignored: the decoder of the compressed stream gives colour by pixel")
     photometric, more = _settle_color(stream, photometric, samples)
     if photometric.startswith("YBR_FULL") and precision > 8:
         raise ImageError(f"Photometric Interpretation {photometric} with {precision} bits is not supported; {_AGAIN}")
