@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -52,7 +53,15 @@ def read_dataset(source: BinaryIO | Dataset) -> Dataset:
         return source
     stream = cast(BinaryIO, source)
     _check_inflated_size(stream)
-    return pydicom.dcmread(stream, force=True, specific_tags=list(ELEMENTS))
+    return pydicom.dcmread(stream, force=True, specific_tags=_element_tags())
+
+
+@cache
+def _element_tags() -> list[Any]:
+    """Tags of `ELEMENTS`; finding them by keyword takes as long as reading a small file."""
+    from pydicom.tag import Tag
+
+    return [Tag(keyword) for keyword in ELEMENTS]
 
 
 def _check_inflated_size(stream: BinaryIO) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -39,6 +40,7 @@ from ._image import (
     open_binary,
     warning_note,
 )
+from .imaging.dicom_display import display_notes
 from .imaging.dicom_elements import read_integer, read_numbers, read_value
 from .imaging.dicom_padding import padding_mask
 from .imaging.dicom_palette import Palette, has_palette, pixel_presentation
@@ -59,7 +61,11 @@ def load_dicom(source: BinaryIO | Dataset, name: str, frame: int | None, window:
         decoded = _Frame(read_dataset(source), frame)
         pixels = decoded.grey(window) if decoded.is_grey else decoded.color(window)
         pixels = np.ascontiguousarray(pixels, dtype=np.float32)
-        notes = [*decoded.notes, *_header_notes(decoded), *picture_notes(pixels, decoded.stored)]
+        notes = [
+            *decoded.notes,
+            *display_notes(decoded.ds, decoded.numbers, bool(decoded.groups)),
+            *picture_notes(pixels, decoded.stored),
+        ]
         return MedicalImage(
             pixels=pixels,
             source=name,
@@ -152,6 +158,11 @@ class _Frame:
             self.colored = self._supplemental()
         self._voi_function = ""
 
+    @cached_property
+    def _extent(self) -> tuple[float, float]:
+        """Smallest and largest stored value of the frame."""
+        return self.stored.min().item(), self.stored.max().item()
+
     @property
     def is_grey(self) -> bool:
         return self.decoded_photometric in ("MONOCHROME1", "MONOCHROME2")
@@ -228,7 +239,11 @@ class _Frame:
             allowed = (ends[0], ends[1])
             if not np.isfinite(ends).all():
                 raise ImageError("the rescaled values are beyond all bounds; export the image again")
-        self.value_range = self._range_of(raw)
+            if self.padding is None and self.colored is None:
+                found = sorted((self._extent[0] * slope + intercept, self._extent[1] * slope + intercept))
+                self.value_range = found[0], found[1]
+        if self.value_range is None:
+            self.value_range = self._range_of(raw)
         return raw, allowed
 
     def _rescale(self) -> tuple[float, float]:
@@ -344,13 +359,16 @@ class _Frame:
                     f"colours of {self.bits} bits use only {used}, so the image is dark; save it as 8-bit",
                 )
             )
-        return np.clip(self.stored / (2**self.bits - 1), 0, 1)
+        largest = 2**self.bits - 1
+        return (
+            np.divide(self.stored, np.float32(largest), dtype=np.float32) if self.bits <= 16 else self.stored / largest
+        )
 
     def used_bits(self) -> int | None:
         """Bits that the stored values of the frame need; None for floating point."""
         if self.is_float:
             return None
-        low, high = int(self.stored.min()), int(self.stored.max())
+        low, high = (int(value) for value in self._extent)
         return max(1, high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + int(self.signed)
 
     def presets(self, notes: list[str] | None = None) -> tuple[WindowPreset, ...]:
@@ -367,23 +385,6 @@ def _functional_groups(ds: Dataset, index: int) -> list[Dataset]:
         items: Sequence[Dataset] = ds.get(keyword) or []
         groups.extend(items[position : position + 1])
     return groups
-
-
-def _header_notes(frame: _Frame) -> list[str]:
-    """Notes on elements that say how a viewer draws the picture, and that are not acted on."""
-    notes = []
-    for keyword in ("PixelSpacing", "PixelAspectRatio", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        spacing = [value for value in frame.numbers(keyword) if value]
-        if len(spacing) == 2 and min(spacing) > 0:
-            if abs(spacing[0] / spacing[1] - 1) > 0.01:
-                notes.append(f"pixels are not square (height to width {spacing[0] / spacing[1]:.3g}); not resampled")
-            break
-    ignored = {"ShutterShape": "display shutter", "EnhancedPaletteColorLookupTableSequence": "enhanced palette"}
-    ignored["AlphaPaletteColorLookupTableDescriptor"] = "alpha palette"
-    notes += [
-        warning_note("not-applied", f"the file's {what} is not applied") for k, what in ignored.items() if k in frame.ds
-    ]
-    return notes
 
 
 def _object_kind(ds: Dataset) -> str:

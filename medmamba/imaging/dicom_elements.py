@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +24,13 @@ def read_numbers(ds: Dataset, keyword: str) -> list[float | None]:
 
     An element that is absent or holds only empty values gives an empty list.
     """
-    if keyword not in ds:
+    tag = _tag(keyword)
+    if tag not in ds.keys():  # noqa: SIM118  (`in ds` looks the keyword up again)
         return []
-    item: Any = ds.get_item(keyword)
+    item: Any = ds.get_item(tag)
+    if item.VR in ("US", "SS") and isinstance(item.value, bytes) and len(item.value) == 2:
+        order = "little" if getattr(item, "is_little_endian", True) else "big"
+        return [float(int.from_bytes(item.value, order, signed=item.VR == "SS"))]
     if isinstance(item.value, bytes) and (vr := item.VR or _dictionary_vr(item.tag)) in _TEXT:
         pieces: Iterable[Any] = item.value.decode("ascii", "replace").split("\\") if vr != "UN" else ("unreadable",)
     else:
@@ -48,11 +53,20 @@ def read_integer(ds: Dataset, keyword: str) -> int | None:
 
 def read_value(ds: Dataset, keyword: str) -> Any:
     """Returns the value of an element, or None where it is absent, empty or not readable."""
+    if _tag(keyword) not in ds.keys():  # noqa: SIM118
+        return None
     try:
         value = ds.get(keyword)
     except Exception:  # conversion fails in any way
         return None
     return None if value in (None, "") or value == [] else value
+
+
+@cache
+def _tag(keyword: str) -> Any:
+    from pydicom.tag import Tag
+
+    return Tag(keyword)
 
 
 def _number(piece: Any) -> float | None:

@@ -45,7 +45,7 @@ def stored_values(
     shift = 0
     if high_bit is not None and high_bit != bits - 1:
         shift = _shift(words, bits, high_bit, notes)
-    if not shift and low <= words.min() and words.max() <= high:
+    if not shift and (bits == container or (low <= words.min() and words.max() <= high)):
         return words
     unsigned = words.view(f"u{words.dtype.itemsize}") >> np.array(shift, f"u{words.dtype.itemsize}")
     values = unsigned & np.array(2**bits - 1, unsigned.dtype)

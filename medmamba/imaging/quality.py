@@ -9,7 +9,7 @@ Thresholds, on the luminance of a grid of about 128 x 128 pixels, and only for p
 - two-valued: 99.5 % of the values are within 1/512 of the smallest or the largest, and at least 0.5 % of either
 - saturated: at least 90 % of the values are white, or 98 % are black (within 1/512)
 
-A coarser grid of at most about 12 x 12 pixels is looked at first, since nearly all pictures pass there, in microseconds.
+A coarser grid of about 12 x 12 pixels is looked at first: nearly all pictures pass there, in microseconds.
 """
 
 from __future__ import annotations
