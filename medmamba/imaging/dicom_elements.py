@@ -29,8 +29,8 @@ def read_numbers(ds: Dataset, keyword: str) -> list[float | None]:
         return []
     item: Any = ds.get_item(tag)
     if item.VR in ("US", "SS") and isinstance(item.value, bytes) and len(item.value) == 2:
-        order = "little" if getattr(item, "is_little_endian", True) else "big"
-        return [float(int.from_bytes(item.value, order, signed=item.VR == "SS"))]
+        little = getattr(item, "is_little_endian", True)
+        return [float(int.from_bytes(item.value, "little" if little else "big", signed=item.VR == "SS"))]
     if isinstance(item.value, bytes) and (vr := item.VR or _dictionary_vr(item.tag)) in _TEXT:
         pieces: Iterable[Any] = item.value.decode("ascii", "replace").split("\\") if vr != "UN" else ("unreadable",)
     else:
