@@ -156,7 +156,7 @@ def evaluate_model(
     if not config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     if isinstance(data, ImageDataset):
-        idle = {"dataset": dataset, "classes": classes, "patient_pattern": patient_pattern}
+        idle: dict[str, Any] = {"dataset": dataset, "classes": classes, "patient_pattern": patient_pattern}
         idle |= {"frame": frame, "window": window}
         if said := [key for key, value in idle.items() if value is not None]:
             raise ValueError(f"{', '.join(said)} would have no effect on a dataset that has been opened already")

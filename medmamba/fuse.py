@@ -91,7 +91,9 @@ def _fuse_branch(branch: Any) -> None:
         conv.weight.mul_(scale.view(-1, 1, 1, 1))
         conv.bias.mul_(scale).add_(shift)
         conv.to(memory_format=torch.channels_last)
-    pointwise = Pointwise(conv3.in_channels, conv3.out_channels).to(conv3.weight)
+    # Not initialised, which would draw from the random numbers of the caller.
+    pointwise = Pointwise(conv3.in_channels, conv3.out_channels, device="meta", dtype=conv3.weight.dtype)
+    pointwise.to_empty(device=conv3.weight.device)
     pointwise.weight.copy_(conv3.weight.flatten(1))
     pointwise.bias.copy_(conv3.bias)
     del branch[:]

@@ -167,6 +167,7 @@ class FusedMedMamba(MedMamba):
             parts = (self.patch_embed, self.stages, self.downsamples)
             own = super().forward_pyramid.__func__ is MedMamba.forward_pyramid  # type: ignore[attr-defined]
             self._plain = own and all(type(m) in LAYERS for part in parts for m in part.modules())
+            self._share("_plain", self._plain)
         if not self._plain:
             return False
         stages: Any = self.stages
@@ -191,7 +192,14 @@ class FusedMedMamba(MedMamba):
                         return plan.blocks  # they are filled when the graph is replayed, so they are for it alone
                     torch.cuda.current_stream(sources[0].device).synchronize()  # others read them on other streams
                 self._blocks = plan
+                self._share("_blocks", plan)
             return plan.blocks
+
+    def _share(self, name: str, value: Any) -> None:
+        """Leaves with the original what an `eval_view` of it, with the same weights, has found out."""
+        original = self.__dict__.get("_viewed", lambda: None)()
+        if original is not None and original._changes == self._changes:  # not moved or loaded since
+            original.__dict__[name] = value
 
     @torch.no_grad()
     def cuda_pyramid(self, x: Tensor) -> list[Tensor]:

@@ -261,7 +261,7 @@ def test_places_that_cannot_be_written(model, tmp_path):
 
 def test_missing_package_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"needs onnx: pip install 'medmamba\[export\]'"):
+    with pytest.raises(ImportError, match=r'needs onnx: pip install "medmamba\[export\]"'):
         to_onnx(model, tmp_path / "model.onnx")
 
 
@@ -286,15 +286,24 @@ def test_wrong_file_is_not_left_behind(model, tmp_path, monkeypatch):
 def test_model_is_not_changed(tmp_path):
     model = create("test", 32).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.stages[0].eval()
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
     to_onnx(model, tmp_path / "model.onnx")
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_torch_export(tmp_path, monkeypatch):
     model = create("test", 32, depths=(1, 1), dims=(8, 16))  # tracing takes its time for every block
     path = tmp_path / "model.pt2"
+    model.train().stages[0].eval()
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
     report = to_torch_export(model, path)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    model.eval()
     assert report.max_difference < 1e-4 and path.stat().st_size == report.bytes
     program, config = load_torch_export(path)
     assert config["id2label"]["0"] == "naïve"

@@ -273,3 +273,16 @@ def test_evaluation_leaves_a_model_in_train_mode_as_it_is(mixed):
     np.testing.assert_allclose(found.logits, logits, atol=0.05)  # decoded images are kept in 8 bits
     with pytest.raises(ValueError, match="frame would have no effect"):
         evaluate_model(mixed, index, None, frame=0)
+
+
+def test_views_of_a_fused_model_prepare_its_kernels_once(mixed):
+    fused = reference(mixed).fuse()
+    assert fused._blocks is None
+    blocks = eval_view(fused)._prepared()
+    assert eval_view(fused)._prepared() is blocks and fused._prepared() is blocks
+    frozen = frozen_view(fused, torch.float64)._prepared()  # of other weights: stays with its view
+    assert frozen is not blocks and fused._prepared() is blocks
+    fused.double()
+    assert fused._blocks is None and eval_view(fused)._prepared() is not blocks
+    copied = copy.deepcopy(eval_view(fused))
+    assert copied.predict(picture()).logits == fused.predict(picture()).logits

@@ -60,9 +60,9 @@ def evaluate(
     if patients is not None and len(patients) != len(truth):
         raise EvaluationError(f"{len(patients)} patients for {len(truth)} images")
     scorer = _Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
-    point = scorer.scores(lambda: iter([np.ones((1, len(truth)))]))
+    point = scorer.under(lambda: iter([np.ones((1, len(truth)))]))
     unit_of, stratum_of = resampling_units(truth, patients)
-    resampled = scorer.scores(lambda: bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else {}
+    resampled = scorer.under(lambda: bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else {}
     interval = {name: _interval(values, level) for name, values in resampled.items()}
 
     def estimate(name: str, *index: int) -> Estimate:
@@ -106,9 +106,9 @@ class _Scorer:
         self.k, self.multilabel = k, multilabel
         self.truth, self.p = truth, p
         self.support = truth.sum(axis=0) if multilabel else np.bincount(truth, minlength=k)
-        self.said = p > threshold if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
+        self.said: Any = p > threshold if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
         self.brier = scores.brier(truth, p) / (k if multilabel else 2 if k == 2 else 1)
-        right = truth if multilabel else (self.said == truth).astype(float)
+        right: Any = truth if multilabel else (self.said == truth).astype(float)
         self.gaps = scores.calibration_gaps(p if multilabel else p.max(axis=1), right, bins)
         self.nll = scores.negative_log_likelihood(truth, p)
         if multilabel:
@@ -118,7 +118,7 @@ class _Scorer:
         else:
             self.right = self.said == truth
 
-    def scores(self, weightings: Callable[[], Iterator[Floats]]) -> dict[str, Floats]:
+    def under(self, weightings: Callable[[], Iterator[Floats]]) -> dict[str, Floats]:
         """Overall scores `(R,)` by name, and scores of each class `(R, K)` by "class_" and name.
 
         Args:

@@ -171,7 +171,8 @@ def _by_rows(score: Callable[[Floats, Floats], Floats], truth: Ints, probabiliti
     found = np.empty(N)
     for rows in blocks(N, K):
         labels = truth[rows]
-        found[rows] = score(labels if truth.ndim == 2 else np.eye(K)[labels], probabilities[rows])
+        onehot = labels.astype(float) if truth.ndim == 2 else np.eye(K)[labels]
+        found[rows] = score(onehot, probabilities[rows])
     return found
 
 

@@ -45,7 +45,7 @@ def to_torch_export(
     # Neither 1 nor equal to each other: torch.export takes such sizes for fixed ones.
     example = torch.zeros(2, model.config.in_chans, 64, 96)
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with torch.no_grad(), torch.random.fork_rng([]):  # tracing draws random numbers
+    with torch.no_grad():
         program = torch.export.export(model.fuse(), (example,), dynamic_shapes=(sizes,))
     _allow_all_sizes(program, model.config.min_size)
     with written_whole(path) as temporary:

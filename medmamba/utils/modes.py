@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
@@ -43,7 +44,11 @@ def eval_view(model: M) -> M:
     Args:
         model: any module; a wrapper (see `unwrap`) is taken off.
     """
-    return _view(unwrap(model), {})  # type: ignore[return-value]
+    inner = unwrap(model)
+    view = _view(inner, {})
+    # What a fused model derives from its weights it leaves with the original, so that the next view finds it.
+    view.__dict__["_viewed"] = _Original(inner)
+    return view  # type: ignore[return-value]
 
 
 def frozen_view(model: M, dtype: torch.dtype | None = None, device: torch.device | None = None) -> M:
@@ -64,6 +69,7 @@ def frozen_view(model: M, dtype: torch.dtype | None = None, device: torch.device
         return tensors[id(tensor)]
 
     view = _view(unwrap(model), {})
+    view.__dict__.pop("_viewed", None)
     for module in view.modules():
         for table in _TABLES:
             entries = module.__dict__[table]
@@ -101,6 +107,19 @@ def _view(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     if "forward" in state:
         _rebind_forward(module, new)
     return new
+
+
+class _Original:
+    """A weak reference to the model of a view, which a copy of the view does not have."""
+
+    def __init__(self, model: nn.Module | None):
+        self.reference = (lambda: None) if model is None else weakref.ref(model)
+
+    def __call__(self) -> nn.Module | None:
+        return self.reference()
+
+    def __deepcopy__(self, memo: dict) -> _Original:
+        return _Original(None)
 
 
 class _Hook:
