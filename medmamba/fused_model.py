@@ -63,7 +63,8 @@ class FusedMedMamba(MedMamba):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """The feature maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
         self._check_input(x)
-        x = x.to(self.patch_embed.proj.weight.dtype)
+        if x.dtype != (dtype := self.patch_embed.proj.weight.dtype):
+            x = x.to(dtype)
         return self.cuda_pyramid(x) if self._runs_fused(x) else super().forward_pyramid(x)
 
     @torch.inference_mode()
