@@ -140,6 +140,8 @@ def calibration(found: Any) -> dict[str, Any]:
     for name in ("ece_before", "ece_after"):
         if name in record:
             real(record[name], f"calibration.{name}", 0, 1)
+    if "weights" in record:
+        fingerprint(record["weights"], "calibration.weights")
     if "ood" in record and record["ood"] is not None:
         ood = record["ood"]
         if not isinstance(ood, dict) or (ood and set(ood) != _OOD_FIELDS):
@@ -150,6 +152,16 @@ def calibration(found: Any) -> dict[str, Any]:
             real(ood["threshold"], "calibration.ood.threshold", -1e30, 1e30)
             real(ood["coverage"], "calibration.ood.coverage", 0, 1)
     return record
+
+
+def fingerprint(found: Any, name: str) -> dict[str, list[float]]:
+    """A record as `medmamba.fingerprint.fingerprint` makes it: two numbers for each part of the network."""
+    if not isinstance(found, Mapping) or not 0 < len(found) <= 100:
+        raise ConfigError(f"{name} must be an object with two numbers for each part, got {_shown(found)}")
+    parts = {text(part, f"a part in {name}", 200): several(pair, f"{name}.{part}", 2) for part, pair in found.items()}
+    if any(len(pair) != 2 for pair in parts.values()):
+        raise ConfigError(f"{name} must have two numbers for each part")
+    return {part: [real(value, f"{name}.{part}", -1e9, 1e9) for value in pair] for part, pair in parts.items()}
 
 
 _TEXTS = ("dataset", "source", "licence", "split", "recipe", "init", "base_model", "device", "precision", "note")

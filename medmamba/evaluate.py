@@ -19,6 +19,7 @@ from .calibrate import to_probabilities
 from .config import MedMambaConfig
 from .data import CachedDataset, DatasetError, ImageDataset, cache_images, open_dataset
 from .evaluation import Evaluation, evaluate
+from .fitted import in_force
 from .model import MedMamba
 from .predict import NotFiniteError, why_not_finite
 from .utils.extras import require
@@ -152,7 +153,7 @@ def evaluate_model(
     given = unwrap(model) if isinstance(model, torch.nn.Module) else None
     network = cast(MedMamba, MedMamba.from_pretrained(model) if given is None else given)  # type: ignore[arg-type]
     name = network.config.architecture if given is not None else str(model)
-    config = network.config
+    config = in_force(network).config
     if not config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     if isinstance(data, ImageDataset):

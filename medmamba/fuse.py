@@ -49,6 +49,7 @@ def fuse(model, dtype: torch.dtype | None = None):
         ValueError: the model or a batch norm in it is in training mode, where batch norms depend on the batch; layers
             were replaced by others, such as adapters, that a batch norm cannot be folded into.
     """
+    from .fitted import carry_over
     from .fused_model import fused_class
     from .model import ConvBranch
 
@@ -65,6 +66,7 @@ def fuse(model, dtype: torch.dtype | None = None):
         for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
             if not name.endswith(SCAN_PARAMETERS):
                 parameter.data = parameter.data.to(dtype)
+    carry_over(model, fused)
     return fused.eval()  # new layers begin in training mode
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ from .config import MedMambaConfig, variant_config
 from .kernels import layers, resolve_backend, selective_scan_2d
 from .kernels.reference import compute_dtype
 from .pretrained import PretrainedMixin
-
-if TYPE_CHECKING:
-    from .unusual import Unusual
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
 MIN_SIZE = 32  # pixels of a side, for four stages and patches of 4; that of a model is `config.min_size`
@@ -193,8 +189,6 @@ class MedMamba(PretrainedMixin, nn.Module):
     >>> model.predict("cell.png")
     """
 
-    unusual: "Unusual | None" = None  # the warning for images unlike the training images, which `from_pretrained` finds
-
     def __init__(self, config: MedMambaConfig):
         super().__init__()
         self.config = config
@@ -260,11 +254,11 @@ class MedMamba(PretrainedMixin, nn.Module):
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
         """Replaces the classifier by a new, randomly initialised one, and forgets what was learnt for the old one."""
-        self.config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={})
-        self.unusual = None
+        config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={})
         head = self._new_head(num_classes).to(self.patch_embed.proj.weight)
         head.apply(_init_weights)
         self.head = head
+        self.config, self.unusual = config, None  # after the classifier whose classes it names
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._image import Window
+from .fitted import in_force
 from .images import ImageError, MedicalImage, load_image
 from .preprocess import preprocess
 from .utils.modes import eval_view, unwrap
@@ -244,13 +245,14 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
     if not batch:
         yield from pending
         return
+    config, detector, changes = in_force(model)
     features, logits = _outputs(model, torch.stack(batch))
     finite = logits.isfinite().all(1)
     known = None if features is None else features[finite]
     rows = zip(
         logits[finite],
-        probabilities(logits[finite], model.config),
-        _unusual(model, known, logits[finite]),
+        probabilities(logits[finite], config),
+        _unusual(config, detector, known, logits[finite]),
         strict=True,
     )
     position = 0
@@ -265,26 +267,30 @@ def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Fa
             continue
         row_logits, row, unusual = next(rows)
         order = row.argsort(descending=True, stable=True).tolist()[: top_k or len(row)]
-        top = [(model.config.id2label[i], row[i].item()) for i in order]
+        top = [(config.id2label[i], row[i].item()) for i in order]
         yield Prediction(
             source=item[0].source,
             label=top[0][0],
             probability=top[0][1],
             top=top,
-            image_notes=[*item[0].notes, *_input_notes(item[0], model.config), *([UNUSUAL] if unusual else [])],
+            image_notes=[
+                *item[0].notes,
+                *_input_notes(item[0], config),
+                *changes,
+                *([UNUSUAL] if unusual else []),
+            ],
             logits=row_logits.tolist(),
             unusual=unusual,
         )
 
 
-def _unusual(model, features: Tensor | None, logits: Tensor) -> list[bool] | list[None]:
+def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[bool] | list[None]:
     from .calibrate import Calibration
 
     if not len(logits):
         return []
-    if model.unusual and features is not None:
-        return model.unusual.is_unusual(features.numpy()).tolist()
-    config = model.config
+    if detector and features is not None:
+        return detector.is_unusual(features.numpy()).tolist()
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
     return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
 

@@ -9,21 +9,21 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 import time
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .archives import MAX_CONFIG, MAX_SIDECAR, SIDECARS, extract, inspect
 from .checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, checked, file_hash, verify
+from .config import ConfigError
+from .utils.files import is_disk_full
+from .utils.network import unreachable
 
 ORGANISATION = "medmamba"
 DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
-SIDECARS = ("results.json", "unusual.json")  # what a model may say of itself beside config.json; the app shows it
-MAX_CONFIG, MAX_SIDECAR = 8 * 2**20, 64 * 2**20  # bytes of config.json; of a file beside it
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 
 ATTEMPTS = 4
@@ -95,7 +95,7 @@ def is_address(name: str) -> bool:
 
 
 def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[str]) -> Path:
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     def download(again: bool) -> Path:
@@ -114,6 +114,11 @@ def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[
         verify(paths[0].parent, {path.name: _blob_hash(path) for path in paths})
         return paths[0].parent
 
+    offline = unreachable(constants.ENDPOINT) if _asks_network(repo, force, options) else None
+    if offline:  # the client would try again and again, for half a minute
+        if force:
+            raise PretrainedError(f"{repo!r} cannot be downloaded: {offline}. {_how_to_go_on(repo)}")
+        options = options | {"local_files_only": True}
     # The base class of the client's errors is that of the HTTP library it was built on, whichever that is.
     transport: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
     try:
@@ -124,7 +129,18 @@ def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[
     except PretrainedError:
         raise
     except transport as error:
-        raise PretrainedError(_hub_message(error, repo, options["revision"])) from error
+        raise PretrainedError(_hub_message(error, repo, options["revision"], offline)) from error
+
+
+def _asks_network(repo: str, force: bool, options: dict[str, Any]) -> bool:
+    """Whether the client will ask the Hub; a commit that is in the cache needs no network."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if options["local_files_only"] or constants.HF_HUB_OFFLINE:
+        return False
+    commit = re.fullmatch(r"[0-9a-f]{40}", options["revision"] or "")
+    known = commit and not force and try_to_load_from_cache(repo, WEIGHTS_NAME, options["cache_dir"], commit[0])
+    return not isinstance(known, str)
 
 
 def _worth_retrying(error: Exception) -> bool:
@@ -138,7 +154,7 @@ def _worth_retrying(error: Exception) -> bool:
     return not isinstance(error, ValueError | EntryNotFoundError | PermissionError | PretrainedError)
 
 
-def _hub_message(error: BaseException, repo: str, revision: str | None) -> str:
+def _hub_message(error: BaseException, repo: str, revision: str | None, offline: str | None = None) -> str:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -161,10 +177,10 @@ def _hub_message(error: BaseException, repo: str, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{repo!r} has no revision {revision!r}; leave it out for the newest"
     if isinstance(error, LocalEntryNotFoundError):
-        why = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        why = offline or (_one_line(error.__cause__) if error.__cause__ is not None else "")
         return (
-            f"{repo!r} is not in the local cache and the Hub cannot be reached or was not to be asked{why}. "
-            f"Connect once, or point HF_ENDPOINT at a mirror. {exists}"
+            f"{repo!r} is not in the local cache and the Hub cannot be reached or was not to be asked"
+            f"{f' ({why})' if why else ''}. {_how_to_go_on(repo)}"
         )
     if isinstance(error, EntryNotFoundError):
         return (
@@ -214,16 +230,19 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
         version = hashlib.sha256("".join(str(fs.ukey(file)) for file in files).encode()).hexdigest()[:16]
         if (copies / version / CONFIG_NAME).is_file() and not (force or again):
             return verify(copies / version)
-        copies.mkdir(parents=True, exist_ok=True)
+        with _writable(copies, f"downloading {url}"):
+            copies.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=copies, prefix=".part-") as staging:
             beside = [] if zipped else [f"{path.rstrip('/')}/{file}" for file in SIDECARS]
             for file in [*files, *filter(fs.exists, beside)]:
+                _check_size(fs.info(file).get("size"), Path(file).name)
                 target = Path(staging, Path(file).name)
                 fs.get_file(file, str(target))
                 if (size := fs.info(file).get("size")) not in (None, target.stat().st_size):
                     raise Damaged(f"{file} has {size} bytes, {target.stat().st_size} arrived")
             if zipped:
-                _extract(Path(staging, Path(path).name), Path(staging))
+                extract(Path(staging, Path(path).name), Path(staging))
+            inspect(Path(staging))
             return _install(verify(Path(staging)), copies / version)
 
     def worth(error: Exception) -> bool:
@@ -231,7 +250,7 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
 
     try:
         return _retry(download, (Exception,), worth)
-    except PretrainedError:
+    except (PretrainedError, ConfigError):
         raise
     except FileNotFoundError as error:
         raise PretrainedError(f"{url} has no {CONFIG_NAME} beside a {WEIGHTS_NAME}, nor is it a zip of them") from error
@@ -254,28 +273,34 @@ def unpack(file: Path, cache_dir: str | os.PathLike | None = None) -> Path:
         raise PretrainedError(f"{file} is not a folder or zip with {CONFIG_NAME} and {WEIGHTS_NAME}; {hint}")
     target = _cache(cache_dir) / "zip" / file_hash(file)[:32]
     if not (target / CONFIG_NAME).is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as staging:
-            _extract(file, Path(staging))
-            _install(Path(staging), target)
+        with _writable(target.parent, f"unpacking {file}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as staging:
+                extract(file, Path(staging))
+                _install(Path(staging), target)
     return target
 
 
-def _extract(file: Path, folder: Path) -> None:
+@contextlib.contextmanager
+def _writable(folder: Path, what: str) -> Iterator[None]:
+    """Says of a cache that cannot be written what to do about it."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = set(archive.namelist())
-            roots = [n.removesuffix(CONFIG_NAME) for n in names if n == CONFIG_NAME or n.endswith(f"/{CONFIG_NAME}")]
-            roots = [root for root in roots if root + WEIGHTS_NAME in names]
-            if len(roots) != 1:
-                found = f"it holds {len(roots)}: {', '.join(sorted(roots))}" if roots else "it holds none"
-                raise PretrainedError(f"{file} should hold one {CONFIG_NAME} beside one {WEIGHTS_NAME}, and {found}")
-            beside = [name for name in SIDECARS if roots[0] + name in names]
-            for name in (CONFIG_NAME, WEIGHTS_NAME, *beside):  # by name, so that no path in the archive is followed
-                with archive.open(roots[0] + name) as source, open(folder / name, "wb") as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)  # checks the CRC at the end
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # last: encrypted
-        raise PretrainedError(f"{file} is damaged or cannot be unpacked ({error}); download or zip it again") from error
+        yield
+    except PretrainedError:
+        raise
+    except OSError as error:
+        full = is_disk_full(error)
+        why = "the disk is full" if full else f"the cache {folder} cannot be written ({error.strerror or error})"
+        raise PretrainedError(
+            f"{what} failed: {why}. Point HF_HOME, or cache_dir=..., at a folder that you may write and that has room; "
+            "or unpack the model yourself and give its folder"
+        ) from error
+
+
+def _check_size(size: Any, name: str) -> None:
+    most = {CONFIG_NAME: MAX_CONFIG, **dict.fromkeys(SIDECARS, MAX_SIDECAR)}.get(name)
+    if most and isinstance(size, int) and size > most:
+        raise PretrainedError(f"{name} has {size / 2**20:,.0f} MiB; at most {most / 2**20:.0f} are allowed")
 
 
 def _cache(cache_dir: str | os.PathLike | None) -> Path:
@@ -320,6 +345,20 @@ def _complete(folder: Path) -> Path:
                 hint = "; a published .pth is read by medmamba.load_upstream, which never unpickles code"
             raise PretrainedError(f"{folder} has no {file}, so it is not a model saved by save_pretrained{hint}")
     return folder
+
+
+def _how_to_go_on(repo: str) -> str:
+    """What to do without a network: connect, make the model where that is known, or take another."""
+    from . import registry
+
+    made = ""
+    owner, _, name = repo.partition("/")
+    with contextlib.suppress(registry.RegistryError):
+        if owner == ORGANISATION and registry.get(name):
+            made = (
+                f" To make it yourself, in a clone of medmamba: `python -m hub.zoo train {name} --data DATA --out DIR`."
+            )
+    return f"Connect once, or point HF_ENDPOINT at a mirror.{made} {_what_exists(bundled_models())}"
 
 
 def _what_exists(bundled: dict[str, Path]) -> str:

@@ -21,8 +21,6 @@ class TimmMedMamba(MedMamba):
         fields = {field.name for field in dataclasses.fields(MedMambaConfig)}
         if unknown := sorted(set(config) - fields):
             raise TypeError(f"MedMamba has no {', '.join(unknown)}; it takes {', '.join(sorted(fields))}")
-        if in_chans != 3:
-            config.setdefault("preprocess", {"mean": (0.5,), "std": (0.5,)})
         super().__init__(MedMambaConfig(num_classes=num_classes, in_chans=in_chans, **config))
         self._set_pool(global_pool)
         stride = self.config.patch_size
@@ -30,6 +28,10 @@ class TimmMedMamba(MedMamba):
             dict(num_chs=dim, reduction=stride * 2**i, module=f"stages.{i}") for i, dim in enumerate(self.config.dims)
         ]
         self.num_features = self.head_hidden_size = self.config.dims[-1]
+
+    @classmethod
+    def _from_config(cls, config: MedMambaConfig) -> "TimmMedMamba":
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
 
     @property
     def num_classes(self) -> int:

@@ -15,6 +15,7 @@ model from elsewhere:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -27,14 +28,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import config_checks as checks
 from .checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, file_hash
+from .config import ConfigError
+from .fingerprint import Fingerprint, changed_parts, fingerprint
+from .fitted import body
 from .model import MedMamba
 from .predict import Prediction, iter_predict
+from .utils.files import write_text
+from .utils.strict_json import read_json
 
 if TYPE_CHECKING:
     from .data import ImageDataset
 
 NAME = "unusual.json"
+MAX_FILE = 64 * 2**20  # bytes
 _DIGITS = 5  # significant, in the file
 
 
@@ -52,6 +60,7 @@ class Unusual:
         threshold: an image with a score above it is called unusual.
         coverage: share of the validation images that are not.
         measured: how well it works: {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
+        weights: fingerprint of the network whose features these are, see `medmamba.fingerprint`; None: not recorded.
     """
 
     means: NDArray[np.float64] = field(repr=False)
@@ -59,6 +68,7 @@ class Unusual:
     threshold: float
     coverage: float
     measured: Mapping[str, Any] = field(default_factory=dict)
+    weights: Fingerprint | None = field(default=None, repr=False)
 
     def score(self, features: ArrayLike) -> NDArray[np.float64]:
         """(N,) how unusual, from pooled features (N, C): root mean squared distance to the nearest class."""
@@ -73,10 +83,30 @@ class Unusual:
         return self.score(features) > self.threshold
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes `unusual.json` into a model folder, bound to the weights there."""
+        """Writes `unusual.json` into a model folder, bound to the weights there.
+
+        Raises:
+            UnusualError: it was learnt with other weights than those in the folder.
+        """
+        from .pretrained import read_weights
+
         folder = Path(folder)
+        there = body(read_weights(folder))
+        if self.weights is not None and changed_parts(there, self.weights):
+            raise UnusualError(f"this was learnt with other weights than those in {folder}; learn it again with those")
+        self.write(folder / NAME, _weights_of(folder), fingerprint(there))
+        return folder / NAME
+
+    def write(self, path: Path, sha256: str, weights: Fingerprint) -> None:
+        """Writes the file.
+
+        Args:
+            sha256: of the `model.safetensors` beside which it is put.
+            weights: fingerprint of the tensors in that, without the classifier.
+        """
         record = {
-            "weights": _weights_of(folder),
+            "weights": sha256,
+            "fingerprint": dict(weights),
             "threshold": self.threshold,
             "coverage": self.coverage,
             "measured": dict(self.measured),
@@ -84,8 +114,7 @@ class Unusual:
             "means": [_rounded(mean) for mean in self.means],
         }
         text = json.dumps(record, indent=1, allow_nan=False)
-        (folder / NAME).write_text(text + "\n", encoding="utf-8")
-        return folder / NAME
+        write_text(path, text + "\n")
 
 
 def load_unusual(folder: str | os.PathLike) -> Unusual | None:
@@ -98,15 +127,34 @@ def load_unusual(folder: str | os.PathLike) -> Unusual | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, MAX_FILE)
         means, spread = np.array(record["means"], np.float64), np.array(record["spread"], np.float64)
-        found = Unusual(means, spread, float(record["threshold"]), float(record["coverage"]), record["measured"])
-        weights = record["weights"]
-    except (ValueError, KeyError, TypeError) as error:
+        threshold = checks.real(record["threshold"], "threshold", -1e30, 1e30)
+        coverage = checks.real(record["coverage"], "coverage", 0, 1)
+        measured, weights = _measured(record["measured"]), record["weights"]
+        known = checks.fingerprint(record["fingerprint"], "fingerprint") if record.get("fingerprint") else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusualError(f"{path} cannot be read ({error!r}); delete it, or measure again") from error
-    if means.ndim != 2 or spread.shape != means.shape[1:] or not (spread > 0).all():
+    fits = means.ndim == 2 and len(means) and spread.shape == means.shape[1:]
+    if not fits or not (spread > 0).all() or not (np.isfinite(means).all() and np.isfinite(spread).all()):
         raise UnusualError(f"{path} holds means {means.shape} and spread {spread.shape}; delete it, or measure again")
+    found = Unusual(means, spread, threshold, coverage, measured, known)
     return found if weights == _weights_of(Path(folder)) else None
+
+
+def _measured(found: Any) -> dict[str, Any]:
+    """What cards and the app show of how well it works, in the types that they expect."""
+    record = checks.plain(found, "measured")
+    rows = record.get("auroc", {})
+    if not isinstance(rows, dict) or (rows and "own" not in record):
+        raise ConfigError("measured.auroc must be an object, beside measured.own")
+    for row in [*rows.values(), *([record["own"]] if "own" in record else [])]:
+        for name, value in (row if isinstance(row, dict) else {"": None}).items():
+            checks.real(value, f"measured.{name}", 0, 1e12)
+    for row in rows.values():
+        if missing := {"auroc", "n", "called_unusual"} - set(row):
+            raise ConfigError(f"measured.auroc lacks {', '.join(sorted(missing))}")
+    return record
 
 
 def fit_unusual(
@@ -184,7 +232,8 @@ def learn_unusual(model: MedMamba, dataset: ImageDataset, images: int = 600) -> 
         UnusualError: a split is missing, too small, or has images that cannot be read.
     """
     train, val = (look(model, dataset, split, images) for split in ("train", "val"))
-    return fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    found = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    return dataclasses.replace(found, weights=fingerprint(body(model.state_dict())))
 
 
 class Pooled:
@@ -225,7 +274,7 @@ def pooled_features(model: MedMamba) -> Iterator[Pooled]:
 def _weights_of(folder: Path) -> str:
     """The hash that `config.json` has of the weights, which was checked when they were fetched; else their own."""
     try:
-        recorded = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get(CHECKSUM_KEY)
+        recorded = read_json(folder / CONFIG_NAME).get(CHECKSUM_KEY)
     except (OSError, ValueError, AttributeError):
         recorded = None
     return recorded or file_hash(folder / WEIGHTS_NAME)

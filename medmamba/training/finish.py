@@ -25,7 +25,6 @@ from ..registry import DatasetEntry
 from ..unusual import NAME as UNUSUAL_NAME
 from ..unusual import Unusual, UnusualError, fit_unusual, learn_unusual, sample
 from ..utils.devices import wait_for_everyone
-from ..utils.files import staged
 from .checkpoint import CheckpointStore
 from .engine import Progress
 from .identity import differences
@@ -81,21 +80,11 @@ def finish(
         model.config = model.config.replace(training=record)
     if accelerator.process_index == 0:
         write_results(out, scored, training=record, calibration=model.config.calibration)
-        unusual = _learn_unusual(model, images, size, accelerator.device)
-        _save(out, model.to("cpu"), unusual, dtype)
+        model.unusual = _learn_unusual(model, images, size, accelerator.device)
+        model.to("cpu").save_pretrained(out, dtype=dtype)
         store.clear()
     wait_for_everyone(accelerator)
     return {split: result.evaluation for split, result in scored.items()}
-
-
-def _save(out: Path, model: MedMamba, unusual: Unusual | None, dtype: torch.dtype | None) -> None:
-    """A model folder, the weights last: whatever interrupts this, a folder that loads is complete."""
-    if unusual is None:
-        (out / UNUSUAL_NAME).unlink(missing_ok=True)  # of a model that was here before
-    with staged(out, last=(CONFIG_NAME, WEIGHTS_NAME)) as folder:
-        model.save_pretrained(folder, dtype=dtype)
-        if unusual:
-            unusual.save(folder)
 
 
 def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:
