@@ -18,6 +18,7 @@ from medmamba.card import (
 )
 from medmamba.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
 from medmamba.config import ConfigError
+from medmamba.fitted import FINGERPRINT
 from medmamba.licences import LicenceError
 from medmamba.pretrained import PretrainedError
 from medmamba.sources import PICKLES
@@ -163,7 +164,9 @@ def _check_results(report: Report) -> None:
         report.problems.append("results.json was measured with other classes than config.json has: evaluate again")
     if facts.results.get("training", facts.config.training) != facts.config.training:
         report.problems.append("results.json is of another training run than config.json: evaluate again")
-    if facts.results.get("calibration", facts.config.calibration) != facts.config.calibration:
+    # The fingerprint of the weights is added when they are saved, after they were scored.
+    calibration = {key: value for key, value in facts.config.calibration.items() if key != FINGERPRINT}
+    if facts.results.get("calibration", calibration) != calibration:
         report.problems.append(
             "results.json was measured with another calibration than config.json has: evaluate again"
         )

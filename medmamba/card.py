@@ -176,7 +176,7 @@ def card_data(facts: ModelFacts, repo_id: str) -> ModelCardData:
     optional: dict[str, Any] = {
         "license_name": terms.name,
         "license_link": terms.link,
-        "base_model": training.get("init") if re.fullmatch(r"[\w.-]+/[\w.-]+", str(training.get("init"))) else None,
+        "base_model": _base_model(training),
         "metrics": [METRICS[name][0] for name in ("accuracy", "auroc", "f1")] if facts.split else None,
     }
     if facts.split:
@@ -188,6 +188,18 @@ def card_data(facts: ModelFacts, repo_id: str) -> ModelCardData:
         tags=tags,
         **{key: value for key, value in optional.items() if value is not None},
     )
+
+
+def _base_model(training: dict[str, Any]) -> str | None:
+    """The Hub id of the model that the training started from; None for a local folder such as "runs/joint".
+
+    The two look alike, so an id counts only where the run recorded it as one, or where it is of this organisation.
+    """
+    found = str(training.get("base_model") or "")
+    if not found and str(training.get("init") or "").startswith(f"{ORGANISATION}/"):
+        found = str(training["init"])
+    found = found.partition("@")[0]  # without a revision
+    return found if re.fullmatch(r"[\w.-]+/[\w.-]+", found) else None
 
 
 def _eval_results(facts: ModelFacts) -> list[Any]:

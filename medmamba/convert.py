@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import VARIANTS, MedMambaConfig
 from .model import DIRECTIONS, MedMamba
 from .pretrained import load_strict
+from .weights_file import listed, not_finite
 
 
 class ConversionError(ValueError):
@@ -74,6 +75,11 @@ def load_upstream(source: str | os.PathLike | Mapping[str, Tensor], **config: An
     with torch.device("meta"):
         model = MedMamba(model_config)
     tensors = {new: _reshape(new, state[old]).clone() for old, new in map_keys(state).items()}
+    if broken := not_finite(tensors):
+        raise ConversionError(
+            f"the checkpoint has NaN or infinity in {len(broken)} of {len(tensors)} tensors ({listed(broken, 3)}): its "
+            "training diverged; take an earlier one"
+        )
     try:
         load_strict(model, {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}, "the checkpoint")
     except OSError as error:
@@ -106,8 +112,11 @@ def unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    # Lightning and others call the network "model." or "net.", DataParallel "module.", torch.compile "_orig_mod.".
+    known = "patch_embed.proj.weight"
+    prefix = next((k.removesuffix(known) for k in tensors if k.endswith(f".{known}")), "")
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
@@ -117,9 +126,17 @@ def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
             "this checkpoint has the layout from before April 2024 (it has finalconv11.*): an earlier network under "
             "the same name, whose figures are not MedMamba's. Only later checkpoints can be read"
         )
+    if any(re.match(r"stages\.\d+\.blocks\.\d+\.ssm\.", k) for k in state):
+        raise ConversionError(
+            "these are weights of this package, not of the published code: give them to "
+            "MedMamba(config).load_state_dict(...), or, where a folder was saved, use MedMamba.from_pretrained(folder)"
+        )
     for key in ("patch_embed.proj.weight", "head.weight"):
         if key not in state:
-            raise ConversionError(f"not a published MedMamba checkpoint: it has no {key!r}; it has {_sample(state)}")
+            raise ConversionError(
+                f"not a published MedMamba checkpoint, so of another network: it has no {key!r}; it has "
+                f"{_sample(state) or 'no tensors at all'}"
+            )
     blocks: dict[int, set[int]] = {}
     for key in state:
         if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", key):

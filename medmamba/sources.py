@@ -86,6 +86,18 @@ def fetch(
     return _from_hub(repo, force_download, options, wanted)
 
 
+def hub_name(name: str | os.PathLike) -> str | None:
+    """Returns "org/name[@revision]" where `fetch` takes a name from the Hub or from the bundled models.
+
+    None for folders, files and addresses."""
+    text = str(name)
+    if isinstance(name, os.PathLike) or Path(text).exists() or (is_address(text) and not text.startswith("hf://")):
+        return None
+    text = re.sub(r"^(hf://|hf[-_]hub:)", "", text)
+    text = text if "/" in text else f"{ORGANISATION}/{text}"
+    return text if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", text) else None
+
+
 def is_address(name: str) -> bool:
     """Whether a name is a URL for fsspec rather than a path: it has a scheme of at least two letters."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)", name) is not None

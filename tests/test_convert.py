@@ -109,3 +109,16 @@ def test_code_in_a_checkpoint_never_runs(tmp_path):
     torch.save({"state_dict": Payload()}, tmp_path / "evil2.pth")
     with pytest.raises(ConversionError, match="could run any code"):
         medmamba.load_upstream(tmp_path / "evil2.pth")
+
+
+def test_weights_of_this_package_are_told_where_they_belong(tiny_model):
+    with pytest.raises(ConversionError, match=r"weights of this package.*load_state_dict.*from_pretrained"):
+        medmamba.load_upstream(tiny_model.state_dict())
+
+
+def test_checkpoints_of_other_networks_are_named_as_such():
+    foreign = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(10, 512)}
+    with pytest.raises(ConversionError, match=r"of another network: it has no 'patch_embed.proj.weight'; it has conv1"):
+        medmamba.load_upstream(foreign)
+    with pytest.raises(ConversionError, match="no tensors at all"):
+        medmamba.load_upstream({"epoch": 3, 7: "x"})

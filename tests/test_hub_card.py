@@ -219,3 +219,31 @@ def test_what_is_known_of_other_images_is_on_the_card(folder):
     (folder / "unusual.json").write_text("{")
     with pytest.raises(CardError, match=r"unusual\.json cannot be read"):
         read_facts(folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"init": "runs/joint"}, None),  # a folder; somebody's model on the Hub could be called so
+        ({"init": "zoo-joint, seed 0"}, None),
+        ({"init": "medmamba/bloodmnist"}, "medmamba/bloodmnist"),
+        ({"init": "clinic/eyes", "base_model": "clinic/eyes@v2"}, "clinic/eyes"),
+        ({"init": "", "base_model": None}, None),
+    ],
+)
+def test_the_base_model_is_only_ever_one_on_the_hub(tmp_path, record, expected):
+    folder = finished_model(tmp_path / "model", **record)
+    from medmamba.card import card_data
+
+    assert card_data(read_facts(folder), "medmamba/x").to_dict().get("base_model") == expected
+
+
+def test_names_on_the_hub_are_told_from_folders(tmp_path, monkeypatch):
+    from medmamba.sources import hub_name
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "joint").mkdir(parents=True)
+    assert hub_name("runs/joint") is None and hub_name(tmp_path) is None and hub_name("s3://bucket/eye") is None
+    assert hub_name("./runs") is None and hub_name("/no/where") is None and hub_name("a/b/c") is None
+    assert hub_name("clinic/eyes@v2") == hub_name("hf://clinic/eyes@v2") == "clinic/eyes@v2"
+    assert hub_name("bloodmnist-nano") == "medmamba/bloodmnist-nano"

@@ -26,6 +26,7 @@ from ..data import (
 )
 from ..evaluation import Evaluation
 from ..model import MedMamba
+from ..sources import hub_name
 from ..utils.devices import wait_for_everyone
 from ..utils.files import LockedError, locked
 from .checkpoint import LOCK, CheckpointStore, check_same_run
@@ -212,6 +213,8 @@ def train(
             return result
         record = training_record(index, entry, chosen, identity | stored, state, accelerator, rule)
         record["init"] = init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
+        if init is not None and not isinstance(init, MedMamba) and (base := hub_name(init)):
+            record["base_model"] = base  # of the card; a local folder may be called like somebody's model
         record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
         record |= {} if check_duplicates else {"duplicates_checked": False}
         record |= notes or {}
