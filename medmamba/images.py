@@ -70,10 +70,10 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
             becomes 1. For DICOM it replaces the file's own window and follows the file's VOI function, so that
             passing the file's own window changes nothing.
 
-    Transparency is composited on black, except that an alpha channel that is zero everywhere is ignored. Pixel padding of
-    DICOM is drawn black. Colour profiles are not applied. All of it is said in `MedicalImage.notes`; what changes the
-    worth of an answer (most of a 16-bit range unused, a window that cannot be read, a picture that shows next to
-    nothing) is in `MedicalImage.warnings`.
+    Transparency is composited on black, except that an alpha channel that is zero everywhere is ignored. Pixel
+    padding of DICOM is drawn black. Colour profiles are not applied. All of it is said in `MedicalImage.notes`;
+    what changes the worth of an answer (most of a 16-bit range unused, a window that cannot be read, a picture that shows
+    next to nothing) is in `MedicalImage.warnings`.
 
     Raises:
         ImageError: missing, empty, damaged, too large (`MAX_PIXELS`) or unsupported image, or arguments that do not fit
