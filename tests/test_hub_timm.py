@@ -187,3 +187,19 @@ def test_a_model_fine_tuned_in_timm_saves_and_loads_here(timm, saved, images, tm
     tuned = timm.create_model(f"local-dir:{saved[1]}", pretrained=True, num_classes=2).eval()
     tuned.save_pretrained(tmp_path / "tuned")
     assert torch.equal(medmamba.MedMamba.from_pretrained(tmp_path / "tuned")(images), tuned(images))
+
+
+def test_a_fused_model_keeps_what_timm_asked_for_and_folders_load_as_timm_models(tmp_path):
+    from medmamba.timm_model import TimmMedMamba
+
+    shape = dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64), preprocess={"input_size": (32, 32)})
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        maps = TimmMedMamba(num_classes=0, global_pool="", **shape).eval()
+        assert maps.fuse()(x).shape == maps(x).shape == (2, 64, 2, 2)
+        classifier = TimmMedMamba(num_classes=3, **shape).eval()
+        fused = classifier.fuse()
+        fused.reset_classifier(5, "avg")
+        assert fused(x).shape == (2, 5)
+        loaded = TimmMedMamba.from_pretrained(classifier.save_pretrained(tmp_path))
+        assert isinstance(loaded, TimmMedMamba) and torch.allclose(loaded(x), classifier(x))
