@@ -7,7 +7,7 @@ https://github.com/huggingface/safetensors#format.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def parse_header(file: BinaryIO, name: str) -> tuple[dict[str, Entry], int]:
+def parse_header(file: IO[bytes], name: str) -> tuple[dict[str, Entry], int]:
     """Reads the header from the beginning of a stream; also returns its length without the eight bytes before it.
 
     Raises:
