@@ -111,7 +111,8 @@ class Sessions:
 
     def of(self, request: Any) -> Session:
         """The session that a `gradio.Request` belongs to; a new one for a new visitor."""
-        key = str(getattr(request, "session_hash", None) or "")
+        # Requests without an identifier have nothing in common: each gets a session of its own.
+        key = str(getattr(request, "session_hash", None) or secrets.token_urlsafe(16))
         with self._lock:
             session = self._sessions.pop(key, None)
             if session is None:

@@ -255,6 +255,19 @@ def test_answers_under_load_are_those_alone(url, model_folder, tmp_path):
     assert wrong == [] and explained and max(explained) < 1e-5
 
 
+def test_requests_without_an_identifier_share_nothing(tmp_path):
+    from demo import sessions
+
+    class Request:
+        session_hash = None
+
+    kept = sessions.Sessions(options.Limits(), tmp_path / "root")
+    (tmp_path / "mine.png").write_bytes(b"x")
+    kept.of(Request()).keep_images([str(tmp_path / "mine.png")])
+    assert kept.of(Request()).images == []
+    kept.close_all()
+
+
 def test_eight_visitors_keep_their_files_and_models_apart(tmp_path):
     from demo import sessions
 

@@ -237,7 +237,9 @@ def build(context: Context) -> ClassifyTab:
         return look(title, preset_, c, w, f, request)
 
     def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
-        return {preset: CUSTOM, **look(title, CUSTOM, c, w, f, request)}
+        updates = look(title, CUSTOM, c, w, f, request)
+        # They are where a hand has put them, and may have been moved on since.
+        return {preset: CUSTOM, **{part: value for part, value in updates.items() if part not in (center, width)}}
 
     def by_range(title: str, f: float, request: gr.Request) -> Updates:
         """The button beside an answer that the window spoils; of several images, for the one that is shown."""
