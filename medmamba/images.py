@@ -72,8 +72,8 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
 
     Transparency is composited on black, except that an alpha channel that is zero everywhere is ignored. Pixel
     padding of DICOM is drawn black. Colour profiles are not applied. All of it is said in `MedicalImage.notes`;
-    what changes the worth of an answer (most of a 16-bit range unused, a window that cannot be read, a picture that shows
-    next to nothing) is in `MedicalImage.warnings`.
+    what changes the worth of an answer (most of a 16-bit range unused, a window that cannot be read, a picture that
+    shows next to nothing) is in `MedicalImage.warnings`.
 
     Raises:
         ImageError: missing, empty, damaged, too large (`MAX_PIXELS`) or unsupported image, or arguments that do not fit
