@@ -148,7 +148,14 @@ def _read_bits(ds: Dataset) -> _Bits | None:
     allocated, representation = int(ds.BitsAllocated), ds.get("PixelRepresentation")
     if representation not in (None, 0, 1):
         raise ImageError("Pixel Representation of the DICOM header must be 0 or 1; export the image again")
-    return _Bits(allocated, int(ds.get("BitsStored") or allocated), representation == 1)
+    stored = ds.get("BitsStored")
+    stored = allocated if stored is None else int(stored)
+    if not 1 <= stored <= allocated:
+        raise ImageError(
+            f"BitsStored (0028,0101) of the DICOM header is {stored}, but the pixels have {allocated} bits; "
+            "export the image again"
+        )
+    return _Bits(allocated, stored, representation == 1)
 
 
 def _missing_notes(ds: Dataset) -> list[str]:
@@ -209,7 +216,7 @@ def _decode_compressed(
             "columns": columns,
             "samples_per_pixel": samples,
             "bits_allocated": stream.container,
-            "bits_stored": max(1, min(bits.stored, stream.container)),
+            "bits_stored": min(bits.stored, stream.container),
             "pixel_representation": int(bits.signed),
             "photometric_interpretation": stream.photometric,
             "planar_configuration": 0,  # the decoders' own order; that of RLE sets itself

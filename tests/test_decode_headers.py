@@ -362,11 +362,16 @@ def test_single_bits_of_big_endian_files():
         assert np.array_equal(decoded(ds).words, bits)
 
 
-def test_pixel_representation_must_be_0_or_1():
+def test_impossible_pixel_representation_and_bits_stored():
     for ds in (native(GREY, stored=12), compressed(codecs().jpegls_encode(GREY), JPEGLSLossless, GREY.shape, 16)):
         ds.PixelRepresentation = 12
         with pytest.raises(ImageError, match="Pixel Representation"):
             load_image(ds)
+        ds.PixelRepresentation = 0
+        for bits in (0, 17):
+            ds.BitsStored = bits
+            with pytest.raises(ImageError, match="BitsStored"):
+                load_image(ds)
 
 
 def test_ybr_of_more_than_8_bits_is_refused():
