@@ -1,44 +1,95 @@
-# Two commands on a fresh machine: `make demo` opens the web app, `make test` runs every test. Both set up first.
+# Two commands on a fresh machine: `make demo` opens the web app, `make test` runs the tests. Both set up first.
+# `make help` lists the rest; every step of the workflows in .github is one of these targets.
 
 PYTHON ?= python3
 VENV ?= .venv
-# The newest version tested. Another build: make setup TORCH="torch==2.11.0"
-TORCH ?= torch==2.13.0
-BIN := $(VENV)/bin
+# The newest pair tested. torchvision's compiled operators load only beside the build of torch they were compiled for,
+# so the two are pinned together. Another pair: make setup TORCH="torch==2.8.0 torchvision==0.23.0"
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# One process per core with one thread each: two processes that share all cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup
+SPACE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint format notebooks kernels clean
+.PHONY: help setup demo test test-all lint workflows format hooks layers docs docs-serve coverage notebooks kernels \
+	kernels-check dist dist-check space space-publish clean
 
-setup: $(VENV)/.installed
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-# torch first, in the tested version, and the torchvision that goes with it: other packages would accept any.
+setup: $(VENV)/.installed ## a virtual environment with everything, in .venv
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" torchvision
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-demo: setup
+demo: setup ## open the web app
 	$(BIN)/python -m demo.app --open
 
-test: setup lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+test: setup lint ## lint, types and the tests but the slow ones
+	$(PYTEST) -m "not slow"
 
-lint: setup
+test-all: setup lint ## every test
+	$(PYTEST) -m ""
+
+lint: setup ## ruff, mypy, and that dependencies point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy medmamba medmamba_command.py hub demo
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-format: setup
+workflows: setup ## check the files of .github
+	$(BIN)/actionlint
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
+format: setup ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Cross-compiles the CPU kernel for every platform, from any platform. Needed only after a change in its source.
-kernels: setup
-	$(BIN)/python medmamba/kernels/csrc/build.py
+hooks: setup ## run `make lint` before each commit
+	$(BIN)/pre-commit install
 
-notebooks: setup
+layers: setup ## draw the layers and what imports what
+	$(BIN)/lint-imports --verbose
+	$(BIN)/python -m benchmarks.layers
+
+docs: setup ## build the documentation strictly, into build/site
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup ## the documentation at http://127.0.0.1:8000, rebuilt on change
+	$(BIN)/mkdocs serve
+
+coverage: setup ## the fast tests with coverage, into build/coverage
+	$(PYTEST) -m "not slow" --cov --cov-report=html:build/coverage --cov-report=term:skip-covered
+
+notebooks: setup ## run the tutorials and store their outputs
 	$(BIN)/python notebooks/execute.py
 
-clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+kernels: setup ## cross-compile the CPU library for every platform, after a change in its source
+	$(BIN)/python medmamba/kernels/csrc/build.py
+
+kernels-check: setup ## compile the CPU library from source and compare it with the committed one, byte for byte
+	$(BIN)/python medmamba/kernels/csrc/build.py --check
+
+dist: setup ## the source archive and the wheel, in dist
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
+dist-check: ## install the wheel of dist into a fresh environment and classify an image with it
+	$(PYTHON) -m venv build/try
+	build/try/$(notdir $(BIN))/python -m pip install --quiet dist/medmamba-*.whl
+	cd build && try/$(notdir $(BIN))/python -m medmamba predict ../demo/examples/blood_neutrophil.webp
+
+space: setup ## the folder of the Space, in build/space, and its tests
+	$(BIN)/python -m hub.space build build/space
+	$(BIN)/python -m pytest tests/hub/test_space.py
+
+space-publish: ## upload build/space: make space-publish SPACE=organisation/name
+	@test -n "$(SPACE)" || { echo "say where: make space-publish SPACE=organisation/name"; exit 2; }
+	$(BIN)/hf upload "$(SPACE)" build/space . --repo-type space
+
+clean: ## remove what the targets above make
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
