@@ -32,7 +32,7 @@ import medmamba
 from medmamba.explain import explain
 from medmamba.explain.comparison import parse_method
 from medmamba.explain.methods import METHODS as ALL_METHODS
-from medmamba.images import expand_inputs, load_image
+from medmamba.imaging.load import expand_inputs, load_image
 
 METHODS = (
     "integrated_gradients",

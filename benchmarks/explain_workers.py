@@ -17,11 +17,11 @@ import explain_controls
 import torch
 
 import medmamba
-from medmamba import registry
+from medmamba.data import registry
 from medmamba.explain import Assessor, ExplainCancelled, Explanation, explain
 from medmamba.explain.removal import area
 from medmamba.explain.subject import FullPrecision
-from medmamba.images import load_image
+from medmamba.imaging.load import load_image
 
 METRICS = {
     "faithfulness": ("infidelity", "removal"),

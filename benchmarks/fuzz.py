@@ -110,8 +110,8 @@ def read_here(name: str, data: bytes) -> Answer:
     import io
 
     from medmamba import ImageError, load_image
-    from medmamba._dicom_decode import read_dataset
-    from medmamba.dicom import _Frame
+    from medmamba.imaging.dicom import _Frame
+    from medmamba.imaging.dicom_decode import read_dataset
 
     try:
         image = load_image(data, frame=0)

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import medmamba
-from medmamba.kernels import mamba_ssm_backend
-from medmamba.training.graphs import GraphedStep
+from medmamba.kernels.backends import mamba_ssm as mamba_ssm_backend
+from medmamba.training.cuda_graphs import GraphedStep
 
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224")
 OURS = ("nano", "tiny", "small", "base", "test")

@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from medmamba.kernels import native, torch_backend
+from medmamba.kernels.backends import cpu as native
+from medmamba.kernels.backends import eager as torch_backend
 
 # Blocks per stage and channels of the first stage; each stage has twice the channels and half the side of the last.
 MODELS = {"tiny": ((2, 2, 4, 2), 96), "small": ((2, 2, 8, 2), 96), "base": ((2, 2, 12, 2), 128)}

@@ -6,7 +6,7 @@
 
 "forward" is inference, "training" the forward that saves states, "backward" all gradients. The exponentials are what
 bounds a scan: N per token, channel and direction, of which a GPU computes 16 per processor and cycle; "share" is the
-part of that rate reached. --sweep times every launch plan of `medmamba/kernels/cuda_backend.py` that makes sense and
+part of that rate reached. --sweep times every launch plan of `medmamba/kernels/backends/cuda.py` that makes sense and
 prints the fastest beside the one chosen now.
 --padded gives proj the layout of a projection whose step size codes are padded to a multiple of 4 (for R = 3: to 4).
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from medmamba.kernels import cuda_backend
-from medmamba.kernels.cuda_backend import BLOCKS, Plan
+from medmamba.kernels.backends import cuda as cuda_backend
+from medmamba.kernels.backends.cuda import BLOCKS, Plan
+from medmamba.kernels.cuda.nvrtc import CudaError
 from medmamba.kernels.dispatch import load_backend
-from medmamba.kernels.nvrtc import CudaError
 
 MODELS = {"tiny": ((2, 2, 4, 2), 96), "small": ((2, 2, 8, 2), 96), "base": ((2, 2, 12, 2), 128)}
 N = 16

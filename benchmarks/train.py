@@ -20,10 +20,10 @@ from medmamba.data import CachedDataset, ImageDataset, Record
 from medmamba.model import MedMamba
 from medmamba.training import load_recipe
 from medmamba.training.checkpoint import CheckpointStore
-from medmamba.training.engine import Trainer
-from medmamba.training.log import RunLog
+from medmamba.training.run_log import RunLog
 from medmamba.training.sampling import epoch_order
 from medmamba.training.setup import make_accelerator
+from medmamba.training.trainer import Trainer
 
 CLASSES = 8
 WARM_UP = 5

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from medmamba import MedMamba
-from medmamba.calibrate import OOD_SCORES, ood_auroc
 from medmamba.data import open_dataset
-from medmamba.evaluation import scores
-from medmamba.unusual import Seen, Unusual, learn_unusual, look
+from medmamba.inference.ood import Unusual
+from medmamba.inference.ood_fit import Seen, learn_unusual, look
+from medmamba.metrics import scores
+from medmamba.metrics.calibration import OOD_SCORES, ood_auroc
 
 
 def measure(warning: Unusual, own: Seen, others: dict[str, Seen], task: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from medmamba._image import FrameNeeded, WindowNeeded
+from medmamba.imaging.image import FrameNeeded, WindowNeeded
 from medmamba.utils.advice import spelled
 
 WARNING = "warning: "

@@ -18,9 +18,9 @@ import gradio as gr
 
 from medmamba.config import ConfigError
 from medmamba.explain import methods
-from medmamba.images import ImageError
-from medmamba.predict import Failure
-from medmamba.pretrained import PretrainedError
+from medmamba.imaging.load import ImageError
+from medmamba.inference.predict import Failure
+from medmamba.pretrained.mixin import PretrainedError
 
 from .advice import WARNING, for_programs, of_problem, plain
 from .context import Context, Known

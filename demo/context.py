@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from medmamba.card import ModelFacts, read_facts
-from medmamba.checksums import WEIGHTS_NAME
-from medmamba.licences import LicenceError
-from medmamba.pretrained import fetch
-from medmamba.unusual import Unusual, load_unusual
+from medmamba.cards.card import ModelFacts, read_facts
+from medmamba.cards.licences import LicenceError
+from medmamba.inference.ood import Unusual, load_unusual
+from medmamba.pretrained.mixin import fetch
+from medmamba.utils.checksums import WEIGHTS_NAME
 
 from .options import Options
 from .service import Service

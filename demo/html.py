@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from medmamba.evaluation.result import Estimate
+from medmamba.metrics.result import Estimate
 
 from .options import NOTICE
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmamba.cli_train import STOPPED
+from medmamba.cli.train import STOPPED
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset, val_from_train
-from medmamba.evaluate import RESULTS_NAME
-from medmamba.evaluation import Evaluation
-from medmamba.training.finish import evaluations
+from medmamba.evaluation.evaluate_model import RESULTS_NAME
+from medmamba.metrics import Evaluation
+from medmamba.training.finalise import evaluations
 
 from .options import Limits
 

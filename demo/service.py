@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from medmamba._image import FrameNeeded, WindowNeeded
-from medmamba.dicom import DicomWindows, dicom_window_presets
 from medmamba.explain import Comparison, assess, compare
 from medmamba.explain.subject import sub_progress
-from medmamba.images import ImageError, MedicalImage, load_image
-from medmamba.predict import UNUSUAL, Failure, Prediction, iter_predict
-from medmamba.preprocess import preprocess, to_display
+from medmamba.imaging.dicom import DicomWindows, dicom_window_presets
+from medmamba.imaging.image import FrameNeeded, WindowNeeded
+from medmamba.imaging.load import ImageError, MedicalImage, load_image
+from medmamba.imaging.preprocess import preprocess, to_display
+from medmamba.inference.predict import UNUSUAL, Failure, Prediction, iter_predict
 
 from .advice import WARNING, of_problem
 from .gpu import ZERO_GPU, on_gpu

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from medmamba import MedMamba
-from medmamba.calibrate import Calibration
-from medmamba.card import ModelFacts, read_facts
-from medmamba.cli import pick_device
+from medmamba.cards.card import ModelFacts, read_facts
+from medmamba.cards.licences import LicenceError
+from medmamba.cli.main import pick_device
 from medmamba.config import MedMambaConfig
+from medmamba.inference.ood import Unusual
+from medmamba.inference.predict import predict_logits
 from medmamba.kernels import resolve_backend
-from medmamba.licences import LicenceError
-from medmamba.predict import predict_logits
-from medmamba.pretrained import fetch
-from medmamba.unusual import Unusual
+from medmamba.metrics.calibration import Calibration
+from medmamba.pretrained.mixin import fetch
 
 MAX_LOADED = 6
 

@@ -4,9 +4,9 @@ Also points links that leave docs/ (to code, data, weights) at the repository, w
 """
 
 import re
-import tomllib
 from pathlib import Path
 
+import tomllib
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +24,13 @@ def on_files(files, config):
         files.append(File.generated(config, f"zoo/{name}.md", content=body))
         for picture in CARD_FILES:
             if (card.parent / picture).is_file():
-                files.append(File.generated(config, f"zoo/{picture}".replace("zoo/", f"zoo/{name}-"),
-                                            content=(card.parent / picture).read_bytes()))
+                files.append(
+                    File.generated(
+                        config,
+                        f"zoo/{picture}".replace("zoo/", f"zoo/{name}-"),
+                        content=(card.parent / picture).read_bytes(),
+                    )
+                )
         rows.append(f"- [`medmamba/{name}`]({name}.md)")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- models: python -m hub.results -->")[2].partition("<!-- end of models -->")[0]

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from medmamba import MedMamba
-from medmamba.calibrate import fit_calibration
 from medmamba.config import MedMambaConfig, variant_config
 from medmamba.data import check_leakage
-from medmamba.evaluate import RESULTS_NAME, score, write_results
-from medmamba.registry import get
+from medmamba.data.registry import get
+from medmamba.evaluation.evaluate_model import RESULTS_NAME, score, write_results
+from medmamba.metrics.calibration import fit_calibration
 from medmamba.training.checkpoint import CheckpointStore
-from medmamba.training.engine import Trainer
-from medmamba.training.finish import training_record
-from medmamba.training.log import RunLog
+from medmamba.training.finalise import training_record
 from medmamba.training.recipe import load_recipe
 from medmamba.training.run import CHECKPOINTS, fingerprint
+from medmamba.training.run_log import RunLog
 from medmamba.training.setup import ImageCache, check_splits, make_accelerator
+from medmamba.training.trainer import Trainer
 from medmamba.training.validation import predict_logits, validation_batch
 
 

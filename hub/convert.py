@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from medmamba import ConversionError, MedMamba, load_upstream, registry
-from medmamba.card import default_repo, write_card
-from medmamba.convert import read_checkpoint, unwrap
-from medmamba.data import DatasetError, alphabetical_permutation, open_dataset
-from medmamba.licences import UPSTREAM_URL
-from medmamba.registry import DatasetEntry
+from medmamba import ConversionError, MedMamba, load_upstream
+from medmamba.cards.card import default_repo, write_card
+from medmamba.cards.licences import UPSTREAM_URL
+from medmamba.data import DatasetError, alphabetical_permutation, open_dataset, registry
+from medmamba.data.registry import DatasetEntry
+from medmamba.integrations.upstream import read_checkpoint, unwrap
 
 from .golden import write_golden
 from .reference import largest_difference, reference_logits

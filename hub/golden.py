@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from medmamba import MedMamba
-from medmamba.images import MedicalImage
+from medmamba.imaging.load import MedicalImage
 
 GOLDEN_NAME = "golden.json"
 HEIGHT, WIDTH = 96, 128

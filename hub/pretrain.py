@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmamba import MedMamba, create_model
-from medmamba.preprocess import normalise
+from medmamba.imaging.preprocess import normalise
 from medmamba.training import augment
-from medmamba.training.graphs import GraphedStep
+from medmamba.training.cuda_graphs import GraphedStep
 from medmamba.training.optim import WeightAverage, build_optimizer, cosine, set_lr
 from medmamba.training.recipe import Recipe, load_recipe
 
@@ -87,8 +87,7 @@ class Distillation(nn.Module):
         self.classes = nn.Linear(student.config.dims[-1], classes)
         widths = [t.shape[1] for t in teacher(torch.zeros(1, 3, 64, 64))]
         self.projections = nn.ModuleList(
-            nn.Conv2d(student.config.dims[stage], width, 1)
-            for (stage, _), width in zip(LEVELS, widths, strict=True)
+            nn.Conv2d(student.config.dims[stage], width, 1) for (stage, _), width in zip(LEVELS, widths, strict=True)
         )
         self.mean = [torch.zeros(1, width, 1, 1) for width in widths]
         self.std = [torch.ones(1, width, 1, 1) for width in widths]
@@ -208,7 +207,9 @@ def pretrain(
             if not math.isfinite(value):
                 raise RuntimeError(f"the loss is no longer a number at step {step}; use a smaller rate")
             rate = step * recipe.batch_size / (time.monotonic() - started)
-            log.append({"step": step, "done": round(min(done, 1.0), 4), "loss": value, "images_per_second": round(rate)})
+            log.append(
+                {"step": step, "done": round(min(done, 1.0), 4), "loss": value, "images_per_second": round(rate)}
+            )
             print(json.dumps(log[-1]), flush=True)
             running, since, shown = torch.zeros((), device=device), 0, time.monotonic()
     return _save(average.model, out, variant, meta, log, dict(

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from medmamba import MedMamba, __version__
-from medmamba.card import CARD_NAME, default_repo
-from medmamba.pretrained import ORGANISATION, PretrainedError
-from medmamba.sources import bundled_models
+from medmamba.cards.card import CARD_NAME, default_repo
+from medmamba.config import ORGANISATION
+from medmamba.pretrained import PretrainedError
+from medmamba.pretrained.sources import bundled_models
 
 from .golden import GoldenError, check_golden
 from .validate import Report, validate
@@ -63,7 +64,7 @@ def publish(
         repo: "org/name"; created if it does not exist.
         private: create the repository as private. An existing one keeps its visibility.
         revision: branch, created from main if it does not exist.
-        licence, permission: see `medmamba.card.read_facts`.
+        licence, permission: see `medmamba.cards.card.read_facts`.
         dry_run: stop before the first request to the Hub; returns None.
         say: told what happens.
 
@@ -236,7 +237,7 @@ def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, 
 
 def _note(folder: Path) -> str:
     """One line with the figures of a model, from its results."""
-    from medmamba.card import read_facts
+    from medmamba.cards.card import read_facts
 
     facts = read_facts(folder)
     if not facts.split:

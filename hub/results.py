@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medmamba import registry
+from medmamba.data import registry
 from medmamba.training.checkpoint import write_text
 
 HUB = Path(__file__).parent

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import medmamba
-from medmamba.checksums import CONFIG_NAME, WEIGHTS_NAME
-from medmamba.pretrained import ORGANISATION, PretrainedError, bundled_models
-from medmamba.sources import DEFAULT_MODEL, SIDECARS
+from medmamba.config import DEFAULT_MODEL, ORGANISATION
+from medmamba.pretrained import PretrainedError, bundled_models
+from medmamba.pretrained.sources import SIDECARS
+from medmamba.utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = '''"""Entry point of the Space: the app of `demo/`, within the limits of a public server."""

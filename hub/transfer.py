@@ -20,9 +20,9 @@ import torch
 
 from medmamba import MedMamba
 from medmamba.data import ImageDataset, open_dataset
-from medmamba.evaluation import evaluate
-from medmamba.predict import predict_features
-from medmamba.preprocess import preprocess
+from medmamba.imaging.preprocess import preprocess
+from medmamba.inference.predict import predict_features
+from medmamba.metrics import evaluate
 from medmamba.training import train
 
 WAYS = ("probe", "ten", "full")
@@ -84,7 +84,14 @@ def ten_per_class(index: ImageDataset, seed: int) -> ImageDataset:
 
 
 def measure(
-    data: Path, out: Path, sets: list[str], starts: list[str], ways: list[str], seeds: list[int], device: str, variant: str
+    data: Path,
+    out: Path,
+    sets: list[str],
+    starts: list[str],
+    ways: list[str],
+    seeds: list[int],
+    device: str,
+    variant: str,
 ) -> None:
     """Writes one JSON per start, set, way and seed into `out`."""
     out.mkdir(parents=True, exist_ok=True)

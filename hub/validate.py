@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.card import (
+from medmamba.cards.card import (
     CARD_NAME,
     CardError,
     ModelFacts,
@@ -16,12 +16,12 @@ from medmamba.card import (
     render_card,
     write_card,
 )
-from medmamba.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
+from medmamba.cards.licences import LicenceError
 from medmamba.config import ConfigError
-from medmamba.fitted import FINGERPRINT
-from medmamba.licences import LicenceError
-from medmamba.pretrained import PretrainedError
-from medmamba.sources import PICKLES
+from medmamba.inference.fitted import FINGERPRINT
+from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained.sources import PICKLES
+from medmamba.utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
 
 from .golden import GOLDEN_NAME, GoldenError, check_golden, write_golden
 
@@ -61,7 +61,7 @@ def validate(
     """Checks a folder and finds every problem at once. Writes README.md and golden.json only where they are missing.
 
     Args:
-        licence, permission: see `medmamba.card.read_facts`.
+        licence, permission: see `medmamba.cards.card.read_facts`.
         private: it goes to a private repository, where weights without a licence may go too.
     """
     report = Report(folder)

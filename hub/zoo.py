@@ -29,17 +29,17 @@ from typing import Any
 import torch
 
 from medmamba import MedMamba
-from medmamba.cli_train import STOPPED
+from medmamba.cli.train import STOPPED
 from medmamba.data import ImageDataset, check_leakage, open_dataset
 from medmamba.data.dataset import Record
 from medmamba.data.files import FolderReader
 from medmamba.training import TrainResult, train
 from medmamba.training.checkpoint import write_text
-from medmamba.training.graphs import GRAPHS
+from medmamba.training.cuda_graphs import GRAPHS
 from medmamba.training.recipe import parse_setting
 from medmamba.training.run import fingerprint
 
-from .queue import Job, Queue
+from .job_queue import Job, Queue
 
 # What is known to stand in more than one split and is said with the figures: in breastmnist one picture in train and
 # test, under different labels; in pneumoniamnist eight identical pictures.
@@ -140,7 +140,7 @@ def doubles_checked(index: ImageDataset, cache: Path | None) -> str | None:
 
 def wait_for(init: Path, device: str) -> None:
     """Returns when the model in `init` is complete; whatever takes time to start is started before."""
-    from medmamba.pretrained import CONFIG_NAME, WEIGHTS_NAME
+    from medmamba.pretrained.mixin import CONFIG_NAME, WEIGHTS_NAME
     from medmamba.training.setup import make_accelerator
 
     torch.zeros(1, device=make_accelerator(device).device)

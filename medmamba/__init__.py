@@ -1,22 +1,60 @@
-"""medmamba: MedMamba medical image classification, from an image to a class on any machine.
+"""MedMamba medical image classification, from an image to a class on any machine.
 
 >>> from medmamba import MedMamba
 >>> model = MedMamba.from_pretrained("medmamba/bloodmnist-nano")
 >>> print(model.predict("cell.png"))
+
+Names load when they are first used (PEP 562), so importing the package costs no PyTorch.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, MedMambaConfig, PreprocessConfig
-from .convert import ConversionError, load_upstream
-from .images import ImageError, MedicalImage, load_image
-from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
-from .model import MedMamba, create_model
-from .pretrained import PretrainedError, bundled_models
-from .sources import DEFAULT_MODEL
-from .timm_compat import hook as _hook_timm
+from . import _moved
+from ._version import __version__
+from .integrations import timm_hook
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .config import DEFAULT_MODEL, ConfigError, MedMambaConfig, PreprocessConfig
+    from .imaging import ImageError, MedicalImage, load_image
+    from .integrations.upstream import ConversionError, load_upstream
+    from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
+    from .model import MedMamba, create_model
+    from .pretrained import PretrainedError, bundled_models
+    from .training import train
+
+_HOME = {  # public name -> the module that defines it
+    "DEFAULT_MODEL": "config",
+    "BackendError": "kernels",
+    "ConfigError": "config",
+    "ConversionError": "integrations.upstream",
+    "ImageError": "imaging",
+    "MedMamba": "model",
+    "MedMambaConfig": "config",
+    "MedicalImage": "imaging",
+    "PreprocessConfig": "config",
+    "PretrainedError": "pretrained",
+    "available_backends": "kernels",
+    "bundled_models": "pretrained",
+    "create_model": "model",
+    "load_image": "imaging",
+    "load_upstream": "integrations.upstream",
+    "selective_scan": "kernels",
+    "selective_scan_2d": "kernels",
+    "train": "training",
+}
+_PACKAGES = (
+    "data",
+    "evaluation",
+    "explain",
+    "export",
+    "imaging",
+    "inference",
+    "kernels",
+    "metrics",
+    "model",
+    "training",
+)
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -29,6 +67,7 @@ __all__ = [
     "MedicalImage",
     "PreprocessConfig",
     "PretrainedError",
+    "__version__",
     "available_backends",
     "bundled_models",
     "create_model",
@@ -40,18 +79,19 @@ __all__ = [
 ]
 
 
-# Parts that are imported when first used: `medmamba.export.to_onnx` needs no import of its own.
-_SUBMODULES = ("calibrate", "data", "evaluate", "evaluation", "explain", "export", "plots", "predict", "training")
-
-
-def __getattr__(name: str):
-    if name == "train":  # imported when first used, with what it needs
-        from .training import train
-
-        return train
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _PACKAGES or name in _moved.MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'medmamba' has no attribute {name!r}")
 
 
-_hook_timm()  # costs nothing without timm; with it, timm.create_model knows MedMamba, whichever is imported first
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_PACKAGES})
+
+
+_moved.install()  # old module names, for one release
+timm_hook.install()  # costs nothing without timm; with it, timm.create_model knows MedMamba, whichever is imported first

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import config_checks as checks
-from .config_checks import ConfigError
+from .utils import config_checks as checks
+from .utils.config_checks import ConfigError
 
 __all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "variant_config"]
 
 MODEL_TYPE = "medmamba"
+ORGANISATION = "medmamba"  # on the Hub; a model name without one means this
+DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
 # What a configuration may ask for; checked before anything of that size is made.
 MAX_STAGES, MAX_BLOCKS = 8, 512
 MAX_PARAMETERS = 4_000_000_000

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import medmamba
-from medmamba import registry
+from medmamba.data import registry
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmamba import create_model, registry
-from medmamba.calibrate import fit_calibration
-from medmamba.evaluate import score, write_results
+from medmamba import create_model
+from medmamba.data import registry
+from medmamba.evaluation.evaluate_model import score, write_results
+from medmamba.metrics.calibration import fit_calibration
 
 
 def finished_model(folder: Path, dataset: str = "bloodmnist", seed: int = 0, **record) -> Path:

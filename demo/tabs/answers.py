@@ -7,9 +7,9 @@ import io
 import math
 from pathlib import Path
 
-from medmamba.evaluation import PAPER_COLUMNS
-from medmamba.evaluation.result import TITLES
-from medmamba.predict import Failure
+from medmamba.inference.predict import Failure
+from medmamba.metrics import PAPER_COLUMNS
+from medmamba.metrics.result import TITLES
 from medmamba.utils.tables import csv_row
 
 from ..advice import in_app, plain

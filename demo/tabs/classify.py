@@ -11,10 +11,10 @@ from typing import Any
 
 import gradio as gr
 
-from medmamba._image import WindowNeeded
 from medmamba.config import ConfigError
-from medmamba.images import ImageError
-from medmamba.pretrained import PretrainedError
+from medmamba.imaging.image import WindowNeeded
+from medmamba.imaging.load import ImageError
+from medmamba.pretrained.mixin import PretrainedError
 
 from ..advice import of_problem
 from ..context import Context

@@ -11,13 +11,13 @@ from typing import Any
 
 import gradio as gr
 
-from medmamba.card import read_facts
+from medmamba.cards.card import read_facts
 from medmamba.config import ConfigError
 from medmamba.data import DatasetError
-from medmamba.evaluation import Evaluation
-from medmamba.evaluation.result import TITLES
-from medmamba.images import ImageError
-from medmamba.pretrained import PretrainedError
+from medmamba.imaging.load import ImageError
+from medmamba.metrics import Evaluation
+from medmamba.metrics.result import TITLES
+from medmamba.pretrained.mixin import PretrainedError
 
 from ..charts import Line, chart
 from ..context import Context

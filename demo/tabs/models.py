@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from medmamba import registry
-from medmamba.registry import DatasetEntry
+from medmamba.data import registry
+from medmamba.data.registry import DatasetEntry
 
 from ..context import Context, Known
 from ..html import NOTHING, Markup, card, interval_text, join, licence_name, table, tag

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import PreprocessConfig
-from ..images import MedicalImage
-from ..preprocess import adapt_channels, resize
+from ..imaging.load import MedicalImage
+from ..imaging.preprocess import adapt_channels, resize
 from ..utils.files import clear_space_errors, locked, write_text
 from .dataset import DatasetError, ImageDataset, to_tensor
 from .identity import FileIndex, contents, files_of, reading_code
@@ -131,7 +131,7 @@ def cache_images(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     files: FileIndex | None = None,
 ) -> CachedDataset:
-    """Decodes and resizes every image once, as `medmamba.preprocess` does, and keeps as many bits as the files have.
+    """Decodes and resizes every image once, as `medmamba.imaging.preprocess` does, and keeps as many bits as the files have.
 
     What the cache gives out is the model's preprocessing to within half a step: of 255 where all files have 8 bits per
     channel, of 65535 where one has more. The transform of `dataset` is not applied.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..registry import DatasetEntry
 from .dataset import SPLITS, DatasetError, ImageDataset
+from .registry import DatasetEntry
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import MedicalImage
+from ..imaging.load import MedicalImage
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {

@@ -8,11 +8,11 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from ..images import ImageError, MedicalImage, load_image, load_named
 from ..imaging.find import find_in
-from ..registry import DatasetEntry
+from ..imaging.load import ImageError, MedicalImage, load_image, load_named
 from .archive import DAMAGES, find_in_archive, has_windows_paths, member_paths
 from .dataset import DatasetError, ImageDataset, Record
+from .registry import DatasetEntry
 from .tree import TreeOptions, index_tree
 
 MAX_MEMBER_BYTES = 512 * 2**20

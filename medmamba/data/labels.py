@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..registry import DatasetEntry
 from ..utils.names import AmbiguousNameError, alike, shown, whole_number
 from .dataset import DatasetError
+from .registry import DatasetEntry
 
 MISSING = frozenset(
     (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..images import MedicalImage
+from ..imaging.load import MedicalImage
 from .dataset import DatasetError, ImageDataset
 
 _EXAMPLES = 5

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import MedicalImage, load_image
-from ..registry import DatasetEntry
+from ..imaging.load import MedicalImage, load_image
 from ..utils.names import shown
 from .archive import DAMAGES
 from .dataset import SPLITS, DatasetError, ImageDataset, Record
+from .registry import DatasetEntry
 
 MAX_CLASSES = 65_536
 """Labels of an array without names may be below this; a larger one is no number of a class."""

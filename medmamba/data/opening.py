@@ -7,13 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import registry
 from ..imaging.find import reason_by_path
-from ..registry import DatasetEntry
 from ..utils.names import shown
+from . import registry
 from .dataset import DatasetError, ImageDataset, Transform
 from .files import open_folder, open_zip
 from .npz import open_npz
+from .registry import DatasetEntry
 from .table import open_csv
 
 _LAYOUTS = "a folder (root/<class>/image or root/<split>/<class>/image), a .csv, a MedMNIST .npz or a .zip of a folder"
@@ -49,7 +49,7 @@ def open_dataset(
     Raises:
         DatasetError: nothing there, an unknown layout, a class folder without images, names that cannot be told apart,
             a pattern that matches nothing, an option without effect, or a file that cannot be trusted.
-        medmamba.registry.RegistryError: an unknown dataset name.
+        medmamba.data.registry.RegistryError: an unknown dataset name.
     """
     path = Path(path)
     entry = registry.get(dataset) if isinstance(dataset, str) else dataset

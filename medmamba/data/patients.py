@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from ..registry import DatasetEntry
 from ..utils.names import shown
 from .dataset import DatasetError
+from .registry import DatasetEntry
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:

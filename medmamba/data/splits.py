@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 
-from ..registry import DatasetEntry
 from .dataset import SPLITS, DatasetError, ImageDataset
+from .registry import DatasetEntry
 
 VAL_SHARE = 0.125
 """Of the training images, what `val_from_train` takes: the proportion of val to train that `make_splits` makes."""

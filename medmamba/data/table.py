@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..registry import DatasetEntry
 from ..utils.names import AmbiguousNameError, alike, shown, whole_number, words
 from .cells import LABEL_SEPARATOR, parse_labels
 from .csv_text import Table, read_table
@@ -16,6 +15,7 @@ from .files import FolderReader
 from .labels import is_missing, notes_on_names, resolve_classes
 from .locate import locate
 from .patients import patients_by_name
+from .registry import DatasetEntry
 
 __all__ = ["LABEL_SEPARATOR", "open_csv"]
 

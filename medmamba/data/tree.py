@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from ..imaging.find import UNREADABLE_FOLDER, Found
 from ..imaging.formats import IMAGE_SUFFIXES, suffix_of
-from ..registry import DatasetEntry
 from ..utils.names import canonical, shown
 from .dataset import SPLITS, DatasetError, ImageDataset, Reader, Record, split_name
 from .labels import notes_on_names, resolve_classes
 from .patients import patients_by_name
+from .registry import DatasetEntry
 
 Parts = tuple[str, ...]
 # What comes along with images and is no class: a folder that holds nothing else beside that of the images.

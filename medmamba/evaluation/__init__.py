@@ -1,10 +1,9 @@
-"""Figures of a model: scores with bootstrap intervals, per class and overall.
+"""A model on a data set: predictions, metrics, files."""
 
->>> from medmamba.evaluation import evaluate
->>> print(evaluate(labels, probabilities, classes, patients=patients).to_markdown())
-"""
+from .._moved import names
+from .evaluate_model import evaluate_model, match_classes
 
-from .evaluate import EvaluationError, evaluate
-from .result import PAPER_COLUMNS, TITLES, ClassResult, Estimate, Evaluation
+__all__ = ["evaluate_model", "match_classes"]
 
-__all__ = ["PAPER_COLUMNS", "TITLES", "ClassResult", "Estimate", "Evaluation", "EvaluationError", "evaluate"]
+_METRICS = ("PAPER_COLUMNS", "TITLES", "ClassResult", "Estimate", "Evaluation", "EvaluationError", "evaluate")
+__getattr__ = names(__name__, dict.fromkeys(_METRICS, "metrics"))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from .._image import Window
-from ..images import ImageSource, MedicalImage
+from ..imaging.image import Window
+from ..imaging.load import ImageSource, MedicalImage
+from ..inference.predict import read_image
 from ..model import MedMamba
-from ..predict import read_image
 from ..utils import modes
 from ..utils.text import json_text
 from .explanation import Explanation, explain

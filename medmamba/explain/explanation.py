@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._image import Window
 from ..config import MedMambaConfig, PreprocessConfig
-from ..images import ImageSource, MedicalImage
+from ..imaging.image import Window
+from ..imaging.load import ImageSource, MedicalImage
+from ..imaging.preprocess import placement, preprocess
+from ..inference.predict import probabilities, read_image
 from ..kernels import resolve_backend
 from ..model import MedMamba
-from ..predict import probabilities, read_image
-from ..preprocess import placement, preprocess
 from ..utils import modes
 from ..utils.extras import missing_text
 from ..utils.text import json_text

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import MedicalImage
+from ..imaging.load import MedicalImage
+from ..imaging.preprocess import preprocess
 from ..model import MedMamba
-from ..preprocess import preprocess
 from .explanation import Explanation, attribute, check_batch_size, find_method
 from .methods import Method, check_options
 from .randomisation import SIMILAR, Randomisation, State, random_states, randomisation_check

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..imaging.preprocess import denormalise
 from ..model import MedMamba, Stage
-from ..preprocess import denormalise
 from ..utils import modes
 from .regions import grid, make_baseline, superpixels
 from .subject import Subject, blocks

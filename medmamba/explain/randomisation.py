@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fused_model import FusedMedMamba
 from ..model import MedMamba
+from ..model.fused import FusedMedMamba
 from .explanation import attribute
 from .methods import Method
 from .randomness import PrivateRandom

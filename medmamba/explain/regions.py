@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import PreprocessConfig
-from ..preprocess import normalise
+from ..imaging.preprocess import normalise
 
 BASELINES = {
     "mean": "every pixel in the mean colour of this image",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..images import MedicalImage
+from ..imaging.load import MedicalImage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._image import Window
-from ..images import ImageSource, MedicalImage
+from ..imaging.image import Window
+from ..imaging.load import ImageSource, MedicalImage
+from ..imaging.preprocess import placement, preprocess
+from ..inference.predict import read_image
 from ..kernels.reference import to_directions
 from ..model import MedMamba
-from ..predict import read_image
-from ..preprocess import placement, preprocess
 from ..utils.text import json_text
 from .explanation import to_image_size
 from .subject import blocks, controlled, frozen_view

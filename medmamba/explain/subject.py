@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MedMambaConfig
+from ..inference.predict import NotFiniteError, why_not_finite
 from ..model import MedMamba, SSConvSSM, Stage
-from ..predict import NotFiniteError, why_not_finite
 from ..utils import modes
 from ..utils.names import AmbiguousNameError, find_name
 from .randomness import PrivateRandom

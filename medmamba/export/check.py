@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..config import MedMambaConfig
 from ..data import ImageDataset, open_dataset
-from ..evaluate import match_classes
-from ..images import load_image
+from ..evaluation.evaluate_model import match_classes
+from ..imaging.load import load_image
+from ..imaging.preprocess import normalise, preprocess
+from ..inference.predict import predict_logits
 from ..model import MedMamba
-from ..predict import predict_logits
-from ..preprocess import normalise, preprocess
 from ..utils.modes import frozen_view, unwrap
 
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MedMambaConfig
-from ..kernels import native
+from ..kernels.backends import cpu as native
 from ..utils.text import json_text
 from .check import (
     TOLERANCE,
@@ -121,7 +121,7 @@ def _runner(path: Path, library: bool) -> Run:
 
 def _describe(proto: Any, config: MedMambaConfig, precision: str) -> None:
     """Everything that somebody with only the file needs; JSON in the values, for all but plain text."""
-    from .. import __version__
+    from .._version import __version__
 
     full = config.to_dict()
     proto.doc_string = "MedMamba image classifier. For research; not a medical device."

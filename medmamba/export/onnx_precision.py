@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..config import MedMambaConfig
-from ..images import load_image
-from ..preprocess import preprocess
+from ..imaging.load import load_image
+from ..imaging.preprocess import preprocess
 from .check import ExportError
 
 

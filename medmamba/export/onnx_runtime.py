@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..kernels import native
+from ..kernels.backends import cpu as native
 from ..utils import extras
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._image import warning_note
+from .image import warning_note
 
 _GRID, _COARSE_GRID = 128, 12
 _SMALLEST = 256  # pixels; below, a few values are all there can be

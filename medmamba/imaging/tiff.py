@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any
 
-from .._image import ImageError
+from .image import ImageError
 
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339
 _DESCRIPTION, _PLANAR, _PREDICTOR, _SUBSAMPLING, _STRIP_BYTES, _IJ_METADATA = 270, 284, 317, 530, 279, 50839

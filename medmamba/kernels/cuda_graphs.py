@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from . import nvrtc
+from .cuda import nvrtc
 
 T = TypeVar("T")
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, which other threads may be using

@@ -13,11 +13,11 @@ import torch
 from torch.autograd import forward_ad
 
 BACKENDS = {
-    "native": "medmamba.kernels.native",
-    "cuda": "medmamba.kernels.cuda_backend",
-    "triton": "medmamba.kernels.triton_backend",
-    "mamba_ssm": "medmamba.kernels.mamba_ssm_backend",
-    "torch": "medmamba.kernels.torch_backend",
+    "native": "medmamba.kernels.backends.cpu",
+    "cuda": "medmamba.kernels.backends.cuda",
+    "triton": "medmamba.kernels.backends.triton",
+    "mamba_ssm": "medmamba.kernels.backends.mamba_ssm",
+    "torch": "medmamba.kernels.backends.eager",
 }
 # Fastest first. Everything else runs the plain definition.
 PREFERENCE = {"cpu": ("native",), "cuda": ("cuda", "triton", "mamba_ssm")}

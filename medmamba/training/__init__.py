@@ -9,9 +9,9 @@ run         `train`, which puts these together
 """
 
 from .checkpoint import ResumeError
-from .engine import TrainingError
 from .recipe import Augment, Recipe, RecipeError, load_recipe, recipe_names
 from .run import TrainResult, train
+from .trainer import TrainingError
 
 __all__ = [
     "Augment",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..preprocess import LUMA
+from ..imaging.preprocess import LUMA
 from .recipe import Augment, Recipe
 
 # Changes of which `Augment.pick` chooses some per image.

@@ -181,7 +181,7 @@ SELECTABLE = ("accuracy", "balanced_accuracy", "auroc", "f1", "loss")
 
 def recipe_names() -> list[str]:
     """The recipes that come with medmamba."""
-    folder = resources.files("medmamba") / "recipes"
+    folder = resources.files("medmamba.training") / "recipes"
     return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
 
 
@@ -200,7 +200,7 @@ def load_recipe(recipe: str | os.PathLike | Recipe, **changes: Any) -> Recipe:
                 raise RecipeError(f"no recipe file {path}; by name there are: {', '.join(recipe_names())}")
             text = path.read_text(encoding="utf-8")
         elif str(recipe) in recipe_names():
-            text = (resources.files("medmamba") / "recipes" / f"{recipe}.json").read_text(encoding="utf-8")
+            text = (resources.files("medmamba.training") / "recipes" / f"{recipe}.json").read_text(encoding="utf-8")
         else:
             raise RecipeError(f"no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or give a .json file")
         try:

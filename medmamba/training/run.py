@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import registry
 from ..data import (
     DatasetError,
     ImageDataset,
@@ -22,21 +21,22 @@ from ..data import (
     make_splits,
     open_dataset,
     published_split,
+    registry,
     val_from_train,
 )
-from ..evaluation import Evaluation
+from ..metrics import Evaluation
 from ..model import MedMamba
-from ..sources import hub_name
+from ..pretrained.sources import hub_name
 from ..utils.devices import wait_for_everyone
 from ..utils.files import LockedError, locked
 from .checkpoint import LOCK, CheckpointStore, check_same_run
-from .engine import Trainer
-from .finish import RESULT_FILES, evaluations, finish, finished_before, training_record
-from .graphs import GRAPHS
+from .cuda_graphs import GRAPHS
+from .finalise import RESULT_FILES, evaluations, finish, finished_before, training_record
 from .identity import data_table, fingerprint, known_files, run_identity
-from .log import HISTORY, RunLog
 from .recipe import Recipe, load_recipe
+from .run_log import HISTORY, RunLog
 from .setup import ImageCache, build_model, check_splits, make_accelerator
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..calibrate import to_probabilities
+from ..imaging.preprocess import normalise
+from ..inference.predict import NotFiniteError
+from ..metrics.calibration import to_probabilities
 from ..model import MedMamba
-from ..predict import NotFiniteError
-from ..preprocess import normalise
 from ..utils.devices import autocast
 from ..utils.modes import eval_view
-from . import objective
+from . import loss as objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +30,7 @@ def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, bat
     Raises:
         NotFiniteError: logits that are no numbers.
     """
-    from ..evaluation import evaluate
+    from ..metrics import evaluate
 
     logits = predict_logits(model, data, batch_size, accelerator)
     bad = int((~torch.isfinite(logits)).any(1).sum())

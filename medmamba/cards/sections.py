@@ -1,0 +1,367 @@
+"""The sections of a model card, as Markdown; see `medmamba.cards.card`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import registry
+from ..data.registry import DatasetEntry
+from ..metrics import PAPER_COLUMNS, TITLES
+
+if TYPE_CHECKING:
+    from .card import ModelFacts
+
+PAPER = """@article{yue2024medmamba,
+  title   = {MedMamba: Vision Mamba for Medical Image Classification},
+  author  = {Yue, Yubiao and Li, Zhenzhang},
+  journal = {arXiv preprint arXiv:2403.03849},
+  year    = {2024}
+}"""
+# Settings that a run takes from flags of its own, or that only describe a recipe.
+_NOT_SETTINGS = ("name", "description")
+
+
+def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
+    """Title and text of every section, in order; a text is empty where there is nothing to say."""
+    return [
+        ("Model", _model(facts)),
+        ("How to use", _use(facts, repo_id)),
+        ("Intended use", _intended(facts)),
+        ("Where the weights come from", _origin(facts)),
+        ("Training data", _data(facts)),
+        ("Evaluation", _evaluation(facts)),
+        ("Calibration", _calibration(facts)),
+        ("Images of another kind", _unusual(facts)),
+        ("What the model looks at", _attribution(facts)),
+        ("Limits", _limits(facts)),
+        ("How to reproduce", _reproduce(facts)),
+        ("Licence", _licence(facts)),
+        ("Citation", _citation(facts)),
+    ]
+
+
+def _model(facts: ModelFacts) -> str:
+    c, p = facts.config, facts.config.preprocess
+    modality = f" of {facts.entry.modality}" if facts.entry else ""
+    classes = "\n".join(f"{i}. {label}" for i, label in enumerate(c.labels))
+    task = "Several labels can apply to one image." if c.task == "multilabel" else "One class applies to an image."
+    return (
+        f"MedMamba-{c.architecture}, {_parameters(facts) / 1e6:.1f}M parameters: convolutions and a four-direction "
+        f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation. It classifies images"
+        f"{modality}. {task}\n\n"
+        f"Input: {_channels(c.in_chans)}, {p.input_size[1]}x{p.input_size[0]} pixels, {_crop(p.crop_mode)}, "
+        f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}. `model.predict` does this "
+        f"itself.\n\nClasses, numbered from 0:\n\n{classes}"
+    )
+
+
+def _use(facts: ModelFacts, repo_id: str) -> str:
+    return (
+        "```python\n"
+        "from medmamba import MedMamba  # pip install medmamba\n\n"
+        f'model = MedMamba.from_pretrained("{repo_id}")\n'
+        'print(model.predict("image.png"))\n'
+        "```\n\n"
+        "As a backbone in timm, with a pyramid of four feature maps:\n\n"
+        "```python\n"
+        "import medmamba, timm\n\n"
+        f'backbone = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)\n'
+        "```"
+    )
+
+
+def _intended(facts: ModelFacts) -> str:
+    of = facts.entry.modality if facts.entry else "the kind it was trained on"
+    return (
+        f"Research and teaching: as a baseline, as a start for fine-tuning, and for studying attribution, on images of "
+        f"{of}.\n\n"
+        "Not for clinical use: not for diagnosis, triage, screening or treatment, and not as a second opinion. It is "
+        "no medical device, has no regulatory clearance, and was never tested prospectively or on another site's "
+        "images. Images of another kind still get a class; the probabilities then mean nothing."
+    )
+
+
+def _origin(facts: ModelFacts) -> str:
+    origin = facts.config.training.get("origin")
+    if not origin:
+        return ""
+    check = origin["check"]
+    moved = origin.get("class_order")
+    order = f" Its outputs were put into the official class order; output k was class {moved}." if moved else ""
+    return (
+        f"Converted from a checkpoint of the published code, `{origin['file']}` (SHA-256 `{origin['sha256']}`), by "
+        f"`python -m hub.convert`. The weights were trained and are owned by their authors: {origin['url']}. Nobody "
+        f"connected with this repository trained them.{order}\n\n"
+        f"The converted model was compared with a separate implementation of the published network that reads the "
+        f"original tensors: the logits differ by at most {check['largest_difference']:.1e} on {check['images']} random "
+        f"images, where they reach {check['largest_logit']:.2g}."
+    )
+
+
+def _data(facts: ModelFacts) -> str:
+    t, entry = facts.config.training, facts.entry
+    name = f"[{entry.title}]({entry.source.url})" if entry else f"{facts.dataset}"
+    lines = [f"{name}." if entry else f"{name}, not in the registry of medmamba."]
+    if entry and entry.source.doi:
+        lines[0] = f"{name}, doi:{entry.source.doi}."
+    if t.get("origin"):
+        lines.append("According to the authors; the checkpoint does not say which split it was trained on.")
+    elif sizes := t.get("split_sizes"):
+        lines.append(f"Images: {', '.join(f'{n} {split}' for split, n in sizes.items())}. Split: {t.get('split')}.")
+        if entry and entry.splits and dict(entry.splits) != sizes:
+            official = ", ".join(f"{n} {split}" for split, n in entry.splits.items())
+            lines.append(f"This is not the published split ({official}): compare figures with care.")
+    if entry:
+        lines.append(f"Of the published split it is known: {entry.split_rule.note}")
+        if not entry.group_pattern and entry.n_patients is None:
+            lines.append("Patients are not identified in these data, so the split may not separate them.")
+    if t.get("note"):
+        lines.append(str(t["note"]))
+    if t.get("init"):
+        sets = [_title(name) for name in t.get("pretraining", [])]
+        trained = f", trained on {', '.join(sets[:-1]) + ' and ' if sets[:-1] else ''}{sets[-1]}" if sets else ""
+        lines.append(f"The weights started from {t['init']}{trained}.")
+    return " ".join(line.strip() for line in lines if line)
+
+
+def _evaluation(facts: ModelFacts) -> str:
+    if not facts.split:
+        quoted = _published_row(facts)
+        said = "Nothing was measured for this card: the checkpoint comes without predictions or its test images."
+        return f"{said}\n\n{quoted}" if facts.config.training.get("origin") else "Nothing was measured for this card."
+    evaluation = facts.evaluations[facts.split]
+    by = "images" if evaluation.resampled_by == "image" else "patients"
+    text = [
+        f"On the {facts.split} split, in float32. The figures vary by the interval if other {by} of the same kind had "
+        "been drawn; they vary more between hospitals and devices, which nothing here measures.",
+        "{figures}",
+    ]
+    if "confusion.png" in facts.pictures:
+        text.append("![Confusion matrix](confusion.png)")
+    if "roc.png" in facts.pictures:
+        text.append("![ROC curves](roc.png)")
+    return "\n\n".join([*text, _published_row(facts)]).strip()
+
+
+def _published_row(facts: ModelFacts) -> str:
+    published = facts.entry.published.get(facts.config.architecture) if facts.entry else None
+    if published is None:
+        return ""
+    names = {name: "auc" if name == "auroc" else name for name in PAPER_COLUMNS}
+    values = [getattr(published, field) for field in names.values()]
+    rows = [["published", *("" if v is None else f"{v:.3f}" for v in values)]]
+    if facts.split:
+        overall = facts.evaluations[facts.split].overall
+        rows.append(["these weights", *(f"{overall[name].value:.3f}" if name in overall else "" for name in names)])
+    header = ["", *(TITLES[name] for name in names)]
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return f"Published for MedMamba-{facts.config.architecture} ({published.quoted_from}):\n\n{table}"
+
+
+def _calibration(facts: ModelFacts) -> str:
+    calibration = facts.config.calibration
+    if not calibration.get("temperature"):
+        return "Not calibrated: the probabilities are a softmax of the logits, and as a rule too sure of themselves."
+    text = f"Logits are divided by {calibration['temperature']:.3f}, fitted on the validation split"
+    before = facts.results.get("splits", {}).get(facts.split, {}).get("uncalibrated", {}).get("ece")
+    if facts.split and before is not None:
+        after = facts.evaluations[facts.split]["ece"]
+        text += f"; on {facts.split}, the expected calibration error is {before:.3f} without and {after:.3f} with it"
+    text += "."
+    if calibration.get("ood") and not facts.unusual:
+        ood = calibration["ood"]
+        text += (
+            f" Images whose {ood['score']} score is above {ood['threshold']:.3g} ({1 - ood['coverage']:.0%} of the "
+            "validation images) are reported as unusual: a heuristic, not a guarantee."
+        )
+    return text + ("\n\n![Reliability diagram](reliability.png)" if "reliability.png" in facts.pictures else "")
+
+
+def _unusual(facts: ModelFacts) -> str:
+    if facts.unusual is None:
+        return ""
+    rule = (
+        "`predict` and the web app call an image unusual if its features lie further from those of every class than "
+        f"those of {facts.unusual.coverage:.0%} of the validation images do (`unusual.json`, `medmamba.inference.ood`)"
+    )
+    limit = "An image that is not called unusual may still be of no class the model knows."
+    if not _others(facts):
+        return f"{rule}. What this catches was not measured. {limit}"
+    own = facts.unusual.measured["own"]
+    rows = [[f"{facts.dataset}, its own test images", own["n"], f"{own['called_unusual']:.1%}", ""]]
+    rows += [
+        [name, row["n"], f"{row['called_unusual']:.1%}", f"{row['auroc']:.3f}"] for name, row in _others(facts).items()
+    ]
+    lines = [["Images of", "Number", "Called unusual", "AUROC against its own"], ["---"] * 4, *rows]
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return f"{rule}. Measured:\n\n{table}\n\n{_energy(facts)}{limit}"
+
+
+def _energy(facts: ModelFacts) -> str:
+    found = [row["energy"] for row in _others(facts).values() if "energy" in row]
+    if not found or min(found) >= 0.7:
+        return ""
+    return (
+        "The usual score of the logits, their energy, would fail where it is needed most: against these images its "
+        f"AUROC is {min(found):.2f} to {max(found):.2f}.\n\n"
+    )
+
+
+def _others(facts: ModelFacts) -> dict[str, Any]:
+    """Dataset to what was measured on its images; {} where nothing was."""
+    return dict(facts.unusual.measured.get("auroc", {})) if facts.unusual else {}
+
+
+def _title(dataset: str) -> str:
+    try:
+        return registry.get(dataset).title
+    except registry.RegistryError:
+        return dataset
+
+
+def _attribution(facts: ModelFacts) -> str:
+    if "attribution.png" not in facts.pictures:
+        return ""
+    return (
+        "![Attribution example](attribution.png)\n\n"
+        "One image by several methods of `medmamba.explain`. A map says what moved this model's output, not where a "
+        f"disease is.{f' Image: {facts.example}.' if facts.example else ''}"
+    )
+
+
+def _limits(facts: ModelFacts) -> str:
+    entry = facts.entry
+    limits = [
+        "Trained on one collection: expect lower figures on other devices, sites, protocols and populations.",
+        "Groups of patients (age, sex, skin tone, ...) were not analysed separately.",
+    ]
+    if entry and entry.group_unit and entry.group_pattern:
+        limits.append(
+            f"Images of one {entry.group_unit} resemble each other; where a split mixes them, figures flatter."
+        )
+    if facts.split:
+        limits += list(facts.evaluations[facts.split].notes)
+        if facts.config.training.get("seed") is not None:
+            limits.append("The figures are those of one training run; other seeds give others.")
+    if facts.terms.non_commercial:
+        limits.append("The data exclude commercial use.")
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _reproduce(facts: ModelFacts) -> str:
+    t = facts.config.training
+    if t.get("origin"):
+        return f"`python -m hub.convert {t['origin']['file']}` with the authors' file."
+    if not t.get("recipe"):
+        return ""
+    commands = _zoo_commands(facts)
+    if not commands:
+        words = ["medmamba", "train", "--data", "DATA", "--out", "OUT", "--recipe", t["recipe"]]
+        if facts.entry:
+            words += ["--dataset", facts.entry.name]
+        words += ["--from", t["init"]] if t.get("init") else ["--variant", facts.config.architecture]
+        commands = [[*words, "--seed", str(t.get("seed", 0))]]
+    if changed := _changed_settings(t):
+        commands[-1] += ["--set", *changed]
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(t.get("precision")), "unrecorded")
+    versions = ", ".join(f"{name} {version}" for name, version in t.get("versions", {}).items())
+    lines = "\n".join(map(shlex.join, commands))
+    return (
+        f"```bash\n{lines}\n```\n\n"
+        f"It was run on {t.get('device', 'an unrecorded device')} in {precision} precision, "
+        f"{t.get('seconds', 0) / 60:.0f} minutes, with {versions or 'unrecorded versions'}. Of "
+        f"{t.get('epochs')} epochs, number {t.get('best_epoch')} was the best on validation, by "
+        f"{' then '.join(t.get('selected_by', []))}. All settings are in `results.json`."
+    )
+
+
+def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
+    """Those of `hub.zoo`, for a model whose record names one of its recipes and a start that no --from could name."""
+    t = facts.config.training
+    if not facts.entry or not str(t.get("recipe")).startswith("zoo-"):
+        return []
+    words = ["python", "-m", "hub.zoo", "train", facts.entry.name, "--data", "DATA", "--out", "OUT"]
+    words += ["--recipe", t["recipe"]] if t["recipe"] != f"zoo-{facts.entry.name}" else []
+    commands = [[*words, "--seed", str(t.get("seed", 0))]]
+    if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
+        first = ["python", "-m", "hub.zoo", "pretrain", "--data", "DATA", "--out", "START", "--seed", start[2]]
+        commands = [first + (["--recipe", start[1]] if start[1] != "zoo-joint" else []), *commands]
+        commands[-1] += ["--init", "START"]
+    if facts.config.architecture != "tiny":
+        for command in commands:
+            command += ["--variant", facts.config.architecture]
+    return commands
+
+
+def _changed_settings(training: dict[str, Any]) -> list[str]:
+    """`key=value` for every setting that differs from the named recipe."""
+    from ..training.recipe import RecipeError, load_recipe
+
+    settings = training.get("settings", {})
+    try:
+        base = load_recipe(training["recipe"]).to_dict()
+    except (RecipeError, OSError):
+        return []
+    flat, flat_base = _flatten(settings), _flatten(base)
+    return [
+        f"{key}={_json(value)}"
+        for key, value in flat.items()
+        if key not in _NOT_SETTINGS and flat_base.get(key) != value
+    ]
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _licence(facts: ModelFacts) -> str:
+    terms = facts.terms
+    name = terms.name or terms.licence
+    text = f"Weights: [{name}]({terms.link})" if terms.link else f"Weights: {name}"
+    text += f" ({terms.reason})." if terms.reason else "."
+    if terms.needs_permission:
+        text += " Without their permission you may not pass these weights on."
+    return f"{text} Code: Apache-2.0."
+
+
+def _citation(facts: ModelFacts) -> str:
+    data: DatasetEntry | None = facts.entry
+    cited = "\n".join(f"- {source}" for source in data.citation) if data else ""
+    return f"The architecture:\n\n```bibtex\n{PAPER}\n```" + (f"\n\nThe images:\n\n{cited}" if cited else "")
+
+
+def _parameters(facts: ModelFacts) -> int:
+    from ..model import MedMamba
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in MedMamba(facts.config).parameters())
+
+
+def _channels(count: int) -> str:
+    return {1: "grey", 3: "RGB"}.get(count, f"{count} channels")
+
+
+def _crop(mode: str) -> str:
+    return {
+        "squash": "resized without keeping the aspect ratio",
+        "center": "short side resized, then cropped in the middle",
+        "pad": "long side resized, then padded with black",
+    }[mode]
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{v:g}" for v in values)

@@ -1,0 +1,58 @@
+"""`medmamba evaluate`."""
+
+import argparse
+import sys
+from typing import Any
+
+from .messages import say
+from .predict import add_reading
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="score a model on labelled images",
+        description="The published columns and more, with bootstrap intervals, by class, and figures: results.json, "
+        "results.md, confusion.png, roc.png, reliability.png.",
+    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help="bundled name, org/name[@revision] or folder")
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder, .csv, .npz or .zip of images")
+    parser.add_argument("--split", default="test", help="train, val, test, or all (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the files; default: print the tables alone")
+    parser.add_argument("--dataset", metavar="NAME", help="name in the registry: classes, patients")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all names of classes, where the data have images of some alone"
+    )
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    add_reading(parser)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.evaluate_model import evaluate_model
+
+    scored = evaluate_model(
+        args.model,
+        args.data,
+        None if args.split == "all" else args.split,
+        out=args.out,
+        dataset=args.dataset,
+        classes=args.classes,
+        patient_pattern=args.patient_pattern,
+        frame=args.frame,
+        window=args.window,
+        device=args.device,
+        batch_size=args.batch_size,
+        resamples=args.resamples,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    for note in scored.notes:
+        say(note, sys.stderr)
+    say(scored.evaluation.to_markdown())
+    return 0

@@ -1,0 +1,115 @@
+"""`medmamba train`."""
+
+import argparse
+from typing import Any
+
+STOPPED = 3  # exit code of a run that was stopped in good order and can be continued
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train or fine-tune a model",
+        description="Trains on the split train, chooses the best epoch on val, evaluates once on test, and writes a "
+        "model folder. The same command continues a run that was interrupted; it ends with exit code "
+        f"{STOPPED} where --max-seconds or SIGTERM stopped it. On several GPUs: "
+        "accelerate launch -m medmamba train ...",
+    )
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder, .csv, .npz or .zip of images")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, results and checkpoints")
+    parser.add_argument("--recipe", default="default", metavar="NAME", help="name or .json file (%(default)s)")
+    parser.add_argument("--variant", default="tiny", metavar="NAME", help="nano, tiny, small, base, ... (%(default)s)")
+    parser.add_argument("--from", dest="init", metavar="MODEL", help="start from this model: name, org/name or folder")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", metavar="NAME", help="its name in the registry: classes, patients, licence")
+    data.add_argument("--split", metavar="A,B,C", help="make splits by these fractions, or 'published' with --dataset")
+    data.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    data.add_argument(
+        "--allow-leakage",
+        nargs="+",
+        default=(),
+        choices=("patients", "duplicates", "conflicts"),
+        help="go on although patients or images are in several splits, or one image has contradicting labels",
+    )
+    data.add_argument("--in-chans", type=int, metavar="N", help="channels of the model (those of --from, or 3)")
+    data.add_argument("--cache", metavar="DIR", help="keep decoded images here, for a faster next start")
+
+    recipe = parser.add_argument_group("settings of the recipe")
+    recipe.add_argument("--epochs", type=int, metavar="N")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes")
+    recipe.add_argument("--size", type=int, metavar="N", help="side of the training images, in pixels")
+    recipe.add_argument("--lr", type=float, metavar="RATE")
+    recipe.add_argument("--freeze", type=int, metavar="N", help="do not train the first N stages; 4: classifier alone")
+    recipe.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other, such as augment.hflip=0"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
+    machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(%(default)s)")
+    machine.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, for less memory")
+    machine.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs (%(default)s)")
+    machine.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds, to be continued")
+    machine.add_argument("--finish-early", action="store_true", help="stopped, keep the best epoch so far as the model")
+    machine.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="(%(default)s)")
+    machine.add_argument("--restart", action="store_true", help="forget what is in --out")
+    machine.add_argument("--fp32-weights", action="store_true", help="store float32, not float16")
+    machine.add_argument("--tensorboard", action="store_true", help="write events to OUT/tensorboard")
+    machine.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training import train
+    from ..training.recipe import parse_setting
+
+    settings = dict(parse_setting(text) for text in args.set)
+    for name in ("epochs", "batch_size", "size", "lr", "freeze"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    result = train(
+        args.data,
+        args.out,
+        args.recipe,
+        args.variant,
+        args.init,
+        seed=args.seed,
+        dataset=args.dataset,
+        split=_split(args.split),
+        patient_pattern=args.patient_pattern,
+        allow_leakage=args.allow_leakage,
+        in_chans=args.in_chans,
+        device=args.device,
+        precision=args.precision,
+        accumulate=args.accumulate,
+        half=not args.fp32_weights,
+        max_seconds=args.max_seconds,
+        finish_early=args.finish_early,
+        checkpoint_seconds=args.checkpoint_seconds,
+        cache=args.cache,
+        graphs=args.graphs,
+        restart=args.restart,
+        progress=not args.quiet,
+        tensorboard=args.tensorboard,
+        **settings,
+    )
+    if not result.finished:
+        print(f"stopped in epoch {result.epoch + 1}; the same command goes on from there")
+        return STOPPED
+    print(f"best epoch {result.best_epoch} of {result.epoch}; model in {result.out}")
+    for split, found in (("val", result.val), ("test", result.test)):
+        if found:
+            scores = ", ".join(f"{name} {found.overall[name]}" for name in ("accuracy", "balanced_accuracy", "auroc"))
+            print(f"{split}: {scores}")
+    return 0
+
+
+def _split(text: str | None) -> str | list[float] | None:
+    if text is None or text == "published":
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--split takes three fractions such as 0.7,0.1,0.2, or 'published'; got {text!r}") from None

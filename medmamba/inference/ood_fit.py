@@ -1,0 +1,102 @@
+"""Fits out-of-distribution detection on a data set, by predicting its images."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fingerprint import fingerprint
+from .fitted import body
+from .ood import Unusual, UnusualError, fit_unusual
+from .predict import Prediction, iter_predict
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a model makes of a set: features (N, C), logits (N, K), labels (N,) or, for several labels, (N, K)."""
+
+    features: NDArray[np.float32]
+    logits: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600) -> Seen:
+    """Predicts at most so many images of a split, drawn with a fixed seed; None: of the whole set.
+
+    Raises:
+        UnusualError: no such split, or images that cannot be read.
+    """
+    if split and not dataset.split_sizes.get(split):
+        raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
+    part = dataset.split(split) if split else dataset
+    chosen = sample(len(part), images)
+    with pooled_features(model) as pooled:
+        results = list(iter_predict(model, (part.reader.read(part.records[i]) for i in chosen)))
+    if failed := [r.error for r in results if not isinstance(r, Prediction)]:
+        raise UnusualError(f"{len(failed)} images of {dataset.name} cannot be read; the first: {failed[0]}")
+    logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
+    return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+
+
+def sample(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the numbers below `count`, in order, always the same."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])
+
+
+def learn_unusual(model: Any, dataset: ImageDataset, images: int = 600) -> Unusual:
+    """The warning for a model, from the splits "train" and "val" of the set that it was trained on.
+
+    Args:
+        images: of each split, at most.
+
+    Raises:
+        UnusualError: a split is missing, too small, or has images that cannot be read.
+    """
+    train, val = (look(model, dataset, split, images) for split in ("train", "val"))
+    found = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    return dataclasses.replace(found, weights=fingerprint(body(model.state_dict())))
+
+
+class Pooled:
+    """Collects the pooled features of every image that passes, see `pooled_features`."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def add(self, features: Any) -> None:
+        self._parts.append(features.detach().float().cpu().numpy())
+
+    def array(self) -> np.ndarray:
+        """(N, C), in the order of the images."""
+        return np.concatenate(self._parts) if self._parts else np.zeros((0, 0), np.float32)
+
+
+@contextmanager
+def pooled_features(model: Any) -> Iterator[Pooled]:
+    """Keeps the input of the classifier while the model predicts in this thread; nothing is computed twice.
+
+    >>> with pooled_features(model) as pooled:
+    ...     predictions = model.predict(images)
+    >>> pooled.array().shape
+    """
+    found, thread = Pooled(), threading.get_ident()
+
+    def keep(module: Any, inputs: tuple[Any, ...]) -> None:
+        if threading.get_ident() == thread:
+            found.add(inputs[0])
+
+    handle = model.head.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -1,0 +1,1 @@
+"""Implementations of the scan, one module each; `dispatch` chooses."""

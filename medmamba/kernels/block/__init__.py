@@ -1,0 +1,1 @@
+"""What surrounds the scan in a block, as kernels for NVIDIA GPUs."""

@@ -1,0 +1,332 @@
+"""What surrounds the scan in a training step, as differentiable functions of one CUDA kernel each way; see
+`cuda/train.cu` and `cuda/train_conv.cu`. `layers.py` defines what they compute and says when they run.
+
+Maps are (B, H, W, C) in float32, float16 or bfloat16. Everything is computed in float32 and rounded once, to the type
+of the map; gradients of parameters are added up in a fixed order. These are functions of autograd rather than operators
+of `torch.library` because nothing ever traces them, a call takes half to two thirds of the time, and they can hand on a
+tensor they were given, so that its gradient joins theirs in the same kernel.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from ..backends.cuda import TYPES
+from ..cuda import nvrtc
+from ..cuda.nvrtc import launch
+from ..once import once
+
+MAX_CHANNELS = 2048  # of a norm: a warp keeps a row in its registers
+SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
+WARPS = 4
+PROGRAMS = 4  # per processor, where programs add up over all pixels: as many as fit beside each other
+ALL_PIXELS = (1, 1, 1, 0)  # what describes a map to the kernels that gather patches, where they do not
+
+
+class SplitNorm(Function):
+    """x (B, H, W, 2C) to x itself, its left half (B, H, W, C) and the layer norm of its right half (B, H, W, C). Keeps
+    a copy of the right half, so that x, twice as large, need not outlive the block."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        own, ctx.dtype, ctx.eps = ready(x), weight.dtype, eps
+        weight, bias = parameter(weight), parameter(bias)
+        half = (*x.shape[:-1], x.shape[-1] // 2)
+        left, normed = x.new_empty(half), x.new_empty(half)
+        right = x.new_empty(half) if any(ctx.needs_input_grad) else None
+        _norm_forward(SPLIT, own, None, 0, weight, bias, normed, left, ALL_PIXELS, eps, right)
+        ctx.save_for_backward(right, weight)
+        return x, left, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dleft, dnormed):
+        right, weight = ctx.saved_tensors
+        gradient = dx.new_empty(dx.shape)
+        beside = None, 0, weight, None, ready(dleft), ready(dx)
+        parameters = _norm_backward(ctx, 1, SPLIT, dnormed, right, *beside, gradient, None, ALL_PIXELS)
+        return gradient, *parameters, None
+
+
+class GateProject(Function):
+    """linear(layer_norm(y) * silu(gate)): y and gate (B, H, W, C), gate maybe half of a wider map, by matrix (O, C) to
+    (B, H, W, O). What the matrix is multiplied with is computed again in the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(ctx, y, gate, weight, bias, eps, matrix):
+        y, ctx.dtype, ctx.matrix_dtype, ctx.eps = ready(y), weight.dtype, matrix.dtype, eps
+        gate, ctx.step = _evenly_spaced(gate)
+        weight, bias, matrix = parameter(weight), parameter(bias), matrix.to(y.dtype)
+        ctx.save_for_backward(y, gate, weight, bias, matrix)
+        return F.linear(_gated(ctx, y, gate, weight, bias), matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, gate, weight, bias, matrix = ctx.saved_tensors
+        dmatrix = None
+        if ctx.needs_input_grad[5]:
+            gated = _gated(ctx, y, gate, weight, bias)
+            dmatrix = (dout.flatten(0, 2).mT @ gated.flatten(0, 2)).to(ctx.matrix_dtype)
+        dy, dgate = torch.empty_like(y), torch.empty_like(y)
+        beside = gate, ctx.step, weight, bias, None, None
+        parameters = _norm_backward(ctx, 2, GATE, dout @ matrix, y, *beside, dy, dgate, ALL_PIXELS)
+        return dy, dgate, *parameters, None, dmatrix
+
+
+class Norm(Function):
+    """layer_norm(x) (B, H, W, C), or where `merge` that of each 2x2 patch (B, H/2, W/2, 4C)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, merge):
+        x, ctx.dtype, ctx.eps = ready(x), weight.dtype, eps
+        weight, bias = parameter(weight), parameter(bias)
+        B, H, W, C = x.shape
+        ctx.op, ctx.sizes, shape = ALONE, ALL_PIXELS, x.shape
+        if merge:
+            ctx.op, ctx.sizes, shape = MERGE, (H // 2, W // 2, W, H * W * C), (B, H // 2, W // 2, 4 * C)
+        out = x.new_empty(shape)
+        _norm_forward(ctx.op, x, None, 0, weight, bias, out, None, ctx.sizes, eps)
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        _, H, W, _ = x.shape
+        left_out = ctx.op == MERGE and (H % 2 or W % 2)
+        dx = torch.zeros_like(x) if left_out else torch.empty_like(x)
+        parameters = _norm_backward(ctx, 1, ctx.op, dout, x, None, 0, weight, None, None, None, dx, None, ctx.sizes)
+        return dx, *parameters, None, None
+
+
+class ConvSilu(Function):
+    """wide (B, H, W, 2C) to silu(depthwise 3x3 convolution of its left half), (B, H, W, C), and a view of its right."""
+
+    @staticmethod
+    def forward(ctx, wide, weight, bias):
+        own, ctx.dtype = ready(wide), weight.dtype
+        weight, bias = parameter(weight), parameter(bias)
+        C = wide.shape[-1] // 2
+        out = wide.new_empty((*wide.shape[:-1], C))
+        plan = _conv_plan("conv_forward", "ppppiiiii", C, False, wide.dtype, wide.get_device())
+        programs, sizes = plan.share(wide)
+        launch(plan.kernel, programs * plan.blocks, plan.threads, wide, own, weight, bias, out, *sizes)
+        ctx.save_for_backward(own, weight, bias)
+        return out, wide[..., C:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dgate):
+        wide, weight, bias = ctx.saved_tensors
+        wanted, C, device = any(ctx.needs_input_grad[1:]), dout.shape[-1], wide.get_device()
+        dout, dgate = ready(dout), ready(dgate)
+        dpre, dwide, dweight, dbias = torch.empty_like(dout), None, None, None
+        plan = _conv_plan("conv_backward", "ppppppiiiii", C, wanted, wide.dtype, device)
+        programs, sizes = plan.share(wide)
+        partials = wide.new_empty((programs, 10 * C), dtype=torch.float32) if wanted else None
+        tensors = dout, wide, weight, bias, dpre, partials
+        launch(plan.kernel, programs * plan.blocks, plan.threads, wide, *tensors, *sizes)
+        if partials is not None:
+            dweight, dbias = partials.sum(0).to(ctx.dtype).split((9 * C, C))
+            dweight = dweight.view(C, 1, 3, 3)
+        if ctx.needs_input_grad[0]:
+            dwide = torch.empty_like(wide)
+            plan = _conv_plan("conv_input", "ppppiiiii", C, False, wide.dtype, device)
+            programs, sizes = plan.share(wide)
+            launch(plan.kernel, programs * plan.blocks, plan.threads, wide, dpre, dgate, weight, dwide, *sizes)
+        return dwide, dweight, dbias
+
+
+class Mix(Function):
+    """x (B, H, W, 2C) + the channels of left and right (B, H, W, C) in turn; right times factors (B,) if given."""
+
+    @staticmethod
+    def forward(ctx, x, left, right, factors):
+        x = ready(x)
+        out = torch.empty_like(x)
+        _mix("mix_forward", "pppppii", x, factors, x, ready(left), ready(right), factors, out)
+        ctx.save_for_backward(factors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (factors,) = ctx.saved_tensors
+        half = (*dout.shape[:-1], dout.shape[-1] // 2)
+        dleft, dright = dout.new_empty(half), dout.new_empty(half)
+        _mix("mix_backward", "ppppii", dout, factors, ready(dout), factors, dleft, dright)
+        return dout, dleft, dright, None
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def _gated(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch.empty_like(y)
+    _norm_forward(GATE, y, gate, ctx.step, weight, bias, out, None, ALL_PIXELS, ctx.eps)
+    return out
+
+
+def _norm_forward(
+    op: int,
+    x: Tensor,
+    gate: Tensor | None,
+    gate_step: int,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    left: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    eps: float,
+    right: Tensor | None = None,
+) -> None:
+    C = weight.numel()
+    kernel, together = _norm_kernel("norm_forward", "ppppppp" + "liiiilf", op, C, False, x.dtype, x.get_device())
+    rows = out.numel() // C
+    tensors = x, gate, weight, bias, out, left, right
+    launch(kernel, -(-rows // together), 32 * WARPS, x, *tensors, rows, gate_step, *sizes, eps)
+
+
+def _norm_backward(
+    ctx: Any,
+    first: int,
+    op: int,
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    gate_step: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    dleft: Tensor | None,
+    dwhole: Tensor | None,
+    dx: Tensor,
+    dgate: Tensor | None,
+    sizes: tuple[int, int, int, int],
+) -> tuple[Tensor | None, ...]:
+    """Fills dx and dgate. Returns the gradients of weight and bias, which are inputs `first` and `first` + 1 of the
+    function: None twice where neither is wanted."""
+    C, device, wanted = weight.numel(), x.get_device(), any(ctx.needs_input_grad[first : first + 2])
+    kernel, together = _norm_kernel("norm_backward", "pppppppppp" + "liiiilf", op, C, wanted, x.dtype, device)
+    rows = dout.numel() // C
+    programs = min(-(-rows // together), PROGRAMS * processors(device))
+    partials = x.new_empty((programs, 2, C), dtype=torch.float32) if wanted else None
+    tensors = ready(dout), x, gate, weight, bias, dleft, dwhole, dx, dgate, partials
+    launch(kernel, programs, 32 * WARPS, x, *tensors, rows, gate_step, *sizes, ctx.eps)
+    return (None, None) if partials is None else partials.sum(0).to(ctx.dtype).unbind(0)
+
+
+@once
+def _norm_kernel(
+    name: str, signature: str, op: int, C: int, params: bool, dtype: torch.dtype, device: int
+) -> tuple[Callable[..., None], int]:
+    """The kernel, and how many rows a program takes at a time."""
+    lanes = row_lanes(C)
+    constants = types(dtype) + (
+        ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("FACTORS", 0),
+    )  # fmt: skip
+    return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device), WARPS * (32 // lanes)
+
+
+def row_lanes(C: int) -> int:
+    """Lanes that share a row of C numbers: few, so that a warp takes several rows, but at most 12 numbers for each."""
+    lanes = 1
+    while lanes < 32 and 12 * lanes < C:
+        lanes *= 2
+    return lanes
+
+
+# --- convolution and mixing -----------------------------------------------------------------------------------------
+
+
+class _ConvPlan(NamedTuple):
+    kernel: Callable[..., None]
+    strip: int  # pixels
+    threads: int
+    together: int  # strips that a program takes at a time
+    blocks: int  # of channels
+    most: int  # programs for one block of channels
+
+    def share(self, wide: Tensor) -> tuple[int, tuple[int, int, int, int, int]]:
+        """Programs for each block of channels, and the sizes that the kernel is told."""
+        B, H, W, _ = wide.shape
+        strips = -(-W // self.strip)
+        total = B * H * strips
+        return min(-(-total // self.together), self.most), (total, H, W, strips, self.blocks)
+
+
+@once
+def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dtype, device: int) -> _ConvPlan:
+    strip = 4 if name == "conv_backward" else 8  # it keeps what it reads
+    blocks = -(-C // 512)
+    pairs = -(-C // (2 * blocks))
+    together = max(1, 256 // pairs)
+    whole = [count for count in range(together, 0, -1) if count * pairs % 32 == 0 and 2 * count > together]
+    together = whole[0] if whole else together  # no idle lanes, where that costs few threads
+    threads = together * pairs
+    occupancy = 2 if name == "conv_backward" else 4 if threads <= 192 else 3
+    constants = types(dtype) + (
+        ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("OCCUPANCY", occupancy),
+        ("PARAMS", int(params)),
+    )  # fmt: skip
+    kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
+    waves = 1 if name == "conv_backward" else 2  # more of them are more numbers to add up
+    most = waves * occupancy * processors(device) // blocks
+    return _ConvPlan(kernel, strip, threads, together, blocks, max(1, most))
+
+
+def _mix(name: str, signature: str, x: Tensor, factors: Tensor | None, *tensors: Tensor | None) -> None:
+    threads = x.numel() // 8
+    kernel = _mix_kernel(name, signature, factors is not None, x.dtype, x.get_device())
+    launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
+
+
+@once
+def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
+    constants = types(dtype) + (
+        ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(factors)),
+    )  # fmt: skip
+    return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device)
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def ready(t: Tensor) -> Tensor:
+    """Contiguous, and at an address from which four numbers can be read at once."""
+    t = t.contiguous()
+    return t if _aligned(t) else t.clone()
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.data_ptr() % (4 * t.element_size()) == 0
+
+
+def parameter(t: Tensor) -> Tensor:
+    return ready(t.float())
+
+
+def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
+    """A map, where possible as it is, and how many numbers its pixels are apart."""
+    _, H, W, C = t.shape
+    if not t.is_contiguous():
+        b, h, step, c = t.stride()
+        if c == 1 and h == W * step and b == H * h and step % 4 == 0 and step < 2**31 and _aligned(t):
+            return t, step
+    return ready(t), C
+
+
+@functools.cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def types(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    kind = TYPES[dtype]
+    return ("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1)

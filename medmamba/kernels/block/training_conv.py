@@ -1,0 +1,186 @@
+"""The convolution branch of a block in a training step, as one differentiable function; see `cuda/batch.cu`.
+
+Its batch norms with their ReLUs run on kernels of ours, its convolutions on PyTorch's. What a batch norm gives is not
+kept for the backward pass but computed again from what it was given. A bias before a batch norm does nothing but move
+the running mean, so it is added there alone, and its gradient is zero.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+from ..cuda import nvrtc
+from ..once import once
+from . import training as fused_ops
+from .training import parameter, processors, ready, types
+
+MAX_CHANNELS = 1024
+ROWS_EACH = 4  # that a thread adds up, at least
+PROGRAMS = 4  # per processor
+
+
+class Norm(NamedTuple):
+    """What a batch norm has besides its parameters."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float | None
+    eps: float
+
+
+class ConvBranch(Function):
+    """x (B, H, W, C) to relu(conv1(relu(bn(conv3(relu(bn(conv3(bn(x)))))))), (B, H, W, C).
+
+    Args:
+        norms: the three batch norms, whose running statistics are moved.
+        parameters: weight and bias of each layer, in order: norm, conv, norm, conv, norm, conv.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norms, *parameters):
+        x = ready(x)
+        ctx.dtypes = [p.dtype for p in parameters]
+        kernels = [p.to(x.dtype) for p in parameters[2::4]]
+        w0, b0, c1, w1, b1, c2, w2, b2, c3 = (parameter(p) for i, p in enumerate(parameters) if i % 4 != 2)
+        stats = [_stats(x, norms[0], w0, b0, None)]
+        first = _convolve(_apply(x, stats[0], relu=False), kernels[0])
+        stats.append(_stats(first, norms[1], w1, b1, c1))
+        second = _convolve(_apply(first, stats[1], relu=True), kernels[1])
+        stats.append(_stats(second, norms[2], w2, b2, c2))
+        out = _add_bias_relu(_convolve(_apply(second, stats[2], relu=True), kernels[2]), c3)
+        ctx.save_for_backward(x, first, second, out, *stats, *kernels)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, first, second, out, *rest = ctx.saved_tensors
+        stats, kernels, wanted = rest[:3], rest[3:], ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * 12
+        d, sums = _relu_gradient(out, ready(dout))
+        grads[11] = sums[0]
+        for layer, given in ((2, second), (1, first), (0, x)):
+            at, relu = 4 * layer, layer > 0
+            d, grads[at + 2] = _convolve_back(d, _apply(given, stats[layer], relu), kernels[layer], wanted[at + 2])
+            sums = _gradient_sums(given, d, stats[layer], relu)
+            grads[at + 1], grads[at] = sums
+            if layer or ctx.needs_input_grad[0]:
+                d = _gradient(given, d, stats[layer], sums, relu)
+        for at in (3, 7):
+            grads[at] = torch.zeros_like(sums[0])
+        listed = [g.to(t) if g is not None and w else None for g, t, w in zip(grads, ctx.dtypes, wanted, strict=True)]
+        return d if ctx.needs_input_grad[0] else None, None, *listed
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------------
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    padding = weight.shape[2] // 2
+    return ready(nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, padding=padding).permute(0, 2, 3, 1))
+
+
+def _convolve_back(d: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    padding = [weight.shape[2] // 2] * 2
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        d.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1,
+        [True, wanted, False],
+    )  # fmt: skip
+    return ready(dx.permute(0, 2, 3, 1)), dweight
+
+
+# --- batch norms ----------------------------------------------------------------------------------------------------
+
+
+def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor | None) -> Tensor:
+    """(4, C) of this batch; see `cuda/batch.cu`."""
+    C, rows, partials = _partials(x)
+    plan = _plan(C, x.dtype, False, x.get_device())
+    fused_ops.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
+    stats = x.new_empty((4, C), dtype=torch.float32)
+    tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats
+    numbers = len(partials), rows, norm.momentum, norm.eps
+    fused_ops.launch(plan("batch_stats", "ppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
+    return stats
+
+
+def _apply(x: Tensor, stats: Tensor, relu: bool) -> Tensor:
+    return _scale_and_shift(x, stats[2], stats[3], torch.empty_like(x), relu)
+
+
+def _add_bias_relu(x: Tensor, bias: Tensor) -> Tensor:
+    """In place."""
+    return _scale_and_shift(x, None, bias, x, True)
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor | None, shift: Tensor, y: Tensor, relu: bool) -> Tensor:
+    plan, fours = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4
+    fused_ops.launch(plan("batch_apply", "ppppl"), -(-fours // 256), 256, x, x, scale, shift, y, fours)
+    return y
+
+
+def _relu_gradient(y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    C, rows, partials = _partials(y)
+    plan, dx = _plan(C, y.dtype, True, y.get_device()), torch.empty_like(y)
+    fused_ops.launch(plan("relu_gradient", "ppppl"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
+    return dx, _add(partials, plan, y)
+
+
+def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
+    """(2, C): the gradients of bias and weight."""
+    C, rows, partials = _partials(x)
+    plan = _plan(C, x.dtype, relu, x.get_device())
+    kernel = plan("batch_gradient_sums", "ppppl")
+    fused_ops.launch(kernel, len(partials), plan.threads, x, x, dy, stats, partials, rows)
+    return _add(partials, plan, x)
+
+
+def _gradient(x: Tensor, dy: Tensor, stats: Tensor, sums: Tensor, relu: bool) -> Tensor:
+    plan, fours, dx = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4, torch.empty_like(x)
+    kernel = plan("batch_gradient", "pppppl")
+    fused_ops.launch(kernel, -(-fours // 256), 256, x, x, dy, stats, sums, dx, fours)
+    return dx
+
+
+def _add(partials: Tensor, plan: "_Plan", x: Tensor) -> Tensor:
+    sums = torch.empty_like(partials[0])
+    kernel = plan("add_partials", "ppi")
+    fused_ops.launch(kernel, -(-sums.shape[1] // 32), 512, x, partials, sums, len(partials))
+    return sums
+
+
+def _partials(x: Tensor) -> tuple[int, int, Tensor]:
+    """Channels, rows, and room for what each program finds."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+    programs = min(-(-rows // (ROWS_EACH * _together(C))), PROGRAMS * processors(x.get_device()))
+    return C, rows, x.new_empty((programs, 2, C), dtype=torch.float32)
+
+
+def _together(C: int) -> int:
+    """Rows that a program takes at a time, with C / 4 threads each."""
+    return max(1, 256 // (C // 4))
+
+
+class _Plan(NamedTuple):
+    threads: int
+    constants: tuple[tuple[str, int], ...]
+    device: int
+
+    def __call__(self, name: str, signature: str) -> Callable[..., None]:
+        return _kernel(name, signature, self.constants, self.device)
+
+
+@functools.cache
+def _plan(C: int, dtype: torch.dtype, relu: bool, device: int) -> _Plan:
+    threads = _together(C) * (C // 4)
+    return _Plan(threads, (*types(dtype), ("CHANNELS", C), ("THREADS", threads), ("RELU", int(relu))), device)
+
+
+@once
+def _kernel(name: str, signature: str, constants: tuple[tuple[str, int], ...], device: int) -> Callable[..., None]:
+    return nvrtc.load_kernel("batch.cu", name, signature, constants, 0, device)

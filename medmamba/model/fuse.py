@@ -1,0 +1,107 @@
+"""Batch norm folding for inference."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+SCAN_PARAMETERS = (".dt_weight", ".dt_bias", ".A_log", ".D")
+
+
+class ChannelAffine(nn.Module):
+    """x * scale + shift per channel of (B, C, H, W).
+
+    What is left of the batch norm before the first convolution. Its shift cannot move into the convolution: there, the
+    zero padding comes after the shift.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale.view(-1, 1, 1).clone())
+        self.register_buffer("shift", shift.view(-1, 1, 1).clone())
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as a matrix product over channels-last memory, which needs no layout change on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+@torch.no_grad()
+def fuse(model, dtype: torch.dtype | None = None):
+    """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
+    input, but not be trained or saved. On NVIDIA GPUs its blocks run as few kernels, see `fused_model.py`. A copy of a
+    subclass keeps the methods of the subclass.
+
+    Args:
+        dtype: of weights and activations, e.g. torch.bfloat16, which spares autocast its conversions of every weight at
+            every call. The scan and its parameters stay in float32.
+
+    Raises:
+        ValueError: the model or a batch norm in it is in training mode, where batch norms depend on the batch; layers
+            were replaced by others, such as adapters, that a batch norm cannot be folded into.
+    """
+    from ..inference.fitted import carry_over
+    from .fused import fused_class
+    from .network import ConvBranch
+
+    if model.training or any(m.training for m in model.modules() if isinstance(m, _BatchNorm)):
+        raise ValueError("fuse() needs a model in eval mode: call model.eval() first")
+    branches = [(n, m) for n, m in model.named_modules() if isinstance(m, ConvBranch) and isinstance(m[0], _BatchNorm)]
+    for name, branch in branches:
+        _check_branch(name, branch)
+    fused = copy.deepcopy(model)
+    fused.__class__ = fused_class(type(model))
+    for name, _ in branches:
+        _fuse_branch(fused.get_submodule(name))
+    if dtype is not None:
+        for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
+            if not name.endswith(SCAN_PARAMETERS):
+                parameter.data = parameter.data.to(dtype)
+    carry_over(model, fused)
+    return fused.eval()  # new layers begin in training mode
+
+
+def _check_branch(name: str, branch: nn.Sequential) -> None:
+    norms, convs = (0, 2, 5), (1, 4, 7)
+    found = [type(layer) for layer in branch]
+    expected = [nn.Conv2d if i in convs else nn.ReLU for i in range(9)]
+    fits = len(found) == 9 and all(t is e or i in norms for i, (t, e) in enumerate(zip(found, expected, strict=True)))
+    if not fits or not all(isinstance(branch[i], _BatchNorm) for i in norms):
+        listed = ", ".join(t.__name__ for t in found)
+        raise ValueError(
+            f"fuse() cannot fold the batch norms of {name}, whose layers were changed: {listed}; merge adapters into "
+            "their layers first (peft: model.merge_and_unload()), or use the model as it is"
+        )
+    if any(branch[i].running_var is None or branch[i].weight is None for i in norms):
+        raise ValueError(f"fuse() folds batch norms with weights and running statistics; one in {name} has none")
+
+
+def _fuse_branch(branch: Any) -> None:
+    layers: Any = list(branch)
+    norm0, conv1, norm1, relu1, conv2, norm2, relu2, conv3, relu3 = layers
+    for conv, norm in ((conv1, norm1), (conv2, norm2)):
+        scale, shift = _scale_and_shift(norm)
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        conv.bias.mul_(scale).add_(shift)
+        conv.to(memory_format=torch.channels_last)
+    # Not initialised, which would draw from the random numbers of the caller.
+    pointwise = Pointwise(conv3.in_channels, conv3.out_channels, device="meta", dtype=conv3.weight.dtype)
+    pointwise.to_empty(device=conv3.weight.device)
+    pointwise.weight.copy_(conv3.weight.flatten(1))
+    pointwise.bias.copy_(conv3.bias)
+    del branch[:]
+    branch.extend([ChannelAffine(*_scale_and_shift(norm0)), conv1, relu1, conv2, relu2, pointwise, relu3])
+
+
+def _scale_and_shift(norm) -> tuple[Tensor, Tensor]:
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale

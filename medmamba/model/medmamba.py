@@ -1,0 +1,52 @@
+"""The classifier: the network with its weights, labels and preprocessing."""
+
+import torch
+
+from ..config import MedMambaConfig, variant_config
+from ..inference.predict import predict
+from ..pretrained.mixin import PretrainedMixin
+from .network import MedMambaNetwork
+
+
+class MedMamba(PretrainedMixin, MedMambaNetwork):
+    """MedMamba classifier.
+
+    Input: (B, in_chans, H, W) float, normalised as `config.preprocess` says (the published models: pixels / 255 mapped
+    from [0, 1] to [-1, 1]); any H and W of at least `config.min_size`, 32 by default. Output: logits (B, num_classes).
+
+    >>> model = MedMamba.from_pretrained("medmamba/bloodmnist")
+    >>> model.predict("cell.png")
+    """
+
+    def __init__(self, config: MedMambaConfig):
+        super().__init__(config)
+
+    def predict(self, images, top_k: int | None = None, batch_size: int = 16, *, frame: int | None = None, window=None):
+        """Classifies an image, path, array or list of them; see `medmamba.inference.predict.predict`."""
+        return predict(self, images, top_k, batch_size, frame=frame, window=window)
+
+    def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
+        """A copy for inference with the batch norms folded into the convolutions; same outputs to float accuracy, or to
+        that of `dtype` (torch.bfloat16), in which it then computes all but the scan."""
+        from .fuse import fuse
+
+        return fuse(self, dtype)
+
+    def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
+        """Replaces the classifier by a new, randomly initialised one, and forgets what was learnt for the old one."""
+        super().reset_classifier(num_classes, id2label)
+        self.unusual = None
+
+
+def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3, **config) -> MedMamba:
+    """A randomly initialised MedMamba.
+
+    Args:
+        name: "nano" (1.8M parameters), "tiny" (14.5M), "small" (18.6M), "base" (39.9M) as the published code builds
+            them, "small-paper" (22.8M), "base-paper" (47.1M) as the paper's sizes imply; "test" for tests.
+        config: any other field of `MedMambaConfig`.
+
+    Raises:
+        ConfigError: unknown name or field.
+    """
+    return MedMamba(variant_config(name, num_classes=num_classes, in_chans=in_chans, **config))

@@ -1,0 +1,186 @@
+"""The end of a run: the kept weights are calibrated on validation, scored, and written as a model folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..data import ImageDataset
+from ..data.registry import DatasetEntry
+from ..evaluation.evaluate_model import RESULTS_NAME, Scored, score, write_results
+from ..imaging.preprocess import normalise
+from ..inference.ood import NAME as UNUSUAL_NAME
+from ..inference.ood import Unusual, UnusualError, fit_unusual
+from ..inference.ood_fit import learn_unusual, sample
+from ..inference.predict import predict_features
+from ..metrics import Evaluation
+from ..metrics.calibration import fit_calibration
+from ..model import MedMamba
+from ..pretrained.mixin import CONFIG_NAME, WEIGHTS_NAME
+from ..utils.devices import wait_for_everyone
+from .checkpoint import CheckpointStore
+from .identity import differences
+from .recipe import Recipe
+from .setup import ImageCache
+from .trainer import Progress
+from .validation import predict_logits, validation_batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PICTURES = ("roc.png", "reliability.png", "confusion.png")
+RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md", UNUSUAL_NAME, *PICTURES)
+UNUSUAL_IMAGES = 600  # of training and validation each, from which the warning for unusual images is learnt
+
+
+def finish(
+    out: Path,
+    model: MedMamba,
+    images: ImageCache,
+    store: CheckpointStore,
+    accelerator: Accelerator,
+    record: dict[str, Any],
+    best: int,
+    half: bool,
+) -> dict[str, Evaluation]:
+    """Scores of "val", and of "test" where there is such a split. The test images are touched here for the first time.
+
+    The weights are scored as they are stored: in float16 if `half`. `config.json` and then the weights are put in place
+    last, so a folder that loads is complete.
+    """
+    wait_for_everyone(accelerator)  # the first process may still be writing
+    dtype = torch.float16 if half else None
+    model = MedMamba(model.config)
+    model.load_state_dict(store.load_best(best))
+    with tempfile.TemporaryDirectory() as folder:
+        model = MedMamba.from_pretrained(model.save_pretrained(folder, dtype=dtype))
+    model.to(accelerator.device)
+    size = model.config.preprocess.input_size[0]
+    scored: dict[str, Scored] = {}
+    for split in ("val", "test"):
+        if not images.index.split_sizes.get(split):
+            continue
+        data = images(split, size)
+        batch_size = validation_batch(64, accelerator.device)
+        logits = predict_logits(model, data, batch_size, accelerator, full_precision=True)
+        if split == "val":
+            calibration = fit_calibration(logits.numpy(), data.index.labels, model.config.task)
+            model.config = model.config.replace(calibration=calibration.to_dict(), training=record)
+        context = {"data": record["dataset"], "split": split, "input_size": [size, size]}
+        scored[split] = score(logits, data.index, model.config, context=context)
+    if images.warnings:  # known in full only now
+        record |= {"image_warnings": images.warnings}
+        model.config = model.config.replace(training=record)
+    if accelerator.process_index == 0:
+        write_results(out, scored, training=record, calibration=model.config.calibration)
+        model.unusual = _learn_unusual(model, images, size, accelerator.device)
+        model.to("cpu").save_pretrained(out, dtype=dtype)
+        store.clear()
+    wait_for_everyone(accelerator)
+    return {split: result.evaluation for split, result in scored.items()}
+
+
+def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:
+    """The warning for images unlike these; None where they are too few."""
+    if not images.holds("train", size):  # trained at another size; decoding all of them again would take too long
+        with contextlib.suppress(UnusualError):
+            return learn_unusual(model, images.index, UNUSUAL_IMAGES)
+        return None
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        data = images(split, size)
+        rows = torch.from_numpy(sample(len(data), UNUSUAL_IMAGES))
+        batches = (normalise(data.batch(part, device)[0], model.config.preprocess) for part in rows.split(32))
+        found = [predict_features(model, batch)[0] for batch in batches]
+        features[split] = torch.cat([part for part in found if part is not None]).numpy()
+        labels[split] = np.asarray(data.index.labels)[rows]
+    with contextlib.suppress(UnusualError):
+        return fit_unusual(features["train"], labels["train"], features["val"], task=model.config.task)
+    return None
+
+
+def training_record(
+    index: ImageDataset,
+    entry: DatasetEntry | None,
+    recipe: Recipe,
+    identity: dict[str, Any],
+    progress: Progress,
+    accelerator: Accelerator,
+    split_rule: str,
+) -> dict[str, Any]:
+    """What `config.training` says of where the weights come from."""
+    import accelerate
+
+    from .._version import __version__
+
+    assert progress.best is not None
+    return {
+        "dataset": entry.name if entry else index.name,
+        "source": entry.source.url if entry else None,
+        "licence": entry.licence.id if entry else None,
+        "split": split_rule,
+        "split_sizes": {str(name): n for name, n in index.split_sizes.items()},
+        "data_fingerprint": identity["data"],
+        "recipe": recipe.name,
+        "settings": recipe.to_dict(),
+        "init": "",
+        "seed": identity["seed"],
+        "epochs": progress.epoch,
+        "best_epoch": progress.best["epoch"] + 1,
+        "selected_by": list(recipe.select),
+        "seconds": round(sum(row["seconds"] for row in progress.history), 1),
+        "device": device_name(accelerator),
+        "processes": accelerator.num_processes,
+        "precision": identity["precision"],
+        "versions": {
+            "medmamba": __version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        },
+        "identity": identity,
+    }
+
+
+def device_name(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def finished_before(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The training record and evaluations of a run that is already done in this folder; None if there is none.
+
+    Raises:
+        FileExistsError: the folder holds another finished model.
+    """
+    if not (out / CONFIG_NAME).is_file() or not (out / WEIGHTS_NAME).is_file():
+        return None
+    try:
+        results = json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))
+        before, _ = results["training"]["identity"], results["splits"]["val"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    changed = differences(identity, before) if before else "origin: its results.json does not say what it was made of"
+    if changed:
+        raise FileExistsError(
+            f"{out} already holds a finished model of another run, with another {changed}. Use another folder, or "
+            "restart=True (--restart) to replace it"
+        )
+    return results
+
+
+def evaluations(results: dict[str, Any]) -> dict[str, Evaluation]:
+    fields = {f.name for f in dataclasses.fields(Evaluation)}
+    return {
+        split: Evaluation.from_dict({key: value for key, value in data.items() if key in fields})
+        for split, data in results["splits"].items()
+    }

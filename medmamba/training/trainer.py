@@ -1,0 +1,399 @@
+"""The training loop: optimiser steps, validation after each epoch, the best weights so far, stopping at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ..imaging.preprocess import normalise
+from ..model import MedMamba
+from ..utils.devices import autocast, owning
+from . import augment, data_parallel, sampling
+from . import cuda_graphs as graphs
+from . import loss as objective
+from .checkpoint import CheckpointStore, ResumeError, another_run
+from .cuda_graphs import graphs_possible
+from .identity import differences
+from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
+from .recipe import Recipe, RecipeError
+from .run_log import RunLog
+from .stopping import stop_on_sigterm
+from .validation import NotFiniteError, selection_score, validate, validation_batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..data import CachedDataset
+
+Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) to decoded images
+
+
+class _SizedGraph(NamedTuple):
+    size: torch.Size | None
+    step: graphs.GraphedStep | None
+
+
+_NO_GRAPH = _SizedGraph(None, None)
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, such as a loss that is no longer a number."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands. Counts from 0; `step` is within the epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0  # of the steps of this epoch
+    seconds: float = 0.0  # of the steps of this epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per epoch
+    best: dict[str, Any] | None = None  # {"epoch": ..., "score": [...]}
+
+    def finished(self, recipe: Recipe) -> bool:
+        return self.epoch >= recipe.epochs or self.out_of_patience(recipe)
+
+    def out_of_patience(self, recipe: Recipe) -> bool:
+        return bool(recipe.patience and self.best and self.epoch - 1 - self.best["epoch"] >= recipe.patience)
+
+
+class Trainer:
+    """Trains `model` in place.
+
+    Args:
+        images: gives the decoded images of a split at a size; asked for "train" and "val" alone.
+        identity: what makes this run this run; a checkpoint with another identity is refused.
+        deadline: `time.monotonic()` at which to stop after the step that is under way; None: never.
+        checkpoint_seconds: at least this long between two checkpoints.
+        graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphs`; "off": never.
+    """
+
+    def __init__(
+        self,
+        model: MedMamba,
+        recipe: Recipe,
+        images: Images,
+        accelerator: Accelerator,
+        store: CheckpointStore,
+        log: RunLog,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        identity: dict[str, Any] | None = None,
+        deadline: float | None = None,
+        checkpoint_seconds: float = 60.0,
+        graphs: str = "auto",
+    ):
+        self.recipe, self.images, self.accelerator, self.store, self.log = recipe, images, accelerator, store, log
+        self.seed, self.identity, self.deadline = seed, identity or {}, deadline
+        self.checkpoint_seconds, self._saved_at = checkpoint_seconds, time.monotonic()
+        self.config = model.config
+        self.frozen = freeze_stages(model, recipe.freeze)
+        # Convolutions, their inputs and gradients all in one memory format: nothing is reordered in between.
+        self.model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
+        self.progress = Progress()
+        self._best: dict[str, Tensor] | None = None  # weights of the best epoch, until a checkpoint writes them
+        if recipe.balance == "sampling" and model.config.task == "multilabel":
+            raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
+
+        labels = images("train", recipe.size_at(0)).index.labels
+        self.labels, self.classes = labels, self.config.num_classes
+        self.batches = sampling.Batches.plan(len(labels), recipe.batch_size, accelerator.num_processes, accumulate)
+        self.weights = (
+            sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
+        )
+        synchronised = data_parallel.sync_batch_norm(self.model, accelerator, self.batches.part)
+        self._use_graphs = graphs == "auto" and graphs_possible(accelerator) and not synchronised
+        self._graph = _NO_GRAPH
+        with owning(accelerator):
+            self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.wrapped: torch.nn.Module = self.model
+        self._gradients = data_parallel.GradientMean(accelerator, self._trained)
+        self._statistics = data_parallel.StatisticsMean(self.model, accelerator, accumulate)
+        if self._use_graphs:
+            data_parallel.agree(self.model, accelerator)
+        else:
+            self._wrap()
+
+    # --- the run ---
+
+    def fit(self) -> Progress:
+        """Trains to the end, or to the deadline or a SIGTERM; `progress.finished(recipe)` says which.
+
+        Raises:
+            TrainingError: the loss is no longer a number.
+            ResumeError: the checkpoint is damaged or belongs to another run.
+        """
+        self._resume()
+        self.images("val", self.recipe.validated_at(self.progress.epoch))  # unreadable files are better known now
+        total = self.recipe.epochs * self.batches.steps
+        with stop_on_sigterm() as stopping, self.log.bar(total * self.batches.size, self._global_step()) as bar:
+            while not self.progress.finished(self.recipe):
+                if not self._train_epoch(bar, stopping):
+                    self._save()
+                    break
+                self._end_epoch(bar)
+        return self.progress
+
+    def _train_epoch(self, bar: Any, stopping: threading.Event) -> bool:
+        """The rest of the current epoch; False if it was left early."""
+        progress, epoch = self.progress, self.progress.epoch
+        size = self.recipe.size_at(epoch)
+        data = self.images("train", size)
+        order = torch.from_numpy(sampling.epoch_order(self.labels, self.recipe.balance, self.seed, epoch))
+        order = order.to(data.images.device)  # once: an index that comes from elsewhere stops the queue each time
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        # On the device: reading a number there waits for all work queued before it.
+        running = torch.tensor(progress.loss_sum, dtype=torch.float64, device=_double(self.accelerator.device))
+        started, before = time.monotonic(), progress.seconds
+        while progress.step < self.batches.steps:
+            running += self._step(data, order, epoch, progress.step).to(running.device)
+            progress.step += 1
+            bar.update(self.batches.size)
+            last = progress.step == self.batches.steps
+            if bar.due or last or self._checkpoint_due():
+                progress.loss_sum = self._checked(running, epoch)
+                progress.seconds = before + time.monotonic() - started
+                bar.show(epoch, progress.loss_sum / progress.step, progress.history)
+            if not last and self._checkpoint_due():
+                self._save()
+            if self._must_stop(stopping):
+                progress.loss_sum = self._checked(running, epoch)
+                progress.seconds = before + time.monotonic() - started
+                return False
+        return True
+
+    def _step(self, data: CachedDataset, order: Tensor, epoch: int, step: int) -> Tensor:
+        """One optimiser step; the mean loss of this process."""
+        recipe, plan, process = self.recipe, self.batches, self.accelerator.process_index
+        drawn = augment.draw(recipe, plan.size, sampling.augment_rng(self.seed, epoch, step))
+        count, switch = epoch * plan.steps + step, recipe.final_phase * plan.steps
+        set_lr(self.optimizer, recipe.lr * lr_factor(count, plan.steps, recipe))
+        total: Tensor | float = 0.0
+        self._statistics.begin()
+        for turn in range(plan.accumulate):
+            of_epoch, of_step = plan.rows(step, process, turn)
+            images, targets = self._batch(data, order[of_epoch], drawn.rows(of_step.start, of_step.stop))
+            graph = self._graph_for(images, targets)
+            if graph and turn == 0:
+                graph.begin()
+            sampling.seed_network(self.seed, epoch, step, of_step.start)
+            if graph:
+                total = total + graph(images, targets)
+            else:
+                last = turn == plan.accumulate - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    loss = self._loss(images, targets)
+                    self.accelerator.backward(loss)
+                total = total + loss.detach()
+            self._statistics.part_done(turn)
+        self._statistics.end()
+        if self._graph.step:
+            self._gradients.average()
+        if recipe.clip_grad:
+            self.accelerator.unscale_gradients(self.optimizer)
+            clip_grad_norm_(self._trained, recipe.clip_grad)
+        self.optimizer.step()
+        if not self._graph.step:  # which writes into the same gradients again
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            # Weights and statistics of small images would linger in those for large ones.
+            self.average.update(self.model, count if epoch < recipe.final_phase else count - switch)
+        return torch.as_tensor(total)
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        with autocast(self.accelerator):
+            logits = self.wrapped(images)
+        return objective.loss(logits, targets, self.config.task, self.weights) / self.batches.accumulate
+
+    def _graph_for(self, images: Tensor, targets: Tensor) -> graphs.GraphedStep | None:
+        """The graph for batches of this size, captured when the size is new; None where none is used."""
+        if self._use_graphs and self._graph.size != images.shape[2:]:
+            self._graph = _NO_GRAPH  # its memory is free before more is taken
+            step = graphs.capture(self.model, self._loss, images, targets, self.batches.accumulate)
+            self._use_graphs = self._mean_over_processes(float(step is not None)) == 1  # all of them or none
+            self._graph = _SizedGraph(images.shape[2:], step if self._use_graphs else None)
+            if not self._use_graphs:
+                self._wrap()
+        return self._graph.step
+
+    def _wrap(self) -> None:
+        """DistributedDataParallel, for steps without graphs; one process has nothing to wrap."""
+        if self.accelerator.num_processes > 1:
+            with owning(self.accelerator):
+                self.wrapped = self.accelerator.prepare(self.model)
+            if self.average:
+                self.average.look_again()  # wrapping may give the model other buffers
+
+    def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
+        """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
+        size = (data.images.shape[1], data.images.shape[2])
+        images, labels = data.batch(rows, self.accelerator.device)
+        images = augment.augment(images, drawn, self.recipe.augment, size)
+        targets = objective.soft_targets(labels, self.classes, self.recipe.label_smoothing)
+        images, targets = augment.mix(images, targets, drawn)
+        return normalise(images, self.config.preprocess).contiguous(memory_format=torch.channels_last), targets
+
+    def _end_epoch(self, bar: Any) -> None:
+        """Validates, notes the epoch in the history, keeps it if it is the best."""
+        progress, plan, recipe = self.progress, self.batches, self.recipe
+        loss = self._mean_over_processes(progress.loss_sum / plan.steps)
+        self._agree_on_statistics()
+        shown = self.average.model if self.average else self.model
+        val = self.images("val", recipe.validated_at(progress.epoch))
+        if progress.epoch == recipe.final_phase:
+            progress.best = None  # of another size
+        batch_size = validation_batch(plan.part, self.accelerator.device)
+        self._check_weights()
+        try:
+            scores = validate(shown, val, self.accelerator, batch_size)
+        except NotFiniteError as error:
+            raise self._diverged(f"{error} after epoch {progress.epoch + 1}") from error
+        score = [selection_score(scores, metric) for metric in recipe.select]
+        is_best = progress.best is None or score > progress.best["score"]
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": recipe.lr * lr_factor((progress.epoch + 1) * plan.steps - 1, plan.steps, recipe),
+            "size": recipe.size_at(progress.epoch),
+            "loss": loss,
+            **{f"val_{name}": value if math.isfinite(value) else None for name, value in scores.items()},
+            "best": is_best,
+            "images_per_second": round(plan.steps * plan.size / max(progress.seconds, 1e-9), 2),
+            "seconds": round(progress.seconds, 3),
+        }
+        if is_best:
+            progress.best = {"epoch": progress.epoch, "score": score}
+            if self.accelerator.process_index == 0:
+                self._best = {name: tensor.clone() for name, tensor in shown.state_dict().items()}
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
+        self.log.epoch(progress.history)
+        bar.show(progress.epoch - 1, loss, progress.history)
+        if self._checkpoint_due() or progress.finished(recipe):
+            self._save()
+
+    # --- between processes ---
+
+    def _agree_on_statistics(self) -> None:
+        """The processes have the same, see `StatisticsMean`; rounding must not part them over many epochs."""
+        for model in [self.model, *([self.average.model] if self.average else [])]:
+            data_parallel.agree(model, self.accelerator, buffers_only=True)
+
+    def _mean_over_processes(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        number = torch.tensor(value, device=self.accelerator.device)
+        return float(self.accelerator.reduce(number, reduction="mean"))
+
+    def _must_stop(self, stopping: threading.Event) -> bool:
+        stop = stopping.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
+        if self.accelerator.num_processes == 1:
+            return stop
+        if self.progress.step % 10 and self.progress.step != self.batches.steps:
+            return False  # asking costs a round between all processes
+        return self._mean_over_processes(float(stop)) > 0
+
+    # --- checkpoints ---
+
+    def _checkpoint_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self.accelerator.process_index != 0:
+            return
+        self._check_weights()
+        progress = self.progress
+        scaler = self.accelerator.scaler
+        if self._best is not None and progress.best:
+            self.store.save_best(progress.best["epoch"], self._best)
+            self._best = None
+        self.store.save(
+            {
+                "identity": self.identity,
+                "plan": self._plan(),
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "loss_sum": progress.loss_sum,
+                "seconds": progress.seconds,
+                "history": progress.history,
+                "best": progress.best,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.model.state_dict() if self.average else None,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+        )
+
+    def _resume(self) -> None:
+        state = self.store.load()
+        if state is None:
+            return
+        if changed := differences(self.identity, state["identity"]):
+            raise another_run(self.store, changed)
+        if state["plan"] != self._plan():
+            raise ResumeError(
+                f"{self.store.folder} holds a run of other batches (steps, images per step, images at once: "
+                f"{state['plan']}, now {self._plan()}); resume with the same processes and accumulation"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+        self.log.resumed(self.progress.history)
+
+    def _plan(self) -> list[int]:
+        return [self.batches.steps, self.batches.size, self.batches.part]
+
+    # --- small things ---
+
+    def _global_step(self) -> int:
+        return (self.progress.epoch * self.batches.steps + self.progress.step) * self.batches.size
+
+    def _checked(self, running: Tensor, epoch: int) -> float:
+        value = float(running)
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is no longer a number in epoch {epoch + 1}")
+        return value
+
+    def _check_weights(self) -> None:
+        """A loss is of the weights before its step; the step itself may have been the bad one.
+
+        Raises:
+            TrainingError: a weight or statistic is no number.
+        """
+        tensors = [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+        if not bool(torch.isfinite(largest).all()):
+            raise self._diverged(f"weights are no longer numbers in epoch {self.progress.epoch + 1}")
+
+    def _diverged(self, what: str) -> TrainingError:
+        kept = "nothing was kept yet"
+        if self.store:
+            kept = f"the last good checkpoint is kept in {self.store.folder}"
+        return TrainingError(
+            f"{what}: training has diverged. Use a smaller lr, clip_grad=1, or precision='fp32'. Other settings need a "
+            f"new run (another folder, or restart=True, --restart); {kept}"
+        )
+
+
+def _double(device: torch.device) -> torch.device:
+    """Where a float64 sum can be kept: Apple GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -1,0 +1,485 @@
+"""The checks of explanations tell good maps from bad ones, and the scan field is the gradient of the scan."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_explain import picture, squares, trained  # noqa: F401  the fixture
+
+import medmamba
+from medmamba.cli import main as cli
+from medmamba.explain import Assessor, ExplainCancelled, assess, explain, scan_field
+from medmamba.explain.randomisation import SIMILAR, random_states, rank_correlation, similarities, ssim, top_overlap
+from medmamba.explain.regions import make_baseline
+from medmamba.explain.removal import area, infidelity, removal_curves
+from medmamba.explain.scan_field import influence
+from medmamba.explain.subject import Subject, controlled, frozen_view
+from medmamba.imaging.load import load_image
+from medmamba.imaging.preprocess import preprocess
+from medmamba.kernels.reference import from_directions, scan_tokens, to_directions
+
+
+def edges(model, x, target):
+    """What looks like an explanation and knows nothing of the model."""
+    grey = x.mean(1, keepdim=True)
+    return ((grey - grey.roll(1, 2)).abs() + (grey - grey.roll(1, 3)).abs())[0, 0]
+
+
+class Linear(torch.nn.Module):
+    """A 'model' whose logit is a weighted sum of pixels, so that the true map is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = medmamba.MedMambaConfig(num_classes=1, preprocess=dict(input_size=(32, 32)))
+        self.patch_embed = torch.nn.Module()
+        self.patch_embed.proj = torch.nn.Conv2d(3, 1, 4)
+        self.weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x):
+        return (x.mean(1) * self.weight).sum((1, 2))[:, None]
+
+
+@pytest.fixture
+def linear() -> tuple[Subject, torch.Tensor]:
+    """A linear subject and its exact map against a grey (zero) baseline."""
+    model = Linear()
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    return Subject(model, x, 0), x.mean(1)[0] * model.weight
+
+
+def test_infidelity_is_zero_for_the_true_map_and_large_for_others(linear):
+    subject, true = linear
+    with controlled(torch.device("cpu"), 0):
+        value, share = infidelity(subject, true, "grey")
+        assert share < 1e-6
+        assert value < 1e-4
+        # The scale of a map is fitted, so that maps in other units can be compared.
+        assert infidelity(subject, 100 * true, "grey")[1] < 1e-6
+        assert infidelity(subject, torch.zeros_like(true), "grey")[1] == pytest.approx(1)
+        noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(3))
+        assert infidelity(subject, noise, "grey")[1] > 0.3
+        # A map that is wrong everywhere would fit perfectly at a scale of -1.
+        assert infidelity(subject, -true, "grey")[1] == pytest.approx(1)
+
+
+def test_removal_curves_of_the_true_map_beat_random_orders(linear):
+    subject, true = linear
+    curves = removal_curves(subject, true, "grey", random_orders=8)
+    assert curves.deletion[0] - curves.deletion[-1] == pytest.approx(1 if curves.deletion[0] > 0 else -1)
+    mean, sd = curves.random_deletion_auc
+    assert curves.deletion_auc < mean - 4 * sd
+    mean, sd = curves.random_insertion_auc
+    assert curves.insertion_auc > mean + 4 * sd
+    worst = removal_curves(subject, -true, "grey", known=curves)
+    assert worst.deletion_auc > curves.random_deletion_auc[0] > curves.deletion_auc
+    assert np.array_equal(worst.random_deletion, curves.random_deletion)
+
+
+def test_a_map_without_preferences_is_a_random_order(linear):
+    """Ties are broken at random: else a constant map would be judged by the order of the pixels."""
+    subject, true = linear
+    curves = removal_curves(subject, torch.ones_like(true), "grey", random_orders=20)
+    mean, sd = curves.random_deletion_auc
+    assert abs(curves.deletion_auc - mean) < 3 * sd
+    other = removal_curves(subject, torch.ones_like(true), "grey", random_orders=2, seed=1)
+    assert other.deletion_auc != curves.deletion_auc
+
+
+def test_area():
+    assert area(np.array([1.0, 1.0, 0.0]), np.array([0.0, 0.5, 1.0])) == pytest.approx(0.75)
+
+
+def test_randomisation_catches_a_map_that_ignores_the_weights(trained):  # noqa: F811
+    fake = assess(trained, explain(trained, picture(), edges), ["randomisation"])
+    assert fake.randomisation.similarity == pytest.approx(1)
+    assert not fake.randomisation.passed
+    assert "FAILED" in fake.table()
+    real = assess(trained, explain(trained, picture(), "occlusion"), ["randomisation"])
+    assert real.randomisation.passed
+    assert real.randomisation.similarity < 0.6
+    assert "passed" in real.table()
+
+
+def upside_down(model, x, target):
+    """Edges whose sign the weights decide."""
+    return edges(model, x, target) * model.head.weight[target].sum().sign()
+
+
+def sparse(model, x, target):
+    """The strongest edges, on a background of invisible values that do depend on the weights."""
+    strong = edges(model, x, target)
+    noise = torch.Generator().manual_seed(int(1e6 * model.head.weight[0, 0].abs()))
+    return torch.where(strong > strong.quantile(0.9), strong, 0.0) + 1e-4 * torch.randn(x.shape[2:], generator=noise)
+
+
+@pytest.mark.parametrize("method", [upside_down, sparse])
+def test_randomisation_catches_disguises(trained, method):  # noqa: F811
+    check = assess(trained, explain(trained, picture(), method), ["randomisation"]).randomisation
+    assert not check.passed
+    assert method is upside_down or check.steps[-1]["rank_correlation"] < 0.5  # ranks alone would not
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "gradcam", "gradient_shap", "saliency"])
+def test_randomisation_passes_methods_that_use_the_weights(trained, method):  # noqa: F811
+    images, passed = squares(6, 3)[0], 0
+    for image in images:
+        few = {"n_steps": 10, "max_steps": 10} if method == "integrated_gradients" else {}
+        options = {"layer": "stage1"} if method == "gradcam" else {"samples": 10} if method == "gradient_shap" else few
+        e = explain(trained, image.permute(1, 2, 0).numpy(), method, **options)
+        passed += assess(trained, e, ["randomisation"]).randomisation.passed
+    assert passed >= 5
+
+
+def test_similarity_is_the_share_of_the_map_that_the_image_alone_makes():
+    """A map of two independent parts of equal variance, of which one changes with the weights; and the limit, where
+    the first has 70% of the variance."""
+    g = torch.Generator().manual_seed(0)
+    image, one, other = torch.randn(3, 100, 100, generator=g)
+    for share in (0.3, 0.5, 0.9):
+        a, b = (share**0.5 * image + (1 - share) ** 0.5 * weights for weights in (one, other))
+        measured = similarities(a, b, signed=True)
+        assert measured["rank_correlation"] == pytest.approx(share, abs=0.03)
+        assert (measured["rank_correlation"] < SIMILAR) == (share < 0.7)
+
+
+def test_top_overlap():
+    a = torch.arange(100.0)
+    assert top_overlap(a, a) == pytest.approx(1)
+    assert top_overlap(a, -a) == 0
+    assert top_overlap(a, torch.cat((torch.zeros(95), torch.ones(5)))) == pytest.approx(0.5 + 5 * (5 / 95) / 10)
+    assert top_overlap(torch.ones(100), torch.ones(100)) == pytest.approx(0.1)  # constant maps agree by chance alone
+    assert similarities(a.view(10, 10), -a.view(10, 10), signed=True)["top_overlap"] == pytest.approx(1)
+    assert similarities(a.view(10, 10), -a.view(10, 10), signed=False)["top_overlap"] == 0
+
+
+def test_cascade_randomises_from_the_classifier_down_and_leaves_the_model(trained):  # noqa: F811
+    before = {k: v.clone() for k, v in trained.state_dict().items()}
+    trust = assess(trained, explain(trained, picture(), "saliency"), ["randomisation"], cascade=True)
+    names = [step["randomised"] for step in trust.randomisation.steps]
+    assert names == ["classifier", "stage4 and above", "stage3 and above", "stage2 and above", "all"]
+    assert trust.randomisation.steps[0]["rank_correlation"] > trust.randomisation.steps[-1]["rank_correlation"]
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_random_weights_for_a_fused_model_are_fused_too(trained, cascade):  # noqa: F811
+    """Its kernels take the blocks as `fuse` leaves them; parts of both kinds must not be put together."""
+    fused = trained.fuse()
+    kinds = [type(module) for module in fused.modules()]
+    for _, models in random_states(fused, 2, cascade, seed=0):
+        for model in models:
+            assert [type(module) for module in model.modules()] == kinds
+            assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_gpu_gives_the_same_figures(trained, fuse):  # noqa: F811
+    """But for rounding, which decides between regions of equal evidence."""
+    there = medmamba.create_model("test", num_classes=2).eval()
+    there.load_state_dict(trained.state_dict())
+    there = there.cuda().fuse() if fuse else there.cuda()
+    checks, settings = ["randomisation", "removal"], dict(steps=6, random_orders=2)
+    maps = [("saliency", {}), ("gradcam", {}), ("gradcam", {"layer": "stage1"}), ("integrated_gradients", {})]
+    for method, options in maps:
+        expected = assess(trained, explain(trained, picture(), method, 1, **options), checks, **settings)
+        found = assess(there, explain(there, picture(), method, 1, **options), checks, **settings)
+        assert found.randomisation.similarity == pytest.approx(expected.randomisation.similarity, abs=0.05)
+        assert found.curves.deletion_auc == pytest.approx(expected.curves.deletion_auc, abs=0.05)
+
+
+def test_assess_reports_everything_and_repeats_itself(trained):  # noqa: F811
+    e = explain(trained, picture(), "smoothgrad", samples=4)
+    seen = []
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    trust = assess(trained, e, perturbations=8, repeats=2, random_orders=2, steps=5, progress=seen.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seen == sorted(seen) and seen[-1] == 1
+    assert max(np.diff(seen)) < 0.3
+    record = json.loads(json.dumps(trust.to_dict(), allow_nan=False))
+    assert record["method"] == "smoothgrad"
+    assert set(record) >= {"infidelity", "unexplained", "sensitivity", "deletion_auc", "insertion_auc", "randomisation"}
+    assert len(trust.rows()) == 6
+    again = assess(trained, e, perturbations=8, repeats=2, random_orders=2, steps=5, batch_size=3)
+    assert again.unexplained == pytest.approx(trust.unexplained, rel=1e-3)
+    # The noise of the method is the same in each run, so what is measured is the perturbation of the image.
+    assert again.sensitivity == pytest.approx(trust.sensitivity, rel=1e-3)
+    assert trust.sensitivity > assess(trained, e, ["sensitivity"], radius=1e-6, repeats=2).sensitivity
+
+
+def same_figures(a, b) -> bool:
+    """Equal but for rounding: the same images in batches of another size."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_figures(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_figures, a, b))
+    return a == (pytest.approx(b, rel=1e-4, abs=1e-5) if isinstance(a, float) else b)
+
+
+def test_an_assessor_gives_each_map_the_same_figures_for_fewer_evaluations(trained, monkeypatch):  # noqa: F811
+    count = []
+    forward = medmamba.MedMamba.forward
+    monkeypatch.setattr(medmamba.MedMamba, "forward", lambda self, x: count.append(len(x)) or forward(self, x))
+    settings = dict(perturbations=8, random_orders=3, steps=5, random_models=2)
+    metrics = ["infidelity", "removal", "randomisation"]
+    a, b = (explain(trained, load_image(picture()), m, 1) for m in ("saliency", "gradcam"))
+    b = dataclasses.replace(b, image=a.image)
+    other = explain(trained, load_image(picture(1)), "gradcam", 1)
+    assessor = Assessor(trained, **settings)
+    count.clear()
+    shared, costs = [], []
+    for e in (a, b, other):
+        shared.append(assessor.assess(e, metrics).to_dict() | {"seconds": 0})
+        costs.append(sum(count))
+        count.clear()
+    for e, got in zip((a, b, other), shared, strict=True):
+        assert same_figures(assess(trained, e, metrics, **settings).to_dict() | {"seconds": 0}, got)
+    # Two ends; four inner points in two directions; two random models. For the first map also the image itself, eight
+    # squares with the image again, and three random orders.
+    assert costs == [12 + 1 + 9 + 24, 12, 12 + 1 + 9 + 24]
+
+
+def test_infidelity_and_sensitivity_by_their_formulas(trained):  # noqa: F811
+    """Infidelity from the answers to the same squares, and sensitivity from maps of the same moved images."""
+    e = explain(trained, picture(), "saliency", 1)
+    view = frozen_view(trained)
+    x = preprocess(load_image(picture()), view.config.preprocess)[None]
+    start = make_baseline(x, "blur", view.config.preprocess)
+    map_ = torch.from_numpy(e.attribution)
+    with controlled(torch.device("cpu"), 0), torch.no_grad():
+        predicted, change = [], []
+        for _ in range(8):
+            side = int(torch.randint(4, 17, ()))
+            top, left = int(torch.randint(33 - side, ())), int(torch.randint(33 - side, ()))
+            mask = torch.zeros(32, 32)
+            mask[top : top + side, left : left + side] = 1
+            predicted.append((mask * map_).sum())
+            change.append((view(x) - view(torch.lerp(x, start, mask)))[0, 1])
+    predicted, change = torch.stack(predicted), torch.stack(change)
+    scale = (predicted * change).sum() / predicted.square().sum()
+    expected = (change - scale * predicted).square().mean().item() if scale > 0 else change.square().mean().item()
+    got = assess(trained, e, ["infidelity"], perturbations=8)
+    assert got.infidelity == pytest.approx(expected, rel=1e-3)
+    assert got.unexplained == pytest.approx(expected / change.square().mean().item(), rel=1e-3)
+    found = assess(trained, e, ["sensitivity"], radius=0.05, repeats=3).sensitivity
+    with controlled(torch.device("cpu"), 0):
+        moves = [torch.empty(x.shape).uniform_(-0.05, 0.05) for _ in range(3)]
+    gradients = []
+    for image in (x, *(x + move for move in moves)):
+        image = image.requires_grad_()
+        gradients.append(torch.autograd.grad(view(image)[0, 1], image)[0].abs().amax(1))
+    expected = max((g - gradients[0]).norm() / gradients[0].norm() for g in gradients[1:]).item()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_assess_refuses_and_cancels(trained):  # noqa: F811
+    e = explain(trained, picture(), "saliency")
+    with pytest.raises(ValueError, match="unknown metric 'accuracy'; choose from infidelity"):
+        assess(trained, e, ["accuracy"])
+    with pytest.raises(ValueError, match="made with other weights"):
+        assess(medmamba.create_model("test", num_classes=2), e)
+    for message, settings in (("batch_size must be", {"batch_size": 0}), ("random_models", {"random_models": 0})):
+        with pytest.raises(ValueError, match=message):
+            assess(trained, e, **settings)
+    with pytest.raises(ValueError, match="unknown baseline"):
+        assess(trained, e, removal="white")
+    with pytest.raises(ExplainCancelled):
+        assess(trained, e, progress=lambda fraction: fraction < 0.5)
+    assert assess(trained, e, []).rows() == []
+
+
+def test_rank_correlation_with_ties():
+    a = torch.tensor([1.0, 2, 2, 3])
+    assert rank_correlation(a, torch.tensor([10.0, 20, 20, 90])) == pytest.approx(1)
+    # By hand: ranks (1, 2.5, 2.5, 4) and (1, 2, 3, 4); 4.5 / sqrt(4.5 * 5).
+    assert rank_correlation(a, torch.tensor([1.0, 2, 3, 4])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    # Two constant maps are not similar for being constant, nor are ties for being in the same place.
+    assert rank_correlation(torch.ones(4), a) == 0
+
+
+def test_maps_with_the_same_background_are_not_similar():
+    """Two sparse maps with peaks in different places, on backgrounds that are not quite zero."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (1e-3 * torch.randn(64, 64, generator=g) for _ in range(2))
+    a[10:14, 10:14] = 1
+    b[40:44, 40:44] = 1
+    measured = similarities(a, b, signed=True)
+    assert measured["ssim"] > SIMILAR  # why it is not judged
+    assert max(measured["rank_correlation"], measured["rank_correlation_magnitude"], measured["top_overlap"]) < 0.2
+
+
+def test_ssim():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 40, generator=g), torch.randn(40, 40, generator=g)
+    assert ssim(a, a) == pytest.approx(1)
+    assert ssim(a, 3 * a) == pytest.approx(1)
+    assert abs(ssim(a, b)) < 0.1
+    assert ssim(a, a + 0.3 * b) > ssim(a, a + b) > ssim(a, b)
+
+
+# --- the scan's own field ---
+
+
+def scan_problem(H: int = 5, W: int = 7, C: int = 3, N: int = 4, R: int = 2) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return dict(
+        x=randn(1, H, W, C), proj=randn(1, H, W, 4, R + 2 * N), dt_weight=randn(4, C, R), dt_bias=randn(4, C) - 2,
+        A=-randn(4, C, N).exp(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (2, 3), (4, 6)])
+def test_influence_is_the_gradient_of_the_scan(pixel):
+    """d y[k, pixel, c] / d x[k, every pixel, c] of each direction with dt, B and C held fixed, by autograd."""
+    p = scan_problem()
+    _, H, W, C = p["x"].shape
+    R, N = p["dt_weight"].shape[2], p["A"].shape[2]
+    maps = p["x"].unsqueeze(3).repeat(1, 1, 1, 4, 1).requires_grad_()  # (1, H, W, K, C): an input of its own for each
+    code, B, C_ = to_directions(p["proj"]).split((R, N, N), dim=-1)
+    dt = F.softplus(code @ p["dt_weight"].transpose(1, 2) + p["dt_bias"].unsqueeze(1))
+    y, _ = scan_tokens(to_directions(maps), dt, p["A"], B, C_)
+    # Summing over channels is enough: they do not mix.
+    from_directions(y, H, W)[0, pixel[0], pixel[1]].sum().backward()
+    expected = maps.grad[0].permute(2, 0, 1, 3)  # (K, H, W, C)
+    got = influence(p["proj"][0], p["dt_weight"], p["dt_bias"], p["A"], pixel)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert (got[0].flatten(0, 1)[pixel[0] * W + pixel[1] + 1 :] == 0).all()  # nothing from the future of direction 0
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "pad"])
+def test_scan_field_of_an_image(trained, crop_mode, tmp_path):  # noqa: F811
+    """The merged map against autograd through the operator, step sizes, B and C fixed; and the pixel in its place."""
+    model = frozen_view(trained)
+    model.config = model.config.replace(preprocess=medmamba.PreprocessConfig(input_size=(32, 48), crop_mode=crop_mode))
+    image = np.random.default_rng(0).random((64, 96, 3), dtype=np.float32)
+    field = scan_field(model, image, pixel=(20, 70), stage=1)
+    assert field.pixel == (2, 8)  # of an 8x12 map: 20 / 64 * 8, 70 / 96 * 12
+    assert field.directions.shape == (4, 8, 12)
+    captured = {}
+    ssm = model.stages[0].blocks[0].ssm
+    ssm.register_forward_pre_hook(lambda module, args: captured.update(x=args[0]))
+    model.predict(image)
+    x, proj, _, A, _ = ssm.scan_inputs(captured["x"].clone())
+    x = x.detach().requires_grad_()
+    y = medmamba.selective_scan_2d(x, proj.detach(), ssm.dt_weight, ssm.dt_bias, A, torch.zeros_like(ssm.D), "torch")
+    y[0, 2, 8].sum().backward()
+    np.testing.assert_allclose(field.merged, x.grad[0].abs().mean(-1).numpy(), rtol=1e-4, atol=1e-7)
+    with_skip = medmamba.selective_scan_2d(x, proj.detach(), ssm.dt_weight, ssm.dt_bias, A, ssm.D, "torch")
+    x.grad = None
+    with_skip[0, 2, 8].sum().backward()
+    assert field.skip == pytest.approx(4, rel=0.1)  # D begins at 1 in each direction
+    assert x.grad[0, 2, 8].abs().mean() == pytest.approx(field.merged[2, 8] + field.skip, rel=0.2)
+    for suffix in (".png", ".npz", ".json"):
+        assert field.save(tmp_path / f"f{suffix}").stat().st_size > 200
+    assert field.merged_full.shape == (64, 96)
+
+
+def test_reach_counts_tokens_in_reading_order(trained):  # noqa: F811
+    field = scan_field(trained, picture(), pixel=(0, 0))
+    assert field.reach["rows, forward"] is None  # the first token has nothing before it
+    backward = field.directions[2].flatten()[1:]  # what the last token of "rows, backward" has read, nearest first
+    n = field.reach["rows, backward"]
+    assert backward[:n].sum() >= 0.9 * backward.sum() > backward[: n - 1].sum()
+
+
+def test_scan_field_refuses(trained):  # noqa: F811
+    for kwargs, message in (
+        (dict(pixel=(32, 0)), "outside of the image, 32x32"),
+        (dict(pixel=(-1, 0)), "outside of the image"),
+        (dict(stage=5), "no stage 5"),
+        (dict(block=2), "no block 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan_field(trained, picture(), **kwargs)
+    model = frozen_view(trained)
+    model.config = model.config.replace(preprocess=medmamba.PreprocessConfig(input_size=(32, 32), crop_mode="center"))
+    with pytest.raises(ValueError, match="crops that part"):
+        scan_field(model, np.zeros((32, 96), np.float32), pixel=(16, 5))
+    assert scan_field(model, np.zeros((32, 96), np.float32), pixel=(16, 33)).pixel == (4, 0)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def on_disk(trained, tmp_path, monkeypatch):  # noqa: F811
+    from PIL import Image
+
+    monkeypatch.setattr(cli, "SUBCOMMANDS", ("cli_explain",))  # the others import what they need
+    trained.save_pretrained(tmp_path / "model")
+    Image.fromarray((picture() * 255).astype(np.uint8)).save(tmp_path / "cell.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def explain_command(*args: str) -> int:
+    return cli.main(["explain", *args, "--model", "model", "--device", "cpu"])
+
+
+def test_command_writes_a_map_next_to_the_numbers(on_disk, capsys):
+    assert (
+        explain_command("cell.png", "--target", "red", "--trust", "--method", "gradcam", "--layer", "stage2.scan") == 0
+    )
+    out = capsys.readouterr().out
+    assert "cell.png: gradcam (stage2.scan) for red, logit" in out
+    assert "insertion AUC" in out
+    assert "wrote cell.explain.png" in out
+    assert (on_disk / "cell.explain.png").stat().st_size > 1000
+
+
+def test_command_options_and_files(on_disk, capsys):
+    assert explain_command("cell.png", "--baseline", "0.5", "--option", "n_steps=6", "--out", "a.json", "a.npz") == 0
+    record = json.loads((on_disk / "a.json").read_text())
+    assert record["parameters"]["n_steps"] == 6
+    assert record["parameters"]["baseline"] == 0.5
+    assert (on_disk / "a.npz").is_file()
+
+
+def test_command_compares_and_shows_scans(on_disk, capsys):
+    assert explain_command("cell.png", "--compare", "saliency,gradcam:stage2.conv", "--out", "c.png", "c.json") == 0
+    assert "gradcam (stage2.conv)" in capsys.readouterr().out
+    assert len(json.loads((on_disk / "c.json").read_text())["explanations"]) == 2
+    assert explain_command("cell.png", "--scan", "9,9", "--stage", "2", "--out", "s.json") == 0
+    assert json.loads((on_disk / "s.json").read_text())["pixel"] == [1, 1]
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_command_lists(on_disk, capsys):
+    assert explain_command("--list") == 0
+    out = capsys.readouterr().out
+    assert "integrated_gradients" in out and 'baseline="mean"' in out and "stage4.scan" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["missing.png"], "no such file"),
+        ([], "name an image"),
+        (["cell.png", "--target", "purple"], "no class is called 'purple'"),
+        (["cell.png", "--method", "magic"], "unknown method"),
+        (["cell.png", "--method", "saliency", "--layer", "stage1"], "saliency has no option 'layer'"),
+        (["cell.png", "--out", "map.gif"], "ends in .png"),
+        (["cell.png", "--out", "nowhere/map.png"], "no folder nowhere"),
+        (["cell.png", "--out", "cell.png"], "overwrite the image"),
+        (["cell.png", "--scan", "middle"], "expected ROW,COLUMN"),
+        (["cell.png", "--option", "n_steps"], "expected NAME=VALUE"),
+    ],
+)
+def test_command_errors_are_one_line(on_disk, capsys, args, message):
+    assert explain_command(*args) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(p.name for p in on_disk.iterdir()) == ["cell.png", "model"]
+
+
+def test_squares_hold_their_colour():
+    images, classes, corners = squares(4, 0)
+    for image, label, (top, left) in zip(images, classes, corners, strict=True):
+        assert image[0 if label else 2, top, left] == 1

@@ -1,0 +1,81 @@
+"""The models in hub/models: each is fit to be published as it lies there, and says what it is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import medmamba
+from hub.golden import GOLDEN_NAME, check_golden
+from hub.publish import model_folders
+from hub.validate import validate
+from medmamba import MedMamba
+from medmamba.cards.card import EXAMPLE_NAME, read_facts, render_card
+from medmamba.inference.ood import load_unusual
+
+FOLDERS = model_folders()
+WHOLE_ZOO = 160 * 2**20  # bytes, of a clone
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request) -> Path:
+    return request.param
+
+
+def test_the_default_model_is_there():
+    assert medmamba.DEFAULT_MODEL in medmamba.bundled_models()
+    assert f"medmamba/{Path(medmamba.bundled_models()[medmamba.DEFAULT_MODEL]).name}" == medmamba.DEFAULT_MODEL
+
+
+def test_it_may_be_published_as_it_is(folder, tmp_path):
+    """A copy, since publishing may write into a folder; nothing of it may have to be written."""
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    report = validate(copy, f"medmamba/{folder.name}")
+    assert not report.problems
+    assert not [w for w in report.warnings if "written" in w or "not calibrated" in w], report.warnings
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert set(report.files) == {p.name for p in folder.iterdir()}  # nothing lies there that is not part of it
+
+
+def test_its_golden_prediction_is_on_record_and_reproduced(folder):
+    golden = json.loads((folder / GOLDEN_NAME).read_text(encoding="utf-8"))
+    assert check_golden(MedMamba.from_pretrained(f"medmamba/{folder.name}"), golden, folder.name) < 0.02
+
+
+def test_its_figures_are_of_a_test_split_that_selected_nothing(folder):
+    facts = read_facts(folder)
+    assert facts.split == "test" and facts.evaluations["test"].resamples >= 200
+    training = facts.config.training
+    assert training["split_sizes"]["test"] == facts.evaluations["test"].n_images
+    assert training["seed"] is not None and training["recipe"] and training["selected_by"]
+    assert facts.config.calibration["temperature"] > 0
+
+
+def test_its_card_tells_everything(folder):
+    facts = read_facts(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text == render_card(facts, f"medmamba/{folder.name}")  # python -m hub.card hub/models/*
+    card = ModelCard(text)
+    assert "](confusion.png)" in text and "](reliability.png)" in text
+    assert card.data.license == facts.terms.licence and facts.entry is not None
+    assert ("nc" in card.data.license.split("-")) == bool(facts.terms.non_commercial)
+    if facts.entry.licence.id == "CC-BY-4.0":  # an image of these may be shown
+        assert "](attribution.png)" in text
+        assert "CC BY 4.0" in json.loads((folder / EXAMPLE_NAME).read_text(encoding="utf-8"))["credit"]
+    command = text.partition("## How to reproduce")[2].partition("```bash\n")[2].partition("```")[0]
+    assert (
+        command.startswith(("medmamba train", "python -m hub.zoo"))
+        and f"--seed {facts.config.training['seed']}" in command
+    )
+    assert load_unusual(folder) is not None and "## Images of another kind" in text
+
+
+def test_together_they_fit_a_clone():
+    sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in FOLDERS}
+    assert sum(sizes.values()) < WHOLE_ZOO, sizes
+    for folder in FOLDERS:
+        weights = (folder / "model.safetensors").stat().st_size
+        parameters = sum(p.numel() for p in MedMamba.from_pretrained(folder).parameters())
+        assert weights < 2.3 * parameters, f"{folder.name}: save it in half precision"

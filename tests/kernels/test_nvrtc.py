@@ -1,0 +1,70 @@
+"""The CUDA kernels compile for the GPUs that are supported, from the oldest to the newest. Needs NVRTC, and no GPU."""
+
+import pytest
+import torch
+from test_cuda_kernels import DEVICE, emulate, problem, saved_states
+from test_fused_ops import network, step
+
+from medmamba.kernels.backends import cuda as cuda_backend
+from medmamba.kernels.block import layers
+from medmamba.kernels.block import training as fused_ops
+from medmamba.kernels.block import training_conv as conv_ops
+from medmamba.kernels.cuda import nvrtc
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTHS = [(96, 3), (192, 6), (384, 12), (768, 24), (34, 2)]  # channels and rank of the scans of `tiny`, and an odd one
+# Turing, Ampere, Ada, Hopper, Blackwell for data centres and for desks.
+CAPABILITIES = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+FILES = {"forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu", "train.cu", "train_conv.cu", "batch.cu"}
+
+
+@pytest.fixture
+def wanted(monkeypatch):
+    """(file, constants) that a training step, an inference and the scans of `tiny` have compiled. Nothing runs."""
+    found = set()
+
+    def load_kernel(file, name, signature, constants, shared, device):
+        found.add((file, constants))
+        return lambda *_: None
+
+    caches = fused_ops._norm_kernel, fused_ops._conv_plan, fused_ops._mix_kernel, conv_ops._kernel
+    for cache in caches:
+        cache.cache_clear()
+    emulate(monkeypatch, processors=132)
+    monkeypatch.setattr(nvrtc, "load_kernel", load_kernel)
+    monkeypatch.setattr(layers, "_on_cuda_backend", lambda x, backend: True)
+    images = torch.randn(2, 3, 64, 64, device=DEVICE)
+    for dtype in TYPES:
+        step(network("tiny"), images, None if dtype == torch.float32 else dtype)
+        with torch.inference_mode():
+            network("tiny").eval().fuse(dtype).cuda_pyramid(images)
+        for C, R in WIDTHS:
+            tensors = problem(H=7, W=7, C=C, R=R, dtype=dtype)
+            states = saved_states(tensors[0], 16)
+            cuda_backend.scan_2d_forward(*tensors, states)
+            cuda_backend.scan_2d_backward(tensors[0], *tensors, states)
+    for cache in caches:  # of kernels that do nothing
+        cache.cache_clear()
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_everything_compiles_for_every_supported_gpu(wanted):
+    try:
+        nvrtc.compiler()
+    except OSError as error:
+        pytest.skip(str(error))
+    assert {file for file, _ in wanted} == FILES == {path.name for path in nvrtc.SOURCES.glob("*.cu")}
+    for number, (file, constants) in enumerate(sorted(wanted)):
+        capability = CAPABILITIES[number % len(CAPABILITIES)]  # in turn: all for each would take minutes
+        compile_for(file, constants, capability)
+    for file, constants in dict(sorted(wanted)).items():
+        for capability in CAPABILITIES:
+            compile_for(file, constants, capability)
+
+
+def compile_for(file, constants, capability):
+    flags = [f"-D{key}={value}" for key, value in constants]
+    code = nvrtc.compile_kernel(nvrtc.kernel_source(file), flags, capability)
+    # PTX, for the driver to translate, where NVRTC is older than the GPU.
+    assert code.startswith(b"\x7fELF") or capability >= (10, 0), f"{file} for {capability} is no machine code"
