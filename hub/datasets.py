@@ -9,8 +9,8 @@ from medmamba.data.registry import DatasetEntry, PublishedMetrics
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "datasets.md"
 HEAD = """# The sixteen datasets of the paper
 
-Written by `python -m hub.datasets` from [`medmamba/data/registry.json`](../medmamba/data/registry.json), which training,
-evaluation, conversion, model cards and the web app read too: `medmamba.data.registry.get("kvasir")`.
+Written by `python -m hub.datasets` from [`medmamba/data/registry.json`](../medmamba/data/registry.json), which
+training, evaluation, conversion, model cards and the web app read too: `medmamba.data.registry.get("kvasir")`.
 """
 FIGURES = """## Published figures
 

@@ -4,9 +4,9 @@
     python -m hub.pretrain_pool --data DATA --out pool.npz
     python -m hub.pretrain --pool pool.npz --variant tiny --out runs/tiny-medical --epochs 60
 
-The student sees the same augmented view as the teacher, EfficientNet-Lite2 with Google's weights, and learns to predict
-the teacher's last feature maps through a 1x1 convolution, which is thrown away; where an image has a label, it also learns
-the label, among the classes of all data sets together. Nothing but the training images of the pool is read.
+The student sees the same augmented view as the teacher, EfficientNet-Lite2 with Google's weights, and learns to
+predict the teacher's last feature maps through 1x1 convolutions that are discarded afterwards. Labelled images also
+contribute a cross entropy over the classes of all data sets together. Only the training images of the pool are read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         net, height = self.net, x.shape[2]
-        x = net._swish(net._bn0(net._conv_stem((x - self.mean) / self.std)))
+        x = net._swish(net._bn0(net._conv_stem((x - self.mean) / self.std)))  # type: ignore[operator]
         middle = x
         for block in net._blocks:
             x = block(x)
@@ -104,7 +104,7 @@ class Distillation(nn.Module):
             self.std[level] = values.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of images (B, 3, H, W) in [0, 1] and targets (B, classes), rows of zeros where there is no label."""
+        """Returns the mean loss of images (B, 3, H, W) in [0, 1]; targets (B, classes) are zero where unlabelled."""
         with torch.autocast(images.device.type, torch.bfloat16):
             with torch.no_grad():
                 wanted = self._teacher[0](images)
@@ -155,9 +155,9 @@ def pretrain(
     teacher = Teacher()
     student = create_model(variant, num_classes=0, drop_path_rate=0.1)
     model = Distillation(student, teacher, classes, label_weight)
-    teacher.to(device, memory_format=torch.channels_last)
+    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device)
-    student.to(memory_format=torch.channels_last)
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(pick: np.ndarray, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(pick).to(device, non_blocking=True)

@@ -2,8 +2,8 @@
 
     python -m hub.pretrain_pool --data DATA --out pool.npz
 
-Only training images are taken, and of those none that looks like an image of any validation or test set: each is compared
-with all of them, across data sets, as a thumbnail. What was left out is counted in the file and printed.
+Only training images are taken, and none that looks like an image of any validation or test set: each is compared with
+all of them, across data sets, as a thumbnail. What is left out is counted in the file and printed.
 """
 
 from __future__ import annotations

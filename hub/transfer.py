@@ -3,9 +3,9 @@
     python -m hub.transfer --data DATA --out transfer --sets breastmnist pad_ufes_20 \
         --starts scratch medmamba/bloodmnist runs/tiny-medical
 
-For each start, set and seed: a linear probe on frozen features (its strength chosen on val), fine-tuning on ten images a
-class, and fine-tuning on the whole training split, the last two by the documented command with the recipe `finetune`. Only
-the epoch or the strength chosen on val is tried on test, once. Each result is a JSON file; what is there is not repeated.
+For each start, set and seed: a linear probe on frozen features (regularisation chosen on val), fine-tuning on ten
+images a class, and fine-tuning on the whole training split, the last two with the recipe `finetune`. Only the
+epoch or regularisation chosen on val is evaluated on test, once. Each result is a JSON file and is not repeated.
 """
 
 from __future__ import annotations

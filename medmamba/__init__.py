@@ -44,16 +44,7 @@ _HOME = {  # public name -> the module that defines it
     "train": "training",
 }
 _PACKAGES = (
-    "data",
-    "evaluation",
-    "explain",
-    "export",
-    "imaging",
-    "inference",
-    "kernels",
-    "metrics",
-    "model",
-    "training",
+    *("data", "evaluation", "explain", "export", "imaging", "inference", "kernels", "metrics", "model", "training"),
 )
 
 __all__ = [
@@ -94,4 +85,4 @@ def __dir__() -> list[str]:
 
 
 _moved.install()  # old module names, for one release
-timm_hook.install()  # costs nothing without timm; with it, timm.create_model knows MedMamba, whichever is imported first
+timm_hook.install()  # makes timm.create_model know MedMamba if timm is imported, before or after; costs nothing else

@@ -131,7 +131,7 @@ def cache_images(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     files: FileIndex | None = None,
 ) -> CachedDataset:
-    """Decodes and resizes every image once, as `medmamba.imaging.preprocess` does, and keeps as many bits as the files have.
+    """Decodes and resizes every image once, as prediction does, and keeps as many bits as the files have.
 
     What the cache gives out is the model's preprocessing to within half a step: of 255 where all files have 8 bits per
     channel, of 65535 where one has more. The transform of `dataset` is not applied.

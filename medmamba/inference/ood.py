@@ -1,9 +1,10 @@
-"""Does an image look like those a model was trained on? Told by the features behind the classifier.
+"""Out-of-distribution detection from penultimate-layer features.
 
-Scores of the logits (`medmamba.metrics.calibration`: energy, largest probability) fail where it matters most: an X-ray shown to a
-model of blood cells can get larger logits than any cell. What does tell is how far the pooled features lie from those
-of every class, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et al. 2018
-(arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a heuristic.
+Scores of the logits (`metrics.calibration`: energy, largest probability) fail where it matters most: an X-ray shown
+to a model of blood cells can get larger logits than any cell. The distance of the pooled features from those of every
+class is more reliable, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et
+al. 2018 (arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a
+heuristic.
 
 `medmamba train` leaves such a warning beside the weights, `from_pretrained` finds it and `predict` asks it. For a
 model from elsewhere:
@@ -52,7 +53,7 @@ class Unusual:
         threshold: an image with a score above it is called unusual.
         coverage: share of the validation images that are not.
         measured: how well it works: {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
-        weights: fingerprint of the network whose features these are, see `medmamba.inference.fingerprint`; None: not recorded.
+        weights: fingerprint of the network that made the features (`inference.fingerprint`), or None if not recorded.
     """
 
     means: NDArray[np.float64] = field(repr=False)

@@ -30,7 +30,7 @@ class Prediction:
             deserves attention begins with "warning".
         logits: raw outputs in class order, before temperature and softmax.
         unusual: the image is unlike the training images (a heuristic): by the features where `model.unusual` is there
-            (see `medmamba.inference.ood`), else by the logits (see `calibrate.OutOfDistribution`, which tells less); None
+            (see `medmamba.inference.ood`), else by the logits (see `calibration.OutOfDistribution`); None
             where the model has no threshold for either.
     """
 

@@ -1,7 +1,7 @@
 """MedMamba in timm: `timm.create_model("hf-hub:org/name", pretrained=True)`, `features_only` backbones included.
 
-timm is neither needed nor imported here. Importing medmamba registers the models when, and only if, timm is imported, in
-whichever order the two are (`timm_hook`); `register()` does it at once.
+timm is neither needed nor imported here. `timm_hook` registers the models as soon as timm is imported, before or after
+medmamba; `register()` does it at once.
 """
 
 from typing import Any
