@@ -7,4 +7,4 @@ python -m hub.convert   turns a published .pth checkpoint into a model folder
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch is loaded, see medmamba_command.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch is loaded, see medmamba/__main__.py

@@ -75,9 +75,9 @@ class FittedMixin:
     @config.setter
     def config(self, config: MedMambaConfig) -> None:
         self.__dict__["_config"] = config
+        bonds = _bonds(self)  # made with the model, so that inference adds nothing to it
         if "patch_embed" not in self.__dict__.get("_modules", {}):
             return  # there are no weights yet
-        bonds = _bonds(self)
         if bonds.head:
             bonds.head = (self.head,)  # type: ignore[attr-defined]
         if config.calibration and config.calibration != bonds.calibration:
