@@ -1,6 +1,5 @@
 """Fixtures for all tests."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 import medmamba
 
-_VISION = torch.library.Library("torchvision", "FRAGMENT")  # see `timm`; lives as long as the process
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -22,18 +20,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def timm():
-    """timm, also where torchvision was compiled for a PyTorch with CUDA and PyTorch was not."""
-    found = importlib.util.find_spec("torchvision")
-    if found is None or importlib.util.find_spec("timm") is None:
-        pytest.skip("needs timm and torchvision: pip install 'medmamba[dev]'")
-    version = (Path(found.submodule_search_locations[0]) / "version.py").read_text(encoding="utf-8")
-    if "+cu" in version and torch.version.cuda is None:
-        # Its operators cannot be loaded, and it refuses to be imported without these two, which timm never calls.
-        for name in ("nms", "qnms"):
-            _VISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
+    """timm, or a skip where it or its torchvision is missing."""
+    return pytest.importorskip("timm", reason="needs timm and a torchvision built for this torch: make setup")
 
 
 @pytest.fixture

@@ -556,6 +556,7 @@ def test_a_job_that_fails_says_why_without_paths(tmp_path, model_folder):
     assert "set.zip" in str(error.value) and str(tmp_path) not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_job_keeps_to_its_time_and_still_ends_in_a_model(tmp_path, model_folder):
     limits = Limits(train_minutes=0.15)
     job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 1000, tmp_path, limits, "cpu")

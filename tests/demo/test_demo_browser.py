@@ -327,6 +327,7 @@ def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_
     page.get_by_text("Nothing was kept").wait_for()
 
 
+@pytest.mark.slow
 def test_one_model_is_trained_at_a_time_and_others_are_told(open_page):
     first, second = open_page(), open_page()
     for page in (first, second):
@@ -404,6 +405,7 @@ def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
     assert not any(found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_axe_finds_nothing_serious_in_what_takes_longer(open_page, dark):
     page = open_page(dark=dark, width=390 if dark else 1280)

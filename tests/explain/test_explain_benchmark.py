@@ -84,6 +84,7 @@ def test_folders_are_known_by_any_name_of_their_class(bench, dataset, folder, la
     assert explain_workers.same_class(dataset, folder, label) == same
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_writes_the_tables(bench, folder, monkeypatch, capsys):
     explain, report = bench
     explain.run(options(folder))
@@ -113,6 +114,7 @@ def test_a_run_goes_on_and_writes_the_tables(bench, folder, monkeypatch, capsys)
         explain.run(options(folder, seed=1))
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_its_deadline_with_what_it_has(bench, folder):
     explain, report = bench
     explain.run(options(folder, images=2, timed_images=0, deadline=1e-6))
@@ -120,6 +122,7 @@ def test_a_run_ends_at_its_deadline_with_what_it_has(bench, folder):
     assert not out.exists() or report.count(json.loads(out.read_text()), "faithfulness") == 0
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_said_and_does_not_end_the_run(bench, folder, capfd):
     explain, report = bench
     explain.sample(folder / "data/cells/test", 1, 0)[0].write_bytes(b"\x89PNG\r\n\x1a\nnothing")

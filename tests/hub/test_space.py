@@ -149,6 +149,7 @@ def start_and_ask(python: str, folder: Path) -> dict:
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_it_starts_from_its_own_folder_and_answers(folder):
     where = [sys.executable, "-c", "import medmamba; print(medmamba.__file__)"]
     found = subprocess.run(where, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -94,6 +94,7 @@ def everything(root, out, *words):
     return run("all", "--data", root, "--out", out, *tiny, *words, "--set", *settings)
 
 
+@pytest.mark.slow
 def test_all_trains_what_is_asked_for_and_what_that_needs(root, tmp_path, capfd):
     only = ("--only", "dermamnist-0", "nano-bloodmnist-0")
     assert everything(root, tmp_path, *only) == 0

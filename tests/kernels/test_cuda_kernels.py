@@ -329,6 +329,7 @@ def test_scan_gate(dtype):
     torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_fused_model(dtype):

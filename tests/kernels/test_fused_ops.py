@@ -467,6 +467,7 @@ def distance(a, b):
     return (squares / sum(b[n].double().square().sum() for n in b)).sqrt().item()
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_model(checkpointing, monkeypatch):
@@ -489,6 +490,7 @@ def test_model(checkpointing, monkeypatch):
         assert names == forward + backward
 
 
+@pytest.mark.slow
 @runs
 def test_model_under_autocast():
     """The stream of the blocks stays in 16 bits, and gradients are as near to those in float32 as without kernels."""

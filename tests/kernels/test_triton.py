@@ -44,6 +44,7 @@ def short_chunks(monkeypatch):
             monkeypatch.setattr(module, "CHUNK", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED or CUDA, reason="already running the kernels")
 def test_in_the_interpreter():

@@ -176,7 +176,7 @@ def test_fused_copy_gives_the_same_logits(tiny_model):
         tiny_model.train().fuse()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(tiny_model, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler on a CPU")

@@ -35,6 +35,7 @@ def trees(notebook: nbformat.NotebookNode) -> list[ast.Module]:
     return [ast.parse(transform(cell.source)) for cell in code_cells(notebook)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_with_small_parameters(name, monkeypatch):
     monkeypatch.setenv("MEDMAMBA_NOTEBOOK_FAST", "1")

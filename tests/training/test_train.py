@@ -440,6 +440,7 @@ def test_the_kept_epoch_is_the_best_on_validation(finished):
     assert finished.val["accuracy"] == pytest.approx(values[finished.best_epoch - 1][0])
 
 
+@pytest.mark.slow
 def test_it_learns(folder, tmp_path):
     result = train(folder, tmp_path, "default", "test", **{**QUICK, "epochs": 12, "augment.brightness": 0}, **COMMON)
     assert result.test["accuracy"] > 0.8 and result.history[-1]["loss"] < result.history[0]["loss"]
@@ -493,6 +494,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_weights(folder, tmp_path):
     """SIGKILL, which nobody can catch, in the middle of an epoch, after different numbers of checkpoints."""
     options = {**QUICK, "epochs": 8}
@@ -646,6 +648,7 @@ engine.graphs_possible, graphs.capture = lambda accelerator: True, capture
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [None, -1, 1], ids=["ddp", "graphs", "graph of one process fails"])
 def test_two_processes_train_as_one_with_two_parts(broken, folder, tmp_path, one_with_two_parts):
     """Same global batch, same images in each part, so the same gradients, losses, statistics and scores."""

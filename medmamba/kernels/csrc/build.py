@@ -72,10 +72,23 @@ def build(name: str, target: str, variants: dict[str, str], output: Path) -> Non
         new.replace(output / name)
 
 
+def check(names: list[str]) -> int:
+    """Builds into a temporary folder and compares with the committed libraries, byte for byte; returns an exit code."""
+    different = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            build(name, *TARGETS[name], Path(folder))
+            hashes = [hashlib.sha256((where / name).read_bytes()).hexdigest() for where in (Path(folder), LIBRARIES)]
+            different += hashes[0] != hashes[1]
+            print(f"{name}: {hashes[0]} {'as committed' if hashes[0] == hashes[1] else f'differs from {hashes[1]}'}")
+    return int(different > 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"libraries to build, of: {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--output", type=Path, default=LIBRARIES)
+    parser.add_argument("--check", action="store_true", help="build elsewhere and compare with the committed libraries")
     options = parser.parse_args()
     version = subprocess.run(
         (sys.executable, "-m", "ziglang", "version"), capture_output=True, text=True, check=True
@@ -84,6 +97,8 @@ def main() -> None:
         raise SystemExit(
             f"zig {version} is installed, the libraries are built with: pip install ziglang=={ZIG_VERSION}"
         )
+    if options.check:
+        raise SystemExit(check(options.names or list(TARGETS)))
     for name in options.names or TARGETS:
         build(name, *TARGETS[name], options.output)
         print(f"{options.output / name}: {(options.output / name).stat().st_size / 1024:.0f} KiB")
