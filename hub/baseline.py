@@ -1,4 +1,4 @@
-"""A model of timm through the same trainer, data, recipe and evaluation as MedMamba, from scratch, for comparison."""
+"""Baselines: a timm model with MedMamba's trainer, data, recipe and evaluation, from scratch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch import Tensor, nn
 
 from medmamba import MedMamba
 from medmamba.config import MedMambaConfig, variant_config
-from medmamba.data import check_leakage
-from medmamba.data.registry import get
-from medmamba.evaluation.evaluate_model import RESULTS_NAME, score, write_results
-from medmamba.metrics.calibration import fit_calibration
+from medmamba.data import check_leakage, registry
+from medmamba.evaluation.evaluate_model import RESULTS_NAME, write_results
 from medmamba.training.checkpoint import CheckpointStore
-from medmamba.training.finalise import training_record
+from medmamba.training.finalise import score_splits, training_record
+from medmamba.training.identity import differences, fingerprint, run_identity
 from medmamba.training.recipe import load_recipe
-from medmamba.training.run import CHECKPOINTS, fingerprint
+from medmamba.training.run import CHECKPOINTS
 from medmamba.training.run_log import RunLog
-from medmamba.training.setup import ImageCache, check_splits, make_accelerator
+from medmamba.training.setup import ImageCache, check_splits
 from medmamba.training.trainer import Trainer
-from medmamba.training.validation import predict_logits, validation_batch
+from medmamba.utils.devices import make_accelerator
+
+from .zoo_data import DATASETS, duplicates_checked, open_one
 
 
 class TimmClassifier(nn.Module):
-    """As much of MedMamba's interface as the trainer needs; recipes with layer decay or freezing need more."""
+    """A timm model with the part of MedMamba's interface that the trainer uses.
+
+    Recipes with layer decay or freezing need more and are rejected by `train_baseline`.
+    """
 
     def __init__(self, name: str, config: MedMambaConfig):
         import timm
@@ -41,6 +45,7 @@ class TimmClassifier(nn.Module):
         return self.net(x)
 
     def no_weight_decay(self) -> set[str]:
+        """Returns the names of biases and norm parameters."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
 
 
@@ -59,17 +64,25 @@ def train_baseline(
     progress: bool = True,
     **settings: Any,
 ) -> bool:
-    """Trains on `data`/`name` and writes results and history to `out`; no weights. Call again to go on.
+    """Trains on `data`/`name` and writes results and history, but no weights, to `out`. Call again to resume.
 
-    Returns whether the run is finished.
+    Args:
+        architecture: a model name of timm, such as "resnet50".
+        name: one of `hub.zoo_data.DATASETS`.
+        settings: of the recipe.
+
+    Returns:
+        Whether the run is finished.
+
+    Raises:
+        ValueError: the recipe uses layer decay or freezing.
+        FileExistsError: `out` holds the results of a different run.
     """
-    from .zoo import DATASETS, doubles_checked, open_one
-
     started, out = time.monotonic(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    chosen, entry = load_recipe(recipe, **settings), get(name)
+    chosen, entry = load_recipe(recipe, **settings), registry.get(name)
     if chosen.layer_decay < 1 or chosen.freeze:
-        raise ValueError("layer_decay and freeze need the layers of MedMamba; baselines go without")
+        raise ValueError("layer_decay and freeze need the layers of MedMamba; baselines do not support them")
     index = open_one(Path(data), name)
     check_splits(index)
     accelerator = make_accelerator(device, "auto")
@@ -79,24 +92,17 @@ def train_baseline(
         id2label=entry.id2label,
         preprocess={"input_size": (chosen.evaluated_at, chosen.evaluated_at)},
     ).replace(architecture=f"timm {architecture}")
-    identity = {
-        "recipe": {key: value for key, value in chosen.to_dict().items() if key not in ("name", "description")},
-        "seed": seed,
-        "data": fingerprint(index),
-        "model": config.architecture,
-        "init": "",
-        "in_chans": config.in_chans,
-        "precision": accelerator.mixed_precision,
-    }
-    if (out / RESULTS_NAME).is_file():
-        before = json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))
-        if before["training"]["identity"] != json.loads(json.dumps(identity)):
-            raise FileExistsError(f"{out} holds the results of another run; use another folder")
-        return True
-    checked = doubles_checked(index, cache)
-    check_leakage(index, allow=DATASETS[name], duplicates=checked is None)
     torch.manual_seed(seed)
     model = cast(MedMamba, TimmClassifier(architecture, config))
+    data_digest, precision = fingerprint(index), accelerator.mixed_precision
+    identity = run_identity(chosen, model, None, data_digest, seed=seed, precision=precision, parts=1)
+    if (out / RESULTS_NAME).is_file():
+        before = json.loads((out / RESULTS_NAME).read_text(encoding="utf-8"))
+        if changed := differences(identity, before["training"]["identity"]):
+            raise FileExistsError(f"{out} holds the results of another run, with another {changed}; use another folder")
+        return True
+    checked = duplicates_checked(index, cache)
+    check_leakage(index, allow=DATASETS[name], duplicates=checked is None)
     images = ImageCache(index, config, accelerator, cache, progress)
     store = CheckpointStore(out / CHECKPOINTS)
     trainer = Trainer(
@@ -120,15 +126,7 @@ def train_baseline(
         record["allowed_leakage"] = list(DATASETS[name])
     if checked:
         record["duplicates_checked"] = checked
-    scored = {}
-    for split in ("val", "test"):
-        part = images(split, chosen.evaluated_at)
-        batch = validation_batch(64, accelerator.device)
-        logits = predict_logits(model, part, batch, accelerator, full_precision=True)
-        if split == "val":
-            config = config.replace(calibration=fit_calibration(logits.numpy(), part.index.labels).to_dict())
-        context = {"data": name, "split": split, "input_size": list(config.preprocess.input_size)}
-        scored[split] = score(logits, part.index, config, context=context)
-    write_results(out, scored, training=record, calibration=config.calibration)
+    scored = score_splits(model, images, accelerator, name)
+    write_results(out, scored, training=record, calibration=model.config.calibration)
     store.clear()
     return True

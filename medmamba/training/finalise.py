@@ -64,18 +64,8 @@ def finish(
         model = MedMamba.from_pretrained(model.save_pretrained(folder, dtype=dtype))
     model.to(accelerator.device)
     size = model.config.preprocess.input_size[0]
-    scored: dict[str, Scored] = {}
-    for split in ("val", "test"):
-        if not images.index.split_sizes.get(split):
-            continue
-        data = images(split, size)
-        batch_size = validation_batch(64, accelerator.device)
-        logits = predict_logits(model, data, batch_size, accelerator, full_precision=True)
-        if split == "val":
-            calibration = fit_calibration(logits.numpy(), data.index.labels, model.config.task)
-            model.config = model.config.replace(calibration=calibration.to_dict(), training=record)
-        context = {"data": record["dataset"], "split": split, "input_size": [size, size]}
-        scored[split] = score(logits, data.index, model.config, context=context)
+    scored = score_splits(model, images, accelerator, record["dataset"])
+    model.config = model.config.replace(training=record)
     if images.warnings:  # known in full only now
         record |= {"image_warnings": images.warnings}
         model.config = model.config.replace(training=record)
@@ -86,6 +76,27 @@ def finish(
         store.clear()
     wait_for_everyone(accelerator)
     return {split: result.evaluation for split, result in scored.items()}
+
+
+def score_splits(model: MedMamba, images: ImageCache, accelerator: Accelerator, dataset: str) -> dict[str, Scored]:
+    """Calibrates a model on "val", then scores it there and, where there are test images, on "test".
+
+    The calibration is stored in `model.config`. All processes call this together.
+    """
+    size = model.config.preprocess.input_size[0]
+    scored: dict[str, Scored] = {}
+    for split in ("val", "test"):
+        if not images.index.split_sizes.get(split):
+            continue
+        data = images(split, size)
+        batch_size = validation_batch(64, accelerator.device)
+        logits = predict_logits(model, data, batch_size, accelerator, full_precision=True)
+        if split == "val":
+            calibration = fit_calibration(logits.numpy(), data.index.labels, model.config.task)
+            model.config = model.config.replace(calibration=calibration.to_dict())
+        context = {"data": dataset, "split": split, "input_size": [size, size]}
+        scored[split] = score(logits, data.index, model.config, context=context)
+    return scored
 
 
 def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:

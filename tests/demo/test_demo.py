@@ -359,7 +359,11 @@ def test_images_unlike_the_training_images_are_marked(tmp_path):
         model.predict(own)
     features = pooled.array()
     warning = fit_unusual(features, np.arange(8) % 2, features)
-    dataclasses.replace(warning, measured={"auroc": {"Other": {"auroc": 0.9, "n": 5}}}).save(folder)
+    measured = {
+        "own": {"n": 5, "called_unusual": 0.0},
+        "auroc": {"Other": {"auroc": 0.9, "n": 5, "called_unusual": 1.0}},
+    }
+    dataclasses.replace(warning, measured=measured).save(folder)
     answers_ = service.Service(store.ModelStore((str(folder),), "cpu"))
     known, noise = tmp_path / "known.png", tmp_path / "noise.png"
     Image.open(own[0]).save(known)

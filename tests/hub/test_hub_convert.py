@@ -277,7 +277,7 @@ def _nearest_level_head(state, levels):
         (lambda s: {"weights": [1, 2, 3]}, "it has no 'patch_embed.proj.weight'"),
         (lambda s: {k: v for k, v in s.items() if "x_proj_weight" not in k}, "missing"),
         (lambda s: s | {"layers.0.blocks.0.finalconv11.weight": torch.zeros(1)}, "before April 2024"),
-        (lambda s: s | {"head.weight": torch.full_like(s["head.weight"], torch.nan)}, "may hold NaN"),
+        (lambda s: s | {"head.weight": torch.full_like(s["head.weight"], torch.nan)}, "has NaN or infinity in 1 of"),
     ],
 )
 def test_what_cannot_be_converted_is_named_and_leaves_nothing(saved, tmp_path, spoil, message, capsys):

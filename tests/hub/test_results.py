@@ -149,7 +149,7 @@ def test_figures_are_taken_from_the_folder_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["breastmnist", "pneumoniamnist", "dermamnist", "bloodmnist"])
 def test_every_dataset_of_the_zoo_has_a_caveat_and_a_recipe(name):
-    from hub.zoo import DATASETS
+    from hub.zoo_data import DATASETS
     from medmamba.training import load_recipe
 
     assert results.CAVEATS[name] and load_recipe(f"zoo-{name}").evaluated_at == 224 and name in DATASETS

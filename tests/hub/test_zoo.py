@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hub import zoo
+from hub import zoo, zoo_data
 from hub.job_queue import Job, Queue
 from medmamba.data import DatasetError, LeakageError, registry
 
@@ -16,7 +16,7 @@ def root(tmp_path_factory):
     """All four datasets with their classes: three images each in train, one in val and in test."""
     folder = tmp_path_factory.mktemp("zoo")
     rng = np.random.default_rng(0)
-    for name in zoo.DATASETS:
+    for name in zoo_data.DATASETS:
         for title in registry.get(name).id2label.values():
             for split, count in (("train", 3), ("val", 1), ("test", 1)):
                 place = folder / name / split / title
@@ -37,11 +37,11 @@ def small(root, out):
 
 
 def test_the_joint_model_sees_no_test_images_and_nothing_non_commercial(root):
-    joint = zoo.open_joint(root)
+    joint = zoo_data.open_joint(root)
     assert {record.split for record in joint.records} == {"train", "val"}
-    commercial = {name for name in zoo.DATASETS if not registry.get(name).licence.non_commercial}
-    assert {record.source.split("/")[0] for record in joint.records} == set(zoo.JOINT) == commercial
-    known = [(name, title) for name in zoo.JOINT for title in registry.get(name).id2label.values()]
+    commercial = {name for name in zoo_data.DATASETS if not registry.get(name).licence.non_commercial}
+    assert {record.source.split("/")[0] for record in joint.records} == set(zoo_data.JOINT) == commercial
+    known = [(name, title) for name in zoo_data.JOINT for title in registry.get(name).id2label.values()]
     assert len(joint.classes) == len(known)
     for record in joint.records:  # labels still say what the folder says
         dataset, _, title, _ = record.source.split("/")
@@ -53,21 +53,21 @@ def test_from_the_joint_model_to_one_dataset(root, tmp_path):
     assert run("pretrain", *small(root, joint)) == 0
     assert run("train", "dermamnist", "--init", joint, *small(root, out)) == 0
     record = json.loads((out / "results.json").read_text())["training"]
-    assert record["pretraining"] == list(zoo.JOINT) and record["init"] == "zoo-joint, seed 0"
+    assert record["pretraining"] == list(zoo_data.JOINT) and record["init"] == "zoo-joint, seed 0"
     assert "duplicates_checked" not in record and "allowed_leakage" not in record
 
 
-def test_doubles_across_splits_are_refused(root, tmp_path):
+def test_duplicates_across_splits_are_refused(root, tmp_path):
     copy = next((root / "dermamnist" / "train").rglob("*.png"))
-    double = root / "dermamnist" / "test" / copy.parent.name / "double_x.png"
-    double.write_bytes(copy.read_bytes())
+    duplicate = root / "dermamnist" / "test" / copy.parent.name / "duplicate_x.png"
+    duplicate.write_bytes(copy.read_bytes())
     try:
         with pytest.raises(LeakageError):
             run("train", "dermamnist", *small(root, tmp_path / "run"))
         with pytest.raises(LeakageError):
             run("decode", "dermamnist", "--size", 32, "--data", root, "--cache", tmp_path)
     finally:
-        double.unlink()
+        duplicate.unlink()
 
 
 def test_decoded_images_are_found_by_the_others(root, tmp_path, monkeypatch):
@@ -81,6 +81,18 @@ def test_decoded_images_are_found_by_the_others(root, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert run("train", "dermamnist", "--cache", cache, *small(root, out)) == 0
     assert json.loads((out / "results.json").read_text())["training"]["duplicates_checked"] == "by hub.zoo decode"
+
+
+def test_a_baseline_is_trained_once_and_refuses_other_settings(root, tmp_path, timm):
+    out = tmp_path / "run"
+    words = [word for word in small(root, out) if word not in ("--variant", "test")]
+    assert run("baseline", "dermamnist", "--model", "test_resnet", *words) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["splits"]) == {"val", "test"} and results["calibration"]
+    assert results["training"]["identity"]["model"] == "timm test_resnet"
+    assert not list(out.rglob("*.safetensors")) and run("baseline", "dermamnist", "--model", "test_resnet", *words) == 0
+    with pytest.raises(FileExistsError, match=r"seed \(was 0, now 1\)"):
+        run("baseline", "dermamnist", "--model", "test_resnet", "--seed", 1, *words)
 
 
 def test_missing_data_is_said(tmp_path):
@@ -115,7 +127,7 @@ def test_all_trains_what_is_asked_for_and_what_that_needs(root, tmp_path, capfd)
 def test_all_names_every_dataset_seed_and_baseline(root, tmp_path):
     args = zoo._parser().parse_args(["all", "--data", str(root), "--out", str(tmp_path), "--seeds", "2"])
     jobs = {job.name: job for job in zoo.all_jobs(args)}
-    for name in zoo.DATASETS:
+    for name in zoo_data.DATASETS:
         assert {f"{name}-0", f"{name}-1", f"{name}-paper-0", f"{name}-resnet50-0", f"decode-{name}"} <= set(jobs)
         assert jobs[f"{name}-1"].after == ("joint", f"decode-{name}")
     assert zoo.SMALL_RECIPE in jobs["nano-bloodmnist-1"].words and "--init" not in jobs["nano-bloodmnist-1"].words
