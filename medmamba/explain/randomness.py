@@ -45,7 +45,8 @@ class PrivateRandom(TorchFunctionMode):
         if func in _DRAW and kwargs.get("generator") is None:
             tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             device = kwargs.get("device") or next((t.device for t in tensors), torch.get_default_device())
-            kwargs = {**kwargs, "generator": self.generator(torch.device(device))}
+            if torch.device(device).type != "meta":  # tensors without data, for which nothing is drawn
+                kwargs = {**kwargs, "generator": self.generator(torch.device(device))}
         elif func in _LIKE and kwargs.get("generator") is None:
             like: Tensor = args[0]
             options = {"device": like.device, "dtype": like.dtype, **kwargs}

@@ -18,6 +18,7 @@ from ..data import ImageDataset, open_dataset
 from ..evaluation.evaluate_model import match_classes
 from ..imaging.load import load_image
 from ..imaging.preprocess import normalise, preprocess
+from ..inference.fitted import carry_over
 from ..inference.predict import predict_logits
 from ..model import MedMamba
 from ..utils.modes import frozen_view, unwrap
@@ -80,7 +81,9 @@ def export_view(model: torch.nn.Module) -> MedMamba:
     for name, tensor in inner.state_dict().items():
         if not tensor.isfinite().all():
             raise ExportError(f"{name} holds NaN or infinity: the model is damaged or its training diverged")
-    return frozen_view(inner, torch.float32, torch.device("cpu"))
+    view = frozen_view(inner, torch.float32, torch.device("cpu"))
+    carry_over(inner, view)  # its classifier has parameters of its own, and stays the one that the labels name
+    return view
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 _TABLES = ("_parameters", "_buffers")
+_CONTAINERS = (dict, set, list)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -61,22 +62,20 @@ def frozen_view(model: M, dtype: torch.dtype | None = None, device: torch.device
         dtype: of floating-point tensors; those of another type are converted, so not shared. None: as they are.
         device: tensors elsewhere are copied there. None: where they are.
     """
-    tensors: dict[int, Tensor] = {}
-
-    def frozen(tensor: Tensor) -> Tensor:
-        if id(tensor) not in tensors:
-            tensors[id(tensor)] = _frozen(tensor, dtype, device)
-        return tensors[id(tensor)]
-
     view = _view(unwrap(model), {})
     view.__dict__.pop("_viewed", None)
-    for module in view.modules():
-        for table in _TABLES:
-            entries = module.__dict__[table]
-            module.__dict__[table] = {k: None if t is None else frozen(t) for k, t in entries.items()}
-        for name, value in module.__dict__.items():
-            if isinstance(value, dict | set | list) and name not in _TABLES:
-                module.__dict__[name] = value.copy()
+    tensors: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode cannot take part in autograd
+        for module in view.modules():
+            state = module.__dict__
+            for name, value in state.items():
+                if isinstance(value, _CONTAINERS):
+                    state[name] = value.copy()
+            for name in _TABLES:
+                table = state[name]
+                for key, tensor in table.items():
+                    if tensor is not None:
+                        table[key] = _frozen(tensor, dtype, device, tensors)
     view._apply(lambda tensor: tensor, recurse=False)  # a fused model forgets what it has derived from its weights
     return view  # type: ignore[return-value]
 
@@ -147,9 +146,16 @@ def _rebind_forward(module: nn.Module, new: nn.Module) -> None:
         state["forward"] = functools.partial(forward.func, new, *forward.args[1:], **forward.keywords)
 
 
-def _frozen(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode cannot take part in autograd
-        own = tensor.detach().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(own.clone() if own.is_inference() else own, requires_grad=False)
-        return own.clone()
+def _frozen(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None, known: dict[int, Tensor]) -> Tensor:
+    """Returns a parameter without gradient on the same memory where it can be shared, or a copy of a buffer."""
+    if (found := known.get(id(tensor))) is not None:
+        return found
+    own = tensor
+    if device is not None or (dtype is not None and tensor.dtype != dtype):
+        own = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    if isinstance(tensor, nn.Parameter):
+        frozen: Tensor = nn.Parameter(own.detach().clone() if own.is_inference() else own.detach(), requires_grad=False)
+    else:
+        frozen = own.detach().clone()
+    known[id(tensor)] = frozen
+    return frozen

@@ -411,7 +411,7 @@ def test_scan_field_refuses(trained):  # noqa: F811
 def on_disk(trained, tmp_path, monkeypatch):  # noqa: F811
     from PIL import Image
 
-    monkeypatch.setattr(cli, "SUBCOMMANDS", ("cli_explain",))  # the others import what they need
+    monkeypatch.setattr(cli, "SUBCOMMANDS", ("explain",))  # the others import what they need
     trained.save_pretrained(tmp_path / "model")
     Image.fromarray((picture() * 255).astype(np.uint8)).save(tmp_path / "cell.png")
     monkeypatch.chdir(tmp_path)
