@@ -98,6 +98,9 @@ class Distillation(nn.Module):
     def standardise(self, batches: list[Tensor]) -> None:
         """Measures mean and deviation of each of the teacher's channels, so that all count alike."""
         maps = [[t.float() for t in self._teacher[0](batch)] for batch in batches]
+        zero = torch.zeros_like(batches[0][:1, :, :1, :1])  # constants on the device: a CUDA graph cannot copy them
+        self.offset = normalise(zero, self.student.config.preprocess)
+        self.scale = normalise(zero + 1, self.student.config.preprocess) - self.offset
         for level in range(len(LEVELS)):
             values = torch.cat([m[level].flatten(2) for m in maps]).transpose(0, 1).flatten(1)
             self.mean[level] = values.mean(1).view(1, -1, 1, 1)
@@ -109,7 +112,7 @@ class Distillation(nn.Module):
             with torch.no_grad():
                 wanted = self._teacher[0](images)
             pyramid = self.student.forward_pyramid(
-                normalise(images, self.student.config.preprocess).contiguous(memory_format=torch.channels_last)
+                (images * self.scale + self.offset).contiguous(memory_format=torch.channels_last)
             )
             logits = self.classes(self.student.forward_head(pyramid[-1], pre_logits=True))
             found = [p(pyramid[stage]) for p, (stage, _) in zip(self.projections, LEVELS, strict=True)]

@@ -1,4 +1,4 @@
-"""python -m hub.transfer: how well starting points transfer to data sets they have not seen.
+"""python -m hub.transfer: how well starting points transfer to other data sets.
 
     python -m hub.transfer --data DATA --out transfer --sets breastmnist pad_ufes_20 \
         --starts scratch medmamba/bloodmnist runs/tiny-medical
@@ -35,7 +35,7 @@ def probe(start: MedMamba, index: ImageDataset, device: str, seed: int) -> dict[
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
-    start = start.to(device).eval()
+    start = start.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")).eval()
     features, labels = {}, {}
     for split in ("train", "val", "test"):
         part = index.split(split)

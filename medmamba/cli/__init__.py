@@ -2,4 +2,4 @@
 
 from .._moved import names
 
-__getattr__ = names(__name__, {"pick_device": "cli.predict"})
+__getattr__ = names(__name__, {"pick_device": "cli.main"})
