@@ -25,10 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the deterministic part; read when PyTorch loads
 
-import medmamba
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import medmamba  # noqa: E402
 
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # of the largest logit; convolutions may run in TF32
 PARTS = ("first use", "answers", "gradients", "training", "scan", "two gpus", "latency")

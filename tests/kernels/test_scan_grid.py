@@ -146,8 +146,8 @@ def check(case, backend, device="cpu", by=None):
         f = found[name]
         assert f.shape == e.shape and f.dtype == (torch.float32 if name == "last" else inputs.get(name, f).dtype), name
         error = (f.cpu().double() - e.double()).abs().max()
-        # Two roundings to the type of the maps, where z comes between; the recurrence itself is in float32. Gradients of
-        # what all tokens share are sums of so rounded terms, which may cancel.
+        # Two roundings to the type of the maps, where z comes between; the recurrence itself is in float32. Gradients
+        # of what all tokens share are sums of terms so rounded, which may cancel.
         roundings = 8 if name in ("A", "D", "delta_bias") else 4
         limit = 1e-4 if case.dtype == torch.float32 else roundings * torch.finfo(case.dtype).eps
         allowed = limit * e.abs().max() + 1e-6
