@@ -27,10 +27,10 @@ from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the deterministic part; read when PyTorch loads
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-import medmamba  # noqa: E402
+import medmamba
 
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # of the largest logit; convolutions may run in TF32
 PARTS = ("first use", "answers", "gradients", "training", "scan", "two gpus", "latency")
