@@ -26,6 +26,8 @@ _TIMER_STATUS = (-signal.SIGALRM,) if hasattr(signal, "SIGALRM") else (1,)  # 1 
 _MAX_WORKERS = 8
 _MAX_HEADER = 1 << 16
 _PIPE_BYTES = 1 << 20
+# Of glibc: memory of one frame serves the next, without a page fault for each of its pages.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _F_SETPIPE_SZ = 1031  # Linux; in Python's fcntl from 3.10 on, but only there
 
 
@@ -60,7 +62,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.ready = False
-        env = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        env = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **_KEEP_MEMORY)
         env.pop("PYTHONINSPECT", None)
         script = os.path.abspath(decode_worker.__file__)
         try:

@@ -136,11 +136,13 @@ def _import_decoder():  # type: ignore[no-untyped-def]
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     nowhere = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.suppress(ImportError, AttributeError, OSError, StopIteration):
+        _read_gdcm_buffers_directly()
 
     def decode(job: dict, data: bytearray) -> "tuple[dict, memoryview]":
         decoder = get_decoder(job["syntax"])
         # One item after an empty offset table (PS3.5 A.4).
-        items = b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0" + len(data).to_bytes(4, "little") + bytes(data)
+        items = b"".join((b"\xfe\xff\x00\xe0\0\0\0\0\xfe\xff\x00\xe0", len(data).to_bytes(4, "little"), data))
         for plugin in job["plugins"]:
             # Pillow undoes the colour transform of an Adobe stream; the other plug-ins leave it to pydicom.
             done = plugin == "pillow" and job["adobe_transform"] == 1
@@ -173,6 +175,41 @@ def _import_decoder():  # type: ignore[no-untyped-def]
             faulthandler.cancel_dump_traceback_later()
 
     return decode, arm, disarm
+
+
+class _Pixels(bytes):
+    """Decoded bytes where pydicom expects the text that GDCM's Python binding makes of them."""
+
+    def encode(self, *_: Any) -> "bytes":  # type: ignore[override]
+        return self
+
+
+def _read_gdcm_buffers_directly() -> None:
+    """Lets GDCM write its pixels into a buffer.
+
+    Its Python binding returns them as text that pydicom encodes again, which takes longer than many a frame takes to
+    decode, and ignores that a frame could not be decoded.
+
+    Raises:
+        ImportError, AttributeError, OSError, StopIteration: no GDCM, or one built with other symbols (Windows), where
+            the binding is used as it is.
+    """
+    import ctypes
+
+    import gdcm
+
+    library = next(module for name, module in sys.modules.items() if name.rpartition(".")[2] == "_gdcmswig")
+    # bool gdcm::Bitmap::GetBuffer(char *) const, in a library that the binding was linked with
+    get_buffer = ctypes.CDLL(library.__file__)["_ZNK4gdcm6Bitmap9GetBufferEPc"]
+    get_buffer.restype, get_buffer.argtypes = ctypes.c_bool, (ctypes.c_void_p, ctypes.c_char_p)
+
+    def decoded(image: Any) -> _Pixels:
+        buffer = ctypes.create_string_buffer(image.GetBufferLength())
+        if not get_buffer(int(image.this), buffer):
+            raise ValueError("GDCM cannot decode this frame")
+        return _Pixels(buffer)
+
+    gdcm.Image.GetBuffer = decoded
 
 
 def _limit_memory(size: int) -> None:
