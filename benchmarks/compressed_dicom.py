@@ -33,7 +33,7 @@ from pydicom.uid import (
 )
 
 from medmamba import load_image
-from medmamba.imaging import decode_pool
+from medmamba.imaging.decoding import pool
 
 
 def phantom(size: int, bits: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def dicom(pixels: np.ndarray, bits: int, syntax: UID) -> bytes:
 
 
 def decode_here(job: dict, data: bytes, max_bytes: int) -> tuple[dict, memoryview]:
-    """Stand in for `decode_pool.decode` without another process."""
+    """Stand in for `pool.decode` without another process."""
     array, properties = get_decoder(job["syntax"]).as_array(encapsulate([data]), index=0, **job["options"])
     header = {"dtype": array.dtype.str, "shape": array.shape, "photometric": properties["photometric_interpretation"]}
     return header, memoryview(array).cast("B")
@@ -110,7 +110,7 @@ def main() -> None:
         times: dict[bool, list[float]] = {True: [], False: []}
         for number in range(args.rounds + 3):
             for here in (True, False):
-                patch = mock.patch.object(decode_pool, "decode", decode_here if here else decode_pool.decode)
+                patch = mock.patch.object(pool, "decode", decode_here if here else pool.decode)
                 with patch:
                     start = time.perf_counter()
                     load_image(data)

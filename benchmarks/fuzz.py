@@ -110,8 +110,8 @@ def read_here(name: str, data: bytes) -> Answer:
     import io
 
     from medmamba import ImageError, load_image
-    from medmamba.imaging.dicom import _Frame
-    from medmamba.imaging.dicom_decode import read_dataset
+    from medmamba.imaging.dicom.decode import read_dataset
+    from medmamba.imaging.dicom.frame import Frame
 
     try:
         image = load_image(data, frame=0)
@@ -122,7 +122,7 @@ def read_here(name: str, data: bytes) -> Answer:
     values = image.pixels
     if image.format == "DICOM" and image.value_range is not None:
         # The public answer is windowed; raw values are compared.
-        decoded = _Frame(read_dataset(io.BytesIO(data)), 0)
+        decoded = Frame(read_dataset(io.BytesIO(data)), 0)
         values = decoded.modality()[0][..., None]
         if not np.isfinite(image.pixels).all() or image.pixels.min() < 0 or image.pixels.max() > 1:
             return Answer("died", text="pixels outside 0..1")

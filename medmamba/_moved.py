@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 MODULES = {  # under medmamba: old name -> new name
-    "_dicom_decode": "imaging.dicom_decode",
+    "_dicom_decode": "imaging.dicom.decode",
     "_image": "imaging.image",
     "archives": "pretrained.archives",
     "calibrate": "metrics.calibration",

@@ -25,7 +25,7 @@ _STAT_IS_ENOUGH = os.name != "nt"  # there, the time of the last change of the i
 # clocks of file systems are that coarse (FAT: 2 s). It is read again next time.
 _RACY_NS = 2_000_000_000
 _UNREADABLE = "unreadable"
-_READING = ("imag", "raster", "dicom", "preprocess")  # in the paths of the modules that make pixels of files
+_READING_ROOM = "imaging"  # the folder of the modules that turn files into pixels
 _ASKED = ("frame", "window")  # attributes of readers that decide which pixels of a file they return
 _LIBRARIES = ("pillow", "pydicom", "torch")
 
@@ -107,10 +107,8 @@ def reading_code() -> str:
     they call. The same files may give other pixels where it differs."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if any(part in name for part in _READING):
-            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    for path in sorted((package / _READING_ROOM).rglob("*.py")):
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     for name in _LIBRARIES:
         try:
             version = importlib.metadata.version(name)

@@ -29,8 +29,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from medmamba.imaging.codestream import StreamError, parse_stream, rle_segments
-from medmamba.imaging.dicom_decode import decode_frame
+from medmamba.imaging.decoding.codestream import StreamError, parse_stream, rle_segments
+from medmamba.imaging.dicom.decode import decode_frame
 
 RGB = np.zeros((16, 24, 3), np.uint8)
 RGB[:, :8], RGB[:, 8:16], RGB[:, 16:] = (220, 30, 40), (20, 200, 60), (240, 235, 10)

@@ -22,7 +22,7 @@ pydicom = pytest.importorskip("pydicom", minversion="3.0")
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 
-from medmamba.imaging import decode_pool
+from medmamba.imaging.decoding import pool
 
 FILES = ("MR_small_jpeg_ls_lossless.dcm", "MR_small_jp2klossless.dcm", "MR_small_RLE.dcm", "SC_rgb_jpeg_dcmtk.dcm")
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks")
@@ -66,7 +66,7 @@ def frame() -> bytes:
 
 
 def workers() -> list:
-    return list(decode_pool._the_pool()._all)
+    return list(pool._the_pool()._all)
 
 
 def wait_until(condition, seconds=20.0):
@@ -110,21 +110,21 @@ def test_a_decoder_that_crashes_is_an_error_and_the_next_frame_is_read(monkeypat
     stream = codecs.jpeg2k_encode(np.zeros((64, 64, 3), np.uint8), level=0, reversible=True, codecformat="j2k")
     description = job(syntax="1.2.840.10008.1.2.4.90", plugins=["gdcm"])
     description["options"] |= {"bits_allocated": 8, "bits_stored": 8, "pixel_representation": 0}
-    with pytest.raises(decode_pool.WorkerError) as error:
-        decode_pool.decode(description, bytes(stream), 1 << 20)
+    with pytest.raises(pool.WorkerError) as error:
+        pool.decode(description, bytes(stream), 1 << 20)
     assert error.value.reason in ("crash", "decode")
     assert load_image(shipped(FILES[0])).size == (64, 64)
 
 
 @posix
 def test_a_worker_that_dies_at_work_is_an_error_of_the_image(monkeypatch):
-    real = decode_pool._Worker.decode
+    real = pool._Worker.decode
 
     def dying(self, *args):
         os.kill(self.process.pid, signal.SIGSEGV)
         return real(self, *args)
 
-    monkeypatch.setattr(decode_pool._Worker, "decode", dying)
+    monkeypatch.setattr(pool._Worker, "decode", dying)
     with pytest.raises(ImageError, match=r"the pixel data \(JPEG-LS .* crashed"):
         load_image(shipped(FILES[0]))
     monkeypatch.undo()
@@ -133,11 +133,11 @@ def test_a_worker_that_dies_at_work_is_an_error_of_the_image(monkeypatch):
 
 def test_time_is_limited():
     start = time.monotonic()
-    decode_pool.decode(job(), frame(), 8192)  # warm
-    with pytest.raises(decode_pool.WorkerError) as error:
-        decode_pool.decode(job(seconds=1e-5), frame(), 8192)
+    pool.decode(job(), frame(), 8192)  # warm
+    with pytest.raises(pool.WorkerError) as error:
+        pool.decode(job(seconds=1e-5), frame(), 8192)
     assert error.value.reason == "time" and time.monotonic() - start < 60
-    header, pixels = decode_pool.decode(job(), frame(), 8192)
+    header, pixels = pool.decode(job(), frame(), 8192)
     assert header["shape"] == [64, 64] and len(pixels) == 8192
 
 
@@ -145,15 +145,15 @@ def test_time_is_limited():
 def test_memory_is_limited():
     description = job(bytes=1 << 20)
     description["options"] |= {"rows": 8192, "columns": 8192}
-    with pytest.raises(decode_pool.WorkerError) as error:
-        decode_pool.decode(description, frame(), 1 << 30)
+    with pytest.raises(pool.WorkerError) as error:
+        pool.decode(description, frame(), 1 << 30)
     assert error.value.reason in ("memory", "decode", "crash")
-    assert len(decode_pool.decode(job(), frame(), 8192)[1]) == 8192
+    assert len(pool.decode(job(), frame(), 8192)[1]) == 8192
 
 
 def test_an_answer_larger_than_expected_is_not_taken():
-    with pytest.raises(decode_pool.WorkerError) as error:
-        decode_pool.decode(job(), frame(), 8191)
+    with pytest.raises(pool.WorkerError) as error:
+        pool.decode(job(), frame(), 8191)
     assert error.value.reason == "crash"
 
 
@@ -167,9 +167,9 @@ def test_limits_and_missing_processes_are_explained(monkeypatch):
     for reason, text in {**texts, "start": "cannot be started"}.items():
 
         def failing(*args, reason=reason):
-            raise decode_pool.WorkerError(reason)
+            raise pool.WorkerError(reason)
 
-        monkeypatch.setattr(decode_pool, "decode", failing)
+        monkeypatch.setattr(pool, "decode", failing)
         with pytest.raises(ImageError, match=text):
             load_image(shipped(FILES[0]))
 
@@ -222,7 +222,7 @@ SCRIPT = """
     package = sys.modules["medmamba"] = types.ModuleType("medmamba")
     package.__path__ = [sys.argv[2]]
     from medmamba.imaging.load import load_image
-    from medmamba.imaging import decode_pool
+    from medmamba.imaging.decoding import pool
     {body}
 """
 
@@ -230,7 +230,7 @@ SCRIPT = """
 def script(body: str, **options):
     text = textwrap.dedent(SCRIPT).format(body=textwrap.dedent(body))
     return subprocess.Popen(
-        [sys.executable, "-c", text, shipped(FILES[0]), str(Path(decode_pool.__file__).parents[1])],
+        [sys.executable, "-c", text, shipped(FILES[0]), str(Path(pool.__file__).parents[2])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])),
@@ -244,7 +244,7 @@ def test_a_plain_script_reads_ends_cleanly_and_keeps_its_standard_input():
     """Without `if __name__ == "__main__"`, and the worker must not read what is meant for the script."""
     body = """
 load_image(sys.argv[1])
-print(decode_pool._the_pool()._all.copy().pop().process.pid, sys.stdin.readline().strip(), sys.stdin.readline().strip())
+print(pool._the_pool()._all.copy().pop().process.pid, sys.stdin.readline().strip(), sys.stdin.readline().strip())
 """
     process = script(body, stdin=subprocess.PIPE)
     out, err = process.communicate("first\nsecond\n", timeout=120)
@@ -262,7 +262,7 @@ if child == 0:
     import time
     time.sleep(60)
     os._exit(0)
-print(child, decode_pool._the_pool()._all.copy().pop().process.pid, flush=True)
+print(child, pool._the_pool()._all.copy().pop().process.pid, flush=True)
 sys.stdin.read()
 """
     process = script(body, stdin=subprocess.PIPE)
@@ -282,8 +282,8 @@ def test_no_zombies_and_no_open_pipes():
     load_image(shipped(FILES[0]))
     open_files = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with pytest.raises(decode_pool.WorkerError):
-            decode_pool.decode(job(seconds=1e-5), frame(), 8192)
+        with pytest.raises(pool.WorkerError):
+            pool.decode(job(seconds=1e-5), frame(), 8192)
         load_image(shipped(FILES[0]))
     assert len(os.listdir("/proc/self/fd")) <= open_files + 1
     states = []
@@ -301,23 +301,23 @@ def test_no_zombies_and_no_open_pipes():
 def test_interrupted_reads_do_not_mix_answers(monkeypatch):
     """After Ctrl-C in the middle of an answer, the next frame must not get the rest of it."""
     expected = {name: load_image(shipped(name)).pixels for name in FILES}
-    real = decode_pool._Worker._wait
+    real = pool._Worker._wait
 
     def interrupted(self, seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode_pool._Worker, "_wait", interrupted)
+    monkeypatch.setattr(pool._Worker, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_image(shipped(FILES[0]))
-    monkeypatch.setattr(decode_pool._Worker, "_wait", real)
+    monkeypatch.setattr(pool._Worker, "_wait", real)
     for name in FILES:
         assert np.array_equal(load_image(shipped(name)).pixels, expected[name])
 
 
 def test_the_worker_gets_pixels_and_their_description_only(monkeypatch):
     sent = []
-    real = decode_pool.decode
-    monkeypatch.setattr(decode_pool, "decode", lambda *args: sent.append(args) or real(*args))
+    real = pool.decode
+    monkeypatch.setattr(pool, "decode", lambda *args: sent.append(args) or real(*args))
     ds = pydicom.dcmread(shipped(FILES[0]))
     ds.PatientName, ds.PatientID = "Doe^Jane", "MRN-4711-X"
     load_image(ds)

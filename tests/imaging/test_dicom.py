@@ -508,7 +508,7 @@ def test_oversized_codestream_behind_a_small_header(name):
 
 def test_deflated_bomb(monkeypatch):
     path = shipped("image_dfl.dcm")
-    monkeypatch.setattr("medmamba.imaging.dicom_decode._MAX_INFLATED", 1 << 20)
+    monkeypatch.setattr("medmamba.imaging.dicom.decode._MAX_INFLATED", 1 << 20)
     assert load_image(path).size == (512, 512)
     head = Path(path).read_bytes()[: 132 + 400]
     length = int.from_bytes(head[140:144], "little")
@@ -626,7 +626,7 @@ def find_context(error: BaseException) -> BaseException:
 
 
 def test_patient_data_are_not_even_read():
-    from medmamba.imaging.dicom_decode import read_dataset
+    from medmamba.imaging.dicom.decode import read_dataset
 
     ds = read_dataset(io.BytesIO(to_bytes(make(TWELVE, bits=12))))
     assert "Rows" in ds and not any(keyword in ds for keyword in PHI)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .dicom_elements import read_numbers
-from .dicom_stored import stored_range
-from .image import warning_note
+from ..image import warning_note
+from .elements import read_numbers
+from .stored import stored_range
 
 if TYPE_CHECKING:
     from pydicom import Dataset

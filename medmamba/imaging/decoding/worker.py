@@ -1,4 +1,4 @@
-"""Decode compressed frames in a process of its own; started as a script by `decode_pool`, never imported by users.
+"""Decode compressed frames in a process of its own; started as a script by `decoding.pool`, never imported by users.
 
 Native decoders abort, crash, hang or allocate without bound on damaged data, and nothing inside the same process can
 stop that. This script reads jobs from its standard input and writes pixels to its standard output. It imports pydicom
@@ -18,6 +18,7 @@ import signal
 import struct
 from typing import Any, BinaryIO
 
+SCRIPT = os.path.abspath(__file__)
 LENGTHS = struct.Struct("<QQ")
 _POLL_MS = 2000
 

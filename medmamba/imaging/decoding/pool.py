@@ -17,8 +17,7 @@ import threading
 from collections import deque
 from typing import Any, BinaryIO, cast
 
-from . import decode_worker
-from .decode_worker import LENGTHS, pack, read_exactly, write_all
+from .worker import LENGTHS, SCRIPT, pack, read_exactly, write_all
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 20.0  # beyond the limit that the worker keeps itself
@@ -43,7 +42,7 @@ def decode(job: dict[str, Any], data: bytes, max_bytes: int) -> tuple[dict[str, 
     """Decode one frame in a worker.
 
     Args:
-        job: see `decode_worker`: "syntax", "plugins", "options", "adobe_transform", and the limits "seconds" and
+        job: see `decoding.worker`: "syntax", "plugins", "options", "adobe_transform", and the limits "seconds" and
             "bytes" (of memory).
         data: the compressed frame.
         max_bytes: a larger answer is refused.
@@ -64,16 +63,15 @@ class _Worker:
         self.ready = False
         env = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **_KEEP_MEMORY)
         env.pop("PYTHONINSPECT", None)
-        script = os.path.abspath(decode_worker.__file__)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, script],
+                [sys.executable, SCRIPT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
                 env=env,
-                cwd=os.path.dirname(script),  # not the user's folder, which may have to be moved or unmounted
+                cwd=os.path.dirname(SCRIPT),  # not the user's folder, which may have to be moved or unmounted
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except (OSError, ValueError, TypeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .image import ImageError
+from ..image import ImageError
 
 
 def check_native_length(actual: int, expected: int, frame_bytes: int, tail: bytes) -> list[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dicom_elements import read_numbers, read_value
-from .image import ImageError, warning_note
+from ..image import ImageError, warning_note
+from .elements import read_numbers, read_value
 
 if TYPE_CHECKING:
     from pydicom import Dataset

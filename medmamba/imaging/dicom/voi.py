@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .image import warning_note
+from ..image import warning_note
 
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from . import decode_pool
-from .image import MAX_PIXELS, ImageError, MissingDependencyError, is_dataset, warning_note
-from .native_pixels import check_native_length, single_bits
+from ..decoding import pool
+from ..image import MAX_PIXELS, ImageError, MissingDependencyError, is_dataset, warning_note
+from .native import check_native_length, single_bits
 from .stream_agreement import compare_stream, compressed_frame
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DecodedFrame(NamedTuple):
     """One frame as it was decoded.
 
     Attributes:
-        words: pixel cells `(H, W)` or `(H, W, 3)`, with their unused bits; see `dicom_stored`.
+        words: pixel cells `(H, W)` or `(H, W, 3)`, with their unused bits; see `dicom.stored`.
         photometric: their photometric interpretation; YBR is RGB by now.
         notes: contradictions of the file that were settled, and how.
     """
@@ -129,7 +129,7 @@ def decode_frame(ds: Dataset, index: int, n_frames: int) -> DecodedFrame:
         frame = single_bits(ds.PixelData, index, int(ds.Rows), int(ds.Columns), swapped)
         return DecodedFrame(frame, str(ds.PhotometricInterpretation), notes)
     try:
-        keep_bits: Any = {"correct_unused_bits": False}  # they may hold padding, and dicom_stored looks at them
+        keep_bits: Any = {"correct_unused_bits": False}  # they may hold padding, and `dicom.stored` looks at them
         array, properties = decoder.as_array(ds, index=index, **keep_bits)
     except Exception:
         raise ImageError(f"{_undecodable(syntax)}. Copy or export it again") from None
@@ -224,8 +224,8 @@ def _decode_compressed(
         },
     }
     try:
-        header, pixels = decode_pool.decode(job, data, 8 * count)
-    except decode_pool.WorkerError as error:
+        header, pixels = pool.decode(job, data, 8 * count)
+    except pool.WorkerError as error:
         message = _worker_message(error.reason, syntax, seconds, memory)
         if error.reason == "decode" and packages and not _better_plugins(syntax) & set(decoder.available_plugins):
             raise MissingDependencyError(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .codestream import StreamError, StreamHeader, parse_stream, rle_segments
-from .image import ImageError, check_size, warning_note
+from ..decoding.codestream import StreamError, StreamHeader, parse_stream, rle_segments
+from ..image import ImageError, check_size, warning_note
 
 if TYPE_CHECKING:
     from pydicom import Dataset

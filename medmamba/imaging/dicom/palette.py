@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dicom_elements import read_value
-from .dicom_tables import TableError, entry_bits, first_mapped, read_descriptor, read_entries
-from .image import warning_note
+from ..image import warning_note
+from .elements import read_value
+from .tables import TableError, entry_bits, first_mapped, read_descriptor, read_entries
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .image import warning_note
+from ..image import warning_note
 
 if TYPE_CHECKING:
     from pydicom import Dataset

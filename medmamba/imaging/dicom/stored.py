@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .image import ImageError, warning_note
+from ..image import ImageError, warning_note
 
 # Share of neighbours across a carry that must be closer with the upper bits than without, to call them part of the
 # values. An overlay or marker in these bits gives about 0, noise about 1/8, a picture that is cut off nearly 1.
