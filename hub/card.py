@@ -1,7 +1,6 @@
-"""python -m hub.card FOLDER ...: writes model cards from what lies in the folders: configuration, results, pictures.
+"""python -m hub.card FOLDER ...: writes model cards from the configuration, results and figures in the folders.
 
-Where there is no golden.json, the golden prediction is recorded too, by which others can tell that the weights compute
-what was published.
+Also writes golden.json where it is missing: a reference prediction with which users can verify the weights.
 """
 
 import argparse
@@ -18,7 +17,7 @@ METHODS = ("integrated_gradients", "gradcam:stage3.conv", "gradcam:stage3.scan")
 
 
 def write_example(folder: Path, image: Path, credit: str) -> None:
-    """attribution.png: what in one image moved the model, by three methods; attribution.json says which image it is."""
+    """Writes attribution.png, the attribution maps of one image by three methods, and attribution.json, its source."""
     from medmamba.explain import compare
 
     comparison = compare(MedMamba.from_pretrained(folder), image, METHODS)
@@ -29,19 +28,20 @@ def write_example(folder: Path, image: Path, credit: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hub.card", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="model folders")
-    parser.add_argument("--repo", metavar="ORG/NAME", help="where it will be loaded from (medmamba/FOLDER)")
-    parser.add_argument("--license", metavar="ID", help="of the weights; default: that of the data")
-    parser.add_argument("--permission", default="", metavar="TEXT", help="who allowed unlicensed weights, and when")
-    parser.add_argument("--example", type=Path, metavar="IMAGE", help="draw an attribution example of this image")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="repository it will be loaded from (medmamba/FOLDER)")
+    parser.add_argument("--license", metavar="ID", help="licence of the weights; default: that of the data")
+    parser.add_argument("--permission", default="", metavar="TEXT", help="who permitted unlicensed weights, and when")
+    parser.add_argument("--example", type=Path, metavar="IMAGE", help="add an attribution example for this image")
     parser.add_argument("--credit", default="", help="source and licence of that image")
     args = parser.parse_args(argv)
     if len(args.folders) > 1 and (args.repo or args.example):
-        parser.error("--repo and --example are for one folder")
+        parser.error("--repo and --example need a single folder")
     try:
         if args.example and not args.credit:
-            raise ValueError("--example needs --credit: the image will be public, say whose it is")
+            raise ValueError("--example needs --credit: the image becomes public, so name its source and licence")
         for folder in args.folders:
             if args.example:
                 write_example(folder, args.example, args.credit)

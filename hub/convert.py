@@ -1,7 +1,7 @@
-"""python -m hub.convert FILE.pth --dataset kvasir --out DIR: a published checkpoint becomes a model folder.
+"""python -m hub.convert FILE.pth --dataset kvasir --out DIR: converts a published checkpoint to a model folder.
 
-The classes get their names, the outputs their official order, the preprocessing is the published one, and the logits
-are checked against a separate implementation that reads the original tensors. The card says whose the weights are.
+Names the classes, puts the outputs into official order, sets the published preprocessing, and verifies the logits
+against an independent implementation on the original tensors. The model card credits the authors of the weights.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from medmamba.integrations.upstream import read_checkpoint, unwrap
 from .golden import write_golden
 from .reference import largest_difference, reference_logits
 
-CHECK_SIZE, CHECK_IMAGES = 64, 2  # the network takes any size, and the reference is slow
-TOLERANCE = 2e-4  # of the largest logit, and at least 2e-4
-MOST_IMAGES = 500  # to try a class order on
-CLEARLY = 0.1  # accuracy by which the other class order must be better before it is called the right one
+CHECK_SIZE, CHECK_IMAGES = 64, 2  # small, because the reference is slow
+TOLERANCE = 2e-4  # relative to the largest logit, at least 2e-4
+MOST_IMAGES = 500  # for testing a class order
+CLEARLY = 0.1  # accuracy margin by which another class order must win to be suggested
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Conversion:
     Attributes:
         folder: config.json, model.safetensors, README.md and golden.json.
         model: in eval mode.
-        order: class behind each output of the checkpoint, None if it was the official order already.
-        difference, largest: of the logits from the reference's, and the largest of those.
+        order: class index of each checkpoint output, or None if the order was official already.
+        difference: largest difference between its logits and those of the reference.
+        largest: largest logit of the reference.
     """
 
     folder: Path
@@ -66,24 +67,24 @@ def convert(
     """Converts a checkpoint of the published code.
 
     Args:
-        file: `.pth`: a state dict, bare or wrapped, of any variant; read without running code from it.
-        out: folder to write; must not hold a model yet.
-        dataset: name in the registry: names and order of the classes, source, published figures.
-        class_indices: JSON that the published trainer writes, {"0": "polyps", ...} or the other way round.
-        order: class behind each output of the checkpoint: "numbers" (output k is class k), "folders" (the classes were
-            folders "0", "1", "10", "2", ..., sorted as text), or the numbers themselves. Needed where the dataset has
-            more than ten classes and class_indices does not tell.
-        images: labelled images to try the class order on.
+        file: a `.pth` with a state dict, bare or wrapped, of any variant; loaded without executing code.
+        out: output folder; must not hold a model yet.
+        dataset: registry name, which gives class names and order, source and published results.
+        class_indices: JSON written by the published trainer, {"0": "polyps", ...} or the inverse.
+        order: class index of each checkpoint output: "numbers" (output k is class k), "folders" (classes were folders
+            "0", "1", "10", "2", ..., sorted as text), or the indices themselves. Required for more than ten numbered
+            classes without class_indices.
+        images: labelled images for testing the class order.
         url: where the checkpoint was published.
-        half: store float16, half the size.
+        half: store float16, at half the size.
         repo: "org/name" for the card.
 
     Raises:
-        ConversionError: the checkpoint, the classes or their order do not fit; the message names what does not.
+        ConversionError: the checkpoint, the classes or their order do not match; the message names the mismatch.
     """
     file, out = Path(file), Path(out)
     if (out / "config.json").exists():
-        raise ConversionError(f"{out} holds a model already; choose another folder")
+        raise ConversionError(f"{out} already holds a model; choose another folder")
     state = unwrap(read_checkpoint(file))
     model = load_upstream(state)
     difference, largest = check_logits(model, state)
@@ -119,10 +120,10 @@ def convert(
 
 
 def check_logits(model: MedMamba, state: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """The largest difference from the reference on random images, and the largest logit there.
+    """Compares logits with the reference on random images; returns the largest difference and the largest logit.
 
     Raises:
-        ConversionError: the difference is more than rounding.
+        ConversionError: the difference exceeds rounding error.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(CHECK_IMAGES, model.config.in_chans, CHECK_SIZE, CHECK_SIZE, generator=generator) * 2 - 1
@@ -132,17 +133,17 @@ def check_logits(model: MedMamba, state: dict[str, torch.Tensor]) -> tuple[float
     largest = expected.abs().max().item()
     if not difference <= TOLERANCE * max(1.0, largest):
         raise ConversionError(
-            f"the converted model does not compute what the checkpoint does: logits differ by {difference:.2g} where "
-            f"they reach {largest:.2g}. The checkpoint may belong to a modified network"
+            f"the converted model does not reproduce the checkpoint: logits differ by {difference:.2g}, the largest "
+            f"is {largest:.2g}. The checkpoint may belong to a modified network"
         )
     return difference, largest
 
 
 def read_class_indices(file: str | Path, num_classes: int) -> list[str]:
-    """The name of each output, from class_indices.json.
+    """Reads the class name of each output from class_indices.json.
 
     Raises:
-        ConversionError: not such a file, or of another number of classes.
+        ConversionError: not such a file, or a different number of classes.
     """
     try:
         data = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -152,7 +153,7 @@ def read_class_indices(file: str | Path, num_classes: int) -> list[str]:
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(f'{file} is not a class_indices.json such as {{"0": "polyps", ...}}: {error}') from error
     if sorted(names) != list(range(num_classes)):
-        raise ConversionError(f"{file} names outputs {sorted(names)}, and the checkpoint has {num_classes} of them")
+        raise ConversionError(f"{file} names outputs {sorted(names)}, but the checkpoint has {num_classes} outputs")
     return [names[index] for index in range(num_classes)]
 
 
@@ -162,15 +163,15 @@ def name_classes(
     names: list[str] | None = None,
     order: str | Sequence[int] | None = None,
 ) -> tuple[list[str], tuple[int, ...] | None]:
-    """Labels in their official order, and the class behind each output of the checkpoint (None: the same order).
+    """Returns the labels in official order, and the class index of each checkpoint output (None if identical).
 
     Raises:
-        ConversionError: names that are not classes of the dataset, or an order that is unclear.
+        ConversionError: names that are not classes of the dataset, or an ambiguous order.
     """
     if names is not None and order is not None:
-        raise ConversionError("class_indices.json tells the order already; leave out --order")
+        raise ConversionError("class_indices.json already gives the order; omit --order")
     if names is not None and all(name.isdecimal() for name in names):
-        order, names = [int(name) for name in names], None  # the classes were folders called by numbers
+        order, names = [int(name) for name in names], None  # class folders were named by index
     if entry is None and names is not None:
         return names, None
     if names is not None and entry is not None:
@@ -178,7 +179,7 @@ def name_classes(
         if None in found or len(set(found)) != len(found):
             wrong = [name for name, index in zip(names, found, strict=True) if index is None or found.count(index) > 1]
             raise ConversionError(
-                f"class_indices.json has {', '.join(wrong)}, and the classes of {entry.title} are: "
+                f"class_indices.json has {', '.join(wrong)}, but the classes of {entry.title} are: "
                 f"{', '.join(entry.classes)}"
             )
         behind = tuple(index for index in found if index is not None)
@@ -190,12 +191,12 @@ def name_classes(
 
 def _order(num_classes: int, entry: DatasetEntry | None, order: str | Sequence[int] | None) -> tuple[int, ...]:
     if order is None:
-        numbered = entry is not None and entry.class_order == "official"  # classes that are known by number
+        numbered = entry is not None and entry.class_order == "official"  # classes identified by index
         if numbered and num_classes > 10:
             raise ConversionError(
-                f"the order of the {num_classes} outputs is unclear: exported to folders '0' to '{num_classes - 1}', "
-                "they were sorted as 0, 1, 10, 2, ... Say --order folders if that is how it was trained, --order "
-                "numbers if not, or give --class-indices; --images DIR tries it on labelled images"
+                f"the order of the {num_classes} outputs is ambiguous: exported to folders '0' to "
+                f"'{num_classes - 1}', they were sorted as 0, 1, 10, 2, ... Pass --order folders if it was trained "
+                "that way, --order numbers if not, or --class-indices; --images DIR tests it on labelled images"
             )
         order = "numbers"
     if order == "numbers":
@@ -205,7 +206,7 @@ def _order(num_classes: int, entry: DatasetEntry | None, order: str | Sequence[i
     behind = tuple(order) if not isinstance(order, str) else ()
     if sorted(behind) != list(range(num_classes)):
         raise ConversionError(
-            f"--order must be numbers, folders, or each of 0 to {num_classes - 1} once, the class behind each output; "
+            f"--order must be numbers, folders, or each of 0 to {num_classes - 1} once, the class of each output; "
             f"got {order if isinstance(order, str) else list(order)}"
         )
     return behind
@@ -213,7 +214,7 @@ def _order(num_classes: int, entry: DatasetEntry | None, order: str | Sequence[i
 
 @torch.no_grad()
 def permute_head(model: MedMamba, behind: Sequence[int]) -> None:
-    """Moves output k to behind[k]."""
+    """Moves output k of the head to behind[k]."""
     head = model.head
     assert isinstance(head, torch.nn.Linear)
     rows = torch.argsort(torch.tensor(behind))
@@ -227,17 +228,17 @@ def _entry(dataset: str | None, num_classes: int) -> DatasetEntry | None:
     try:
         entry = registry.get(dataset)
     except registry.RegistryError as error:
-        raise ConversionError(f"{error}. For another dataset: leave out --dataset and give --class-indices") from error
+        raise ConversionError(f"{error}. For another dataset, omit --dataset and pass --class-indices") from error
     if entry.num_classes != num_classes:
         raise ConversionError(
-            f"the checkpoint has {num_classes} classes and {entry.title} has {entry.num_classes}: it was trained on "
-            "something else"
+            f"the checkpoint has {num_classes} classes, but {entry.title} has {entry.num_classes}: it was trained on "
+            "another dataset"
         )
     return entry
 
 
 def _try_order(model: MedMamba, images: str | Path, entry: DatasetEntry | None) -> None:
-    """Refuses an order that is clearly worse than the obvious alternative on labelled images."""
+    """Rejects a class order that is clearly worse than the alternative on labelled images."""
     try:
         data = open_dataset(images, dataset=entry)
     except DatasetError as error:
@@ -253,13 +254,13 @@ def _try_order(model: MedMamba, images: str | Path, entry: DatasetEntry | None) 
     better = (others[best] == labels).double().mean().item()
     if better > accuracy + CLEARLY:
         raise ConversionError(
-            f"on {len(labels)} images, {accuracy:.0%} are right in this class order and {better:.0%} in the other: try "
-            f"--order {best}"
+            f"on {len(labels)} images, accuracy is {accuracy:.0%} in this class order and {better:.0%} in the other: "
+            f"try --order {best}"
         )
     if accuracy <= 1 / count:
         raise ConversionError(
-            f"on {len(labels)} images, only {accuracy:.0%} are right, a guess with {count} classes: these are "
-            "not images of what it was trained on, or its classes are in yet another order"
+            f"on {len(labels)} images, accuracy is only {accuracy:.0%}, no better than chance with {count} classes: "
+            "these images are not of the training dataset, or the classes are in yet another order"
         )
 
 
@@ -276,15 +277,16 @@ def _write(model: MedMamba, out: Path, half: bool, repo: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hub.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="a .pth file of the published code")
+    parser.add_argument("file", type=Path, help="checkpoint of the published code (.pth)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
-    parser.add_argument("--dataset", metavar="NAME", help=f"what it was trained on: {', '.join(registry.names())}")
+    parser.add_argument("--dataset", metavar="NAME", help=f"training dataset: {', '.join(registry.names())}")
     parser.add_argument("--class-indices", type=Path, metavar="JSON", help="class_indices.json of the training run")
     parser.add_argument("--order", type=_parse_order, help="numbers, folders, or a list such as 0,1,10,2,...")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to try the class order on")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images for testing the class order")
     parser.add_argument("--url", default=UPSTREAM_URL, help="where the checkpoint was published (%(default)s)")
-    parser.add_argument("--repo", metavar="ORG/NAME", help="for the card; default: medmamba/DIR")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="repository named in the card; default: medmamba/DIR")
     parser.add_argument("--half", action="store_true", help="store float16")
     args = parser.parse_args(argv)
     options: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in ("file", "out")}
@@ -295,12 +297,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     c = done.model.config
     print(f"{done.folder}: MedMamba-{c.architecture}, {c.num_classes} classes: {', '.join(c.labels)}")
-    print(f"logits differ from the checkpoint's by at most {done.difference:.1e}, where they reach {done.largest:.2g}")
+    print(f"largest logit difference from the checkpoint: {done.difference:.1e} (largest logit: {done.largest:.2g})")
     if done.order is not None:
-        print(f"outputs were put into the official order; output k was class {list(done.order)}")
-    print(
-        f"the weights belong to their authors, who stated no licence ({args.url}): do not pass them on without asking"
-    )
+        print(f"outputs were reordered to the official class order; output k was class {list(done.order)}")
+    print(f"the weights belong to their authors, who stated no licence ({args.url}): ask before you redistribute them")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One prediction that travels with a model: whoever loads the weights can tell that they compute what was published."""
+"""The golden prediction: a reference output stored with a model, to verify that its weights load and run correctly."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,15 @@ from medmamba.imaging.load import MedicalImage
 
 GOLDEN_NAME = "golden.json"
 HEIGHT, WIDTH = 96, 128
-TOLERANCE = 2e-3  # of the largest logit, and at least 2e-3: float32 on another machine and backend
+TOLERANCE = 2e-3  # relative to the largest logit, at least 2e-3: float32 across machines and backends
 
 
 class GoldenError(ValueError):
-    """A model that does not reproduce its golden prediction."""
+    """A model does not reproduce its golden prediction."""
 
 
 def golden_image(channels: int) -> np.ndarray:
-    """uint8 (96, 128, channels), from integers alone, so that it is the same everywhere."""
+    """Returns a uint8 (96, 128, channels) test image, from integer arithmetic, so identical on every machine."""
     y, x, c = np.mgrid[:HEIGHT, :WIDTH, :channels]
     return ((x * (3 + c) + y * (5 - c) + (x * y) // (7 + 2 * c)) % 256).astype(np.uint8)
 
@@ -29,7 +29,7 @@ def _predict(model: MedMamba):
 
 
 def write_golden(model: MedMamba, folder: Path) -> dict:
-    """Writes golden.json: logits of `golden_image`, through the model's own preprocessing."""
+    """Writes golden.json, the logits of `golden_image` with the model's own preprocessing; returns its content."""
     channels, prediction = model.config.in_chans, _predict(model)
     golden = {
         "image": f"hub.golden.golden_image({channels}): uint8 ({HEIGHT}, {WIDTH}, {channels})",
@@ -42,19 +42,19 @@ def write_golden(model: MedMamba, folder: Path) -> dict:
 
 
 def check_golden(model: MedMamba, golden: dict, where: str) -> float:
-    """The largest difference between the logits of a model and those on record.
+    """Returns the largest difference between the logits of a model and the recorded ones.
 
     Raises:
-        GoldenError: they differ by more than `TOLERANCE`, or name other classes.
+        GoldenError: the difference exceeds `TOLERANCE`, or the classes differ.
     """
     if golden["labels"] != model.config.labels:
-        raise GoldenError(f"{where}: the classes are {model.config.labels}, on record are {golden['labels']}")
+        raise GoldenError(f"{where}: the classes are {model.config.labels}, but {GOLDEN_NAME} has {golden['labels']}")
     expected = np.array(golden["logits"])
     found = np.array(_predict(model).logits)
     difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # NaN is not less
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # also catches NaN
         raise GoldenError(
-            f"{where}: the golden prediction is not reproduced, logits differ by {difference:.2g}. Either the weights "
-            f"or the code changed; after a change on purpose, delete {GOLDEN_NAME} and publish again"
+            f"{where}: the golden prediction is not reproduced: logits differ by {difference:.2g}. Either the weights "
+            f"or the code changed; if that was intended, delete {GOLDEN_NAME} and publish again"
         )
     return difference

@@ -1,4 +1,4 @@
-"""Runs commands that need one another on the GPUs there are, several at once; used by `python -m hub.zoo all`."""
+"""A queue that runs dependent commands on the available GPUs, several at a time; used by `python -m hub.zoo all`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from medmamba.cli.train import STOPPED
 
-GRACE = 20.0  # seconds in which a command that is told to stop writes its checkpoint
+GRACE = 20.0  # seconds for a stopped command to write its checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Job:
     """One command.
 
     Attributes:
-        words: arguments for this Python.
-        result: file that a finished run leaves; where it is there already nothing is run.
-        after: names of jobs that must be finished before.
-        gpu: whether it takes a place on a GPU.
+        words: arguments of the Python interpreter.
+        result: file that a finished run leaves; if it exists already, the job is skipped.
+        after: names of the jobs it depends on.
+        gpu: whether it occupies a slot on a GPU.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Job:
 
 
 class Queue:
-    """Starts jobs in the order given, each as soon as what it needs is finished and a GPU has room.
+    """Starts jobs in the given order, each once its dependencies have finished and a GPU slot is free.
 
     Args:
-        devices: values of CUDA_VISIBLE_DEVICES, one per GPU; one "" for a CPU alone.
-        per_device: jobs on each at a time: while one starts, reads or validates, another computes.
+        devices: values of CUDA_VISIBLE_DEVICES, one per GPU; a single "" for CPU only.
+        per_device: concurrent jobs per device: while one starts, reads or validates, another computes.
         logs: folder for the output of each job, NAME.log.
-        seconds: after this long all jobs are told to stop (SIGTERM), to be continued; None: run to the end.
+        seconds: stop all jobs (SIGTERM) after this time; the next run resumes them. None: run to the end.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Queue:
         self._began = time.monotonic()
 
     def run(self) -> int:
-        """Exit code: 0, all is finished; 1, something failed; 3, stopped, the same call goes on."""
+        """Runs all jobs; returns exit code 0 (all finished), 1 (a job failed) or 3 (stopped; call again to resume)."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with _stop_on_signals() as signals:
             try:
@@ -69,12 +69,12 @@ class Queue:
                     self._collect()
                     self._start_what_can()
                     if not self.running and self.waiting:
-                        break  # what is left needs something that failed
+                        break  # all remaining jobs depend on one that failed
                     time.sleep(0.1)
             finally:
                 self._stop_all()
         for job in self.waiting:
-            self._say(f"{job.name}: not finished" if self._stopping else f"{job.name}: not run, it needs what failed")
+            self._say(f"{job.name}: not finished" if self._stopping else f"{job.name}: not run, a dependency failed")
         return 1 if self.failed else STOPPED if self._stopping else 0
 
     def _start_what_can(self) -> None:
@@ -105,9 +105,9 @@ class Queue:
             del self.running[name]
             if code == 0 and job.result.exists():
                 self._say(f"{name}: finished after {time.monotonic() - since:.0f} s")
-            elif self._stopping or code == STOPPED:  # a terminal sends its interrupt to all of them
+            elif self._stopping or code == STOPPED:  # a terminal interrupts all processes
                 self.waiting.insert(0, job)
-                self._say(f"{name}: stopped after {time.monotonic() - since:.0f} s, to be continued")
+                self._say(f"{name}: stopped after {time.monotonic() - since:.0f} s, can be resumed")
             else:
                 self.failed[name] = code
                 lines = (self.logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
@@ -131,7 +131,7 @@ class Queue:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop. The jobs get SIGINT from the terminal too, and are told to stop anyway."""
+    """Collects SIGINT and SIGTERM in a list instead of acting on them, so that the queue can stop its jobs."""
     found: list[int] = []
     before = {number: signal.signal(number, lambda n, _: found.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,8 +1,8 @@
 """python -m hub.publish FOLDER_OR_NAME --repo ORG/NAME: validates a model and uploads it to the Hub.
 
-Everything goes up in one commit, so that a revision is a whole model or none; an upload that was interrupted leaves the
-repository as it was, and the same command finishes it, without sending again what arrived. Afterwards the model is
-loaded from the Hub and must reproduce its golden prediction.
+Uploads everything in one commit, so that a revision is always a complete model. An interrupted upload leaves the
+repository unchanged; rerun the same command to resume it without resending files. Afterwards the model is loaded from
+the Hub and must reproduce its golden prediction.
 
 Log in with `hf auth login` or set HF_TOKEN. The token is never printed.
 """
@@ -32,12 +32,12 @@ COLLECTION_TEXT = "Medical image classification with MedMamba. For research; not
 
 
 class PublishError(RuntimeError):
-    """Something that keeps a model from being published; the message says what to do."""
+    """A model cannot be published; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where a model is now. `commit` is what to pin: `from_pretrained(repo, revision=commit)`."""
+    """A published model. Pin `commit`: `from_pretrained(repo, revision=commit)`."""
 
     repo: str
     commit: str
@@ -57,19 +57,19 @@ def publish(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> Published | None:
-    """Validates a model folder, uploads it in one commit, and checks what arrived.
+    """Validates a model folder, uploads it in one commit, and verifies the upload.
 
     Args:
         folder: a model folder, or the name of one in hub/models.
         repo: "org/name"; created if it does not exist.
-        private: create the repository as private. An existing one keeps its visibility.
-        revision: branch, created from main if it does not exist.
+        private: create a private repository. An existing one keeps its visibility.
+        revision: branch; created from main if missing.
         licence, permission: see `medmamba.cards.card.read_facts`.
-        dry_run: stop before the first request to the Hub; returns None.
-        say: told what happens.
+        dry_run: stop before the first request to the Hub and return None.
+        say: called with progress messages.
 
     Raises:
-        PublishError: the folder is not fit to be published, the Hub refuses, or the connection breaks.
+        PublishError: the folder fails validation, the Hub rejects the request, or the connection fails.
     """
     folder = find_folder(folder)
     report = validate(folder, repo, licence=licence, permission=permission, private=private)
@@ -93,19 +93,20 @@ def publish(
 
 
 def find_folder(name: str | Path) -> Path:
-    """A model folder, by path or by its name in hub/models.
+    """Returns a model folder, by path or by its name in hub/models.
 
     Raises:
-        PublishError: there is none.
+        PublishError: not found.
     """
     for folder in (Path(name), MODELS / str(name).removeprefix(f"{ORGANISATION}/")):
         if folder.is_dir():
             return folder.resolve()
     known = ", ".join(path.name for path in model_folders()) or "none"
-    raise PublishError(f"{name} is neither a folder nor a model in hub/models, which has: {known}")
+    raise PublishError(f"{name} is neither a folder nor a model in hub/models; models there: {known}")
 
 
 def model_folders() -> list[Path]:
+    """Lists the model folders in hub/models."""
     return sorted(path for path in bundled_models().values() if path.parent == MODELS)
 
 
@@ -117,7 +118,7 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
     if not token:
         raise PublishError("not logged in to the Hub: run `hf auth login` once, or set HF_TOKEN")
     api = HfApi(token=token, library_name="medmamba", library_version=__version__)
-    # Of whichever HTTP library the client uses; it wraps what happens to a large file in a RuntimeError.
+    # Errors of whichever HTTP library the client uses; it wraps failures of large files in RuntimeError.
     transport: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -125,9 +126,11 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
             api.create_branch(repo, branch=revision, exist_ok=True)
         before = api.model_info(repo, revision=revision)
         if private and not before.private:
-            raise PublishError(f"{repo} exists and is public; --private cannot hide it, change its settings on the Hub")
+            raise PublishError(
+                f"{repo} exists and is public; --private cannot change that, use its settings on the Hub"
+            )
         if report.facts and report.facts.terms.needs_permission and not before.private:
-            raise PublishError(f"{repo} is public, and these weights may not be")
+            raise PublishError(f"{repo} is public, but these weights must not be")
         commit = api.create_commit(
             repo,
             [
@@ -136,16 +139,16 @@ def _upload(report: Report, repo: str, private: bool, revision: str) -> Publishe
             ],
             commit_message=f"Publish {report.folder.name} with medmamba {__version__}",
             revision=revision,
-            parent_commit=before.sha,  # refused if somebody else was faster
+            parent_commit=before.sha,  # rejects the commit if the branch has moved
         )
     except PublishError:
         raise
     except HFValidationError as error:
         raise PublishError(f"{repo!r} is not a repository name such as medmamba/bloodmnist: {error}") from error
-    except ValueError as error:  # the Hub found the card's metadata wrong
+    except ValueError as error:  # the Hub rejected the metadata of the card
         raise PublishError(_hidden(str(error), token)) from None
     except transport as error:
-        raise PublishError(_refusal(error, repo, token)) from None  # a cause would print headers
+        raise PublishError(_refusal(error, repo, token)) from None  # a chained cause would print request headers
     return Published(repo, commit.oid, str(commit.commit_url), bool(before.private), commit.oid == before.sha)
 
 
@@ -155,12 +158,13 @@ def _refusal(error: BaseException, repo: str, token: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     why = _hidden(next(iter(str(error).strip().splitlines()), type(error).__name__), token)
     if status in (401, 403):
-        return f"the Hub refuses (HTTP {status}): your token is not valid, or may not write to {repo}; `hf auth login`"
+        why = f"the token is invalid or lacks write access to {repo}"
+        return f"the Hub denied access (HTTP {status}): {why}; log in with `hf auth login`"
     if status == 412:
-        return f"somebody else changed {repo} at the same time: look at their commit, then run the same command again"
+        return f"{repo} was changed by someone else meanwhile: review that commit, then run the same command again"
     if status == 429:
-        return f"the Hub limits your requests (HTTP 429): wait some minutes and run the same command again. {why}"
-    return f"the upload of {repo} was interrupted ({why}); {repo} is as it was. Run the same command again to finish it"
+        return f"the Hub is rate limiting (HTTP 429): wait a few minutes and run the same command again. {why}"
+    return f"the upload of {repo} was interrupted ({why}); {repo} is unchanged. Run the same command again to finish it"
 
 
 def _hidden(text: str, token: str) -> str:
@@ -168,7 +172,7 @@ def _hidden(text: str, token: str) -> str:
 
 
 def _verify(report: Report, published: Published) -> None:
-    """Loads the commit into an empty cache, as a stranger would, and compares the golden prediction."""
+    """Loads the commit into an empty cache, as a new user would, and compares the golden prediction."""
     if not report.golden:
         return
     with tempfile.TemporaryDirectory() as cache:
@@ -185,15 +189,15 @@ def _verify(report: Report, published: Published) -> None:
 def publish_all(
     organisation: str, *, private: bool = False, revision: str = "main", dry_run: bool = False, say=print
 ) -> list[str]:
-    """Publishes every model in hub/models and collects them; one that fails does not stop the others.
+    """Publishes every model in hub/models and a Collection of them; failures do not stop the others.
 
     Returns:
-        What went wrong, one message per model.
+        Error messages, one per failed model.
     """
     failures, published = [], {}
     folders = model_folders()
     if not folders:
-        return [f"there are no models in {MODELS}"]
+        return [f"no models in {MODELS}"]
     for folder in folders:
         repo = f"{organisation}/{folder.name}"
         try:
@@ -206,7 +210,7 @@ def publish_all(
 
 
 def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, say) -> list[str]:
-    """Writes hub/collection.json, and makes the Collection on the Hub what it says."""
+    """Creates or updates the Collection on the Hub and writes it to hub/collection.json."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -236,7 +240,7 @@ def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, 
 
 
 def _note(folder: Path) -> str:
-    """One line with the figures of a model, from its results."""
+    """Summarises the test results of a model in one line."""
     from medmamba.cards.card import read_facts
 
     facts = read_facts(folder)
@@ -247,15 +251,18 @@ def _note(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hub.publish", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a model folder, or the name of one in hub/models")
     parser.add_argument("--repo", metavar="ORG/NAME", help="repository on the Hub; with --all: the organisation")
     parser.add_argument("--all", action="store_true", help="every model in hub/models, and their Collection")
-    parser.add_argument("--dry-run", action="store_true", help="validate and say what would be sent; send nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate and list what would be uploaded, without uploading"
+    )
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to publish to (%(default)s)")
-    parser.add_argument("--license", metavar="ID", help="of the weights; default: that of the data")
-    parser.add_argument("--permission", default="", metavar="TEXT", help="who allowed unlicensed weights, and when")
+    parser.add_argument("--license", metavar="ID", help="licence of the weights; default: that of the data")
+    parser.add_argument("--permission", default="", metavar="TEXT", help="who permitted unlicensed weights, and when")
     args = parser.parse_args(argv)
     if args.all == bool(args.model):
         parser.error("name one model, or --all")

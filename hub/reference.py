@@ -1,7 +1,7 @@
-"""The published network, straight from the tensors of a published checkpoint: what conversion is checked against.
+"""Reference implementation of the published network, used to verify converted checkpoints.
 
-It shares no code with `medmamba`: functions on the published names, float64, and a scan that is a plain loop. It is
-slow and meant for small images. Written from the layout of the checkpoints and the paper (arXiv 2403.03849).
+Independent of `medmamba`: plain functions on the published tensor names, in float64, with the scan as a loop over
+positions. Slow; meant for small images. Written from the checkpoint layout and the paper (arXiv 2403.03849).
 """
 
 import math
@@ -17,7 +17,7 @@ State = Mapping[str, Tensor]
 
 @torch.no_grad()
 def reference_logits(state: State, images: Tensor) -> Tensor:
-    """(B, C, H, W) normalised images to (B, classes) logits, in float64."""
+    """Computes float64 logits (B, classes) of normalised images (B, C, H, W)."""
     state = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     patch = state["patch_embed.proj.weight"].shape[-1]
     x = F.conv2d(images.double(), state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch)
@@ -61,7 +61,7 @@ def _scan_branch(x: Tensor, state: State) -> Tensor:
     rank, states = state["dt_projs_weight"].shape[-1], state["A_logs"].shape[-1]
     A, skip = -torch.exp(state["A_logs"]).view(4, D, states), state["Ds"].view(4, D)
     total = torch.zeros(B, D, H, W, dtype=x.dtype)
-    for k in range(4):  # along rows, along columns, and both backwards
+    for k in range(4):  # row-major, column-major, and both reversed
         u = (x if k % 2 == 0 else x.transpose(2, 3)).flatten(2)  # (B, D, L)
         u = u.flip(-1) if k >= 2 else u
         projected = torch.einsum("bdl,cd->bcl", u, state["x_proj_weight"][k])
@@ -75,7 +75,7 @@ def _scan_branch(x: Tensor, state: State) -> Tensor:
 
 
 def _scan(u: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """h[t] = exp(dt[t] A) h[t-1] + dt[t] b[t] u[t], y[t] = c[t] h[t]; u and dt (B, D, L), b and c (B, N, L)."""
+    """Computes h[t] = exp(dt[t] A) h[t-1] + dt[t] b[t] u[t] and y[t] = c[t] h[t]; u, dt (B, D, L), b, c (B, N, L)."""
     h = torch.zeros(*u.shape[:2], A.shape[-1], dtype=u.dtype)
     y = []
     for t in range(u.shape[-1]):
@@ -99,5 +99,6 @@ def _under(state: State, prefix: str) -> State:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Returns the largest absolute difference, infinity if any is NaN."""
     difference = (a.double() - b.double()).abs().max().item()
     return math.inf if math.isnan(difference) else difference

@@ -1,11 +1,11 @@
-"""Figures of all runs, and what is made from them: docs/results.md, and the list of models in README.md.
+"""Results of all training runs; generates docs/results.md and the model table in README.md from them.
 
-    python -m hub.results add runs/breastmnist-*     keeps the figures of finished runs in hub/results
-    python -m hub.results                            writes both
-    python -m hub.results --check                    fails where one is not what the figures give
-    python -m hub.results best runs/*                which seed of each model ships: the best on validation
+    python -m hub.results add runs/breastmnist-*     stores the results of finished runs in hub/results
+    python -m hub.results                            writes both documents
+    python -m hub.results --check                    fails if one is out of date
+    python -m hub.results best runs/*                prints the run to release per model: the best on validation
 
-Every run is kept, also those that do not ship, so that a mean is over all of them and not over the good ones.
+Every run is kept, including unreleased ones, so that means are over all seeds and not over selected ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.data import registry
-from medmamba.training.checkpoint import write_text
+from medmamba.utils.files import write_text
 
 HUB = Path(__file__).parent
 RESULTS, MODELS, DOCUMENT = HUB / "results", HUB / "models", HUB.parent / "docs" / "results.md"
@@ -29,7 +29,7 @@ README, MARKERS = HUB.parent / "README.md", ("<!-- models: python -m hub.results
 BASELINES = "tiny", "timm resnet50"
 METRICS = ("accuracy", "auroc", "balanced_accuracy", "f1", "ece")
 
-# Of the record of a run.
+# Entries kept from the training record of a run.
 KEPT: tuple[str, ...] = (
     "dataset",
     "recipe",
@@ -44,45 +44,49 @@ KEPT: tuple[str, ...] = (
 )
 KEPT += ("best_epoch", "seconds", "device", "precision", "versions", "settings")
 
-# What the splits are that these figures were measured on, against those of the published figures.
+# How the splits used here differ from those of the published results.
 CAVEATS = {
     "breastmnist": "The official split, recovered by matching the 28-pixel images to their originals. Images were "
-    "squashed to a square, MedMNIST crops them. One picture stands in train and in test, under different labels. One "
-    "of the 156 test images is 0.64 points.",
-    "pneumoniamnist": "Official sizes; the test folder of the source, of which 557 of 624 images are known to be in "
-    "the official test set. That folder differs from the one which train and val are from: figures on val are much "
-    "higher and say little about test. Eight identical pictures stand in more than one split.",
+    "resized to a square without cropping; MedMNIST crops them. One image is in both train and test, with different "
+    "labels. One of the 156 test images is worth 0.64 points.",
+    "pneumoniamnist": "Official split sizes; the test split is the test folder of the source, of which 557 of 624 "
+    "images are known to be in the official test set. That folder differs from the one that train and val come from: "
+    "val results are much higher and say little about test. Eight identical images are in more than one split.",
     "dermamnist": "Split by lesion: all images of a lesion are in one split. The official split is by image and has "
-    "lesions in several splits, so figures here are expected to be lower than published ones. Non-commercial images.",
-    "bloodmnist": "The official images in another random split, 70/10/20 within each class, without 18 doubles.",
+    "lesions in several splits, so results here are expected to be lower than published ones. Non-commercial images.",
+    "bloodmnist": "The official images in another random split, 70/10/20 per class, without 18 duplicates.",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one run, as `hub/results` keeps them."""
+    """Results of one run, as stored in `hub/results`."""
 
     data: dict[str, Any]
 
     @property
     def group(self) -> tuple[str, str, str]:
+        """Dataset, recipe and architecture."""
         return self.data["dataset"], self.data["recipe"], self.data["architecture"]
 
     @property
     def seed(self) -> int:
+        """Random seed of the run."""
         return self.data["seed"]
 
     def test(self, metric: str) -> float:
+        """Returns a metric on the test split."""
         return self.data["test"][metric]["value"]
 
     @property
     def path(self) -> Path:
+        """File in `hub/results`."""
         dataset, recipe, architecture = self.group
         return RESULTS / dataset / f"{recipe}-{architecture.replace(' ', '-')}-seed{self.seed}.json"
 
     @classmethod
     def of_folder(cls, folder: Path) -> Run:
-        """Of the folder that a finished run left."""
+        """Reads the output folder of a finished run."""
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         training, splits = results["training"], results["splits"]
         data: dict[str, Any] = {key: training[key] for key in KEPT if key in training}
@@ -91,7 +95,7 @@ class Run:
         with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         best = [row for row in rows if row["best"] == "True"][-1]
-        # What decided about the epoch, and decides about the seed.
+        # Validation metrics that selected the epoch, and select the seed to release.
         data["selection"] = {name: float(best[f"val_{name}"]) for name in training["selected_by"]}
         for split, found in splits.items():
             data[split] = {"n": found["n_images"], **{name: found["overall"][name] for name in METRICS}}
@@ -99,14 +103,15 @@ class Run:
 
 
 def load_runs() -> list[Run]:
+    """Loads all stored runs."""
     return [Run(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*/*.json"))]
 
 
 def add(folders: Iterable[Path]) -> list[Path]:
-    """Keeps the figures of finished runs.
+    """Stores the results of finished runs; returns the files written.
 
     Raises:
-        FileNotFoundError: a folder without results.
+        FileNotFoundError: a folder has no results.
     """
     written = []
     for folder in folders:
@@ -118,7 +123,7 @@ def add(folders: Iterable[Path]) -> list[Path]:
 
 
 def chosen(runs: Sequence[Run]) -> Run:
-    """The seed that ships: best on validation by the measures that chose its epoch."""
+    """Returns the run to release: the best on validation, by the metrics that selected its epoch."""
 
     def score(run: Run) -> list[float]:
         return [-value if name == "loss" else value for name, value in run.data["selection"].items()]
@@ -127,7 +132,7 @@ def chosen(runs: Sequence[Run]) -> Run:
 
 
 def best(folders: Iterable[Path]) -> list[Path]:
-    """Of the folders with a finished model, the one to ship of each dataset, recipe and architecture."""
+    """Returns the folder to release per dataset, recipe and architecture, among those with a finished model."""
     found: dict[tuple[str, str, str], list[tuple[Run, Path]]] = {}
     for folder in folders:
         if (folder / "results.json").is_file() and (folder / "model.safetensors").is_file():
@@ -141,7 +146,7 @@ def best(folders: Iterable[Path]) -> list[Path]:
 
 
 def shipped(dataset: str) -> dict[str, tuple[str, str, int]]:
-    """The models of a dataset in hub/models: folder to recipe, architecture and seed; the larger ones first."""
+    """Maps the folders of a dataset in hub/models to (recipe, architecture, seed), larger models first."""
     found = {}
     for path in MODELS.glob("*/config.json"):
         training = json.loads(path.read_text(encoding="utf-8"))["training"]
@@ -151,7 +156,7 @@ def shipped(dataset: str) -> dict[str, tuple[str, str, int]]:
 
 
 def document(runs: Sequence[Run]) -> str:
-    """docs/results.md."""
+    """Returns the Markdown of docs/results.md."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         if "test" in run.data:
@@ -160,13 +165,13 @@ def document(runs: Sequence[Run]) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m hub.results` from `hub/results`, which holds the figures of every run, also of those",
-        "that did not ship. Test images decided nothing: epoch and seed were chosen on validation. Intervals are 95 %,",
-        "by bootstrap over the test images; ± is the standard deviation over seeds. Published figures are those of the",
-        "official splits; what the splits here are, and so what a comparison is worth, is said above each table. Pairs",
-        "are accuracy / AUROC. The published recipe was run here from scratch, on the same images; means of its seeds.",
+        "Generated by `python -m hub.results` from `hub/results`, which holds the results of every run, including",
+        "unreleased ones. Epoch and seed were selected on validation, never on test. Intervals are 95 % bootstrap",
+        "intervals over the test images; ± is the standard deviation over seeds. Published results use the official",
+        "splits; the note above each table says how the split used here differs, and so how comparable they are. Pairs",
+        "are accuracy / AUROC. The published recipe was rerun here from scratch on the same images; means over seeds.",
         "",
-        "| dataset | model in `hub/` | accuracy | AUROC | published recipe, here | ResNet-50 by it, here "
+        "| dataset | model in `hub/` | accuracy | AUROC | published recipe, rerun | ResNet-50, same recipe "
         "| published MedMamba-T | best published |",
         "|" + " --- |" * 8,
     ]
@@ -185,9 +190,9 @@ def document(runs: Sequence[Run]) -> str:
             if published:
                 title = f"{label}: {published.model}" if published.model else label
                 lines.append(f"| {title}, published | | | {_plain(published.accuracy)} | {_plain(published.auc)} | | |")
-        for ours in shipped(name).values():
-            lines += _reproduce(name, ours, groups)
-        lines += ["", "Every run, accuracy / AUROC on test:", ""]
+        for model in shipped(name).values():
+            lines += _reproduce(name, model, groups)
+        lines += ["", "All runs, accuracy / AUROC on test:", ""]
         for key in sorted(groups):
             if key[0] == name:
                 shown = ", ".join(
@@ -198,13 +203,13 @@ def document(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _find(runs: Sequence[Run], dataset: str, ours: tuple[str, str, int]) -> Run | None:
-    """The run of a model as `shipped` names it."""
-    return next((run for run in runs if (*run.group, run.seed) == (dataset, *ours)), None)
+def _find(runs: Sequence[Run], dataset: str, model: tuple[str, str, int]) -> Run | None:
+    """Returns the run of a model in `shipped`."""
+    return next((run for run in runs if (*run.group, run.seed) == (dataset, *model)), None)
 
 
 def readme(runs: Sequence[Run], text: str) -> str:
-    """README.md with its list of models, which stands between MARKERS, as hub/models and the figures give it."""
+    """Returns the text of README.md with the model table between MARKERS regenerated."""
     rows = ["| name | classifies | size | accuracy | AUROC | published MedMamba-T | licence |", "| --- " * 7 + "|"]
     for dataset in registry.names():
         entry = registry.get(dataset)
@@ -223,7 +228,7 @@ def readme(runs: Sequence[Run], text: str) -> str:
     before, first, rest = text.partition(MARKERS[0])
     _, last, after = rest.partition(MARKERS[1])
     if not (first and last):
-        raise SystemExit(f"{README} has lost its markers {MARKERS}")
+        raise SystemExit(f"{README} lacks the markers {MARKERS}")
     return "\n".join([before + first, "", *rows, "", last + after])
 
 
@@ -232,8 +237,8 @@ def _summary(name: str, runs: Sequence[Run]) -> list[str]:
     published, elsewhere = entry.published.get("tiny"), entry.best_elsewhere
     baselines = [[run for run in runs if run.group == (name, "paper-medmnist", kind)] for kind in BASELINES]
     rows = []
-    for ours in shipped(name).values() or [None]:
-        run = _find(runs, name, ours) if ours else None
+    for model in shipped(name).values() or [None]:
+        run = _find(runs, name, model) if model else None
         cells = [entry.title]
         cells += [f"{run.group[2]}, {run.group[1]}, seed {run.seed}" if run else "none yet"]
         cells += [_interval(run.data["test"][metric]) if run else "" for metric in ("accuracy", "auroc")]
@@ -247,25 +252,24 @@ def _summary(name: str, runs: Sequence[Run]) -> list[str]:
 
 
 def _row(key: tuple[str, str, str], runs: Sequence[Run]) -> str:
-    figures = [_spread([run.test(metric) for run in runs]) for metric in ("accuracy", "auroc", "balanced_accuracy")]
+    values = [_spread([run.test(metric) for run in runs]) for metric in ("accuracy", "auroc", "balanced_accuracy")]
     start = runs[0].data.get("init") or "scratch"
-    return f"| {key[2]} | {key[1]} | {len(runs)} | {' | '.join(figures)} | {start.split(', seed')[0].split(':')[0]} |"
+    return f"| {key[2]} | {key[1]} | {len(runs)} | {' | '.join(values)} | {start.split(', seed')[0].split(':')[0]} |"
 
 
 def _joint(run: Run) -> str:
     data = run.data
     names = ", ".join(data.get("datasets") or ["several datasets"])
     return (
-        f"`{data['recipe']}` ({data['architecture']}), seed {run.seed}, from which our recipes start, was trained on "
-        f"the training images of {names}: {data['split_sizes']['train']:,} images of all their classes, "
-        f"{data['epochs']} epochs at "
-        f"{data['settings']['size']} pixels, {data['seconds']:.0f} s on {data['device']}; accuracy on the validation "
-        f"images together {data['val']['accuracy']['value']:.3f}."
+        f"`{data['recipe']}` ({data['architecture']}), seed {run.seed}, the starting point of the other recipes, was "
+        f"trained on the training images of {names}: {data['split_sizes']['train']:,} images of all their classes, "
+        f"{data['epochs']} epochs at {data['settings']['size']} pixels, {data['seconds']:.0f} s on {data['device']}; "
+        f"accuracy on the combined validation images {data['val']['accuracy']['value']:.3f}."
     )
 
 
-def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
-    recipe, architecture, seed = ours
+def _reproduce(name: str, model: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
+    recipe, architecture, seed = model
     group = groups.get((name, recipe, architecture))
     suffix, prefix = ("", "") if architecture == "tiny" else (f"-{architecture}", f"{architecture}-")
     if not group or recipe != f"zoo-{name}{suffix}":
@@ -273,7 +277,8 @@ def _reproduce(name: str, ours: tuple[str, str, int], groups: dict[tuple[str, st
     measures = ", ".join(chosen(group).data["selected_by"])
     return [
         "",
-        f"Shipped of {architecture}: seed {seed}, best of {len(group)} on validation ({measures}). Again:",
+        f"Released checkpoint: {architecture}, seed {seed} (best of {len(group)} by validation {measures}). "
+        "To reproduce:",
         "",
         "```",
         f"python -m hub.zoo all --data DATA --out runs --only {prefix}{name}-{seed}",
@@ -296,14 +301,15 @@ def _plain(value: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hub.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="only check that the documents are up to date")
     commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("add", help="keep the figures of finished runs")
+    adding = commands.add_parser("add", help="store the results of finished runs")
     adding.add_argument("run", nargs="+", type=Path)
-    choosing = commands.add_parser("best", help="which seed of each model ships")
+    choosing = commands.add_parser("best", help="print the run to release per model")
     choosing.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args(argv)
     if args.command == "best":
@@ -316,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = {DOCUMENT: document(runs), README: readme(runs, README.read_text(encoding="utf-8"))}
     if args.check:
         stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-        print(*(f"{path.name} is not what hub/results gives" for path in stale), sep="\n")
+        print(*(f"{path.name} is out of date; run python -m hub.results" for path in stale), sep="\n")
         return 1 if stale else 0
     for path, text in texts.items():
         write_text(path, text)

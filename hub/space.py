@@ -1,10 +1,10 @@
-"""python -m hub.space build DIR: writes the folder of the web app's Space, to be uploaded as it is.
+"""python -m hub.space build DIR: builds the folder of the web app's Space, ready to upload.
 
     python -m hub.space build space
     hf upload ORG/medmamba space . --repo-type space
 
-The folder holds the app, the package and the models, so that nothing else must be published first; with --from-hub, the
-models are not copied but fetched from the Hub while the Space is built.
+The folder holds the app, the package and the models, so nothing else has to be published first. With --from-hub, the
+models are downloaded from the Hub when the Space is built instead of being copied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENTRY = '''"""Entry point of the Space: the app of `demo/`, within the limits of
 import os
 
 if os.environ.get("SPACES_ZERO_GPU"):
-    import spaces  # noqa: F401  before anything that may touch CUDA
+    import spaces  # noqa: F401  must precede anything that may touch CUDA
 
 from demo.app import build_demo, launch_options, prepare
 from demo.options import PUBLIC, Options
@@ -40,34 +40,36 @@ if __name__ == "__main__":
     demo.launch(**launch_options(options.limits))
 '''
 
-# Not needed there: compiled code for other systems, sources, tests of the app's own.
+# Not needed on a Space: compiled code for other systems, sources, caches.
 IGNORED = ("__pycache__", "*.pyc", "csrc", "macos-*", "windows-*", "linux-aarch64*", "*.so.tmp")
 
 
 class SpaceError(ValueError):
-    """A folder or model that a Space cannot be made from; the message says what to do."""
+    """A Space cannot be built from this folder or model; the message says what to do."""
 
 
 def build(folder: Path, models: list[str] | None = None, from_hub: bool = False) -> list[Path]:
-    """Writes the Space.
+    """Builds the folder of a Space.
 
     Args:
-        folder: new or empty, or a Space that was built before, whose files are then replaced.
-        models: names on offer, the default first; None: all that come with this copy of medmamba.
-        from_hub: take the models from the Hub, "org/name" or "org/name@revision", when the Space is built there.
+        folder: new or empty, or an earlier build, whose files are replaced.
+        models: names to offer, the default first; None: all bundled models.
+        from_hub: download the models, "org/name" or "org/name@revision", when the Space is built.
 
     Returns:
         The files, relative to the folder.
 
     Raises:
-        SpaceError: no models, one that is not here, or a folder that holds something else.
+        SpaceError: no models, an unknown model, or a folder that holds something else.
     """
     names = models or sorted(bundled_models(), key=lambda name: name != DEFAULT_MODEL)
     if not names:
-        raise SpaceError("no model comes with this copy of medmamba; name some with --models, or train one first")
+        raise SpaceError("this copy of medmamba has no bundled models; name some with --models, or train one first")
     _clear(folder)
     shutil.copytree(ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns(*IGNORED, "*.txt"))
-    (folder / "demo" / "README.md").unlink()  # becomes that of the Space; the one with the images' sources stays
+    (
+        folder / "demo" / "README.md"
+    ).unlink()  # becomes that of the Space; examples/README.md, with the image sources, stays
     shutil.copytree(
         ROOT / "medmamba", folder / "medmamba", ignore=shutil.ignore_patterns(*IGNORED, "weights"), dirs_exist_ok=True
     )
@@ -76,7 +78,7 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
     if not from_hub:
         names = [_copy_model(name, folder / "medmamba" / "weights") for name in names]
     elif wrong := [name for name in names if name.count("/") != 1]:
-        raise SpaceError(f"the Hub knows models as org/name or org/name@revision, not {', '.join(wrong)}")
+        raise SpaceError(f"models on the Hub are named org/name or org/name@revision, not {', '.join(wrong)}")
     (folder / "app.py").write_text(ENTRY.format(models=tuple(names)), encoding="utf-8")
     (folder / "README.md").write_text(_readme(names, from_hub), encoding="utf-8")
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -85,7 +87,7 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
 def _clear(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "app.py").is_file() or not (folder / "demo").is_dir():
-            raise SpaceError(f"{folder} holds something that is not a Space; give a new folder")
+            raise SpaceError(f"{folder} holds something other than a Space; choose a new folder")
         for path in folder.iterdir():
             if path.name == ".git":
                 continue
@@ -94,16 +96,16 @@ def _clear(folder: Path) -> None:
 
 
 def _copy_model(name: str, target: Path) -> str:
-    """Copies a bundled model or folder to where the package looks for bundled ones; returns its name there."""
+    """Copies a bundled model or a folder into the bundled models of the Space; returns its name there."""
     source = bundled_models().get(name, Path(name))
     if not (source / CONFIG_NAME).is_file() or not (source / WEIGHTS_NAME).is_file():
-        raise SpaceError(f"no model {name!r} here: give a folder, or --from-hub to take it from the Hub")
+        raise SpaceError(f"no model {name!r} here: pass a folder, or --from-hub to download it from the Hub")
     shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("checkpoint", ".*"))
     return f"{ORGANISATION}/{source.name}"
 
 
 def _readme(models: list[str], from_hub: bool) -> str:
-    """demo/README.md, with what depends on the models in its front matter."""
+    """Returns demo/README.md with the front matter completed for these models."""
     from huggingface_hub import SpaceCard
 
     card = SpaceCard((ROOT / "demo" / "README.md").read_text(encoding="utf-8"))
@@ -120,19 +122,19 @@ def _readme(models: list[str], from_hub: bool) -> str:
 
 
 def _files(repo: str) -> list[str]:
-    """What to fetch of a model while the Space is built: a file that is not there would stop that."""
+    """Lists the files of a model to preload; a missing file would fail the build of the Space."""
     here = bundled_models().get(f"{ORGANISATION}/{repo.partition('/')[2]}")
     return [CONFIG_NAME, WEIGHTS_NAME, *(name for name in SIDECARS if here and (here / name).is_file())]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="hub.space", description="The folder of the web app's Space.")
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="hub.space", description="Builds the folder of the web app's Space.")
     commands = parser.add_subparsers(dest="command", required=True)
-    builder = commands.add_parser("build", help="write the folder")
+    builder = commands.add_parser("build", help="build the folder")
     builder.add_argument("folder", type=Path, metavar="DIR")
     builder.add_argument("--models", nargs="+", metavar="MODEL", help="names or folders, the default first")
-    builder.add_argument("--from-hub", action="store_true", help="fetch the models while the Space is built")
+    builder.add_argument("--from-hub", action="store_true", help="download the models when the Space is built")
     args = parser.parse_args(argv)
     try:
         files = build(args.folder, args.models, args.from_hub)

@@ -1,4 +1,4 @@
-"""What must be true of a model folder before the world may load it."""
+"""Validation of a model folder before it is published."""
 
 import json
 import re
@@ -28,21 +28,22 @@ from .golden import GOLDEN_NAME, GoldenError, check_golden, write_golden
 # What a model folder may hold beside config.json and model.safetensors.
 TEXTS = (".json", ".jsonl", ".md", ".csv", ".txt", ".ipynb")
 SUFFIXES = (*TEXTS, ".png", ".jpg", ".onnx")
-# Paths of somebody's own machine, which are nobody's business.
+# Absolute paths of a private machine.
 PRIVATE_PATH = re.compile(r"(?<![\w:/.])(/(?:home|Users|root|work|mnt|tmp|data)/[^\s\"',]+|[A-Z]:\\\\[^\s\"',]+)")
 
 
 @dataclass
 class Report:
-    """What was found in a folder.
+    """Result of `validate`.
 
     Attributes:
         files: names to upload, in order.
-        problems: each keeps the folder from being published.
-        warnings: worth a look.
-        facts: what the card is written from; None where the folder cannot be read.
-        card: README.md as it is to be uploaded: that of the folder, or, where nobody edited that, as it reads for the
-            repository it goes to.
+        problems: each prevents publication.
+        warnings: worth reviewing.
+        facts: source of the model card; None if the folder cannot be read.
+        card: README.md to upload: that of the folder or, if it was never edited, regenerated for the target repository.
+        model: as loaded; None if that failed.
+        golden: content of golden.json.
     """
 
     folder: Path
@@ -58,11 +59,11 @@ class Report:
 def validate(
     folder: Path, repo_id: str, *, licence: str | None = None, permission: str = "", private: bool = False
 ) -> Report:
-    """Checks a folder and finds every problem at once. Writes README.md and golden.json only where they are missing.
+    """Checks a folder and reports all problems at once. Writes README.md and golden.json if they are missing.
 
     Args:
         licence, permission: see `medmamba.cards.card.read_facts`.
-        private: it goes to a private repository, where weights without a licence may go too.
+        private: the target repository is private, where weights without a licence are allowed.
     """
     report = Report(folder)
     _check_files(report)
@@ -79,16 +80,16 @@ def validate(
     card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
     if not card:
         card = write_card(folder, repo_id, licence, permission).read_text(encoding="utf-8")
-        report.warnings.append(f"{CARD_NAME} was written for {repo_id}: read it before others do")
+        report.warnings.append(f"{CARD_NAME} was generated for {repo_id}: review it before others read it")
     elif _is_untouched(folder, card) and (fresh := render_card(report.facts, repo_id)) != card:
         card = fresh
         report.warnings.append(
-            f"the card is written anew for {repo_id}; to read it: python -m hub.card --repo {repo_id}"
+            f"the card is regenerated for {repo_id}; to review it: python -m hub.card --repo {repo_id}"
         )
     report.card = card
     report.problems += check_card(card, report.facts)
     if (loads := _loads(card)) and repo_id not in loads:
-        report.problems.append(f"{CARD_NAME}: it shows how to load {loads[0]}, not {repo_id}; write the card again")
+        report.problems.append(f"{CARD_NAME} shows how to load {loads[0]}, not {repo_id}; regenerate the card")
     _check_results(report)
     _check_golden(report)
     report.files = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -96,7 +97,7 @@ def validate(
 
 
 def _is_untouched(folder: Path, card: str) -> bool:
-    """Whether the card is as it was generated, for a repository that was guessed or published to before."""
+    """Returns whether the card is unedited, as generated for the default or an earlier repository."""
     try:
         facts = read_facts(folder)
     except LicenceError:
@@ -105,7 +106,7 @@ def _is_untouched(folder: Path, card: str) -> bool:
 
 
 def _loads(card: str) -> list[str]:
-    """The repositories that a card shows how to load."""
+    """Returns the repositories that a card loads in its examples."""
     return re.findall(r'from_pretrained\("([^"]+)"\)', card)
 
 
@@ -114,18 +115,18 @@ def _check_files(report: Report) -> None:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            report.warnings.append(f"{path.name}/ is a folder and is not uploaded")
+            report.warnings.append(f"{path.name}/ is a folder and will not be uploaded")
         elif path.suffix in PICKLES:
-            report.problems.append(f"{path.name} is a pickle, which can run code where it is loaded: remove it")
+            report.problems.append(f"{path.name} is a pickle, which can execute code when loaded: remove it")
         elif path.suffix == ".safetensors" and path.name != WEIGHTS_NAME:
-            report.problems.append(f"{path.name}: weights are published as {WEIGHTS_NAME} alone")
+            report.problems.append(f"{path.name}: weights must be in {WEIGHTS_NAME}")
         elif path.suffix not in (*SUFFIXES, ".safetensors"):
             report.problems.append(f"{path.name} does not belong in a model repository: remove it")
         elif path.suffix in TEXTS and (found := PRIVATE_PATH.search(path.read_text("utf-8", errors="replace"))):
-            report.problems.append(f"{path.name} mentions a path of your machine, {found[1]}: remove it")
+            report.problems.append(f"{path.name} contains a path of your machine, {found[1]}: remove it")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (report.folder / name).is_file():
-            report.problems.append(f"there is no {name}: train or convert a model into this folder first")
+            report.problems.append(f"{name} is missing: train or convert a model into this folder first")
 
 
 def _check_config(report: Report) -> None:
@@ -144,12 +145,12 @@ def _check_config(report: Report) -> None:
 def _check_licence(report: Report, private: bool) -> None:
     assert report.facts is not None
     if report.facts.terms.needs_permission:
-        what = "the authors of these weights stated no licence, so all rights are theirs"
+        what = "the authors of these weights stated no licence, so all rights are reserved"
         if private:
             report.warnings.append(f"{what}: keep the repository private until they agree")
         else:
             report.problems.append(
-                f"{what}. With their permission: --permission 'who gave it, and when'; without: --private, for yourself"
+                f"{what}. With their permission, pass --permission 'who gave it, and when'; without, use --private"
             )
 
 
@@ -158,25 +159,23 @@ def _check_results(report: Report) -> None:
     assert facts is not None
     if not facts.split:
         if not facts.config.training.get("origin"):
-            report.problems.append(f"there is no results.json: medmamba evaluate {report.folder} --data ... --out ...")
+            report.problems.append(f"results.json is missing: medmamba evaluate {report.folder} --data ... --out ...")
         return
     if list(facts.evaluations[facts.split].classes) != facts.config.labels:
-        report.problems.append("results.json was measured with other classes than config.json has: evaluate again")
+        report.problems.append("results.json and config.json have different classes: evaluate again")
     if facts.results.get("training", facts.config.training) != facts.config.training:
-        report.problems.append("results.json is of another training run than config.json: evaluate again")
-    # The fingerprint of the weights is added when they are saved, after they were scored.
+        report.problems.append("results.json and config.json are of different training runs: evaluate again")
+    # The fingerprint of the weights is added on saving, after evaluation.
     calibration = {key: value for key, value in facts.config.calibration.items() if key != FINGERPRINT}
     if facts.results.get("calibration", calibration) != calibration:
-        report.problems.append(
-            "results.json was measured with another calibration than config.json has: evaluate again"
-        )
+        report.problems.append("results.json and config.json have different calibrations: evaluate again")
     if facts.split != "test":
-        report.warnings.append(f"figures are of the {facts.split} split; there is no test split")
+        report.warnings.append(f"results are for the {facts.split} split; there is no test split")
     if not facts.evaluations[facts.split].resamples:
-        report.problems.append("the figures have no intervals: evaluate again with resamples")
+        report.problems.append("the results have no confidence intervals: evaluate again with resamples")
     for name in ("confusion.png", "reliability.png"):
         if name not in facts.pictures and (name != "confusion.png" or facts.config.task == "multiclass"):
-            report.problems.append(f"there is no {name}: medmamba evaluate writes it")
+            report.problems.append(f"{name} is missing: medmamba evaluate writes it")
     if "attribution.png" not in facts.pictures:
         report.warnings.append("the card has no attribution example: python -m hub.card FOLDER --example IMAGE")
     if not facts.config.calibration:

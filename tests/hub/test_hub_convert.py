@@ -98,7 +98,7 @@ def test_the_check_notices_a_tensor_that_went_to_the_wrong_place(key):
     state = checkpoint()
     name = next(k for k in state if key in k)
     model = load_upstream({**state, name: state[name].flip(0)})
-    with pytest.raises(ConversionError, match="does not compute what the checkpoint does"):
+    with pytest.raises(ConversionError, match="does not reproduce the checkpoint"):
         tool.check_logits(model, state)
 
 
@@ -123,7 +123,7 @@ def test_a_published_file_becomes_a_model_folder(saved, tmp_path, wrap, capsys):
     file = saved(wrap(state))
     assert tool.main([str(file), "--dataset", "kvasir", "--out", str(tmp_path / "kvasir")]) == 0
     out = capsys.readouterr().out
-    assert "logits differ from the checkpoint's by at most" in out and "do not pass them on without asking" in out
+    assert "largest logit difference from the checkpoint" in out and "ask before you redistribute them" in out
     folder = tmp_path / "kvasir"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "golden.json", "model.safetensors"]
     model = MedMamba.from_pretrained(folder)
@@ -168,7 +168,7 @@ def test_publishing_them_needs_permission(saved, tmp_path):
 def test_folders_named_by_numbers_are_sorted_as_text(saved, tmp_path):
     entry = registry.get("organamnist")
     state = checkpoint(classes=11)
-    with pytest.raises(ConversionError, match=r"order of the 11 outputs is unclear.*--order folders"):
+    with pytest.raises(ConversionError, match=r"order of the 11 outputs is ambiguous.*--order folders"):
         tool.convert(saved(state), tmp_path / "unclear", dataset="organamnist")
     assert not (tmp_path / "unclear").exists()
     as_is = tool.convert(saved(state), tmp_path / "numbers", dataset="organamnist", order="numbers")
@@ -212,14 +212,14 @@ def test_a_dataset_of_ones_own_takes_its_names_from_class_indices(saved, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(dataset="breastmnist"), "checkpoint has 8 classes and BreastMNIST has 2"),
+        (dict(dataset="breastmnist"), "checkpoint has 8 classes, but BreastMNIST has 2"),
         (dict(dataset="lungs"), "no dataset 'lungs' in the registry.*--class-indices"),
-        (dict(class_indices={"0": "a", "1": "b"}), r"names outputs \[0, 1\], and the checkpoint has 8"),
+        (dict(class_indices={"0": "a", "1": "b"}), r"names outputs \[0, 1\], but the checkpoint has 8 outputs"),
         (dict(class_indices=["a"]), "is not a class_indices.json"),
         (dict(dataset="kvasir", class_indices={str(i): f"x{i}" for i in range(8)}), "has x0, x1"),
         (dict(dataset="kvasir", order=[0, 0, 1, 2, 3, 4, 5, 6]), "each of 0 to 7 once"),
         (dict(dataset="kvasir", order="folders", class_indices={str(i): c for i, c in enumerate(KVASIR.classes)}),
-         "leave out --order"),
+         "omit --order"),
     ],
 )  # fmt: skip
 def test_classes_that_do_not_fit_are_named(saved, tmp_path, options, message):
@@ -253,7 +253,7 @@ def test_labelled_images_tell_a_wrong_order(saved, tmp_path):
 def test_labelled_images_tell_that_no_order_fits(saved, tmp_path):
     state = checkpoint(classes=2, depths=(1, 1, 1, 1))
     state["head.weight"], state["head.bias"] = _nearest_level_head(state, grey_images(tmp_path / "images", 2))
-    with pytest.raises(ConversionError, match="only 0% are right, a guess with 2 classes"):
+    with pytest.raises(ConversionError, match="only 0%, no better than chance with 2 classes"):
         tool.convert(saved(state), tmp_path / "c", dataset="breastmnist", order=[1, 0], images=tmp_path / "images")
 
 
@@ -289,7 +289,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(saved, tmp_path, s
 
 def test_an_existing_model_is_not_overwritten(saved, tmp_path):
     tool.convert(saved(checkpoint()), tmp_path / "k", dataset="kvasir")
-    with pytest.raises(ConversionError, match="holds a model already"):
+    with pytest.raises(ConversionError, match="already holds a model"):
         tool.convert(saved(checkpoint(seed=1)), tmp_path / "k", dataset="kvasir")
 
 

@@ -111,7 +111,7 @@ def test_the_command_line(hub, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrongTokenThatNobodyMayPrint")
     assert tool.main([str(folder), "--repo", REPO]) == 1
     wrong = capsys.readouterr()
-    assert "refuses (HTTP 401)" in wrong.err
+    assert "denied access (HTTP 401)" in wrong.err
     for text in (out, err, *wrong):
         assert TOKEN not in text and "hf_wrong" not in text
     monkeypatch.delenv("HF_TOKEN")
@@ -148,8 +148,8 @@ def test_the_token_is_in_no_output_at_any_verbosity(hub, folder, monkeypatch, ca
         (dict(path="objects/batch", method="POST", kind="cut", times=99), "interrupted"),
         (dict(path="/preupload/", method="POST", kind="status", value=503, times=99), "interrupted"),
         (dict(path="/commit/", method="POST", kind="status", value=500), "interrupted"),
-        (dict(path="/commit/", method="POST", kind="status", value=429), "limits your requests"),
-        (dict(path="/repos/create", method="POST", kind="status", value=403), "may not write"),
+        (dict(path="/commit/", method="POST", kind="status", value=429), "rate limiting"),
+        (dict(path="/repos/create", method="POST", kind="status", value=403), "lacks write access"),
         (dict(path="/api/models/", method="GET", kind="reset", times=99), "interrupted"),
     ],
 )
@@ -183,7 +183,7 @@ def test_somebody_elses_commit_is_not_overwritten(hub, folder, monkeypatch):
         return honest(self, *args, **kwargs)
 
     monkeypatch.setattr(HfApi, "create_commit", later)
-    with pytest.raises(PublishError, match="somebody else changed"):
+    with pytest.raises(PublishError, match="changed by someone else"):
         publish(folder, REPO, say=quiet)
     assert set(hub.files(REPO)) == {"theirs.txt"}
 
@@ -237,11 +237,11 @@ def remeasure(folder, change):
     ("spoil", "message"),
     [
         (lambda f: (f / "best.pth").write_bytes(b"x"), "best.pth is a pickle"),
-        (lambda f: (f / "other.safetensors").write_bytes(b"x"), "published as model.safetensors alone"),
+        (lambda f: (f / "other.safetensors").write_bytes(b"x"), "weights must be in model.safetensors"),
         (lambda f: (f / "run.sh").write_text("rm"), "run.sh does not belong"),
-        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-        (lambda f: (f / "results.json").unlink(), "no results.json"),
-        (lambda f: (f / "confusion.png").unlink(), "no confusion.png"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda f: (f / "results.json").unlink(), "results.json is missing"),
+        (lambda f: (f / "confusion.png").unlink(), "confusion.png is missing"),
         (
             lambda f: (f / "history.csv").write_text("/home/me/patients/1.png"),
             "path of your machine, /home/me/patients",
@@ -250,13 +250,13 @@ def remeasure(folder, change):
         (lambda f: edit(f, id2label={}), "classes have no names"),
         (lambda f: edit(f, training={}), "does not say what the model was trained on|not on record"),
         (lambda f: edit(f, weights_sha256=None), "no weights_sha256"),
-        (lambda f: edit(f, calibration={"temperature": 3.0}), "another calibration"),
+        (lambda f: edit(f, calibration={"temperature": 3.0}), "different calibrations"),
         (lambda f: edit(f, weights_sha256="0" * 64), "does not match its checksum"),
         (retrain, "golden prediction is not reproduced"),
         (lambda f: (f / "golden.json").write_text("{}"), "labels"),
-        (lambda f: remeasure(f, lambda r: r["training"].update(seed=9)), "another training run"),
-        (lambda f: remeasure(f, lambda r: r["splits"]["test"].update(resamples=0)), "no intervals"),
-        (lambda f: remeasure(f, lambda r: r["splits"]["test"]["classes"].reverse()), "other classes"),
+        (lambda f: remeasure(f, lambda r: r["training"].update(seed=9)), "different training runs"),
+        (lambda f: remeasure(f, lambda r: r["splits"]["test"].update(resamples=0)), "no confidence intervals"),
+        (lambda f: remeasure(f, lambda r: r["splits"]["test"]["classes"].reverse()), "different classes"),
         (lambda f: (f / "README.md").write_text("# my model"), 'section "Limits" is missing'),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_generated_card_follows_to_another_repository(hub, folder):
     here = (folder / "README.md").read_bytes()
     said = []
     publish(folder, "org/other", say=said.append)
-    assert "the card is written anew for org/other" in said[0]
+    assert "the card is regenerated for org/other" in said[0]
     assert (folder / "README.md").read_bytes() == here == hub.files(REPO)["README.md"]
     assert 'from_pretrained("org/other")' in hub.files("org/other")["README.md"].decode()
     assert 'from_pretrained("org/bloodmnist")' in hub.files(REPO)["README.md"].decode()
@@ -374,4 +374,4 @@ def test_one_unfit_model_does_not_stop_the_others(hub, zoo, capsys):
 def test_an_empty_zoo_says_so(zoo, capsys):
     shutil.rmtree(zoo)
     zoo.mkdir()
-    assert tool.main(["--all"]) == 1 and "there are no models" in capsys.readouterr().err
+    assert tool.main(["--all"]) == 1 and "no models in" in capsys.readouterr().err
