@@ -20,7 +20,7 @@ from medmamba.config import ConfigError
 from medmamba.explain import methods
 from medmamba.imaging.load import ImageError
 from medmamba.inference.predict import Failure
-from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained import PretrainedError
 
 from .advice import WARNING, for_programs, of_problem, plain
 from .context import Context, Known

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from medmamba.cards.card import ModelFacts, read_facts
 from medmamba.cards.licences import LicenceError
 from medmamba.inference.ood import Unusual, load_unusual
-from medmamba.pretrained.mixin import fetch
+from medmamba.pretrained import fetch
 from medmamba.utils.checksums import WEIGHTS_NAME
 
 from .options import Options

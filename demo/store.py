@@ -19,7 +19,7 @@ from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
 from medmamba.kernels import resolve_backend
 from medmamba.metrics.calibration import Calibration
-from medmamba.pretrained.mixin import fetch
+from medmamba.pretrained import fetch
 
 MAX_LOADED = 6
 

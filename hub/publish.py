@@ -19,8 +19,7 @@ from typing import Any
 from medmamba import MedMamba, __version__
 from medmamba.cards.card import CARD_NAME, default_repo
 from medmamba.config import ORGANISATION
-from medmamba.pretrained import PretrainedError
-from medmamba.pretrained.sources import bundled_models
+from medmamba.pretrained import PretrainedError, bundled_models
 
 from .golden import GoldenError, check_golden
 from .validate import Report, validate

@@ -19,7 +19,7 @@ from medmamba.cards.card import (
 from medmamba.cards.licences import LicenceError
 from medmamba.config import ConfigError
 from medmamba.inference.fitted import FINGERPRINT
-from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained import PretrainedError
 from medmamba.pretrained.sources import PICKLES
 from medmamba.utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
 

@@ -14,7 +14,7 @@ import gradio as gr
 from medmamba.config import ConfigError
 from medmamba.imaging.image import WindowNeeded
 from medmamba.imaging.load import ImageError
-from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained import PretrainedError
 
 from ..advice import of_problem
 from ..context import Context

@@ -10,7 +10,7 @@ import gradio as gr
 from medmamba.config import ConfigError
 from medmamba.explain import Comparison, ExplainCancelled, methods
 from medmamba.imaging.load import ImageError
-from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained import PretrainedError
 
 from ..advice import of_problem
 from ..context import Context

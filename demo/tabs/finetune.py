@@ -17,7 +17,7 @@ from medmamba.data import DatasetError
 from medmamba.imaging.load import ImageError
 from medmamba.metrics import Evaluation
 from medmamba.metrics.result import TITLES
-from medmamba.pretrained.mixin import PretrainedError
+from medmamba.pretrained import PretrainedError
 
 from ..charts import Line, chart
 from ..context import Context

@@ -20,7 +20,7 @@ from ..config import ORGANISATION, MedMambaConfig
 from ..data import registry
 from ..inference.ood import Unusual, UnusualError, load_unusual
 from ..metrics import Evaluation
-from ..pretrained.mixin import read_config
+from ..pretrained import read_config
 from ..utils.checksums import WEIGHTS_NAME
 from .licences import HUB_LICENCES, Terms, terms_of
 from .sections import sections

@@ -24,7 +24,7 @@ EXTRAS = {
 def report() -> list[tuple[str, str]]:
     """(what, finding) pairs, in the order to read them."""
     from .._version import __version__
-    from ..pretrained.mixin import bundled_models
+    from ..pretrained import bundled_models
 
     rows = [
         ("medmamba", __version__),

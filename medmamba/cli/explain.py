@@ -192,7 +192,7 @@ def _short(value: Any) -> str:
 def _listing(model_name: str) -> str:
     from ..explain import BASELINES, layers, methods
     from ..model import MedMamba
-    from ..pretrained.mixin import PretrainedError
+    from ..pretrained import PretrainedError
 
     lines = ["methods:"]
     for method in methods().values():

@@ -31,6 +31,7 @@ from ..utils import config_checks as checks
 from ..utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, file_hash
 from ..utils.files import write_text
 from ..utils.strict_json import read_json
+from ..utils.weights import read_weights
 from .fingerprint import Fingerprint, changed_parts, fingerprint
 from .fitted import body
 
@@ -81,8 +82,6 @@ class Unusual:
         Raises:
             UnusualError: it was learnt with other weights than those in the folder.
         """
-        from ..pretrained.mixin import read_weights
-
         folder = Path(folder)
         there = body(read_weights(folder))
         if self.weights is not None and changed_parts(there, self.weights):

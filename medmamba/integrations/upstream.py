@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import VARIANTS, MedMambaConfig
 from ..model import DIRECTIONS, MedMamba
-from ..pretrained.mixin import load_strict
+from ..pretrained import load_strict
 from ..pretrained.weights_file import listed, not_finite
 
 

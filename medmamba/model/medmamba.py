@@ -4,7 +4,7 @@ import torch
 
 from ..config import MedMambaConfig, variant_config
 from ..inference.predict import predict
-from ..pretrained.mixin import PretrainedMixin
+from ..pretrained import PretrainedMixin
 from .network import MedMambaNetwork
 
 

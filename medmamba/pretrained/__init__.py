@@ -2,14 +2,18 @@
 
 from .._moved import names
 from ..utils.checksums import PretrainedError
-from .mixin import PretrainedMixin, load_strict, read_config, read_weights
-from .sources import bundled_models, fetch
+from ..utils.weights import read_weights
+from .config_file import read_config
+from .mixin import PretrainedMixin
+from .sources import bundled_models, fetch, hub_name
+from .weights_file import load_strict
 
 __all__ = [
     "PretrainedError",
     "PretrainedMixin",
     "bundled_models",
     "fetch",
+    "hub_name",
     "load_strict",
     "read_config",
     "read_weights",

@@ -1,9 +1,8 @@
-"""Loading and saving: a folder with one `config.json` and one `model.safetensors`, local, bundled or on the Hub.
+"""Loads, saves and publishes models: a folder with one `config.json` and one `model.safetensors`.
 
-Loading is strict: every tensor must be there, in its shape, and nothing else. Pickles are never read.
+Loading is strict: every tensor must be present in its expected shape, and no other. Pickles are never read.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,87 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import ORGANISATION, ConfigError, MedMambaConfig
+from .._version import __version__
+from ..config import MedMambaConfig
 from ..inference.fingerprint import fingerprint
 from ..inference.fitted import FINGERPRINT, FittedMixin, bind_loaded, body, in_force
-from ..utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, PretrainedError, file_hash
+from ..inference.ood import NAME as OOD_NAME
+from ..inference.ood import UnusualError, load_unusual
+from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME, PretrainedError, file_hash
 from ..utils.files import staged
-from ..utils.strict_json import StrictJsonError, read_json
-from .archives import MAX_CONFIG
-from .sources import bundled_models, fetch
-from .timm_config import FILE_FIELDS, timm_fields
-from .weights_file import check_header, differences, listed, not_finite, read_header, shapes
-
-__all__ = [
-    "CONFIG_NAME",
-    "ORGANISATION",
-    "WEIGHTS_NAME",
-    "PretrainedError",
-    "PretrainedMixin",
-    "bundled_models",
-    "fetch",
-    "load_strict",
-    "read_config",
-    "read_weights",
-]
-
-
-def read_config(folder: Path) -> MedMambaConfig:
-    """Reads `config.json`.
-
-    Raises:
-        ConfigError: not JSON, foreign, or stale.
-    """
-    path = Path(folder) / CONFIG_NAME
-    try:
-        data = read_json(path, MAX_CONFIG)
-    except StrictJsonError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download or save the model again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
-    if isinstance(data.get("model_type"), str | None) and data.get("model_type") != "medmamba" and "depths" not in data:
-        other = f"of the type {data['model_type']!r}" if data.get("model_type") else "of another library"
-        raise ConfigError(
-            f"{path} is not a MedMamba config, but {other}; this package reads what save_pretrained wrote, and "
-            "published MedMamba checkpoints (.pth) by medmamba.load_upstream"
-        )
-    # The file also holds what timm and a checksum need, all derived from the rest; see `_file_config`.
-    data["architecture"] = data.pop("variant", data.get("architecture", "custom"))
-    data = {key: value for key, value in data.items() if key not in (CHECKSUM_KEY, *FILE_FIELDS)}
-    try:
-        return MedMambaConfig.from_dict(data)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads `model.safetensors`, half precision widened to float32.
-
-    Raises:
-        PretrainedError: cut short or not a safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder) / WEIGHTS_NAME
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise PretrainedError(f"{path} is damaged or cut short ({error}); download or save it again") from error
-    return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-
-
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Gives the model these tensors; the model may be on the meta device.
-
-    Raises:
-        PretrainedError: a tensor is missing, unknown or of another shape.
-    """
-    if problems := differences(shapes(model.state_dict()), shapes(tensors)):
-        raise PretrainedError(f"{source} does not fit its configuration: {listed(problems)}")
-    model.load_state_dict(tensors, assign=True)
+from ..utils.weights import read_weights
+from .config_file import read_config, write_config
+from .sources import fetch
+from .weights_file import check_header, differences, listed, load_strict, not_finite, read_header, shapes
 
 
 class PretrainedMixin(FittedMixin):
@@ -100,7 +32,7 @@ class PretrainedMixin(FittedMixin):
 
     @classmethod
     def _from_config(cls, config: MedMambaConfig) -> Any:
-        """A new model; a subclass with another constructor says here how it is built."""
+        """Builds a new model; override it in a subclass whose constructor takes other arguments."""
         return cls(config)  # type: ignore[call-arg]
 
     @classmethod
@@ -114,66 +46,66 @@ class PretrainedMixin(FittedMixin):
         local_files_only: bool = False,
         force_download: bool = False,
     ):
-        """A model in eval mode, in float32 on the CPU, with its warning for unusual images where the folder has one.
+        """Loads a model in eval mode, in float32 on the CPU, with its OOD detector where the folder has one.
 
         Args:
-            name: "medmamba/bloodmnist", "org/name@revision", or a folder written by `save_pretrained`.
-            revision: branch, tag or commit on the Hub; a commit that is cached needs no network.
+            name: "medmamba/bloodmnist", "org/name@revision", a folder written by `save_pretrained`, a zip of one, or an
+                fsspec address.
+            revision: branch, tag or commit on the Hub; a cached commit needs no network.
+            cache_dir: where downloads are kept; default: the Hub's cache.
             token: for private models; default: the one stored by `hf auth login`.
+            local_files_only: do not access the network.
+            force_download: download again what is cached.
 
         Raises:
-            PretrainedError: not found, unreachable, damaged, or weights that do not fit.
-            ConfigError: a stale or foreign configuration.
+            PretrainedError: not found, unreachable or damaged, or the weights do not match the configuration.
+            ConfigError: an outdated configuration, or one of another library.
             UnusualError: an `unusual.json` that cannot be read.
         """
-        from ..inference.ood import NAME, UnusualError, load_unusual
-
-        folder = fetch(name, revision, cache_dir, token, local_files_only, force_download, sidecars=[NAME])
+        folder = fetch(name, revision, cache_dir, token, local_files_only, force_download, sidecars=[OOD_NAME])
         config, header = read_config(folder), read_header(folder / WEIGHTS_NAME)
         check_header(header, config, str(folder))
-        with torch.device("meta"):  # no time spent on initialising what is about to be replaced
+        with torch.device("meta"):  # skips the initialisation of weights that are replaced below
             model = cls._from_config(config)
-        # Compared before anything of the size of the tensors is allocated.
+        # Compared before memory for the tensors is allocated.
         if problems := differences(shapes(model.state_dict()), shapes(header)):
-            raise PretrainedError(f"{folder} does not fit its configuration: {listed(problems)}")
+            raise PretrainedError(f"{folder} does not match its configuration: {listed(problems)}")
         tensors = read_weights(folder)
         if broken := not_finite(tensors):
             which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken, 3)})"
             raise PretrainedError(
-                f"{folder}: {which} have NaN or infinity in them, so every answer would be NaN: the training diverged, "
-                "or the file was damaged before it was saved. Take an earlier checkpoint; "
-                "medmamba.pretrained.mixin.read_weights(folder) reads the tensors as they are"
+                f"{folder}: {which} contain NaN or infinity, so every output would be NaN: training diverged, or the "
+                "weights were corrupted before they were saved. Use an earlier checkpoint; "
+                "medmamba.pretrained.read_weights(folder) reads the tensors as they are"
             )
         load_strict(model, tensors, str(folder))
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         unusual = load_unusual(folder)
-        if unusual is None and (folder / NAME).is_file():
-            warnings.warn(f"{folder / NAME} belongs to other weights, and is not used; delete it", stacklevel=2)
-        if unusual is not None and unusual.means.shape[1] != config.dims[-1]:
-            width = unusual.means.shape[1]
-            raise UnusualError(f"{folder / NAME} is of {width} features, the model has {config.dims[-1]}; delete it")
+        if unusual is None and (folder / OOD_NAME).is_file():
+            warnings.warn(f"{folder / OOD_NAME} was fitted with other weights and is ignored; delete it", stacklevel=2)
+        if unusual is not None and (width := unusual.means.shape[1]) != config.dims[-1]:
+            raise UnusualError(f"{folder / OOD_NAME} has {width} features, the model {config.dims[-1]}; delete it")
         bind_loaded(model, unusual, tensors)
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:
-        """Writes `model.safetensors`, `config.json` and, where there is a warning for unusual images, `unusual.json`.
+        """Saves `model.safetensors`, `config.json` and, where the model has an OOD detector, `unusual.json`.
 
-        An existing model there is replaced only once all are written, the weights last. What could not be loaded
-        again is not written; a calibration or a warning that was learnt with other weights is left out, and said.
+        An existing model in the folder is replaced only after all files are written, the weights last. A model that
+        could not be loaded again is not saved. A calibration or OOD detector fitted with other weights is left out with
+        a warning.
 
         Args:
-            dtype: store matrices in this type, e.g. torch.float16 for half the size. Vectors and the scan's parameters
-                stay float32: they are small, and A is an exponent.
+            dtype: type in which matrices are stored, e.g. torch.float16 for half the size. Vectors and the parameters
+                of the scan stay float32: they are small, and A is an exponent.
 
         Raises:
-            PretrainedError: a classifier, layers or values that `from_pretrained` would refuse.
-            ConfigError: a configuration that it would refuse.
-            DiskFullError: no space; what was there before is unchanged.
+            PretrainedError: a classifier, layers or values that `from_pretrained` would reject.
+            ConfigError: a configuration that `from_pretrained` would reject.
+            DiskFullError: no space; existing files are unchanged.
         """
         from safetensors.torch import save_file
-
-        from ..inference.ood import NAME
 
         folder = Path(folder)
         tensors = {}
@@ -187,14 +119,12 @@ class PretrainedMixin(FittedMixin):
             config = config.replace(calibration={**config.calibration, FINGERPRINT: weights})
         with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
             save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-            data = _file_config(config, staging / WEIGHTS_NAME)
-            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-            (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-            read_config(staging)
+            sha256 = file_hash(staging / WEIGHTS_NAME)
+            write_config(config, staging, sha256)
             if unusual:
-                unusual.write(staging / NAME, data[CHECKSUM_KEY], fingerprint(body(tensors)))
+                unusual.write(staging / OOD_NAME, sha256, fingerprint(body(tensors)))
         if not unusual:
-            (folder / NAME).unlink(missing_ok=True)  # of the weights that were there before
+            (folder / OOD_NAME).unlink(missing_ok=True)  # of the previous weights
         return folder
 
     def push_to_hub(
@@ -208,14 +138,13 @@ class PretrainedMixin(FittedMixin):
         dtype: torch.dtype | None = None,
         card: str | os.PathLike | None = None,
     ) -> str:
-        """Uploads the model in one commit and returns the address of that commit.
+        """Uploads the model to the Hub in one commit and returns the URL of that commit.
 
         Args:
-            card: a model card (README.md) to upload beside it.
+            dtype: see `save_pretrained`.
+            card: a model card (README.md) to upload with it.
         """
         from huggingface_hub import HfApi
-
-        from .._version import __version__
 
         api = HfApi(token=token, library_name="medmamba", library_version=__version__)
         with tempfile.TemporaryDirectory() as staging:
@@ -230,10 +159,10 @@ class PretrainedMixin(FittedMixin):
 
 
 def _check_loadable(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Compares what is about to be written with what `from_pretrained` will build from the same configuration.
+    """Checks that `from_pretrained` could load these tensors with the configuration of the model.
 
     Raises:
-        PretrainedError: other tensors, or values that are not finite.
+        PretrainedError: missing, unexpected or misshapen tensors, or values that are not finite.
     """
     problems: list[str] | None = None
     for cls in type(model).__mro__:
@@ -243,50 +172,39 @@ def _check_loadable(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype |
             with torch.device("meta"):
                 blank = cls._from_config(model.config)
         except (TypeError, AttributeError):
-            continue  # its constructor takes something else; it may still be loaded as the class it extends
+            continue  # another constructor; the model may still be loaded as its base class
         found = differences(shapes(blank.state_dict()), shapes(tensors))
         problems = found if problems is None or not found else problems
         if not found:
             break
     if problems is None:
-        problems = ["no constructor takes its configuration alone"]
+        problems = ["no class can be built from its configuration alone"]
     if problems:
-        raise PretrainedError(f"this model could not be loaded again, so it was not saved: {_why(problems)}")
+        raise PretrainedError(f"the model was not saved, because it could not be loaded again: {_why(problems)}")
     if broken := not_finite(tensors):
         fits = dtype is not None and not not_finite({name: model.state_dict()[name] for name in broken})
-        how = f"save it without dtype={dtype}, in which they overflow" if fits else "its training diverged"
+        how = f"save it without dtype={dtype}, in which they overflow" if fits else "training diverged"
         raise PretrainedError(
-            f"{len(broken)} of {len(tensors)} tensors have NaN or infinity in them ({listed(broken, 3)}), so the model "
-            f"was not saved: {how}"
+            f"the model was not saved: {len(broken)} of {len(tensors)} tensors contain NaN or infinity "
+            f"({listed(broken, 3)}): {how}"
         )
 
 
 def _why(problems: list[str]) -> str:
+    """Explains differences between the tensors of a model and those of its configuration, and how to resolve them."""
     names = " ".join(problems)
     if "head." in problems[0] and all("head." in problem for problem in problems):
         return (
-            f"its classifier is not the one of its configuration ({listed(problems)}). Use "
+            f"its classifier does not match its configuration ({listed(problems)}). Use "
             "model.reset_classifier(num_classes, id2label=...) instead of replacing model.head"
         )
     if "parametrizations" in names:
         return (
-            f"it has parametrizations ({listed(problems, 2)}); torch.nn.utils.parametrize.remove_parametrizations first"
+            f"it has parametrizations ({listed(problems, 2)}); call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
         )
     if any(word in names for word in ("lora_", "base_layer", "modules_to_save", "adapter")):
         return f"it has adapters ({listed(problems, 2)}); merge them first (in PEFT: model.merge_and_unload())"
     if ".scale" in names and ".shift" in names:
-        return "it is a fused copy for inference; save the model that it was made of"
-    return f"its layers are not those of its configuration ({listed(problems)})"
-
-
-def _file_config(config: MedMambaConfig, weights: Path) -> dict[str, Any]:
-    """What `config.json` holds: the configuration, who wrote it, which weights it goes with, and what timm reads."""
-    from .._version import __version__
-
-    return {
-        **config.to_dict(),
-        "medmamba_version": __version__,
-        CHECKSUM_KEY: file_hash(weights),
-        **timm_fields(config),
-        "variant": config.architecture,  # timm looks its entry point up by "architecture"
-    }
+        return "it is a fused copy for inference; save the model it was made from"
+    return f"its layers do not match its configuration ({listed(problems)})"

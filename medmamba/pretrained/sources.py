@@ -1,7 +1,7 @@
-"""From the name of a model to a local folder that holds it, complete and undamaged.
+"""Resolves the name of a model to a local folder with verified files, downloading them where necessary.
 
-A name is a folder, a zip file, a bundled model, "org/name[@revision]" on the Hub (or a mirror of it, HF_ENDPOINT), or
-any address that fsspec reads ("s3://...", "file://...", "https://....zip").
+A name is a folder, a zip file, a bundled model, "org/name[@revision]" on the Hub (or its mirror, HF_ENDPOINT), or any
+URL that fsspec reads ("s3://...", "file://...", "https://....zip").
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from ..config import ORGANISATION, ConfigError
 from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, checked, file_hash, verify
 from ..utils.files import is_disk_full
 from ..utils.network import unreachable
-from .archives import MAX_CONFIG, MAX_SIDECAR, SIDECARS, extract, inspect
+from .archives import MAX_SIDECAR, SIDECARS, extract, inspect
+from .config_file import MAX_CONFIG
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-
 ATTEMPTS = 4
-FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles
-PATIENCE = 60.0  # seconds after which no further attempt is made; the Hub client has retries of its own
+FIRST_PAUSE = 0.5  # seconds before the second attempt, doubled each time
+PATIENCE = 60.0  # seconds after which no further attempt is made; the Hub client also retries by itself
 
 
 def bundled_models() -> dict[str, Path]:
-    """Models that come with this copy of medmamba, by name (`medmamba/<folder>`); they load without a network."""
+    """Returns the folders of the models shipped with this copy of medmamba, by name ("medmamba/FOLDER")."""
     package = Path(__file__).parents[1]
     found: dict[str, Path] = {}
     for root in (package / "weights", package.parent / "hub" / "models"):  # an installed wheel; a clone
@@ -49,24 +49,26 @@ def fetch(
     force_download: bool = False,
     sidecars: bool | Sequence[str] = False,
 ) -> Path:
-    """The local folder that holds a model, its files verified against their checksums.
+    """Returns the local folder of a model, its files verified against their checksums.
 
     Args:
-        name: a folder or a zip of one; "org/name" or "org/name@revision"; the short name of a bundled model; or an
-            address that fsspec reads, of a folder or a zip.
+        name: a folder or a zip of one; "org/name" or "org/name@revision"; the short name of a bundled model; or a URL
+            that fsspec reads, of a folder or a zip.
         revision: branch, tag or commit, for models on the Hub.
         cache_dir: where downloads are kept; default: the Hub's cache.
-        local_files_only: never ask the network.
+        token: for private models; default: the one stored by `hf auth login`.
+        local_files_only: do not access the network.
         force_download: download again what is cached.
-        sidecars: from the Hub, bring along `SIDECARS` where the model has them; other sources always do. True: all.
+        sidecars: names of optional files to fetch from the Hub where the model has them; True for all `SIDECARS`. Other
+            sources always provide them.
 
     Raises:
-        PretrainedError: nothing by that name, no network, no permission, an incomplete folder or a damaged file.
+        PretrainedError: no such model, no network, no permission, an incomplete folder or a damaged file.
     """
     text = str(name)
     if Path(name).is_dir() or Path(name).is_file() or (is_address(text) and not text.startswith("hf://")):
         if revision is not None:
-            raise PretrainedError(f"revision={revision!r} is for models on the Hub, and {text} is not a name there")
+            raise PretrainedError(f"revision={revision!r} is for models on the Hub, and {text} is not one of them")
         if is_address(text):
             return _from_address(text, cache_dir, local_files_only, force_download)
         return checked(_complete(Path(name) if Path(name).is_dir() else unpack(Path(name), cache_dir)))
@@ -85,9 +87,7 @@ def fetch(
 
 
 def hub_name(name: str | os.PathLike) -> str | None:
-    """Returns "org/name[@revision]" where `fetch` takes a name from the Hub or from the bundled models.
-
-    None for folders, files and addresses."""
+    """Returns "org/name[@revision]" if `fetch` would take the name from the Hub or the bundled models, else None."""
     text = str(name)
     if isinstance(name, os.PathLike) or Path(text).exists() or (is_address(text) and not text.startswith("hf://")):
         return None
@@ -97,7 +97,7 @@ def hub_name(name: str | os.PathLike) -> str | None:
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is a URL for fsspec rather than a path: it has a scheme of at least two letters."""
+    """Returns whether a name is a URL for fsspec rather than a path: its scheme has at least two letters."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)", name) is not None
 
 
@@ -109,33 +109,33 @@ def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     def download(again: bool) -> Path:
-        # The configuration first: the Hub counts a download by it, and it is small where the name is wrong.
+        # The configuration first: it is small, so a wrong name fails fast, and the Hub counts downloads by it.
         get = functools.partial(hf_hub_download, repo, force_download=force or again)
         config = Path(get(CONFIG_NAME, **options))
-        # The rest of the same commit, even if the branch has moved on meanwhile: the cache names folders by commits.
+        # The rest from the same commit, even if the branch has moved: the cache names folders by commit.
         pinned = options | {"revision": config.parent.name}
         paths = [config, Path(get(WEIGHTS_NAME, **pinned))]
         for file in extras:
             known = try_to_load_from_cache(repo, file, options["cache_dir"], pinned["revision"])
             if known is _CACHED_NO_EXIST and not (force or again):
-                continue  # a commit does not change: no need to ask again
+                continue  # the cache knows that this commit has no such file
             with contextlib.suppress(EntryNotFoundError):
                 paths.append(Path(get(file, **pinned)))
         verify(paths[0].parent, {path.name: _blob_hash(path) for path in paths})
         return paths[0].parent
 
     offline = unreachable(constants.ENDPOINT) if _asks_network(repo, force, options) else None
-    if offline:  # the client would try again and again, for half a minute
+    if offline:  # the client would retry for half a minute
         if force:
-            raise PretrainedError(f"{repo!r} cannot be downloaded: {offline}. {_how_to_go_on(repo)}")
+            raise PretrainedError(f"{repo!r} cannot be downloaded: {offline}. {_without_network(repo)}")
         options = options | {"local_files_only": True}
-    # The base class of the client's errors is that of the HTTP library it was built on, whichever that is.
+    # The client's errors derive from those of its HTTP library, which depends on its version.
     transport: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
     try:
         return _retry(download, transport, _worth_retrying, offline=options["local_files_only"])
     except Damaged as error:
         hint = "with force_download=True" if options["local_files_only"] else "later, or from another mirror"
-        raise PretrainedError(f"{repo!r} arrived or is cached damaged: {error}. Download it again {hint}") from error
+        raise PretrainedError(f"{repo!r} is damaged: {error}. Download it again {hint}") from error
     except PretrainedError:
         raise
     except transport as error:
@@ -143,7 +143,7 @@ def _from_hub(repo: str, force: bool, options: dict[str, Any], extras: Sequence[
 
 
 def _asks_network(repo: str, force: bool, options: dict[str, Any]) -> bool:
-    """Whether the client will ask the Hub; a commit that is in the cache needs no network."""
+    """Returns whether the client will contact the Hub; a cached commit needs no network."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if options["local_files_only"] or constants.HF_HUB_OFFLINE:
@@ -154,17 +154,18 @@ def _asks_network(repo: str, force: bool, options: dict[str, Any]) -> bool:
 
 
 def _worth_retrying(error: Exception) -> bool:
-    """Cut connections, short bodies and server faults; not an answer such as "no such repository"."""
+    """Returns True for dropped connections, short bodies and server errors; False for answers such as "not found"."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500
-    # LocalEntryNotFoundError, an EntryNotFoundError: the client has made its own attempts. ValueError: a wrong name, or
-    # a forced download that could not start.
+    # LocalEntryNotFoundError, an EntryNotFoundError: the client has already retried. ValueError: an invalid name, or a
+    # forced download that could not start.
     return not isinstance(error, ValueError | EntryNotFoundError | PermissionError | PretrainedError)
 
 
 def _hub_message(error: BaseException, repo: str, revision: str | None, offline: str | None = None) -> str:
+    """Explains an error of the Hub client, and what to do about it."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -181,32 +182,32 @@ def _hub_message(error: BaseException, repo: str, revision: str | None, offline:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError | RepositoryNotFoundError):
         return (
-            f"there is no model {repo!r} on the Hub that you may read (private and gated ones need `hf auth login` or "
-            f"token=...). {exists}"
+            f"there is no model {repo!r} on the Hub that you may read (private and gated models need `hf auth login` "
+            f"or token=...). {exists}"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo!r} has no revision {revision!r}; leave it out for the newest"
+        return f"{repo!r} has no revision {revision!r}; omit it for the latest"
     if isinstance(error, LocalEntryNotFoundError):
         why = offline or (_one_line(error.__cause__) if error.__cause__ is not None else "")
         return (
-            f"{repo!r} is not in the local cache and the Hub cannot be reached or was not to be asked"
-            f"{f' ({why})' if why else ''}. {_how_to_go_on(repo)}"
+            f"{repo!r} is not in the local cache, and the Hub cannot be reached or access is disabled"
+            f"{f' ({why})' if why else ''}. {_without_network(repo)}"
         )
     if isinstance(error, EntryNotFoundError):
         return (
-            f"{repo!r} is on the Hub but has no {CONFIG_NAME} or no {WEIGHTS_NAME}, so it is not a medmamba model; "
-            "a published .pth is read by medmamba.load_upstream"
+            f"{repo!r} on the Hub has no {CONFIG_NAME} or no {WEIGHTS_NAME}, so it is not a medmamba model; load a "
+            "published .pth with medmamba.load_upstream"
         )
     if isinstance(error, HFValidationError):
-        return f"{repo!r} is neither a folder nor a model name like org/name. {exists}"
+        return f"{repo!r} is neither a folder nor a model name such as org/name. {exists}"
     if status in (401, 403):
         return (
-            f"the Hub refuses your token for {repo!r} (HTTP {status}): `hf auth login` again, or token=False for a "
-            "public model"
+            f"the Hub rejects your token for {repo!r} (HTTP {status}): run `hf auth login` again, or use token=False "
+            "for a public model"
         )
     if status == 429:
-        return f"the Hub limits your requests (HTTP 429), {repo!r} among them: wait some minutes, or `hf auth login`"
-    return f"downloading {repo!r} failed after retries: {_one_line(error)}. Run it again: finished files are kept"
+        return f"the Hub limits your requests for {repo!r} (HTTP 429): wait a few minutes, or run `hf auth login`"
+    return f"downloading {repo!r} failed after retries: {_one_line(error)}. Try again: complete files are kept"
 
 
 def _one_line(error: BaseException) -> str:
@@ -214,7 +215,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _blob_hash(path: Path) -> str | None:
-    """The hash of a cached file as the Hub announced it: the cache names files by it. None where there are no links."""
+    """Returns the hash the Hub announced for a cached file, which names its blob; None without symbolic links."""
     name = Path(os.readlink(path)).name if path.is_symlink() else ""
     return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else None
 
@@ -229,14 +230,14 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
     if local_files_only:
         known = sorted((c for c in copies.glob("*") if (c / CONFIG_NAME).is_file()), key=lambda c: c.stat().st_mtime)
         if not known:
-            raise PretrainedError(f"{url} was not downloaded before, and the network was not to be asked")
+            raise PretrainedError(f"{url} is not in the local cache, and network access is disabled")
         return checked(known[-1])
 
     def download(again: bool) -> Path:
         fs, path = fsspec.core.url_to_fs(url)
         zipped = path.endswith(".zip") and fs.isfile(path)
         files = [path] if zipped else [f"{path.rstrip('/')}/{file}" for file in (CONFIG_NAME, WEIGHTS_NAME)]
-        # Whatever tells versions of a remote file apart: an ETag, or size and time.
+        # Identifies the version of a remote file: an ETag, or size and time.
         version = hashlib.sha256("".join(str(fs.ukey(file)) for file in files).encode()).hexdigest()[:16]
         if (copies / version / CONFIG_NAME).is_file() and not (force or again):
             return verify(copies / version)
@@ -249,7 +250,7 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
                 target = Path(staging, Path(file).name)
                 fs.get_file(file, str(target))
                 if (size := fs.info(file).get("size")) not in (None, target.stat().st_size):
-                    raise Damaged(f"{file} has {size} bytes, {target.stat().st_size} arrived")
+                    raise Damaged(f"{file} has {size} bytes, received {target.stat().st_size}")
             if zipped:
                 extract(Path(staging, Path(path).name), Path(staging))
             inspect(Path(staging))
@@ -263,23 +264,23 @@ def _from_address(url: str, cache_dir: str | os.PathLike | None, local_files_onl
     except (PretrainedError, ConfigError):
         raise
     except FileNotFoundError as error:
-        raise PretrainedError(f"{url} has no {CONFIG_NAME} beside a {WEIGHTS_NAME}, nor is it a zip of them") from error
+        raise PretrainedError(f"{url} is neither a folder with {CONFIG_NAME} and {WEIGHTS_NAME} nor a zip") from error
     except ImportError as error:
-        raise PretrainedError(f"reading {url} needs a package: {error}") from error
+        raise PretrainedError(f"reading {url} needs another package: {error}") from error
     except Damaged as error:
-        raise PretrainedError(f"{url} arrived damaged {ATTEMPTS} times: {error}") from error
-    except Exception as error:  # each file system has errors of its own; ValueError: an unknown scheme
+        raise PretrainedError(f"{url} was damaged in {ATTEMPTS} downloads: {error}") from error
+    except Exception as error:  # each file system has its own errors; ValueError: an unknown scheme
         raise PretrainedError(f"cannot read {url}: {_one_line(error)}") from error
 
 
 def unpack(file: Path, cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder in the cache with the model that a zip holds, at its top or in one folder.
+    """Unpacks the model in a zip, at its top level or in a folder, into the cache, and returns its folder there.
 
     Raises:
-        PretrainedError: not a zip, damaged, or not with exactly one model.
+        PretrainedError: not a zip, damaged, or without exactly one model.
     """
     if file.suffix in PICKLES or not zipfile.is_zipfile(file):  # a .pth is a zip too
-        hint = "a published .pth is read by medmamba.load_upstream" if file.suffix in PICKLES else "give its folder"
+        hint = "load a published .pth with medmamba.load_upstream" if file.suffix in PICKLES else "pass its folder"
         raise PretrainedError(f"{file} is not a folder or zip with {CONFIG_NAME} and {WEIGHTS_NAME}; {hint}")
     target = _cache(cache_dir) / "zip" / file_hash(file)[:32]
     if not (target / CONFIG_NAME).is_file():
@@ -293,7 +294,7 @@ def unpack(file: Path, cache_dir: str | os.PathLike | None = None) -> Path:
 
 @contextlib.contextmanager
 def _writable(folder: Path, what: str) -> Iterator[None]:
-    """Says of a cache that cannot be written what to do about it."""
+    """Turns errors of writing to the cache into one that says what to do."""
     try:
         yield
     except PretrainedError:
@@ -302,15 +303,15 @@ def _writable(folder: Path, what: str) -> Iterator[None]:
         full = is_disk_full(error)
         why = "the disk is full" if full else f"the cache {folder} cannot be written ({error.strerror or error})"
         raise PretrainedError(
-            f"{what} failed: {why}. Point HF_HOME, or cache_dir=..., at a folder that you may write and that has room; "
-            "or unpack the model yourself and give its folder"
+            f"{what} failed: {why}. Set HF_HOME, or cache_dir=..., to a writable folder with free space; or unpack the "
+            "model yourself and pass its folder"
         ) from error
 
 
 def _check_size(size: Any, name: str) -> None:
     most = {CONFIG_NAME: MAX_CONFIG, **dict.fromkeys(SIDECARS, MAX_SIDECAR)}.get(name)
     if most and isinstance(size, int) and size > most:
-        raise PretrainedError(f"{name} has {size / 2**20:,.0f} MiB; at most {most / 2**20:.0f} are allowed")
+        raise PretrainedError(f"{name} has {size / 2**20:,.0f} MiB; the limit is {most / 2**20:.0f} MiB")
 
 
 def _cache(cache_dir: str | os.PathLike | None) -> Path:
@@ -320,7 +321,7 @@ def _cache(cache_dir: str | os.PathLike | None) -> Path:
 
 
 def _install(folder: Path, target: Path) -> Path:
-    """Moves the files to their place in the cache. The configuration comes last: it marks the copy complete."""
+    """Moves the files into the cache, the configuration last: it marks the copy as complete."""
     target.mkdir(parents=True, exist_ok=True)
     for file in (*(name for name in SIDECARS if (folder / name).is_file()), WEIGHTS_NAME, CONFIG_NAME):
         os.replace(folder / file, target / file)
@@ -333,7 +334,12 @@ def _retry(
     worth: Callable[[Exception], bool],
     offline: bool = False,
 ) -> Path:
-    """Calls `download(again)` until it succeeds; `again` tells it to trust no copy it has."""
+    """Calls `download(again)` until it succeeds; `again` is True after a damaged download, to bypass caches.
+
+    Args:
+        catch: errors of the transport; which are worth another attempt, `worth` decides.
+        offline: do not repeat.
+    """
     start, again = time.monotonic(), False
     for attempt in range(ATTEMPTS):
         try:
@@ -348,32 +354,37 @@ def _retry(
 
 
 def _complete(folder: Path) -> Path:
+    """Returns the folder if it holds a configuration and weights.
+
+    Raises:
+        PretrainedError: one of them is missing.
+    """
     for file in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / file).is_file():
             hint = ""
             if any(path.suffix in PICKLES for path in folder.iterdir()):
-                hint = "; a published .pth is read by medmamba.load_upstream, which never unpickles code"
-            raise PretrainedError(f"{folder} has no {file}, so it is not a model saved by save_pretrained{hint}")
+                hint = "; load a published .pth with medmamba.load_upstream, which never unpickles code"
+            raise PretrainedError(f"{folder} has no {file}, so save_pretrained did not write it{hint}")
     return folder
 
 
-def _how_to_go_on(repo: str) -> str:
-    """What to do without a network: connect, make the model where that is known, or take another."""
+def _without_network(repo: str) -> str:
+    """Says what to do without a network: connect, train the model where a recipe is known, or use another one."""
     from ..data import registry
 
     made = ""
     owner, _, name = repo.partition("/")
     with contextlib.suppress(registry.RegistryError):
         if owner == ORGANISATION and registry.get(name):
-            made = (
-                f" To make it yourself, in a clone of medmamba: `python -m hub.zoo train {name} --data DATA --out DIR`."
-            )
+            made = f" To train it in a clone of medmamba: `python -m hub.zoo train {name} --data DATA --out DIR`."
     return f"Connect once, or point HF_ENDPOINT at a mirror.{made} {_what_exists(bundled_models())}"
 
 
 def _what_exists(bundled: dict[str, Path]) -> str:
+    """Lists the models that can be loaded without a network, and how to make others."""
     names = ", ".join(bundled) or "none"
     return (
-        f"Models that come with medmamba: {names}. A model of your own: `medmamba train --data FOLDER --out DIR`, then "
-        "MedMamba.from_pretrained(DIR); a new one without weights: medmamba.create_model('tiny', num_classes=...)"
+        f"Models that come with medmamba: {names}. To train your own: `medmamba train --data FOLDER --out DIR`, then "
+        "MedMamba.from_pretrained(DIR); for a new model with random weights: medmamba.create_model('tiny', "
+        "num_classes=...)"
     )

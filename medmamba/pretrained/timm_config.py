@@ -1,17 +1,17 @@
-"""The part of `config.json` that timm reads: how to build the model there and how to prepare images for it."""
+"""The fields of `config.json` that timm reads: how to build the model and how to preprocess its images."""
 
 from typing import Any
 
 from ..config import MedMambaConfig
 
-ENTRY_POINT = "medmamba"  # "architecture" in config.json: any variant, shaped by "model_args"
-FILE_FIELDS = ("num_features", "pretrained_cfg", "model_args")  # of config.json, for timm alone
+ENTRY_POINT = "medmamba"  # "architecture" in config.json: any variant, its shape in "model_args"
+FILE_FIELDS = ("num_features", "pretrained_cfg", "model_args")  # fields of config.json that only timm reads
 _SHAPE = ("depths", "dims", "d_state", "ssm_expand", "patch_size")
 CROP_MODES = {"squash": "squash", "center": "center", "pad": "border"}
 
 
 def timm_fields(config: MedMambaConfig) -> dict[str, Any]:
-    """What timm reads from config.json: its entry point, how to build the model, how to prepare images."""
+    """Returns the fields that timm reads: entry point, constructor arguments, preprocessing."""
     return {
         "architecture": ENTRY_POINT,
         "num_features": config.dims[-1],

@@ -24,7 +24,7 @@ from ..inference.predict import predict_features
 from ..metrics import Evaluation
 from ..metrics.calibration import fit_calibration
 from ..model import MedMamba
-from ..pretrained.mixin import CONFIG_NAME, WEIGHTS_NAME
+from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 from ..utils.devices import wait_for_everyone
 from .checkpoint import CheckpointStore
 from .identity import differences

@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..metrics import Evaluation
 from ..model import MedMamba
-from ..pretrained.sources import hub_name
+from ..pretrained import hub_name
 from ..utils.devices import wait_for_everyone
 from ..utils.files import LockedError, locked
 from .checkpoint import LOCK, CheckpointStore, check_same_run

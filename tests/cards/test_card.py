@@ -240,7 +240,7 @@ def test_the_base_model_is_only_ever_one_on_the_hub(tmp_path, record, expected):
 
 
 def test_names_on_the_hub_are_told_from_folders(tmp_path, monkeypatch):
-    from medmamba.pretrained.sources import hub_name
+    from medmamba.pretrained import hub_name
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "joint").mkdir(parents=True)

@@ -12,7 +12,7 @@ import torch
 
 from medmamba import ConfigError, MedMamba, MedMambaConfig, PreprocessConfig, PretrainedError, create_model
 from medmamba.config import VARIANTS, variant_config
-from medmamba.pretrained.mixin import read_config
+from medmamba.pretrained import read_config
 from medmamba.utils.strict_json import StrictJsonError, parse_json, read_json
 
 NAN, INF = float("nan"), float("inf")

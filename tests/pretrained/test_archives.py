@@ -14,8 +14,8 @@ import pytest
 from hub_server import connect, serve
 
 from medmamba import ConfigError, MedMamba, PretrainedError, create_model
+from medmamba.pretrained import fetch
 from medmamba.pretrained.archives import MAX_CONFIG
-from medmamba.pretrained.mixin import fetch
 from medmamba.utils.network import unreachable
 
 
@@ -53,7 +53,7 @@ def test_weights_larger_than_the_configuration_makes_them_are_never_unpacked(fol
     bomb = files(folder) | {"model.safetensors": zeros(tmp_path / "zeros", 80)}
     file = zip_of(tmp_path / "bomb.zip", bomb)
     assert file.stat().st_size < 2**20
-    with pytest.raises(PretrainedError, match="does not fit its configuration"):
+    with pytest.raises(PretrainedError, match="does not match its configuration"):
         MedMamba.from_pretrained(file, cache_dir=tmp_path / "cache")
     assert not left(tmp_path / "cache")
 
@@ -74,8 +74,8 @@ def test_a_zip_that_packs_as_no_model_does_is_refused(tmp_path):
         ({"config.json": b" " * (MAX_CONFIG + 1)}, PretrainedError, "unpacks to more than 8 MiB"),
         ({"config.json": b'{"model_type": "vit"}'}, ConfigError, "not a MedMamba config"),
         ({"config.json": b"{"}, ConfigError, "not valid JSON"),
-        ({"model.safetensors": b"\xff" * 100}, PretrainedError, "does not begin as a safetensors file"),
-        ({"model.safetensors": b""}, PretrainedError, "does not begin"),
+        ({"model.safetensors": b"\xff" * 100}, PretrainedError, "does not start like a safetensors file"),
+        ({"model.safetensors": b""}, PretrainedError, "does not start"),
         ({"model.safetensors": struct.pack("<Q", 2) + b"{}" + b"x" * 90}, PretrainedError, "only 0 tensors"),
         ({"unusual.json": b" " * (2**26 + 1)}, PretrainedError, "unpacks to more than 64 MiB"),
     ],
@@ -95,7 +95,7 @@ def test_links_and_names_that_stand_twice_are_refused(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
         archive.write(folder / "model.safetensors", "model.safetensors")
-    with pytest.raises(PretrainedError, match="is a link"):
+    with pytest.raises(PretrainedError, match="is a symbolic link"):
         fetch(tmp_path / "link.zip", cache_dir=tmp_path / "cache")
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.write(folder / "config.json", "config.json")
@@ -118,7 +118,7 @@ def test_a_header_that_lies_about_its_length_is_refused(folder):
     data = json.loads((folder / "config.json").read_text())
     del data["weights_sha256"]
     (folder / "config.json").write_text(json.dumps(data))
-    with pytest.raises(PretrainedError, match="does not begin"):
+    with pytest.raises(PretrainedError, match="does not start"):
         MedMamba.from_pretrained(folder)
 
 
