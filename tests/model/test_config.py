@@ -191,7 +191,7 @@ def test_more_blocks_than_the_weights_have_are_noticed_before_they_are_made(tmp_
     data = json.loads((folder / "config.json").read_text()) | {"depths": [1, 1, 509, 1]}
     (folder / "config.json").write_text(json.dumps(data))
     monkeypatch.setattr(MedMamba, "__init__", lambda *_: pytest.fail("the network was built"))
-    with pytest.raises(PretrainedError, match=r"512 blocks .* and only .* tensors"):
+    with pytest.raises(PretrainedError, match=r"512 blocks .* but only .* tensors"):
         MedMamba.from_pretrained(folder)
 
 
