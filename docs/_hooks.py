@@ -1,63 +1,121 @@
-"""What the site shows that lives elsewhere in the repository: tutorials, model cards, the changelog.
+"""Adds pages whose source lies outside docs/ (tutorials, model cards, the changelog) and resolves links to such files.
 
-Also points links that leave docs/ (to code, data, weights) at the repository, where its address is known.
+Links in docs/ are relative to the repository, so that they work there as well. On the site, a link to a file that has a
+page leads to that page; other files are linked in the repository, where its address is known.
 """
 
+import posixpath
 import re
 from pathlib import Path
 
-import tomllib
-from mkdocs.structure.files import File
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-CARD_FILES = ("confusion.png", "reliability.png", "roc.png", "attribution.png")
+CARDS = sorted((ROOT / "hub" / "models").glob("*/README.md"))
+PICTURES = ("attribution.png", "confusion.png", "reliability.png", "roc.png")
+SITE = {  # path in the repository -> path on the site
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "hub/models": "zoo/index.md",
+}
+SITE |= {f"notebooks/{path.name}": f"tutorials/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+SITE |= {f"hub/models/{card.parent.name}": f"zoo/{card.parent.name}.md" for card in CARDS}
+SITE |= {
+    f"hub/models/{path.parent.name}/{name}": f"zoo/{path.parent.name}-{name}" for path in CARDS for name in PICTURES
+}
+SOURCE = {page: source for source, page in SITE.items()} | {"index.md": "docs/index.md", "zoo/index.md": "README.md"}
+LINK = re.compile(r"(?P<start>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^)\s]+)\)")
+OUTSIDE = re.compile(r"^([a-z]+:|#|/)")
 
 
-def on_files(files, config):
-    """Adds the pages that are made from other files."""
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{notebook.name}", content=notebook.read_text(encoding="utf-8")))
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
-    rows = []
-    for card in sorted((ROOT / "hub" / "models").glob("*/README.md")):
-        name, body = card.parent.name, _without_front_matter(card.read_text(encoding="utf-8"))
-        files.append(File.generated(config, f"zoo/{name}.md", content=body))
-        for picture in CARD_FILES:
-            if (card.parent / picture).is_file():
-                files.append(
-                    File.generated(
-                        config,
-                        f"zoo/{picture}".replace("zoo/", f"zoo/{name}-"),
-                        content=(card.parent / picture).read_bytes(),
-                    )
-                )
-        rows.append(f"- [`medmamba/{name}`]({name}.md)")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("<!-- models: python -m hub.results -->")[2].partition("<!-- end of models -->")[0]
-    table = re.sub(r"\]\(hub/models/([\w-]+)\)", r"](\1.md)", table)
-    content = f"# Models\n\n{table.strip()}\n\nEach has a card:\n\n" + "\n".join(rows) + "\n"
-    files.append(File.generated(config, "zoo/index.md", content=content))
+def on_config(config: MkDocsConfig) -> None:
+    """Lists the model cards in the navigation."""
+    models = next(section["Models"] for section in config.nav if "Models" in section)
+    models[1:1] = [{path.parent.name: SITE[f"hub/models/{path.parent.name}"]} for path in CARDS]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the generated pages and their pictures."""
+
+    def add(page: str, content: str | bytes) -> None:
+        files.append(File.generated(config, page, content=content))
+
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
+        add(SITE[name], (ROOT / name).read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page, pictures = _tutorial(path)
+        add(SITE[f"notebooks/{path.name}"], page)
+        add(f"tutorials/{path.name}", path.read_bytes())
+        for name, content in pictures.items():
+            add(f"tutorials/{name}", content)
+    for path in CARDS:
+        folder = f"hub/models/{path.parent.name}"
+        add(SITE[folder], path.read_text(encoding="utf-8").split("---\n", 2)[-1])  # without the metadata
+        for name in PICTURES:
+            if (path.parent / name).is_file():
+                add(SITE[f"{folder}/{name}"], (path.parent / name).read_bytes())
+    add("zoo/index.md", _zoo())
     return files
 
 
-def on_page_markdown(markdown, page, config, files):
-    """Rewrites links that leave docs/."""
-    source = page.file.src_uri
-    if source.startswith("zoo/") and source != "zoo/index.md":
-        name = Path(source).stem
-        for picture in CARD_FILES:
-            markdown = markdown.replace(f"]({picture})", f"]({name}-{picture})")
-    with open(ROOT / "pyproject.toml", "rb") as stream:
-        repository = tomllib.load(stream)["project"]["urls"].get("Repository")
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Resolves links that leave docs/."""
+    uri = page.file.src_uri
+    source = SOURCE.get(uri, f"docs/{uri}")
+    base = source if source in SOURCE.values() and (ROOT / source).is_dir() else posixpath.dirname(source)
 
-    def outside(match: re.Match) -> str:
-        text, path = match["text"], match["path"]
-        if path.startswith("hub/models/") and path.count("/") == 2:
-            return f"[{text}](zoo/{path.rpartition('/')[2]}.md)"
-        return f"[{text}]({repository}/blob/main/{path})" if repository else f"{text}"
+    def resolve(link: re.Match[str]) -> str:
+        path, hash_, anchor = link["target"].partition("#")
+        if OUTSIDE.match(link["target"]) or not path:
+            return link[0]
+        target = posixpath.normpath(posixpath.join(base, path))
+        site = SITE.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
+        if site:
+            return f"{link['start']}({posixpath.relpath(site, posixpath.dirname(uri) or '.')}{hash_}{anchor})"
+        if not (ROOT / target).exists():
+            return link[0]  # the strict build reports it
+        return f"{link['start']}({_repository()}/blob/main/{target})" if _repository() else link["start"][1:-1]
 
-    return re.sub(r"\[(?P<text>[^\]]+)\]\(\.\./(?P<path>[^)\s]+)\)", outside, markdown)
+    return LINK.sub(resolve, markdown)
 
 
-def _without_front_matter(text: str) -> str:
-    return text.split("---\n", 2)[2] if text.startswith("---\n") else text
+def _repository() -> str:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "([^"]+)"', project, re.MULTILINE)
+    return found[1].rstrip("/") if found else ""
+
+
+def _tutorial(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Returns a notebook as Markdown, and its pictures by file name."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "setup" not in cell.metadata.get("tags", [])]
+    download = f'[Download this notebook]({path.name}){{ download="{path.name}" }} to run it.'
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"^\[!\[Open in Colab\].*$", lambda _: download, cell.source, flags=re.MULTILINE)
+            cell.source = re.sub(
+                r"^> \*\*(What can go wrong[^*]*?|For research[^*]*?)[.:]?\*\* (.*)$",
+                lambda note: f'!!! warning "{note[1]}"\n    {note[2]}',
+                cell.source,
+                flags=re.MULTILINE,
+            )
+    body, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
+    body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.DOTALL)
+    return body, resources["outputs"]
+
+
+def _zoo() -> str:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start, end = "<!-- models: python -m hub.results -->", "<!-- end of models -->"
+    table = readme.partition(start)[2].partition(end)[0].strip()
+    return (
+        "# Models\n\nEach model has a card with its data, split, metrics, calibration, limits and licence. "
+        "[Results](docs/results.md) compares all runs, seeds and baselines.\n\n"
+        f"{table}\n\nAccuracy and AUROC are on held-out test images, with 95 % bootstrap intervals.\n"
+    )
