@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import medmamba
 from medmamba.kernels.backends import mamba_ssm as mamba_ssm_backend
-from medmamba.training.cuda_graphs import GraphedStep
+from medmamba.training.graphed_step import GraphedStep
 
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224")
 OURS = ("nano", "tiny", "small", "base", "test")

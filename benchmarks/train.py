@@ -22,8 +22,8 @@ from medmamba.training import load_recipe
 from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.run_log import RunLog
 from medmamba.training.sampling import epoch_order
-from medmamba.training.setup import make_accelerator
 from medmamba.training.trainer import Trainer
+from medmamba.utils.devices import make_accelerator
 
 CLASSES = 8
 WARM_UP = 5

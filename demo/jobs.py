@@ -17,9 +17,8 @@ from typing import Any
 
 from medmamba.cli.train import STOPPED
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset, val_from_train
-from medmamba.evaluation.evaluate_model import RESULTS_NAME
+from medmamba.evaluation import RESULTS_NAME, evaluations
 from medmamba.metrics import Evaluation
-from medmamba.training.finalise import evaluations
 
 from .options import Limits
 

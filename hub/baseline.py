@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medmamba import MedMamba
 from medmamba.config import MedMambaConfig, variant_config
 from medmamba.data import check_leakage, registry
-from medmamba.evaluation.evaluate_model import RESULTS_NAME, write_results
+from medmamba.evaluation import RESULTS_NAME, write_results
 from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.finalise import score_splits, training_record
 from medmamba.training.identity import differences, fingerprint, run_identity

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from medmamba import MedMamba, create_model
 from medmamba.imaging.preprocess import normalise
 from medmamba.training import augment
-from medmamba.training.cuda_graphs import GraphedStep
+from medmamba.training.graphed_step import GraphedStep
 from medmamba.training.optim import WeightAverage, build_optimizer, cosine, set_lr
 from medmamba.training.recipe import Recipe, load_recipe
 

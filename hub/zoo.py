@@ -30,7 +30,7 @@ import torch
 from medmamba import MedMamba
 from medmamba.cli.train import STOPPED
 from medmamba.training import TrainResult, train
-from medmamba.training.cuda_graphs import GRAPHS
+from medmamba.training.graphed_step import GRAPHS
 from medmamba.training.recipe import parse_setting
 from medmamba.utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 from medmamba.utils.devices import make_accelerator

@@ -9,7 +9,7 @@ import torch
 
 from medmamba import create_model
 from medmamba.data import registry
-from medmamba.evaluation.evaluate_model import score, write_results
+from medmamba.evaluation import score, write_results
 from medmamba.metrics.calibration import fit_calibration
 
 

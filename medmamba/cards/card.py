@@ -8,7 +8,6 @@ Figures are never typed: they come from results.json, and `check_card` finds tho
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import ORGANISATION, MedMambaConfig
 from ..data import registry
+from ..evaluation import RESULTS_NAME, evaluations
 from ..inference.ood import Unusual, UnusualError, load_unusual
 from ..metrics import Evaluation
 from ..pretrained import read_config
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD_NAME = "README.md"
-RESULTS_NAME = "results.json"
 EXAMPLE_NAME = "attribution.json"
 NOTICE = "For research only. Not a medical device; not for diagnosis or treatment."
 PICTURES = ("confusion.png", "reliability.png", "roc.png", "attribution.png")
@@ -105,12 +104,8 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
             results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
         except ValueError as error:
             raise CardError(f"{folder / RESULTS_NAME} is not valid JSON ({error}); evaluate again") from error
-    fields = {f.name for f in dataclasses.fields(Evaluation)}
     try:
-        evaluations = {
-            split: Evaluation.from_dict({key: value for key, value in data.items() if key in fields})
-            for split, data in results.get("splits", {}).items()
-        }
+        by_split = evaluations(results)
     except (KeyError, TypeError, AttributeError) as error:
         raise CardError(f"{folder / RESULTS_NAME} was not written by medmamba ({error!r}); evaluate again") from error
     try:
@@ -126,7 +121,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         terms_of(config, entry, licence, permission),
         entry,
         results,
-        evaluations,
+        by_split,
         tuple(name for name in PICTURES if (folder / name).is_file()),
         _read_example(folder),
         unusual,

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.evaluate_model import evaluate_model
+    from ..evaluation import evaluate_model
 
     scored = evaluate_model(
         args.model,

@@ -1,9 +1,24 @@
-"""A model on a data set: predictions, metrics, files."""
+"""Evaluates a model on a labelled dataset: logits, metrics with intervals, result files and figures."""
 
 from .._moved import names
-from .evaluate_model import evaluate_model, match_classes
+from .classes import match_classes
+from .evaluate_model import evaluate_model, read_as
+from .logits import decode, predict_logits
+from .results import RESULTS_NAME, Scored, evaluations, figures, score, write_results
 
-__all__ = ["evaluate_model", "match_classes"]
+__all__ = [
+    "RESULTS_NAME",
+    "Scored",
+    "decode",
+    "evaluate_model",
+    "evaluations",
+    "figures",
+    "match_classes",
+    "predict_logits",
+    "read_as",
+    "score",
+    "write_results",
+]
 
 _METRICS = ("PAPER_COLUMNS", "TITLES", "ClassResult", "Estimate", "Evaluation", "EvaluationError", "evaluate")
 __getattr__ = names(__name__, dict.fromkeys(_METRICS, "metrics"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import MedMambaConfig
 from ..data import ImageDataset, open_dataset
-from ..evaluation.evaluate_model import match_classes
+from ..evaluation import match_classes
 from ..imaging.load import load_image
 from ..imaging.preprocess import normalise, preprocess
 from ..inference.fitted import carry_over

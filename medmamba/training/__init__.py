@@ -1,11 +1,14 @@
 """Training: `medmamba.train(...)` and `medmamba train`.
 
-recipe      every setting that decides a result, from a small JSON file
-sampling    which image comes when      augment     what is done to it      objective   the loss
-optim       groups, learning rate, averaged weights
-engine      the loop                    checkpoint  where it stands         log         what it tells
-setup       device, data, model         finish      calibration, test, the model folder
-run         `train`, which puts these together
+recipe      every setting that affects a result, from a small JSON file
+identity    inputs of a run             setup          decoded images, model
+sampling    order of the images         augment        augmentation, mixup, cutmix
+loss        classification loss         optim          optimiser, schedule, averaged weights
+trainer     the loop                    graphed_step   a batch as one CUDA graph
+validation  selection of the epoch      data_parallel  several processes
+progress    position of a run           checkpoint     stop and resume
+run_log     progress bar, history       finalise       calibration, test, the model folder
+run         `train`, which combines these
 """
 
 from .checkpoint import ResumeError

@@ -1,7 +1,7 @@
-"""Augmentation of a whole batch at once, on the device, with numbers of its own for each image.
+"""Batched augmentation on the device, with separate random parameters for each image.
 
-The numbers are drawn on the CPU from a generator that depends on the seed and the step alone, for the batch of all
-processes; each process then uses its rows. So a run gives the same images however it is divided.
+The parameters are drawn on the CPU from a generator that depends on the seed and the step alone, for the batch of all
+processes; each process uses its rows. So the images do not depend on how a run is divided.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..imaging.preprocess import LUMA
 from .recipe import Augment, Recipe
 
-# Changes of which `Augment.pick` chooses some per image.
+# Changes among which `Augment.pick` chooses per image.
 _PICKED = (
     "rotate",
     "shear",
@@ -36,16 +36,17 @@ _PICKED = (
 
 @dataclass
 class Draw:
-    """Random numbers for n images: named arrays of n rows."""
+    """Random parameters for n images: named arrays of n rows."""
 
     values: dict[str, np.ndarray]
     _there: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> Draw:
+        """Returns the parameters of images `start` to `stop`."""
         return Draw({name: value[start:stop] for name, value in self.values.items()})
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """float32 on the device, where all arrays go together: one copy instead of one for each."""
+        """Returns an array as float32 on the device; the first call moves all arrays in one copy."""
         if device not in self._there:
             flat = {key: value.reshape(len(value), -1) for key, value in self.values.items()}
             packed = np.concatenate(list(flat.values()), 1, dtype=np.float32)
@@ -57,7 +58,7 @@ class Draw:
 
 
 def draw(recipe: Recipe, count: int, rng: np.random.Generator) -> Draw:
-    """Numbers for the augmentation and mixing of `count` images."""
+    """Draws the parameters for augmenting and mixing `count` images."""
     a = recipe.augment
 
     def either_side(limit: float) -> np.ndarray:
@@ -95,8 +96,8 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator) -> Draw:
             dropped = rank[:, column] >= a.pick
             values[name][dropped] = neutral
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(recipe, kind) > 0]
-    mixed = np.zeros(count)  # 0: not, 1: mixup, 2: cutmix
-    share = np.ones(count)  # of the image itself
+    mixed = np.zeros(count)  # 0: no mixing, 1: mixup, 2: cutmix
+    share = np.ones(count)  # weight of the image itself
     if kinds:
         chosen = rng.integers(len(kinds), size=count)
         for i, kind in enumerate(kinds):
@@ -110,7 +111,7 @@ def draw(recipe: Recipe, count: int, rng: np.random.Generator) -> Draw:
 
 
 def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) float in [0, 1] to (B, C, *size) in [0, 1]."""
+    """Augments images (B, C, H, W) in [0, 1]; returns (B, C, *size) in [0, 1]."""
     device, n = images.device, len(images)
 
     def numbers(name: str) -> Tensor:
@@ -147,7 +148,7 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
 
 
 def affine(draw: Draw, aspect: float, device: torch.device) -> Tensor:
-    """(B, 2, 3): where in the image, from -1 to 1, a point of the result comes from. `aspect` is height / width."""
+    """Returns matrices (B, 2, 3) that map output to input coordinates, both in [-1, 1]. `aspect` is height / width."""
     v = draw.values
     n = len(v["hflip"])
 
@@ -161,7 +162,7 @@ def affine(draw: Draw, aspect: float, device: torch.device) -> Tensor:
     flip = diagonal(1 - 2.0 * v["hflip"], 1 - 2.0 * v["vflip"])
     crop = diagonal(v["crop_w"], v["crop_h"])
     linear = crop @ rotation @ shear @ flip
-    # The cut-out part lies anywhere inside the image; the translation moves it on.
+    # The crop lies anywhere inside the image; the translation is added.
     place = np.stack(((1 - v["crop_w"]) * v["crop_x"], (1 - v["crop_h"]) * v["crop_y"]), 1) + 2 * v["translate"]
     theta = np.concatenate((linear, place[:, :, None]), 2).astype(np.float32)
     return torch.from_numpy(theta).to(device, non_blocking=True)
@@ -170,28 +171,28 @@ def affine(draw: Draw, aspect: float, device: torch.device) -> Tensor:
 def colour(
     images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The four changes as one matrix (B, C, C) and one offset (B, C) on the channels."""
+    """Returns the four changes as one matrix (B, C, C) and one offset (B, C) over the channels."""
     n, channels = images.shape[:2]
     mean = images.mean((2, 3))  # (B, C)
     gain = (brightness * contrast).view(n, 1, 1)
-    lift = brightness * (1 - contrast)  # times the mean grey: contrast turns about it
+    lift = brightness * (1 - contrast)  # times the mean grey, the fixed point of contrast
     if channels != 3:
         eye = torch.eye(channels, device=images.device)
         return gain * eye, (lift * mean.mean(1)).view(n, 1).expand(n, channels)
     luma = _constant(LUMA, mean)
-    grey = luma.expand(3, 3)  # every channel becomes the luma
+    grey = luma.expand(3, 3)  # maps every channel to the luma
     s = saturation.view(n, 1, 1)
     saturate = s * torch.eye(3, device=images.device) + (1 - s) * grey
-    # Rotation about the grey axis (Rodrigues): leaves grey as it is.
+    # Rotation about the grey axis (Rodrigues), which leaves grey unchanged.
     cos, sin = hue.cos().view(n, 1, 1), hue.sin().view(n, 1, 1)
     axis = _constant([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], mean) / math.sqrt(3)
     turn = cos * torch.eye(3, device=images.device) + sin * axis + (1 - cos) / 3
-    offset = (lift * (mean @ luma)).view(n, 1).expand(n, 3)  # grey, which neither change below moves
+    offset = (lift * (mean @ luma)).view(n, 1).expand(n, 3)  # grey, which saturation and hue leave unchanged
     return (turn @ saturate) * gain, offset
 
 
 def gaussian_blur(images: Tensor, sigma: np.ndarray) -> Tensor:
-    """(B, C, H, W) blurred, each image with its own sigma in pixels."""
+    """Blurs images (B, C, H, W), each with its own sigma in pixels."""
     n, channels, height, width = images.shape
     radius = max(min(math.ceil(3 * float(sigma.max())), min(height, width) - 1), 1)
     x = torch.arange(-radius, radius + 1, device=images.device)
@@ -204,7 +205,10 @@ def gaussian_blur(images: Tensor, sigma: np.ndarray) -> Tensor:
 
 
 def rectangle(height: Tensor, width: Tensor, y: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) bool: inside a rectangle. Height, width and the place y, x in the free space are all 0 to 1."""
+    """Returns masks (B, 1, H, W), True inside a rectangle.
+
+    Height, width, and the position y, x within the free space are in [0, 1].
+    """
     rows = (torch.arange(size[0], device=y.device) + 0.5) / size[0]
     columns = (torch.arange(size[1], device=x.device) + 0.5) / size[1]
     height, width = height.clamp(max=1), width.clamp(max=1)
@@ -215,27 +219,28 @@ def rectangle(height: Tensor, width: Tensor, y: Tensor, x: Tensor, size: Sequenc
 
 
 def mix(images: Tensor, targets: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Mixup and cutmix of neighbours: images 2i and 2i + 1 of the batch, which was shuffled.
+    """Applies mixup and cutmix to neighbours, images 2i and 2i + 1 of a shuffled batch.
 
-    Pairs stay together in every even part of a batch, so the result does not depend on how it is divided.
+    Pairs stay together in any division of a batch into even parts, so the result does not depend on it.
 
     Args:
         images: (B, C, H, W).
         targets: (B, K) probabilities.
+        draw: parameters from the function `draw`.
     """
     mixed = draw.values["mixed"]
     n = len(images)
     if not mixed.any():
         return images, targets
     order = np.arange(n) ^ 1
-    order[order >= n] = n - 1  # the odd one out meets itself
+    order[order >= n] = n - 1  # the last image of an odd batch is mixed with itself
     partner = torch.from_numpy(order).to(images.device, non_blocking=True)
     share = draw.tensor("share", images.device)
     cut = draw.tensor("mixed", images.device) == 2
     box, side = draw.tensor("mix_box", images.device), (1 - share).sqrt()
     others = images[partner]
     inside = rectangle(side, side, box[:, 0], box[:, 1], images.shape[2:])  # (B, 1, H, W)
-    # What the rectangle really covers, after rounding to pixels.
+    # The fraction that the rectangle covers after rounding to pixels.
     share = torch.where(cut, 1 - inside.float().mean((1, 2, 3)), share)
     blended = torch.lerp(others, images, share.view(n, 1, 1, 1))
     pasted = torch.where(inside, others, images)
@@ -244,9 +249,9 @@ def mix(images: Tensor, targets: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 def noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, *shape) standard normal, each image from its own seed, int64 (B,); on every device the same numbers.
+    """Returns standard normal noise (B, *shape) from one int64 seed per image (B,), identical on every device.
 
-    A hash of seed and place (two rounds of "lowbias32" by Chris Wellons), then Box and Muller's transform.
+    Hashes seed and position (two rounds of "lowbias32" by Chris Wellons), then applies the Box-Muller transform.
     """
     count = math.prod(shape)
     half = (count + 1) // 2

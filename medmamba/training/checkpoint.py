@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: always either the state before or the state after, never half of one."""
+"""Checkpoints of a run, written atomically: on disk is always a complete state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ from torch import Tensor
 from ..utils.files import write_atomically, write_text
 from .identity import differences
 
-__all__ = [
-    "CheckpointStore",
-    "ResumeError",
-    "another_run",
-    "check_same_run",
-    "write_text",
-]  # write_text: where it was before
-
 FORMAT = 1
 LAST = "last.pt"
 RUN = "run.json"
@@ -33,23 +25,23 @@ class ResumeError(RuntimeError):
 
 
 class CheckpointStore:
-    """`last.pt`, the state of the run, and `best-<epoch>.safetensors`, the weights of its best epoch so far.
+    """Stores the state of the run in `last.pt` and the weights of its best epoch in `best-<epoch>.safetensors`.
 
-    `last.pt` names the best file it belongs with; others are removed only after it is safely in place.
+    `last.pt` names its best file; other best files are removed only once it is in place.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __bool__(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Returns whether there is a state to resume."""
         return (self.folder / LAST).is_file()
 
     def load(self) -> dict[str, Any] | None:
-        """The state of the run; None if there is none yet.
+        """Returns the state of the run; None if there is none yet.
 
         Raises:
-            ResumeError: damaged, or of another format.
+            ResumeError: the file is damaged or of another format.
         """
         if not self:
             return None
@@ -57,18 +49,18 @@ class CheckpointStore:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ResumeError(f"{path} is damaged ({error}); start again with restart=True (--restart)") from error
+            raise ResumeError(f"{path} is damaged ({error}); start over with restart=True (--restart)") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ResumeError(f"{path} was written by another version; start again with restart=True (--restart)")
+            raise ResumeError(f"{path} was written by another version; start over with restart=True (--restart)")
         return state
 
     def note_run(self, identity: dict[str, Any], table: dict[str, str]) -> None:
-        """Keeps what the run is made of (see `identity`), to say what has changed when it is to go on."""
+        """Stores the inputs of the run (see `identity`), so that a later call can report what has changed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / RUN, json.dumps({"identity": identity, "data": table}))
 
     def noted_run(self) -> tuple[dict[str, Any], dict[str, str]] | None:
-        """What `note_run` was given; None where there is none that can be read."""
+        """Returns what `note_run` stored; None if it is missing or unreadable."""
         try:
             found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
             return dict(found["identity"]), dict(found["data"])
@@ -76,6 +68,7 @@ class CheckpointStore:
             return None
 
     def save(self, state: dict[str, Any]) -> None:
+        """Writes `last.pt`, then removes best files that it does not name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / LAST, lambda path: torch.save({"format": FORMAT, **state}, path))
         best = self._best(state["best"]["epoch"]) if state.get("best") else None
@@ -84,24 +77,26 @@ class CheckpointStore:
                 file.unlink()
 
     def save_best(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        """Writes the weights of the best epoch; call before the `save` that names them."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        # `contiguous`: convolution weights may be channels_last in memory, which the format does not know.
+        # `contiguous`: convolution weights may be channels_last in memory, which safetensors cannot store.
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         write_atomically(self._best(epoch), lambda path: save_file(tensors, path))
 
     def load_best(self, epoch: int) -> dict[str, Tensor]:
+        """Returns the weights that `save_best` wrote."""
         from safetensors.torch import load_file
 
         return load_file(self._best(epoch))
 
     def clear(self) -> None:
         """Removes everything that this class wrote."""
-        patterns = (LAST, RUN, "best-*.safetensors", "*.part", ".*.part")  # what a killed process left too
+        patterns = (LAST, RUN, "best-*.safetensors", "*.part", ".*.part")  # partial files of a killed process too
         for file in [file for pattern in patterns for file in self.folder.glob(pattern)]:
             file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the lock of this run lies in it, or somebody else's file
+        with contextlib.suppress(OSError):  # it may hold the lock of this run or other files
             self.folder.rmdir()
 
     def _best(self, epoch: int) -> Path:
@@ -109,21 +104,21 @@ class CheckpointStore:
 
 
 def check_same_run(store: CheckpointStore, identity: dict[str, Any], table: dict[str, str]) -> None:
-    """
+    """Checks that the stored run, if any, has the same inputs.
+
     Raises:
-        ResumeError: the store holds a run of other inputs; the message says which, and how to go on.
+        ResumeError: the store holds a run with other inputs; the message says which, and what to do.
     """
     noted = store.noted_run()
-    if (
-        not store or noted is None
-    ):  # nothing to go on from, or the trainer compares with what the checkpoint itself says
+    if not store or noted is None:  # nothing to resume, or the trainer compares with the identity in the checkpoint
         return
     if changed := differences(identity, noted[0], table, noted[1]):
         raise another_run(store, changed)
 
 
 def another_run(store: CheckpointStore, changed: str) -> ResumeError:
+    """Returns the error for a store that holds a run with other inputs; `changed` is from `differences`."""
     return ResumeError(
-        f"{store.folder} holds an unfinished run with another {changed}. To go on with it, put that back as it was; "
-        "else use another output folder, or start again with restart=True (--restart)"
+        f"{store.folder} holds an unfinished run with another {changed}. To resume it, restore that; otherwise use "
+        "another output folder, or start over with restart=True (--restart)"
     )

@@ -1,7 +1,7 @@
-"""Several processes as one: what DistributedDataParallel does, for steps that run as CUDA graphs.
+"""Data parallelism for steps that run as CUDA graphs, in place of DistributedDataParallel.
 
-Its hooks in the backward pass would have to be captured with it. Without them each process replays its graph, then one
-sum over all gradients follows.
+Its backward hooks would have to be captured too. Here each process replays its graph, and one all-reduce over all
+gradients follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 class GradientMean:
-    """Averages the gradients of `parameters` over all processes; each must have one in the same memory format."""
+    """Averages gradients over all processes, which must have them in the same memory format.
+
+    Args:
+        accelerator: gives the number of processes.
+        parameters: those whose `grad` is averaged; parameters without one are skipped.
+    """
 
     def __init__(self, accelerator: Accelerator, parameters: Sequence[nn.Parameter]):
         self._processes, self._parameters = accelerator.num_processes, parameters
@@ -25,6 +30,7 @@ class GradientMean:
 
     @torch.no_grad()
     def average(self) -> None:
+        """Replaces each gradient by its mean over all processes."""
         if self._processes == 1:
             return
         by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -39,7 +45,7 @@ class GradientMean:
             torch._foreach_copy_(gradients, views)
 
     def _buffer(self, dtype: torch.dtype, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """One tensor for all gradients, and its parts, in the shapes and strides of the gradients."""
+        """Returns one flat tensor for all gradients, and views of it in their shapes and strides."""
         found = self._flat.get(dtype)
         if found is None or [(v.shape, v.stride()) for v in found[1]] != [(g.shape, g.stride()) for g in gradients]:
             flat = torch.empty(sum(g.numel() for g in gradients), dtype=dtype, device=gradients[0].device)
@@ -50,32 +56,34 @@ class GradientMean:
 
 
 class StatisticsMean:
-    """Batch norm statistics after a step: the mean of what each part of the batch alone would have made of them.
+    """Sets batch norm statistics after a step to the mean of the updates by each part of the batch.
 
-    The parts of one process come one after the other, those of several processes at once; with this, both leave the
-    same statistics, and a batch in two parts counts as one step and not as two.
+    One process takes its parts in turn, several processes take theirs at once: this way both end with the same
+    statistics, and a batch in two parts counts as one update instead of two.
 
     Args:
-        parts: that each process takes one after the other.
+        model: whose buffers are averaged.
+        accelerator: gives the number of processes.
+        parts: accumulated parts per process.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, parts: int):
         self._processes, self._parts = accelerator.num_processes, parts
-        # Where the tensors are, since wrapping a model for several processes may give it others.
+        # Tables and names instead of tensors: wrapping a model for several processes may replace its buffers.
         self._places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
         self._before: list[Tensor] = []
         self._sum: list[Tensor] = []
 
     @torch.no_grad()
     def begin(self) -> None:
-        """To be called before a step."""
+        """Saves the statistics; call before a step."""
         if self._parts > 1:
             self._before = [buffer.clone() for buffer in self._buffers()]
             self._sum = [torch.zeros_like(buffer) for buffer in self._averaged()]
 
     @torch.no_grad()
     def part_done(self, turn: int) -> None:
-        """To be called after each part of a step, counted from 0."""
+        """Adds up the statistics; call after each part `turn` of a step, counted from 0."""
         if self._parts == 1:
             return
         averaged = self._averaged()
@@ -89,7 +97,7 @@ class StatisticsMean:
 
     @torch.no_grad()
     def end(self) -> None:
-        """To be called after a step, by all processes."""
+        """Averages over processes; call in all of them after a step."""
         if self._processes == 1 or not (averaged := self._averaged()):
             return
         flat = torch.cat([buffer.reshape(-1) for buffer in averaged])
@@ -105,8 +113,8 @@ class StatisticsMean:
         return [buffer for buffer in self._buffers() if buffer.is_floating_point()]
 
 
-def agree(model: nn.Module, accelerator: Accelerator, buffers_only: bool = False) -> None:
-    """Parameters and buffers of the first process become everybody's."""
+def broadcast_state(model: nn.Module, accelerator: Accelerator, buffers_only: bool = False) -> None:
+    """Broadcasts parameters and buffers from rank 0."""
     if accelerator.num_processes == 1:
         return
     from accelerate.utils import broadcast
@@ -117,7 +125,7 @@ def agree(model: nn.Module, accelerator: Accelerator, buffers_only: bool = False
 
 
 def sync_batch_norm(model: nn.Module, accelerator: Accelerator, part: int) -> bool:
-    """On several GPUs with few images each, batch norm over all of them (CPUs have no such layer); whether so."""
+    """Converts to SyncBatchNorm when the per-GPU batch is below 32 images; returns whether it did (never on CPUs)."""
     if accelerator.num_processes == 1 or accelerator.device.type != "cuda" or part >= 32:
         return False
     nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,9 +1,8 @@
-"""The end of a run: the kept weights are calibrated on validation, scored, and written as a model folder."""
+"""Finishes a run: calibrates the best weights on validation, scores them and writes the model folder."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import platform
 import tempfile
@@ -15,7 +14,7 @@ import torch
 
 from ..data import ImageDataset
 from ..data.registry import DatasetEntry
-from ..evaluation.evaluate_model import RESULTS_NAME, Scored, score, write_results
+from ..evaluation import RESULTS_NAME, Scored, predict_logits, score, write_results
 from ..imaging.preprocess import normalise
 from ..inference.ood import NAME as UNUSUAL_NAME
 from ..inference.ood import Unusual, UnusualError, fit_unusual
@@ -28,17 +27,17 @@ from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 from ..utils.devices import wait_for_everyone
 from .checkpoint import CheckpointStore
 from .identity import differences
+from .progress import Progress
 from .recipe import Recipe
 from .setup import ImageCache
-from .trainer import Progress
-from .validation import predict_logits, validation_batch
+from .validation import validation_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PICTURES = ("roc.png", "reliability.png", "confusion.png")
 RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md", UNUSUAL_NAME, *PICTURES)
-UNUSUAL_IMAGES = 600  # of training and validation each, from which the warning for unusual images is learnt
+UNUSUAL_IMAGES = 600  # of train and val each, for fitting the out-of-distribution detector
 
 
 def finish(
@@ -51,12 +50,22 @@ def finish(
     best: int,
     half: bool,
 ) -> dict[str, Evaluation]:
-    """Scores of "val", and of "test" where there is such a split. The test images are touched here for the first time.
+    """Writes the model folder; returns the evaluation of "val" and, where the split exists, of "test".
 
-    The weights are scored as they are stored: in float16 if `half`. `config.json` and then the weights are put in place
-    last, so a folder that loads is complete.
+    Test images are used here for the first time. The weights are scored as stored: in float16 if `half`. `config.json`
+    and then the weights are written last, so a folder that loads is complete.
+
+    Args:
+        out: the model folder.
+        model: whose configuration is kept; its weights are replaced by the stored ones.
+        images: decoded images by split and size.
+        store: holds the weights of epoch `best`; cleared at the end.
+        accelerator: device, precision and processes.
+        record: for `config.training`; warnings of the image readers are added.
+        best: the selected epoch, counted from 0.
+        half: stores the weights in float16.
     """
-    wait_for_everyone(accelerator)  # the first process may still be writing
+    wait_for_everyone(accelerator)  # rank 0 may still be writing
     dtype = torch.float16 if half else None
     model = MedMamba(model.config)
     model.load_state_dict(store.load_best(best))
@@ -66,7 +75,7 @@ def finish(
     size = model.config.preprocess.input_size[0]
     scored = score_splits(model, images, accelerator, record["dataset"])
     model.config = model.config.replace(training=record)
-    if images.warnings:  # known in full only now
+    if images.warnings:  # complete only now
         record |= {"image_warnings": images.warnings}
         model.config = model.config.replace(training=record)
     if accelerator.process_index == 0:
@@ -100,8 +109,8 @@ def score_splits(model: MedMamba, images: ImageCache, accelerator: Accelerator, 
 
 
 def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch.device) -> Unusual | None:
-    """The warning for images unlike these; None where they are too few."""
-    if not images.holds("train", size):  # trained at another size; decoding all of them again would take too long
+    """Fits the out-of-distribution detector; returns None if there are too few images."""
+    if not images.holds("train", size):  # trained at another size, at which decoding all images again takes too long
         with contextlib.suppress(UnusualError):
             return learn_unusual(model, images.index, UNUSUAL_IMAGES)
         return None
@@ -127,7 +136,7 @@ def training_record(
     accelerator: Accelerator,
     split_rule: str,
 ) -> dict[str, Any]:
-    """What `config.training` says of where the weights come from."""
+    """Returns the provenance of the weights, for `config.training`."""
     import accelerate
 
     from .._version import __version__
@@ -162,16 +171,17 @@ def training_record(
 
 
 def device_name(accelerator: Accelerator) -> str:
+    """Returns the name of the GPU, or the type of device with architecture and threads."""
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
     return f"{accelerator.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def finished_before(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The training record and evaluations of a run that is already done in this folder; None if there is none.
+    """Returns `results.json` of a run that has already finished in this folder; None if there is none.
 
     Raises:
-        FileExistsError: the folder holds another finished model.
+        FileExistsError: the folder holds the finished model of another run.
     """
     if not (out / CONFIG_NAME).is_file() or not (out / WEIGHTS_NAME).is_file():
         return None
@@ -180,18 +190,10 @@ def finished_before(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         before, _ = results["training"]["identity"], results["splits"]["val"]
     except (OSError, ValueError, KeyError, TypeError):
         before = {}
-    changed = differences(identity, before) if before else "origin: its results.json does not say what it was made of"
+    changed = differences(identity, before) if before else "origin: its results.json does not record its inputs"
     if changed:
         raise FileExistsError(
             f"{out} already holds a finished model of another run, with another {changed}. Use another folder, or "
             "restart=True (--restart) to replace it"
         )
     return results
-
-
-def evaluations(results: dict[str, Any]) -> dict[str, Evaluation]:
-    fields = {f.name for f in dataclasses.fields(Evaluation)}
-    return {
-        split: Evaluation.from_dict({key: value for key, value in data.items() if key in fields})
-        for split, data in results["splits"].items()
-    }

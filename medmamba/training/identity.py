@@ -1,4 +1,4 @@
-"""What makes a run this run: every input that decides its result, by content and not by name."""
+"""Identity of a run: every input that affects its result, by content rather than by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model import MedMamba
 from .recipe import Recipe
 
 _EXAMPLES = 3
-_NOT_LEARNT_WITH = ("calibration", "training", "medmamba_version")  # of a configuration
+_NOT_LEARNT_WITH = ("calibration", "training", "medmamba_version")  # fields of a config that do not affect training
 _NAMES = {
     "network": "network or preprocessing",
     "init_weights": "model to start from",
@@ -26,18 +26,23 @@ _NAMES = {
 
 
 def known_files(cache: Path | None) -> FileIndex:
-    """What earlier runs noted of the files of their images, beside the decoded ones in `cache`."""
+    """Returns the file hashes that earlier runs stored beside their decoded images in `cache`."""
     index = FileIndex()
     for file in sorted(cache.glob("*.npy.json")) if cache else []:
         try:
             index.add(json.loads(file.read_text(encoding="utf-8")).get("files"))
         except (OSError, ValueError, AttributeError):
-            continue  # it will be made again
+            continue  # it will be rewritten
     return index
 
 
 def data_table(index: ImageDataset, files: FileIndex | None = None) -> dict[str, str]:
-    """For each image, by source: digests of its content, and of its label, split and patient."""
+    """Returns for each image, by source, a digest of its content and one of its label, split and patient.
+
+    Args:
+        index: the dataset.
+        files: known hashes of its files; others are read.
+    """
     found = contents(index, files or FileIndex())
     return {
         str(record.source): f"{content}:{_digest(repr((record.label, record.split, record.patient)))[:16]}"
@@ -46,10 +51,11 @@ def data_table(index: ImageDataset, files: FileIndex | None = None) -> dict[str,
 
 
 def fingerprint(index: ImageDataset, table: dict[str, str] | None = None) -> str:
-    """A digest of the images, their order, labels, splits and patients, and of the classes.
+    """Returns a digest of the images, their order, labels, splits and patients, and of the classes.
 
     Args:
-        table: of `data_table`, where it is at hand; else the files are read.
+        index: the dataset.
+        table: result of `data_table`; None: the files are read.
     """
     table = data_table(index) if table is None else table
     rows = (f"{record.source}\0{table[str(record.source)]}" for record in index.records)
@@ -57,7 +63,7 @@ def fingerprint(index: ImageDataset, table: dict[str, str] | None = None) -> str
 
 
 def model_fingerprint(model: MedMamba) -> str:
-    """A digest of all weights and buffers, and of the configuration apart from calibration and training record."""
+    """Returns a digest of all weights and buffers, and of the config except calibration and training record."""
     digest = hashlib.sha256(_config_text(model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -69,13 +75,16 @@ def model_fingerprint(model: MedMamba) -> str:
 def run_identity(
     recipe: Recipe, model: MedMamba, source: MedMamba | None, data: str, *, seed: int, precision: str, parts: int
 ) -> dict[str, Any]:
-    """What a checkpoint must have in common with a run that goes on from it.
+    """Returns the inputs that a checkpoint and a run that resumes from it must share.
 
     Args:
-        model: the one to be trained, for its classes, network and preprocessing.
-        source: whose weights it starts from.
+        recipe: its settings, apart from name and description.
+        model: the model to train, for its classes, network and preprocessing.
+        source: the model whose weights it starts from.
         data: fingerprint of the images.
-        parts: parts in which a batch is taken, over all processes: batch norm sees them one by one.
+        seed: of the run.
+        precision: "no", "bf16" or "fp16".
+        parts: parts of a batch over all processes, which batch norm sees separately.
     """
     return {
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("name", "description")},
@@ -93,50 +102,53 @@ def run_identity(
 
 
 def differences(
-    mine: dict[str, Any],
-    theirs: dict[str, Any],
-    my_data: dict[str, str] | None = None,
-    their_data: dict[str, str] | None = None,
+    current: dict[str, Any],
+    stored: dict[str, Any],
+    data: dict[str, str] | None = None,
+    stored_data: dict[str, str] | None = None,
 ) -> str:
-    """What two identities do not have in common, in words; empty where they are the same.
+    """Describes the differences between two identities; empty if there are none.
 
     Args:
-        mine: identity of this call.
-        theirs: of what is on the disk.
-        my_data, their_data: of `data_table`, to say which images have changed.
+        current: identity of this call.
+        stored: identity on disk.
+        data: `data_table` of this call, to list the images that have changed.
+        stored_data: `data_table` on disk.
     """
-    mine = json.loads(json.dumps(mine))
+    current = json.loads(json.dumps(current))
     found = []
-    for key in sorted({*mine, *theirs}):
-        old, new = theirs.get(key), mine.get(key)
+    for key in sorted({*current, *stored}):
+        old, new = stored.get(key), current.get(key)
         if old == new:
             continue
         name = _NAMES.get(key, key)
-        if key not in theirs:
-            detail = "not noted by the earlier version that made it"
+        if key not in stored:
+            detail = "not recorded by the earlier version that wrote it"
         elif isinstance(old, dict) and isinstance(new, dict):
             changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             detail = ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
         elif key == "data":
-            detail = _changed_images(my_data or {}, their_data or {}) if their_data else ""
+            detail = _changed_images(data or {}, stored_data or {}) if stored_data else ""
         elif key in ("network", "init_weights", "reader"):
-            detail = ""  # digests, which say nothing to anybody
+            detail = ""  # digests, which mean nothing to readers
         else:
             detail = f"was {_short(old)}, now {_short(new)}"
         found.append(f"{name} ({detail})" if detail else name)
     return "; ".join(found)
 
 
-def _changed_images(mine: dict[str, str], theirs: dict[str, str]) -> str:
-    common = [source for source in mine if source in theirs]
+def _changed_images(current: dict[str, str], stored: dict[str, str]) -> str:
+    common = [source for source in current if source in stored]
     kinds = {
-        "with other content": [s for s in common if mine[s].split(":")[0] != theirs[s].split(":")[0]],
-        "with another label, split or patient": [s for s in common if mine[s].split(":")[1] != theirs[s].split(":")[1]],
-        "added": [source for source in mine if source not in theirs],
-        "gone": [source for source in theirs if source not in mine],
+        "with other content": [s for s in common if current[s].split(":")[0] != stored[s].split(":")[0]],
+        "with another label, split or patient": [
+            s for s in common if current[s].split(":")[1] != stored[s].split(":")[1]
+        ],
+        "added": [source for source in current if source not in stored],
+        "missing": [source for source in stored if source not in current],
     }
     parts = [
-        f"{len(found)} of {max(len(mine), len(theirs))} images {kind}, such as {', '.join(found[:_EXAMPLES])}"
+        f"{len(found)} of {max(len(current), len(stored))} images {kind}, such as {', '.join(found[:_EXAMPLES])}"
         for kind, found in kinds.items()
         if found
     ]

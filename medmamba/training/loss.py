@@ -1,4 +1,4 @@
-"""The loss, and the labels as it wants them."""
+"""Classification loss and its soft targets."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from torch import Tensor
 
 
 def soft_targets(targets: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Class indices (B,) or 0/1 labels (B, K) to probabilities (B, K), smoothed."""
+    """Returns smoothed probabilities (B, K) from class indices (B,) or 0/1 labels (B, K)."""
     if targets.ndim == 2:
         return targets * (1 - smoothing) + smoothing / 2
     return F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def loss(logits: Tensor, targets: Tensor, task: str, weights: Tensor | None = None) -> Tensor:
-    """Mean over the batch of cross entropy, or over labels too of binary cross entropy ("multilabel"); in float32.
+def classification_loss(logits: Tensor, targets: Tensor, task: str, weights: Tensor | None = None) -> Tensor:
+    """Returns the mean cross entropy, or the binary cross entropy averaged over images and labels, in float32.
 
-    The mean is over images, not weights, so that it does not depend on which rare images share a batch.
+    The mean is over images, not class weights, so it does not depend on which rare classes share a batch.
 
     Args:
+        logits: (B, K).
         targets: (B, K) probabilities.
-        weights: (K,) of the classes; of the positive labels if multi-label.
+        task: "multiclass" or "multilabel".
+        weights: (K,) class weights; for multi-label tasks, weights of the positive labels.
     """
     logits = logits.float()
     if task == "multilabel":

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate as a function of the step, and averaged weights."""
+"""Optimisers, parameter groups, learning rate schedule and averaged weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 
 def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
-    """Parameters by learning rate factor (`lr_scale`) and weight decay. Frozen ones are left out."""
+    """Groups trainable parameters by learning rate factor (`lr_scale`) and weight decay."""
     exempt = set() if recipe.decay_all else model.no_weight_decay()
     last = sum(model.config.depths) + 1
     groups: dict[tuple[int, bool], dict] = {}
@@ -32,9 +32,9 @@ def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
 
 
 def layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Depth of a parameter: 0 for the patch embedding, 1... for the blocks, one more than the last for the classifier.
+    """Returns the depth of a parameter: 0 for the patch embedding, 1 to n for the n blocks, n + 1 for the classifier.
 
-    A merging layer belongs to the block that follows it.
+    A merging layer counts with the block that follows it.
     """
     if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
         return 1 + sum(depths[: int(match[1])]) + int(match[2])
@@ -44,6 +44,7 @@ def layer_of(name: str, depths: tuple[int, ...]) -> int:
 
 
 def build_optimizer(model: MedMamba, recipe: Recipe) -> torch.optim.Optimizer:
+    """Returns the recipe's optimiser over the trainable parameters."""
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, recipe.lr, momentum=recipe.betas[0], nesterov=recipe.betas[0] > 0, fused=True)
@@ -52,9 +53,9 @@ def build_optimizer(model: MedMamba, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
-    """Learning rate of an optimiser step, counted from 0 over the whole run, as a fraction of `recipe.lr`.
+    """Returns the learning rate of an optimiser step, counted from 0 over the run, as a fraction of `recipe.lr`.
 
-    A function of the step alone, so that there is no scheduler state to save.
+    Depends on the step alone, so there is no scheduler state to save.
     """
     warmup = round(min(recipe.warmup_epochs, recipe.epochs / 5) * steps_per_epoch)
     if step < warmup:
@@ -70,19 +71,20 @@ def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
 
 
 def cosine(start: float, end: float, done: float) -> float:
-    """Half a wave from start to end; `done` from 0 to 1."""
+    """Interpolates from start to end along half a cosine wave; `done` is 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of each group to `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def freeze_stages(model: MedMamba, count: int) -> list[nn.Module]:
-    """Stops the training of the patch embedding and the first `count` stages; returns them.
+    """Freezes the patch embedding and the first `count` stages; returns the frozen modules.
 
-    Their batch norms must also stay in eval mode: `module.eval()` after each `model.train()`.
+    Their batch norms must also stay in eval mode: call `module.eval()` after each `model.train()`.
     """
     if count == 0:
         return []
@@ -93,34 +95,34 @@ def freeze_stages(model: MedMamba, count: int) -> list[nn.Module]:
 
 
 class WeightAverage:
-    """Exponential moving average of all weights and batch norm statistics, in a model of its own.
+    """Keeps an exponential moving average of all weights and batch norm statistics in a separate model.
 
-    The decay grows with the steps, (1 + t) / (10 + t), up to its final value: the first steps are soon forgotten.
+    The decay grows with the step t as (1 + t) / (10 + t) up to `decay`, so early weights are quickly forgotten.
     """
 
     def __init__(self, model: MedMamba, decay: float):
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._mine = _by_kind(self.model)
-        self._theirs: tuple[nn.Module, tuple[list[Tensor], list[Tensor]]] | None = None
+        self._averaged = _by_kind(self.model)
+        self._source: tuple[nn.Module, tuple[list[Tensor], list[Tensor]]] | None = None
 
-    def look_again(self) -> None:
-        """To be called when the tensors of the averaged model have been replaced by others."""
-        self._theirs = None
+    def forget_tensors(self) -> None:
+        """Drops references to the source model's tensors; call when these have been replaced."""
+        self._source = None
 
     @torch.no_grad()
     def update(self, model: MedMamba, step: int) -> None:
-        """Takes in the weights after optimiser step `step`, counted from 0, or anew to forget what was before."""
+        """Adds the weights after optimiser step `step`, counted from 0; a restarted count forgets earlier weights."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        if self._theirs is None or self._theirs[0] is not model:
-            self._theirs = (model, _by_kind(model))  # collected once: that takes longer than the averaging
-        (mine, counts), (theirs, their_counts) = self._mine, self._theirs[1]
-        torch._foreach_lerp_(mine, theirs, weight)
+        if self._source is None or self._source[0] is not model:
+            self._source = (model, _by_kind(model))  # collected once: collecting takes longer than averaging
+        (averages, counts), (weights, source_counts) = self._averaged, self._source[1]
+        torch._foreach_lerp_(averages, weights, weight)
         if counts:
-            torch._foreach_copy_(counts, their_counts)
+            torch._foreach_copy_(counts, source_counts)
 
 
 def _by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors of a model that can be averaged, and the others, which are counts."""
+    """Returns the floating-point tensors of a model, which can be averaged, and its integer counts."""
     tensors = list(model.state_dict().values())
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Recipes: every setting that decides a result, in one small JSON file that is stored with the weights."""
+"""Training recipes: every setting that affects the result, in one small JSON file stored with the weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 
 class RecipeError(ValueError):
-    """A recipe that does not exist, has unknown settings, or settings that make no sense."""
+    """Raised for a recipe that does not exist, or has unknown or invalid settings."""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to the training images, each with numbers of its own. All zero: nothing.
+    """Augmentation of the training images, drawn per image; off where all values are zero.
 
-    Ranges are the largest change: a value is drawn uniformly from the range, per image.
+    A range is the largest change; values are drawn from it uniformly.
     """
 
     hflip: float = 0.0  # probability
@@ -31,8 +31,8 @@ class Augment:
     rotate: float = 0.0  # degrees, to either side
     shear: float = 0.0  # degrees, to either side, in x and in y
     translate: float = 0.0  # fraction of the side, to either side
-    crop_area: tuple[float, float] = (1.0, 1.0)  # smallest and largest part of the image that is cut out
-    crop_ratio: tuple[float, float] = (1.0, 1.0)  # smallest and largest width over height of that part
+    crop_area: tuple[float, float] = (1.0, 1.0)  # smallest and largest fraction of the image that is cropped
+    crop_ratio: tuple[float, float] = (1.0, 1.0)  # smallest and largest width over height of the crop
     brightness: float = 0.0  # factor 1 - v to 1 + v
     contrast: float = 0.0  # factor 1 - v to 1 + v, about the mean of the image
     saturation: float = 0.0  # factor 1 - v to 1 + v
@@ -41,7 +41,7 @@ class Augment:
     blur: float = 0.0  # probability; Gaussian, sigma up to 1 % of the side
     noise: float = 0.0  # largest standard deviation of Gaussian noise, in units of the full range
     erase: float = 0.0  # probability that a rectangle of 2 to 20 % of the image is filled with its mean colour
-    pick: int = 0  # as in RandAugment, use only so many of the changes above per image; flips, turns and crops always
+    pick: int = 0  # number of the changes above per image, as in RandAugment; 0: all; flips, rot90 and crops always
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip", "rot90", "blur", "erase"):
@@ -59,10 +59,10 @@ class Augment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. The same recipe, data and seed give the same weights on the same hardware.
+    """Settings of a training run. The same recipe, data and seed give the same weights on the same hardware.
 
-    `batch_size` is the whole batch of one optimiser step, whatever the number of processes and of accumulated parts,
-    so that a recipe does not depend on the machine.
+    `batch_size` is the total batch of one optimiser step over all processes and accumulated parts, so a recipe does
+    not depend on the machine.
     """
 
     name: str = "custom"
@@ -71,24 +71,24 @@ class Recipe:
     # Length and size
     epochs: int = 100
     batch_size: int = 64
-    size: int | None = 224  # side of the training images; None: that of the model to start from
-    final_epochs: int = 0  # of the epochs, the last ones are trained at `final_size`; only these can be kept
+    size: int | None = 224  # side of the training images in pixels; None: that of the initial model
+    final_epochs: int = 0  # the last epochs, trained at `final_size`; only these can be selected
     final_size: int = 224
-    final_lr: float = 0.3  # learning rate at their beginning, as a fraction of lr; falls to min_lr once more
-    eval_size: int | None = None  # side of the images in validation and use; None: that of the last epoch
-    crop_mode: str | None = None  # how images become square, see PreprocessConfig; None: that of the model
+    final_lr: float = 0.3  # their initial learning rate, as a fraction of lr; decays to min_lr again
+    eval_size: int | None = None  # side of the images in validation and inference; None: that of the last epoch
+    crop_mode: str | None = None  # how images are made square, see PreprocessConfig; None: that of the model
 
     # Optimiser
     optimizer: str = "adamw"  # "adamw", "adam" or "sgd"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam; SGD takes the first as momentum
     weight_decay: float = 0.05
-    decay_all: bool = False  # also norms, biases, A and D, as the published trainer does
-    layer_decay: float = 1.0  # learning rate factor from each block to the one before it
-    freeze: int = 0  # stages, from the input on, that are not trained; 4: the classifier alone
-    clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
+    decay_all: bool = False  # decay also norms, biases, A and D, as the published trainer does
+    layer_decay: float = 1.0  # learning rate factor per block, from the classifier towards the input
+    freeze: int = 0  # frozen stages, counted from the input; 4: trains the classifier only
+    clip_grad: float = 0.0  # maximum gradient norm; 0: no clipping
 
-    # Learning rate over time, by optimiser step
+    # Learning rate schedule, by optimiser step
     schedule: str = "cosine"  # "cosine", "step" or "constant"
     warmup_epochs: float = 0.0  # linear; at most a fifth of all epochs
     min_lr: float = 0.0  # end of the cosine, as a fraction of lr
@@ -101,12 +101,12 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of the Beta distribution; 0: off
     cutmix: float = 0.0
-    mix_prob: float = 1.0  # share of the images that are mixed, where mixup or cutmix is on
-    ema: float = 0.0  # decay per step of the averaged weights, which are then the ones validated and kept; 0: off
-    balance: str = "none"  # against rare classes: "none", "loss" (weights) or "sampling"
+    mix_prob: float = 1.0  # fraction of the images that are mixed, if mixup or cutmix is on
+    ema: float = 0.0  # decay per step of averaged weights, which are then validated and kept; 0: off
+    balance: str = "none"  # class imbalance: "none", "loss" (class weights) or "sampling"
     augment: Augment = field(default_factory=Augment)
 
-    # Which epoch is kept: highest on validation, first metric first. "loss" is taken as lowest.
+    # Which epoch is selected: highest validation metric, later ones break ties; lowest for "loss"
     select: tuple[str, ...] = ("accuracy",)
     patience: int = 0  # epochs without improvement after which training stops; 0: never
 
@@ -138,7 +138,7 @@ class Recipe:
             _choice("select", metric, SELECTABLE)
 
     def size_at(self, epoch: int) -> int:
-        """Side of the training images in this epoch, counted from 0."""
+        """Returns the side of the training images in this epoch, counted from 0."""
         if epoch >= self.final_phase:
             return self.final_size
         if self.size is None:
@@ -147,23 +147,23 @@ class Recipe:
 
     @property
     def final_phase(self) -> int:
-        """First epoch, counted from 0, at the final size; `epochs` if there is none."""
+        """The first epoch, counted from 0, at the final size; `epochs` if there is none."""
         return self.epochs - self.final_epochs
 
     def validated_at(self, epoch: int) -> int:
-        """Side of the validation images after this epoch: as in use, but before the final phase as in training."""
+        """Returns the side of the validation images after this epoch: before a final phase that of training."""
         return self.size_at(epoch) if self.final_epochs and epoch < self.final_phase else self.evaluated_at
 
     @property
     def evaluated_at(self) -> int:
-        """Side of the images in validation and use."""
+        """The side of the images in validation and inference."""
         return self.eval_size or self.size_at(self.epochs - 1)
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with settings changed; those of the augmentation as `{"augment.hflip": 0.5}`.
+        """Returns a copy with settings changed; augmentation settings are named `{"augment.hflip": 0.5}`.
 
         Raises:
-            RecipeError: unknown setting or impossible value.
+            RecipeError: unknown setting or invalid value.
         """
         nested = {key.removeprefix("augment."): changes.pop(key) for key in list(changes) if key.startswith("augment.")}
         data = {**dataclasses.asdict(self), **changes}
@@ -172,7 +172,7 @@ class Recipe:
         return _build(Recipe, data, "recipe")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in JSON."""
+        """Returns plain values as in the JSON file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
@@ -180,16 +180,16 @@ SELECTABLE = ("accuracy", "balanced_accuracy", "auroc", "f1", "loss")
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with medmamba."""
+    """Returns the names of the bundled recipes."""
     folder = resources.files("medmamba.training") / "recipes"
     return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
 
 
 def load_recipe(recipe: str | os.PathLike | Recipe, **changes: Any) -> Recipe:
-    """A recipe by name or file, with settings changed.
+    """Loads a recipe by name or file, and changes settings.
 
     Raises:
-        RecipeError: no such recipe, invalid JSON, unknown settings or impossible values.
+        RecipeError: no such recipe, invalid JSON, unknown settings or invalid values.
     """
     if isinstance(recipe, Recipe):
         found = recipe
@@ -197,12 +197,14 @@ def load_recipe(recipe: str | os.PathLike | Recipe, **changes: Any) -> Recipe:
         path = Path(recipe)
         if path.suffix == ".json":
             if not path.is_file():
-                raise RecipeError(f"no recipe file {path}; by name there are: {', '.join(recipe_names())}")
+                raise RecipeError(f"no recipe file {path}; bundled recipes: {', '.join(recipe_names())}")
             text = path.read_text(encoding="utf-8")
         elif str(recipe) in recipe_names():
             text = (resources.files("medmamba.training") / "recipes" / f"{recipe}.json").read_text(encoding="utf-8")
         else:
-            raise RecipeError(f"no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or give a .json file")
+            raise RecipeError(
+                f"no recipe {str(recipe)!r}; available: {', '.join(recipe_names())}, or pass a .json file"
+            )
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -214,7 +216,7 @@ def load_recipe(recipe: str | os.PathLike | Recipe, **changes: Any) -> Recipe:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """One `key=value` of the command line; the value is JSON, or text where it is not.
+    """Parses one `key=value` of the command line; the value is JSON, or text if it is not valid JSON.
 
     Raises:
         RecipeError: no equals sign.
@@ -229,7 +231,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _build(cls: Any, data: dict[str, Any], what: str) -> Any:
-    """The dataclass from JSON values, each of the declared type."""
+    """Builds a dataclass from JSON values, converting each to the declared type."""
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
@@ -242,6 +244,7 @@ def _build(cls: Any, data: dict[str, Any], what: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
+    """Converts a JSON value to a type; `what` names it in error messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return None if value is None else _convert(value, arguments[0], what)

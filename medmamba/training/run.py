@@ -1,4 +1,4 @@
-"""`medmamba.train`: from a folder of images to a folder that `MedMamba.from_pretrained` loads."""
+"""`medmamba.train`: trains on a dataset and writes a folder that `MedMamba.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from ..data import (
     registry,
     val_from_train,
 )
+from ..evaluation import evaluations
 from ..metrics import Evaluation
 from ..model import MedMamba
 from ..pretrained import hub_name
-from ..utils.devices import wait_for_everyone
+from ..utils.devices import make_accelerator, wait_for_everyone
 from ..utils.files import LockedError, locked
 from .checkpoint import LOCK, CheckpointStore, check_same_run
-from .cuda_graphs import GRAPHS
-from .finalise import RESULT_FILES, evaluations, finish, finished_before, training_record
+from .finalise import RESULT_FILES, finish, finished_before, training_record
+from .graphed_step import GRAPHS
 from .identity import data_table, fingerprint, known_files, run_identity
 from .recipe import Recipe, load_recipe
 from .run_log import HISTORY, RunLog
-from .setup import ImageCache, build_model, check_splits, make_accelerator
+from .setup import ImageCache, build_model, check_splits
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -46,15 +47,16 @@ CHECKPOINTS = "checkpoint"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of `train`.
 
     Attributes:
-        out: the folder; it holds a model once the run is finished.
-        finished: False if it was stopped by `max_seconds` or SIGTERM; the same call goes on from there.
-        epoch: epochs done.
-        best_epoch: the one that was kept, counted from 1; None before the first validation.
+        out: the folder; it holds a model once the run has finished.
+        finished: False if the run was stopped by `max_seconds` or SIGTERM; the same call resumes it.
+        epoch: epochs completed.
+        best_epoch: the selected epoch, counted from 1; None before the first validation.
         history: one row per epoch, as in `history.csv`.
-        val, test: scores of the kept weights; None unless finished (test also where there is no such split).
+        val: evaluation of the selected weights on validation; None unless finished.
+        test: evaluation on test; None unless finished, or without such a split.
     """
 
     out: Path
@@ -66,7 +68,7 @@ class TrainResult:
     test: Evaluation | None = None
 
     def load(self) -> MedMamba:
-        """The trained model."""
+        """Loads the trained model."""
         return MedMamba.from_pretrained(self.out)
 
 
@@ -100,46 +102,52 @@ def train(
     tensorboard: bool = False,
     **settings: Any,
 ) -> TrainResult:
-    """Trains, chooses the best epoch on validation, calibrates on validation, then evaluates on test, once.
+    """Trains, selects the best epoch and calibrates on validation, then evaluates on test, once.
 
-    Run it again after an interruption of any kind: it goes on from the last checkpoint, and the result is the one that
-    an uninterrupted run would have had (bit for bit on a CPU).
+    After an interruption of any kind, the same call resumes from the last checkpoint, and the result is that of an
+    uninterrupted run (bit for bit on a CPU).
 
     Args:
-        data: whatever `medmamba.data.open_dataset` takes: folder, CSV, `.npz`, zip; or an `ImageDataset`. Needs splits
-            train and val, or `split`; test is used if there is one. Where there are train and test alone, val is taken
-            from train (an eighth, by patient where known).
-        out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints while it runs; with several
-            nodes, on storage that they share.
+        data: anything that `medmamba.data.open_dataset` takes (folder, CSV, `.npz`, zip), or an `ImageDataset`. Needs
+            splits train and val, or `split`; test is used if present. With only train and test, val is taken from
+            train (an eighth, by patient where known).
+        out: folder for the model, `results.json`, `history.csv`, figures, and checkpoints during the run; with several
+            nodes, on shared storage.
         recipe: name, `.json` file or `Recipe`.
         variant: size of a new model ("nano", "tiny", ...); ignored with `init`.
         init: pretrained model to start from: bundled name, "org/name", folder, or a model.
-        dataset: name in the registry: order and names of classes, patients, licence, all noted with the weights.
-        split: how to make splits where `data` has none: three fractions, or "published" for the registry's rule.
+        seed: of initial weights, splits, order, augmentation and dropout.
+        dataset: name in the registry, for order and names of classes, patients and licence, recorded with the weights.
+        split: how to split `data` that has no splits: three fractions, or "published" for the registry's rule.
         patient_pattern: regular expression; group 1 in a file name is the patient.
-        allow_leakage: "patients", "duplicates": go on although they are in more than one split. "conflicts": although
-            the same picture has several labels within one split.
-        check_duplicates: False where an earlier run has found none: it decodes every image. Noted with the weights.
+        allow_leakage: "patients", "duplicates": accept those in more than one split. "conflicts": accept identical
+            images with different labels within one split.
+        check_duplicates: False skips the search for duplicates, which decodes every image, for instance because an
+            earlier run found none. Recorded with the weights.
         in_chans: channels of the model; default: those of `init`, or 3.
-        device, precision: see `make_accelerator`.
-        accumulate: parts in which each process takes its share of a batch, for less memory.
-        half: store the weights in float16.
-        max_seconds: stop after about this long, to be continued by the same call.
-        finish_early: a run that is stopped is not continued later: the best epoch so far is the model.
+        device: see `make_accelerator`.
+        precision: see `make_accelerator`.
+        accumulate: parts in which each process takes its share of a batch, to save memory.
+        half: stores the weights in float16.
+        max_seconds: stops after about this time; the same call resumes.
+        finish_early: makes the best epoch so far the final model when the run is stopped, instead of resuming later.
         cache: folder for the decoded images, which makes the next start faster.
-        graphs: "auto": forward and backward as one CUDA graph where a single GPU trains, which is faster for small
-            batches; "off": never.
-        init_name: what the model's record says of `init`, where its name or path would tell others nothing.
+        checkpoint_seconds: minimum time between two checkpoints.
+        graphs: "auto": forward and backward as one CUDA graph on a GPU, which is faster for small batches; "off":
+            never.
+        init_name: how to record `init` with the model, where its name or path would mean nothing to others.
         notes: more entries for the model's record, such as {"pretraining": ["dermamnist"]}.
-        restart: forget what is in `out`.
+        restart: deletes the run in `out` first.
+        progress: shows progress bars.
+        tensorboard: writes TensorBoard logs to `out`/tensorboard.
         settings: of the recipe, by name (`epochs=10`, `size=128`, `**{"augment.hflip": 0}`).
 
     Raises:
-        RecipeError, DatasetError, LeakageError, PretrainedError: something to put right before training.
-        ResumeError: `out` holds another run, or data have changed since it began.
+        RecipeError, DatasetError, LeakageError, PretrainedError: a problem to fix before training.
+        ResumeError: `out` holds another run, or the data have changed since it began.
         LockedError: another process is training into `out`.
-        DiskFullError: no space; what was there before is unchanged.
-        TrainingError: the loss is no longer a number.
+        DiskFullError: no space; existing files are unchanged.
+        TrainingError: the loss or the weights are NaN or infinite.
     """
     started = time.monotonic()
     chosen = load_recipe(recipe, **settings)
@@ -166,7 +174,7 @@ def train(
         precision=accelerator.mixed_precision,
         parts=accelerator.num_processes * accumulate,
     )
-    stored = {"stored": "float16" if half else "float32"}  # decides the files, not what is learnt
+    stored = {"stored": "float16" if half else "float32"}  # affects the files, not the training
     if not restart and (done := _already_done(out, identity | stored)) is not None:
         return done
     store = CheckpointStore(out / CHECKPOINTS)
@@ -176,7 +184,7 @@ def train(
             for name in RESULT_FILES:
                 (out / name).unlink(missing_ok=True)
         wait_for_everyone(accelerator)
-        if (done := _already_done(out, identity | stored)) is not None:  # by the run that held the folder till now
+        if (done := _already_done(out, identity | stored)) is not None:  # by the run that just released the folder
             return done
         checked_before = bool(store)
         if accelerator.process_index == 0:
@@ -214,7 +222,7 @@ def train(
         record = training_record(index, entry, chosen, identity | stored, state, accelerator, rule)
         record["init"] = init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
         if init is not None and not isinstance(init, MedMamba) and (base := hub_name(init)):
-            record["base_model"] = base  # of the card; a local folder may be called like somebody's model
+            record["base_model"] = base  # for the card; a local folder may have the name of a model on the Hub
         record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
         record |= {} if check_duplicates else {"duplicates_checked": False}
         record |= notes or {}
@@ -224,7 +232,7 @@ def train(
 
 @contextlib.contextmanager
 def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Holds the folder of a run, so that a second run into it is refused. The first of several processes holds it."""
+    """Locks the folder of a run in the process of rank 0, so that a second run into it is rejected."""
     if accelerator.process_index != 0:
         yield
         return
@@ -233,10 +241,10 @@ def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
         with locked(lock, f"{out} is being trained", timeout=0, remove=True):
             yield
     except LockedError as error:
-        raise LockedError(f"{error}; wait until it ends, or give this run another folder (out=, --out)") from None
+        raise LockedError(f"{error}; wait until it ends, or choose another folder (out=, --out)") from None
     finally:
         with contextlib.suppress(OSError):
-            lock.parent.rmdir()  # if the run is finished, and nothing is left in it
+            lock.parent.rmdir()  # empty once the run has finished
 
 
 def _open(
@@ -246,7 +254,7 @@ def _open(
     patient_pattern: str | None,
     seed: int,
 ) -> tuple[ImageDataset, registry.DatasetEntry | None, str]:
-    """The images with their splits, what the registry knows of them, and how the splits came about."""
+    """Returns the images with their splits, their registry entry, and a description of how the splits were made."""
     entry = registry.get(dataset) if dataset else None
     index = (
         data if isinstance(data, ImageDataset) else open_dataset(data, dataset=entry, patient_pattern=patient_pattern)
@@ -271,6 +279,7 @@ def _open(
 
 
 def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:
+    """Returns the result of the same run if it has finished in this folder, else None."""
     results = finished_before(out, identity)
     if results is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, `history.csv`, `history.jsonl`, and TensorBoard if asked for."""
+"""Reports on a run: progress bar, `history.csv`, `history.jsonl` and, optionally, TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = ("loss", "accuracy")
 
 
 class RunLog:
-    """Logs of the main process; all others are silent."""
+    """Writes the logs of the main process; other processes (`active=False`) are silent."""
 
     def __init__(self, folder: Path, progress: bool = True, tensorboard: bool = False, active: bool = True):
         self.folder, self.progress, self.active = folder, progress and active, active
@@ -29,23 +29,25 @@ class RunLog:
         self._tensorboard = tensorboard and active
 
     def bar(self, images: int, done: int) -> Bar:
+        """Returns a progress bar over `images`, of which `done` are done."""
         return Bar(images, done, self.progress)
 
     def warn(self, text: str) -> None:
-        """Says something that deserves attention, also where there are no progress bars."""
+        """Issues a `UserWarning`, with or without progress bars."""
         if self.active:
             warnings.warn(text.removeprefix("warning: "), UserWarning, stacklevel=2)
 
     def note(self, text: str) -> None:
-        """Says on the error stream, above any bar, what the user should know of the data."""
+        """Prints a note on the data to standard error, above any bar."""
         if self.active:
             tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
     def resumed(self, history: list[dict[str, Any]]) -> None:
-        """The files go on from this history; what was written after the checkpoint will be written again."""
+        """Rewrites the files with this history, dropping rows written after the checkpoint."""
         self._write_history(history)
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
+        """Writes the history after an epoch, its last row."""
         self._write_history(history)
         if self._tensorboard:
             row = history[-1]
@@ -59,6 +61,7 @@ class RunLog:
             self._writer.flush()
 
     def close(self) -> None:
+        """Closes the TensorBoard writer."""
         if self._writer is not None:
             self._writer.close()
 
@@ -75,7 +78,7 @@ class RunLog:
 
 
 class Bar:
-    """tqdm over all images of the run, with the epoch, the loss and the last validation behind it."""
+    """A tqdm bar over all images of the run, with epoch, loss and the latest validation metrics."""
 
     def __init__(self, images: int, done: int, visible: bool):
         self._tqdm = tqdm(
@@ -97,13 +100,15 @@ class Bar:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to look at the loss again, which costs a wait for the device."""
+        """Returns whether the loss should be shown again, at most once a second: reading it synchronises the device."""
         return time.monotonic() - self._shown > 1.0
 
     def update(self, images: int) -> None:
+        """Advances the bar."""
         self._tqdm.update(images)
 
     def show(self, epoch: int, loss: float, history: list[dict[str, Any]]) -> None:
+        """Shows the epoch, counted from 0, its loss and the last row of the history."""
         self._shown = time.monotonic()
         text = f"epoch {epoch + 1} loss {loss:.4f}"
         if history:

@@ -1,6 +1,6 @@
-"""Which image comes when, and how much it counts: functions of the seed and the position in the run alone.
+"""Order and weights of the training images, as functions of the seed and the position in the run alone.
 
-Nothing random is carried from step to step, so a run that is resumed at any step goes on as if it had never stopped.
+No random state is carried from step to step, so a run resumed at any step continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .recipe import RecipeError
 
-# Streams of random numbers that must not depend on each other.
+# Independent streams of random numbers.
 _ORDER, _AUGMENT, _NETWORK = range(3)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How an epoch is divided: `steps` optimiser steps of `size` images, each in `parts` parts of `part` images.
+    """Division of an epoch into `steps` optimiser steps of `size` images, each in parts of `part` images.
 
-    Part p of a step belongs to process p // accumulate: with two processes, or with one that accumulates twice, the
-    same images are taken together. What does not fill a step is left out; the order is another one in each epoch.
+    Part p of a step belongs to process p // accumulate, so two processes take the same parts as one process that
+    accumulates twice. Images that do not fill a step are left out; each epoch has another order.
     """
 
     steps: int
@@ -32,9 +32,10 @@ class Batches:
 
     @classmethod
     def plan(cls, images: int, batch_size: int, processes: int, accumulate: int) -> Batches:
-        """
+        """Divides an epoch of `images` images.
+
         Raises:
-            RecipeError: the batch cannot be divided, or leaves batch norm a single image.
+            RecipeError: the batch cannot be divided, or a part has fewer than 2 images, too few for batch norm.
         """
         parts = processes * accumulate
         size = min(batch_size, images // parts * parts)
@@ -50,7 +51,7 @@ class Batches:
         return cls(images // size, size, size // parts, accumulate)
 
     def rows(self, step: int, process: int, turn: int) -> tuple[slice, slice]:
-        """Rows of the epoch's order, and of the step, that `process` takes in accumulation turn `turn`."""
+        """Returns the rows of the epoch's order, and of the step, that `process` takes in accumulation turn `turn`."""
         start = (process * self.accumulate + turn) * self.part
         return (
             slice(step * self.size + start, step * self.size + start + self.part),
@@ -59,7 +60,7 @@ class Batches:
 
 
 def epoch_order(labels: np.ndarray, balance: str, seed: int, epoch: int) -> np.ndarray:
-    """Indices of the training images in the order of this epoch; drawn with replacement if `balance` is "sampling"."""
+    """Returns the order of the training images in this epoch, drawn with replacement if `balance` is "sampling"."""
     rng = np.random.default_rng((seed, _ORDER, epoch))
     if balance != "sampling":
         return rng.permutation(len(labels))
@@ -68,20 +69,21 @@ def epoch_order(labels: np.ndarray, balance: str, seed: int, epoch: int) -> np.n
 
 
 def augment_rng(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """Returns the generator for the augmentation of a step."""
     return np.random.default_rng((seed, _AUGMENT, epoch, step))
 
 
 def seed_network(seed: int, epoch: int, step: int, part: int) -> None:
-    """Seeds what the network draws itself: dropout and stochastic depth."""
+    """Seeds dropout and stochastic depth."""
     torch.manual_seed(
         int(np.random.SeedSequence((seed, _NETWORK, epoch, step, part)).generate_state(1, np.uint64)[0] >> 1)
     )
 
 
 def class_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """(K,) weights inverse to the number of training images, 1 on average over the images.
+    """Returns class weights (K,), inverse to the class counts and 1 on average over the images.
 
-    For multi-label data, (N, K) of 0 and 1: images without the label over images with it, at most 100.
+    For multi-label data, (N, K) of 0 and 1: images without the label over images with it, clipped to [0.01, 100].
     """
     if labels.ndim == 2:
         positive = labels.sum(0)

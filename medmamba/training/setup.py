@@ -1,4 +1,4 @@
-"""What a run starts from: the device, the data, the model."""
+"""Prepares a run: decoded images, checks of the splits, and the model."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from ..config import MedMambaConfig, variant_config
 from ..data import CachedDataset, DatasetError, ImageDataset, cache_images
 from ..data.identity import FileIndex
 from ..model import MedMamba
-from ..utils.devices import make_accelerator
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["ImageCache", "adapt_input", "build_model", "check_splits", "make_accelerator"]
-
 
 @dataclass
 class ImageCache:
-    """Decoded images by split and size, made when first asked for; only one size of a split is kept.
+    """Decodes images by split and size on first use; keeps one size of each split in memory.
 
     Args:
-        folder: keep them on disk too; None: memory alone.
-        files: what is known of the contents of the files of the images.
-        say: told what the readers of the images warn of, once for each split.
+        index: the dataset, with splits.
+        config: for preprocessing and channels.
+        accelerator: on whose GPU the images are kept where they take less than a third of its free memory.
+        folder: keeps them on disk too; None: in memory only.
+        progress: shows progress bars.
+        files: known hashes of the image files.
+        say: receives the warnings of the image readers, once per split.
 
     Attributes:
-        warnings: those, by split.
+        warnings: warnings of the image readers, by split.
     """
 
     index: ImageDataset
@@ -49,13 +50,14 @@ class ImageCache:
     _kept: dict[str, tuple[int, CachedDataset]] = field(default_factory=dict)
 
     def __call__(self, split: str, size: int) -> CachedDataset:
+        """Returns the images of a split, decoded at `size` pixels."""
         if not self.holds(split, size):
             self._kept.pop(split, None)  # frees its memory before more is taken
             self._kept[split] = (size, self._load(split, size))
         return self._kept[split][1]
 
     def holds(self, split: str, size: int) -> bool:
-        """Whether the images of this split are in memory at this size."""
+        """Returns whether the images of this split are in memory at this size."""
         return split in self._kept and self._kept[split][0] == size
 
     def _load(self, split: str, size: int) -> CachedDataset:
@@ -65,7 +67,7 @@ class ImageCache:
         visible = self.progress and self.accelerator.process_index == 0
         file = None
         if self.folder is not None:
-            with contextlib.suppress(OSError):  # `cache_images` says what is wrong with it
+            with contextlib.suppress(OSError):  # `cache_images` reports what is wrong with it
                 self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / f"{split}-{size}.npy"
 
@@ -93,16 +95,17 @@ class ImageCache:
 
 
 def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) -> None:
-    """
+    """Checks that a dataset can be trained on.
+
     Raises:
-        DatasetError: a split is missing, one class alone, or a class without training images.
+        DatasetError: a missing split, fewer than two classes, or a class without training images.
     """
     sizes = index.split_sizes
     missing = [name for name in needed if not sizes.get(name)]
     if missing:
         raise DatasetError(f"{index.name} has no images in {' and '.join(missing)}; {_how_to_split(sizes)}")
     if len(index.classes) < 2 and index.task == "multiclass":
-        raise DatasetError(f"{index.name} has one class, {index.classes[0]!r}: there is nothing to tell apart")
+        raise DatasetError(f"{index.name} has one class, {index.classes[0]!r}: a classifier needs at least two")
     counts = index.split("train").class_counts
     empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]
     if empty:
@@ -110,21 +113,21 @@ def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) 
 
 
 def _how_to_split(sizes: dict[str | None, int]) -> str:
-    """What to do about splits that are missing, given those that are there."""
+    """Returns advice on missing splits, given the sizes of those present."""
     if not set(sizes) - {None}:
         return (
-            "give folders train, val and test, a CSV with a column split, or let splits be made: "
+            "provide folders train, val and test, a CSV with a column split, or have splits made: "
             "split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
         )
     there = ", ".join(str(name) for name in sizes)
     if "train" not in sizes:
         return (
-            f"it has {there} alone. Call the split with the images to learn from train: the folder of that name, or "
-            "the value in column split"
+            f"it has only {there}. Name the split to train on 'train': the name of its folder, or the value in column "
+            "split"
         )
     return (
-        f"it has {there} alone. Move a part of train to a folder val, or give the folder train itself, where it has "
-        "class folders, and let splits be made: split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
+        f"it has only {there}. Move part of train to a folder val, or pass the folder train itself, if it has class "
+        "folders, and have splits made: split=(0.7, 0.1, 0.2) (--split 0.7,0.1,0.2)"
     )
 
 
@@ -136,9 +139,9 @@ def build_model(
     in_chans: int | None,
     labels: dict[int, str],
 ) -> MedMamba:
-    """A model for these classes: new, or with the weights of `source`, which is left as it is.
+    """Builds a model for these classes, new or with the weights of `source`, which is not changed.
 
-    The classifier of `source` is kept if it has the same classes in the same order, else replaced by a new one.
+    The classifier of `source` is kept if it has the same classes in the same order, and replaced otherwise.
     """
     base = source.config if source else variant_config(variant)
     channels = in_chans or base.in_chans
@@ -166,7 +169,7 @@ def build_model(
 
 
 def adapt_input(weight: Tensor, channels: int) -> Tensor:
-    """(dim, C, p, p) patch embedding for another number of channels, with the same output for grey images."""
+    """Converts a patch embedding (dim, C, p, p) to another number of channels, with equal output for grey images."""
     old = weight.shape[1]
     if old == channels:
         return weight

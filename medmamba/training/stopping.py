@@ -1,4 +1,4 @@
-"""Ending a run in good order."""
+"""Stops a run on SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a scheduler can end a run without loss. Other handlers are put back."""
+    """Yields an event that SIGTERM sets, so that a scheduler can stop a run without losing work.
+
+    The previous handler is restored afterwards. Outside the main thread, signals are left alone.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

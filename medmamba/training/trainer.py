@@ -1,4 +1,4 @@
-"""The training loop: optimiser steps, validation after each epoch, the best weights so far, stopping at any moment."""
+"""The training loop: optimiser steps, validation after each epoch, selection of the best epoch, stop and resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,67 +14,55 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ..imaging.preprocess import normalise
+from ..inference.predict import NotFiniteError
 from ..model import MedMamba
 from ..utils.devices import autocast, owning
-from . import augment, data_parallel, sampling
-from . import cuda_graphs as graphs
-from . import loss as objective
+from . import augment, data_parallel, graphed_step, loss, sampling
 from .checkpoint import CheckpointStore, ResumeError, another_run
-from .cuda_graphs import graphs_possible
 from .identity import differences
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
+from .progress import Progress
 from .recipe import Recipe, RecipeError
 from .run_log import RunLog
 from .stopping import stop_on_sigterm
-from .validation import NotFiniteError, selection_score, validate, validation_batch
+from .validation import selection_score, validate, validation_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..data import CachedDataset
 
-Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) to decoded images
+Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) -> decoded images
 
 
 class _SizedGraph(NamedTuple):
     size: torch.Size | None
-    step: graphs.GraphedStep | None
+    step: graphed_step.GraphedStep | None
 
 
 _NO_GRAPH = _SizedGraph(None, None)
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on, such as a loss that is no longer a number."""
-
-
-@dataclass
-class Progress:
-    """Where the run stands. Counts from 0; `step` is within the epoch."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0  # of the steps of this epoch
-    seconds: float = 0.0  # of the steps of this epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # one row per epoch
-    best: dict[str, Any] | None = None  # {"epoch": ..., "score": [...]}
-
-    def finished(self, recipe: Recipe) -> bool:
-        return self.epoch >= recipe.epochs or self.out_of_patience(recipe)
-
-    def out_of_patience(self, recipe: Recipe) -> bool:
-        return bool(recipe.patience and self.best and self.epoch - 1 - self.best["epoch"] >= recipe.patience)
+    """Raised when training cannot continue, such as when the loss is NaN."""
 
 
 class Trainer:
     """Trains `model` in place.
 
     Args:
-        images: gives the decoded images of a split at a size; asked for "train" and "val" alone.
-        identity: what makes this run this run; a checkpoint with another identity is refused.
-        deadline: `time.monotonic()` at which to stop after the step that is under way; None: never.
-        checkpoint_seconds: at least this long between two checkpoints.
-        graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphs`; "off": never.
+        model: the network; moved to the device of `accelerator`.
+        recipe: every setting that affects the result.
+        images: returns the decoded images of a split at a size; called for "train" and "val" only.
+        accelerator: device, precision and processes.
+        store: where checkpoints are written, and resumed from.
+        log: progress bar and history files.
+        seed: of order, augmentation and dropout.
+        accumulate: parts in which each process takes its share of a batch.
+        identity: inputs of the run (`run_identity`); a checkpoint with another identity is rejected.
+        deadline: `time.monotonic()` after which to stop once the current step is done; None: never.
+        checkpoint_seconds: minimum time between two checkpoints.
+        graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphed_step`; "off": never.
     """
 
     def __init__(
@@ -99,11 +86,11 @@ class Trainer:
         self.checkpoint_seconds, self._saved_at = checkpoint_seconds, time.monotonic()
         self.config = model.config
         self.frozen = freeze_stages(model, recipe.freeze)
-        # Convolutions, their inputs and gradients all in one memory format: nothing is reordered in between.
+        # One memory format for convolutions, their inputs and gradients, so that none is reordered.
         self.model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
-        self._best: dict[str, Tensor] | None = None  # weights of the best epoch, until a checkpoint writes them
+        self._best: dict[str, Tensor] | None = None  # weights of the best epoch not yet written by a checkpoint
         if recipe.balance == "sampling" and model.config.task == "multilabel":
             raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
 
@@ -114,7 +101,7 @@ class Trainer:
             sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
         )
         synchronised = data_parallel.sync_batch_norm(self.model, accelerator, self.batches.part)
-        self._use_graphs = graphs == "auto" and graphs_possible(accelerator) and not synchronised
+        self._use_graphs = graphs == "auto" and graphed_step.graphs_possible(accelerator) and not synchronised
         self._graph = _NO_GRAPH
         with owning(accelerator):
             self.optimizer = accelerator.prepare(build_optimizer(self.model, recipe))
@@ -123,21 +110,23 @@ class Trainer:
         self._gradients = data_parallel.GradientMean(accelerator, self._trained)
         self._statistics = data_parallel.StatisticsMean(self.model, accelerator, accumulate)
         if self._use_graphs:
-            data_parallel.agree(self.model, accelerator)
+            data_parallel.broadcast_state(self.model, accelerator)
         else:
             self._wrap()
 
     # --- the run ---
 
     def fit(self) -> Progress:
-        """Trains to the end, or to the deadline or a SIGTERM; `progress.finished(recipe)` says which.
+        """Trains to the end, the deadline or a SIGTERM; `progress.finished(recipe)` tells whether it is the end.
 
         Raises:
-            TrainingError: the loss is no longer a number.
+            TrainingError: the loss or the weights are NaN or infinite.
             ResumeError: the checkpoint is damaged or belongs to another run.
         """
         self._resume()
-        self.images("val", self.recipe.validated_at(self.progress.epoch))  # unreadable files are better known now
+        self.images(
+            "val", self.recipe.validated_at(self.progress.epoch)
+        )  # fails now, not after an epoch, on unreadable files
         total = self.recipe.epochs * self.batches.steps
         with stop_on_sigterm() as stopping, self.log.bar(total * self.batches.size, self._global_step()) as bar:
             while not self.progress.finished(self.recipe):
@@ -148,16 +137,16 @@ class Trainer:
         return self.progress
 
     def _train_epoch(self, bar: Any, stopping: threading.Event) -> bool:
-        """The rest of the current epoch; False if it was left early."""
+        """Trains the rest of the current epoch; returns False if it was stopped early."""
         progress, epoch = self.progress, self.progress.epoch
         size = self.recipe.size_at(epoch)
         data = self.images("train", size)
         order = torch.from_numpy(sampling.epoch_order(self.labels, self.recipe.balance, self.seed, epoch))
-        order = order.to(data.images.device)  # once: an index that comes from elsewhere stops the queue each time
+        order = order.to(data.images.device)  # once: indexing with a tensor on another device synchronises each time
         self.model.train()
         for module in self.frozen:
             module.eval()
-        # On the device: reading a number there waits for all work queued before it.
+        # Kept on the device: reading it waits for all work queued before.
         running = torch.tensor(progress.loss_sum, dtype=torch.float64, device=_double(self.accelerator.device))
         started, before = time.monotonic(), progress.seconds
         while progress.step < self.batches.steps:
@@ -178,7 +167,7 @@ class Trainer:
         return True
 
     def _step(self, data: CachedDataset, order: Tensor, epoch: int, step: int) -> Tensor:
-        """One optimiser step; the mean loss of this process."""
+        """Runs one optimiser step; returns the mean loss of this process."""
         recipe, plan, process = self.recipe, self.batches, self.accelerator.process_index
         drawn = augment.draw(recipe, plan.size, sampling.augment_rng(self.seed, epoch, step))
         count, switch = epoch * plan.steps + step, recipe.final_phase * plan.steps
@@ -197,9 +186,9 @@ class Trainer:
             else:
                 last = turn == plan.accumulate - 1
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                    loss = self._loss(images, targets)
-                    self.accelerator.backward(loss)
-                total = total + loss.detach()
+                    part_loss = self._loss(images, targets)
+                    self.accelerator.backward(part_loss)
+                total = total + part_loss.detach()
             self._statistics.part_done(turn)
         self._statistics.end()
         if self._graph.step:
@@ -208,55 +197,56 @@ class Trainer:
             self.accelerator.unscale_gradients(self.optimizer)
             clip_grad_norm_(self._trained, recipe.clip_grad)
         self.optimizer.step()
-        if not self._graph.step:  # which writes into the same gradients again
+        if not self._graph.step:  # a graph reuses its gradients
             self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            # Weights and statistics of small images would linger in those for large ones.
+            # Starts over in the final phase: weights and statistics of small images would linger.
             self.average.update(self.model, count if epoch < recipe.final_phase else count - switch)
         return torch.as_tensor(total)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         with autocast(self.accelerator):
             logits = self.wrapped(images)
-        return objective.loss(logits, targets, self.config.task, self.weights) / self.batches.accumulate
+        found = loss.classification_loss(logits, targets, self.config.task, self.weights)
+        return found / self.batches.accumulate
 
-    def _graph_for(self, images: Tensor, targets: Tensor) -> graphs.GraphedStep | None:
-        """The graph for batches of this size, captured when the size is new; None where none is used."""
+    def _graph_for(self, images: Tensor, targets: Tensor) -> graphed_step.GraphedStep | None:
+        """Returns the graph for batches of this size, captured on first use; None where graphs are off."""
         if self._use_graphs and self._graph.size != images.shape[2:]:
-            self._graph = _NO_GRAPH  # its memory is free before more is taken
-            step = graphs.capture(self.model, self._loss, images, targets, self.batches.accumulate)
-            self._use_graphs = self._mean_over_processes(float(step is not None)) == 1  # all of them or none
+            self._graph = _NO_GRAPH  # frees its memory before more is allocated
+            step = graphed_step.capture(self.model, self._loss, images, targets, self.batches.accumulate)
+            self._use_graphs = self._mean_over_processes(float(step is not None)) == 1  # in all processes or in none
             self._graph = _SizedGraph(images.shape[2:], step if self._use_graphs else None)
             if not self._use_graphs:
                 self._wrap()
         return self._graph.step
 
     def _wrap(self) -> None:
-        """DistributedDataParallel, for steps without graphs; one process has nothing to wrap."""
+        """Wraps the model in DistributedDataParallel, for steps without graphs in several processes."""
         if self.accelerator.num_processes > 1:
             with owning(self.accelerator):
                 self.wrapped = self.accelerator.prepare(self.model)
             if self.average:
-                self.average.look_again()  # wrapping may give the model other buffers
+                self.average.forget_tensors()  # wrapping may replace the model's buffers
 
     def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
-        """Augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
+        """Returns augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
         size = (data.images.shape[1], data.images.shape[2])
         images, labels = data.batch(rows, self.accelerator.device)
         images = augment.augment(images, drawn, self.recipe.augment, size)
-        targets = objective.soft_targets(labels, self.classes, self.recipe.label_smoothing)
+        targets = loss.soft_targets(labels, self.classes, self.recipe.label_smoothing)
         images, targets = augment.mix(images, targets, drawn)
         return normalise(images, self.config.preprocess).contiguous(memory_format=torch.channels_last), targets
 
     def _end_epoch(self, bar: Any) -> None:
-        """Validates, notes the epoch in the history, keeps it if it is the best."""
+        """Validates, adds the epoch to the history and keeps its weights if it is the best."""
         progress, plan, recipe = self.progress, self.batches, self.recipe
-        loss = self._mean_over_processes(progress.loss_sum / plan.steps)
+        mean_loss = self._mean_over_processes(progress.loss_sum / plan.steps)
         self._agree_on_statistics()
         shown = self.average.model if self.average else self.model
         val = self.images("val", recipe.validated_at(progress.epoch))
         if progress.epoch == recipe.final_phase:
-            progress.best = None  # of another size
+            progress.best = None  # earlier epochs had another image size
         batch_size = validation_batch(plan.part, self.accelerator.device)
         self._check_weights()
         try:
@@ -269,7 +259,7 @@ class Trainer:
             "epoch": progress.epoch + 1,
             "lr": recipe.lr * lr_factor((progress.epoch + 1) * plan.steps - 1, plan.steps, recipe),
             "size": recipe.size_at(progress.epoch),
-            "loss": loss,
+            "loss": mean_loss,
             **{f"val_{name}": value if math.isfinite(value) else None for name, value in scores.items()},
             "best": is_best,
             "images_per_second": round(plan.steps * plan.size / max(progress.seconds, 1e-9), 2),
@@ -282,16 +272,16 @@ class Trainer:
         progress.history.append(row)
         progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
         self.log.epoch(progress.history)
-        bar.show(progress.epoch - 1, loss, progress.history)
+        bar.show(progress.epoch - 1, mean_loss, progress.history)
         if self._checkpoint_due() or progress.finished(recipe):
             self._save()
 
     # --- between processes ---
 
     def _agree_on_statistics(self) -> None:
-        """The processes have the same, see `StatisticsMean`; rounding must not part them over many epochs."""
+        """Broadcasts buffers, equal up to rounding (`StatisticsMean`), so that processes do not drift apart."""
         for model in [self.model, *([self.average.model] if self.average else [])]:
-            data_parallel.agree(model, self.accelerator, buffers_only=True)
+            data_parallel.broadcast_state(model, self.accelerator, buffers_only=True)
 
     def _mean_over_processes(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
@@ -304,7 +294,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return stop
         if self.progress.step % 10 and self.progress.step != self.batches.steps:
-            return False  # asking costs a round between all processes
+            return False  # each check costs a collective operation
         return self._mean_over_processes(float(stop)) > 0
 
     # --- checkpoints ---
@@ -347,8 +337,8 @@ class Trainer:
             raise another_run(self.store, changed)
         if state["plan"] != self._plan():
             raise ResumeError(
-                f"{self.store.folder} holds a run of other batches (steps, images per step, images at once: "
-                f"{state['plan']}, now {self._plan()}); resume with the same processes and accumulation"
+                f"{self.store.folder} holds a run with other batches (steps, images per step, images at once: "
+                f"{state['plan']}, now {self._plan()}); resume it with the same number of processes and accumulation"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -362,7 +352,7 @@ class Trainer:
     def _plan(self) -> list[int]:
         return [self.batches.steps, self.batches.size, self.batches.part]
 
-    # --- small things ---
+    # --- checks ---
 
     def _global_step(self) -> int:
         return (self.progress.epoch * self.batches.steps + self.progress.step) * self.batches.size
@@ -370,24 +360,24 @@ class Trainer:
     def _checked(self, running: Tensor, epoch: int) -> float:
         value = float(running)
         if not math.isfinite(value):
-            raise self._diverged(f"the loss is no longer a number in epoch {epoch + 1}")
+            raise self._diverged(f"the loss is NaN or infinite in epoch {epoch + 1}")
         return value
 
     def _check_weights(self) -> None:
-        """A loss is of the weights before its step; the step itself may have been the bad one.
+        """Checks the weights, since a loss reflects the weights before its step.
 
         Raises:
-            TrainingError: a weight or statistic is no number.
+            TrainingError: a weight or statistic is NaN or infinite.
         """
         tensors = [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
         largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
         if not bool(torch.isfinite(largest).all()):
-            raise self._diverged(f"weights are no longer numbers in epoch {self.progress.epoch + 1}")
+            raise self._diverged(f"weights are NaN or infinite in epoch {self.progress.epoch + 1}")
 
     def _diverged(self, what: str) -> TrainingError:
-        kept = "nothing was kept yet"
+        kept = "no checkpoint was saved yet"
         if self.store:
-            kept = f"the last good checkpoint is kept in {self.store.folder}"
+            kept = f"the last good checkpoint is in {self.store.folder}"
         return TrainingError(
             f"{what}: training has diverged. Use a smaller lr, clip_grad=1, or precision='fp32'. Other settings need a "
             f"new run (another folder, or restart=True, --restart); {kept}"
@@ -395,5 +385,5 @@ class Trainer:
 
 
 def _double(device: torch.device) -> torch.device:
-    """Where a float64 sum can be kept: Apple GPUs have none."""
+    """Returns a device that has float64, which Apple GPUs lack."""
     return torch.device("cpu") if device.type == "mps" else device

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import medmamba
 from medmamba.cli import messages as cli_messages
 from medmamba.cli.main import main
-from medmamba.evaluation.evaluate_model import evaluate_model
+from medmamba.evaluation import evaluate_model
 from medmamba.explain import explain
 from medmamba.inference.predict import NotFinite, NotFiniteError, iter_predict
 from medmamba.utils.advice import as_option, spelled
@@ -227,7 +227,7 @@ def test_evaluation_says_how_many_images_got_no_answer(tiny_model, tmp_path):
     with torch.no_grad():
         tiny_model.head.weight.fill_(torch.nan)
     data = folders(tmp_path / "data", ["a", "b"])
-    with pytest.raises(NotFiniteError, match=r"6 of 6 images got no answer.*head\.weight"):
+    with pytest.raises(NotFiniteError, match=r"no prediction for 6 of 6 images.*head\.weight"):
         evaluate_model(tiny_model, data, None, device="cpu", resamples=0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -445,8 +445,8 @@ def test_val_is_taken_from_train_by_patient_and_test_stays() -> None:
     ("splits", "message"),
     [
         ([None] * 4, r"no images in train and val; .*\(--split 0\.7,0\.1,0\.2\)"),
-        (["val", "val", "test", "test"], "no images in train; it has val, test alone. Call the split"),
-        (["train"] * 4, "no images in val; it has train alone. Move a part of train to a folder val"),
+        (["val", "val", "test", "test"], "no images in train; it has only val, test. Name the split to train on"),
+        (["train"] * 4, "no images in val; it has only train. Move part of train to a folder val"),
     ],
 )
 def test_missing_splits_come_with_advice_that_can_be_followed(splits: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 import medmamba
 from medmamba.cli import evaluate as cli_evaluate
 from medmamba.data import DatasetError, ImageDataset, Record, open_dataset, registry
-from medmamba.evaluation.evaluate_model import decode, evaluate_model, match_classes, score
+from medmamba.evaluation import decode, evaluate_model, match_classes, score
 from medmamba.inference.predict import predict
 from medmamba.metrics import Evaluation
 

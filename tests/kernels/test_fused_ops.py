@@ -16,7 +16,7 @@ from medmamba.kernels.block import training as fused_ops
 from medmamba.kernels.block import training_conv as conv_ops
 from medmamba.kernels.cuda import nvrtc
 from medmamba.model import ConvBranch
-from medmamba.training import cuda_graphs as graphs
+from medmamba.training.graphed_step import GraphedStep
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -613,7 +613,7 @@ def test_in_a_cuda_graph_and_the_same_bits_every_time(monkeypatch):
             eager.append(gradients())
         for buffer, value in zip(model.buffers(), start, strict=True):
             buffer.copy_(value)
-        replay = graphs.GraphedStep(model, loss, images, targets)
+        replay = GraphedStep(model, loss, images, targets)
         for _ in range(2):
             torch.manual_seed(1)
             replay(images, targets)

@@ -29,16 +29,16 @@ from medmamba.training import (
     RecipeError,
     ResumeError,
     TrainingError,
+    graphed_step,
     load_recipe,
     recipe_names,
     sampling,
     train,
 )
 from medmamba.training import augment as A
-from medmamba.training import cuda_graphs as graphs
-from medmamba.training import loss as objective
 from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.data_parallel import GradientMean
+from medmamba.training.loss import classification_loss, soft_targets
 from medmamba.training.optim import WeightAverage, build_optimizer, freeze_stages, layer_of, lr_factor, parameter_groups
 from medmamba.training.setup import adapt_input, build_model
 from medmamba.training.trainer import Trainer
@@ -143,7 +143,7 @@ def test_recipe_files(tmp_path):
     file.write_text("[1]")
     with pytest.raises(RecipeError, match="expected an object"):
         load_recipe(file)
-    with pytest.raises(RecipeError, match="there are default"):
+    with pytest.raises(RecipeError, match="available: default"):
         load_recipe("papper")
     with pytest.raises(RecipeError, match="no recipe file"):
         load_recipe(tmp_path / "other.json")
@@ -382,11 +382,11 @@ def test_mixing_an_odd_batch_leaves_the_last_alone():
 def test_loss_is_the_one_of_pytorch():
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    found = objective.loss(logits, objective.soft_targets(labels, 3, 0.1), "multiclass")
+    found = classification_loss(logits, soft_targets(labels, 3, 0.1), "multiclass")
     assert found == pytest.approx(expected.item())
     several = (torch.rand(6, 3) > 0.5).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, several)
-    found = objective.loss(logits, objective.soft_targets(several, 3, 0.0), "multilabel")
+    found = classification_loss(logits, soft_targets(several, 3, 0.0), "multilabel")
     assert found == pytest.approx(expected.item())
 
 
@@ -596,7 +596,7 @@ def test_accumulated_parts_give_the_same_first_loss(folder, tmp_path):
     assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=0.15)
 
 
-class _ReplayedByHand(graphs.GraphedStep):
+class _ReplayedByHand(graphed_step.GraphedStep):
     """A graphed step without a GPU: what a replay does to buffers and gradients, done by Python."""
 
     captured = 0
@@ -623,7 +623,7 @@ def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, ac
     settings = {**QUICK, "epochs": 2, "final_epochs": 1, "final_size": 48, "drop_path": 0.3, "clip_grad": 0.5}
     options = {**COMMON, "accumulate": accumulate, "allow_leakage": ()}
     train(folder, tmp_path / "eager", "default", "test", **settings, **options)
-    monkeypatch.setattr(graphs, "GraphedStep", _ReplayedByHand)
+    monkeypatch.setattr(graphed_step, "GraphedStep", _ReplayedByHand)
     monkeypatch.setattr(_ReplayedByHand, "captured", 0)
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: (setattr(self, "_use_graphs", True), fit(self))[1])
@@ -634,7 +634,7 @@ def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, ac
 
 # What a graph does, without one: `broken` is the process where none can be captured.
 WITH_GRAPHS = """
-from medmamba.training import engine, graphs
+from medmamba.training import graphed_step
 class Step:
     def __init__(self, loss, model): self.loss, self.model = loss, model
     def begin(self): self.model.zero_grad(set_to_none=True)
@@ -644,7 +644,7 @@ class Step:
         return loss.detach()
 def capture(model, loss, images, targets, parts):
     return Step(loss, model) if int(os.environ["RANK"]) != BROKEN else None
-engine.graphs_possible, graphs.capture = lambda accelerator: True, capture
+graphed_step.graphs_possible, graphed_step.capture = lambda accelerator: True, capture
 """
 
 
@@ -791,7 +791,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
 def test_half_precision_files_score_what_they_say(folder, tmp_path):
     result = train(folder, tmp_path, "default", "test", **QUICK, **{**COMMON, "half": True})
     assert load_file(tmp_path / "model.safetensors")["head.weight"].dtype == torch.float16
-    from medmamba.evaluation.evaluate_model import evaluate_model
+    from medmamba.evaluation import evaluate_model
 
     again = evaluate_model(tmp_path, folder, "test", device="cpu", resamples=0)
     assert again.evaluation["nll"] == pytest.approx(result.test["nll"], abs=1e-6)

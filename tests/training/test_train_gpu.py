@@ -13,9 +13,8 @@ from test_train import SCRIPT, make_folder
 
 import medmamba
 from medmamba import create_model
-from medmamba.training import cuda_graphs as graphs
-from medmamba.training import loss as objective
-from medmamba.training import train
+from medmamba.training import loss, train
+from medmamba.training.graphed_step import GraphedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -40,15 +39,15 @@ def test_replay_gives_the_gradients_draws_and_statistics_of_eager_steps(parts):
     model = create_model("test", num_classes=3, drop_path_rate=0.5, drop_rate=0.2).cuda().train()
     images, targets = _batch()
 
-    def loss(images, targets):
+    def batch_loss(images, targets):
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             logits = model(images)
-        return objective.loss(logits, targets, "multiclass") / parts
+        return loss.classification_loss(logits, targets, "multiclass") / parts
 
     def eager(seed):
         for turn in range(parts):
             torch.manual_seed(seed + turn)
-            found = loss(images + turn, targets)
+            found = batch_loss(images + turn, targets)
             found.backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         model.zero_grad(set_to_none=True)
@@ -65,7 +64,7 @@ def test_replay_gives_the_gradients_draws_and_statistics_of_eager_steps(parts):
         rewind()
         expected.append(eager(seed))
     rewind()
-    step = graphs.GraphedStep(model, loss, images, targets, parts)
+    step = GraphedStep(model, batch_loss, images, targets, parts)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), start, strict=True)), "capture left its traces"
     for seed, (value, gradients, buffers) in zip((1, 2, 1), expected, strict=True):
         rewind()
@@ -95,7 +94,7 @@ def test_a_run_with_graphs_is_one_without(folder, tmp_path, accumulate, recwarn)
 
 
 def test_what_cannot_be_captured_is_trained_without(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(objective, "loss", _waiting(objective.loss))
+    monkeypatch.setattr(loss, "classification_loss", _waiting(loss.classification_loss))
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         result = train(folder, tmp_path, "default", "test", **SETTINGS, **OPTIONS)
     assert result.finished

@@ -17,18 +17,17 @@ from safetensors.torch import load_file
 from medmamba import MedMamba, create_model
 from medmamba.config import variant_config
 from medmamba.data import ImageDataset, Record, open_dataset
+from medmamba.evaluation import predict_logits
 from medmamba.imaging.load import load_image
 from medmamba.imaging.preprocess import preprocess
-from medmamba.training import ResumeError, TrainingError, load_recipe, sampling, train
+from medmamba.training import ResumeError, TrainingError, load_recipe, sampling, train, trainer
 from medmamba.training import augment as A
-from medmamba.training import trainer as engine
 from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.identity import data_table, fingerprint, model_fingerprint
 from medmamba.training.run_log import RunLog
-from medmamba.training.setup import ImageCache, make_accelerator
+from medmamba.training.setup import ImageCache
 from medmamba.training.trainer import Trainer
-from medmamba.training.validation import predict_logits
-from medmamba.utils.devices import owning
+from medmamba.utils.devices import make_accelerator, owning
 from medmamba.utils.files import LockedError, locked
 
 QUICK = dict(epochs=1, batch_size=6, size=32, lr=3e-3, warmup_epochs=0)
@@ -88,7 +87,7 @@ def test_a_run_whose_images_changed_is_not_continued_and_says_which(tmp_path):
         run(data, out, max_seconds=0.0)
     file.rename(data / "train" / "class_0" / "2b.png")
     with pytest.raises(
-        ResumeError, match=r"1 of 24 images added, such as .*2b\.png, 1 of 24 images gone.* put that back"
+        ResumeError, match=r"1 of 24 images added, such as .*2b\.png, 1 of 24 images missing.* restore that"
     ):
         run(data, out, max_seconds=0.0)
     (data / "train" / "class_0" / "2b.png").unlink()
@@ -110,7 +109,7 @@ def test_a_finished_run_is_known_by_its_images(tmp_path):
         with pytest.raises(FileExistsError, match=word):
             run(tmp_path / "copy", out, **options)
     (out / "results.json").write_text("{")
-    with pytest.raises(FileExistsError, match=r"results\.json does not say"):
+    with pytest.raises(FileExistsError, match=r"results\.json does not record"):
         run(tmp_path / "copy", out)
 
 
@@ -258,7 +257,7 @@ def test_weights_that_are_no_numbers_are_never_kept(folder, tmp_path, monkeypatc
         return loss
 
     monkeypatch.setattr(Trainer, "_step", spoil)
-    with pytest.raises(TrainingError, match=r"weights are no longer numbers in epoch 1.*diverged.* good checkpoint"):
+    with pytest.raises(TrainingError, match=r"weights are NaN or infinite in epoch 1.*diverged.* good checkpoint"):
         run(folder, tmp_path, epochs=3)
     assert (tmp_path / "checkpoint" / "last.pt").read_bytes() == good
     monkeypatch.undo()
@@ -275,7 +274,7 @@ def test_logits_that_are_no_numbers_end_a_run(folder, tmp_path, monkeypatch):
 
 def test_the_history_is_json_whatever_the_scores(folder, tmp_path, monkeypatch):
     scores = {"loss": math.inf, "accuracy": 0.5, "balanced_accuracy": 0.5, "auroc": math.nan, "f1": -math.inf}
-    monkeypatch.setattr(engine, "validate", lambda *a: scores)
+    monkeypatch.setattr(trainer, "validate", lambda *a: scores)
     run(folder, tmp_path)
 
     def refuse(name):
@@ -296,11 +295,11 @@ def test_a_training_batch_is_what_predict_sees(tmp_path, largest):
     model = MedMamba(dataclasses.replace(variant_config("test"), num_classes=2, id2label={0: "a", 1: "b"}))
     recipe = load_recipe("paper", batch_size=12, size=32)
     images = ImageCache(index, model.config, accelerator)
-    trainer = Trainer(
+    fitting = Trainer(
         model, recipe, images, accelerator, CheckpointStore(tmp_path / "c"), RunLog(tmp_path, progress=False)
     )
     drawn = A.draw(recipe, 12, sampling.augment_rng(0, 0, 0))
-    batch, _ = trainer._batch(images("train", 32), torch.arange(12), drawn)
+    batch, _ = fitting._batch(images("train", 32), torch.arange(12), drawn)
     part = index.split("train")
     expected = torch.stack([preprocess(part.image(i), model.config.preprocess) for i in range(12)])
     step = 1 / 65535 if largest > 255 else 1 / 255

@@ -259,7 +259,7 @@ def test_a_frozen_view_can_be_differentiated_moved_and_hooked(mixed):
 def test_evaluation_leaves_a_model_in_train_mode_as_it_is(mixed):
     pytest.importorskip("accelerate")
     from medmamba.data import ImageDataset, Record
-    from medmamba.evaluation.evaluate_model import evaluate_model
+    from medmamba.evaluation import evaluate_model
 
     class Reader:
         def read(self, record):

@@ -7,7 +7,7 @@ import pytest
 
 from medmamba import create_model, data
 from medmamba.data import DatasetError, Record, registry
-from medmamba.evaluation.evaluate_model import match_classes
+from medmamba.evaluation import match_classes
 from medmamba.explain.subject import resolve_target
 from medmamba.utils.names import AmbiguousNameError, alike, canonical, find_name, shown, whole_number
 

@@ -1,6 +1,6 @@
-"""One training batch as a CUDA graph: forward, loss and backward are started by one call instead of some 1700.
+"""A training batch as a CUDA graph: one launch for forward, loss and backward instead of about 1700.
 
-A batch of a small model keeps a GPU busy for less time than Python needs to start its kernels; a graph removes that.
+A batch of a small model runs on a GPU in less time than Python takes to launch its kernels; a graph removes that cost.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from ..kernels import cuda_graphs
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # images and targets to the loss of the batch, with its graph
+Loss = Callable[[Tensor, Tensor], Tensor]  # images and targets to the differentiable loss of the batch
 
 GRAPHS = ("auto", "off")
-_WARM_UP = 3  # eager passes before: libraries choose algorithms and Triton compiles in these
+_WARM_UP = 3  # eager passes before capture, in which libraries choose algorithms and Triton compiles
 
 
 class GraphedStep:
-    """Forward and backward for batches of one shape; gradients are left in `parameter.grad`, at a fixed place.
+    """Forward and backward pass for batches of one shape, with gradients in `parameter.grad` at fixed addresses.
 
-    For one thread: what a call returns, and the gradients, are overwritten by the next call. Other threads may use the
-    GPU, and other graphs, meanwhile.
+    For one thread: the next call overwrites the returned loss and the gradients. Other threads may use the GPU, and
+    other graphs, at the same time.
 
-    What the network draws itself (stochastic depth, dropout) follows `torch.manual_seed` as without a graph: the graph
-    reads seed and offset of PyTorch's generator at each replay. Batch norm statistics are updated at each replay;
-    those that the capture itself would have changed are put back.
+    Random numbers of the network (stochastic depth, dropout) follow `torch.manual_seed` as without a graph: each replay
+    reads the seed and offset of PyTorch's generator. Each replay updates batch norm statistics; changes made by the
+    capture itself are undone.
 
     Args:
-        parts: batches per optimiser step. With one, a replay overwrites the gradients; with several it adds to them,
-            and `begin` sets them to zero.
+        model: the network, in train mode.
+        loss: returns the loss of a batch.
+        images: example batch (B, C, H, W).
+        targets: example targets (B, K).
+        parts: batches per optimiser step. With one, a replay overwrites the gradients; with several, replays accumulate
+            them and `begin` sets them to zero.
 
     Raises:
-        RuntimeError: something in the network cannot be captured; the model is as it was.
+        RuntimeError: something in the network cannot be captured; the model is unchanged.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, images: Tensor, targets: Tensor, parts: int = 1):
@@ -53,7 +57,7 @@ class GraphedStep:
         try:
             self._loss = self._capture(loss)
         except BaseException:
-            generator.graphsafe_set_state(state)  # a capture that failed leaves it waiting for the graph
+            generator.graphsafe_set_state(state)  # a failed capture leaves the generator waiting for the graph
             self._drop_gradients()
             raise
         finally:
@@ -68,7 +72,7 @@ class GraphedStep:
             loss(self._images, self._targets).backward()
 
         cuda_graphs.warm_up(device, eager, _WARM_UP)
-        self._drop_gradients()  # so that the backward pass allocates them in the memory of the graph
+        self._drop_gradients()  # so that backward allocates them in the graph's memory pool
         if self._adds:
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -81,12 +85,12 @@ class GraphedStep:
         return cuda_graphs.record(self.graph, device, step)
 
     def begin(self) -> None:
-        """To be called before the first batch of an optimiser step."""
+        """Zeroes accumulated gradients; call before the first batch of an optimiser step."""
         if self._adds:
             torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of this batch; the next call overwrites it."""
+        """Returns the loss of this batch; the next call overwrites it."""
         with torch.cuda.device_of(self._images):
             self._images.copy_(images)
             self._targets.copy_(targets)
@@ -99,18 +103,20 @@ class GraphedStep:
 
 
 def graphs_possible(accelerator: Accelerator) -> bool:
-    """Whether steps can be graphs at all: not on a CPU, nor where the loss is scaled by what the last step found."""
+    """Returns whether steps can be graphed: not on a CPU, nor with fp16, whose loss scale depends on earlier steps."""
     return accelerator.device.type == "cuda" and accelerator.scaler is None
 
 
 def capture(model: nn.Module, loss: Loss, images: Tensor, targets: Tensor, parts: int = 1) -> GraphedStep | None:
-    """A graphed step, or None with a warning where the network cannot be captured."""
+    """Returns a graphed step, or None with a warning if the network cannot be captured."""
     try:
         return GraphedStep(model, loss, images, targets, parts)
     except RuntimeError as error:
         torch.cuda.synchronize()
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(
-            f"training goes on without a CUDA graph, slower for small batches: {reason}", RuntimeWarning, stacklevel=2
+            f"training continues without a CUDA graph, which is slower for small batches: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return None

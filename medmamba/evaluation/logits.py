@@ -1,0 +1,66 @@
+"""Decodes a dataset and predicts the logits of all its images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import MedMambaConfig
+from ..data import CachedDataset, ImageDataset, cache_images
+from ..imaging.preprocess import normalise
+from ..model import MedMamba
+from ..utils.devices import autocast
+from ..utils.modes import eval_view
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def decode(
+    dataset: ImageDataset,
+    config: MedMambaConfig,
+    file: str | os.PathLike | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> CachedDataset:
+    """Decodes all images into memory, resized as in `config.preprocess` but not yet normalised.
+
+    Args:
+        file: keeps the decoded images in this file for reuse, see `cache_images`.
+    """
+    in_unit_range = dataclasses.replace(config.preprocess, mean=(0.0,), std=(1.0,))
+    return cache_images(dataset, in_unit_range, config.in_chans, file=file, progress=progress)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: MedMamba,
+    data: CachedDataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    full_precision: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Returns float32 logits (N, K) on the CPU, of all images in order; each process computes its share.
+
+    Runs an eval-mode view of the model: the model itself and the modes of its modules are not changed.
+    """
+    view = eval_view(model)
+    count, processes = len(data), accelerator.num_processes
+    share = math.ceil(count / processes)
+    mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
+    mine = mine.to(data.images.device)
+    found = []
+    visible = progress and accelerator.process_index == 0
+    for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
+        images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
+        with autocast(accelerator, enabled=not full_precision):
+            found.append(view(images.contiguous(memory_format=torch.channels_last)).float())
+    logits = torch.cat(found)
+    return (logits if processes == 1 else accelerator.gather(logits))[:count].cpu()

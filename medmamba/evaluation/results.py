@@ -1,0 +1,124 @@
+"""Scores logits, and writes and reads the results as JSON, Markdown and PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..config import MedMambaConfig
+from ..data import ImageDataset
+from ..metrics import Evaluation, evaluate
+from ..metrics.calibration import to_probabilities
+from ..utils.files import write_text
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+RESULTS_NAME = "results.json"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logits of a model for a labelled dataset, and their metrics.
+
+    Attributes:
+        evaluation: metrics of the calibrated probabilities.
+        uncalibrated: metrics without temperature scaling; None if the model has no calibration.
+        labels: (N,) or (N, K) as in the dataset.
+        logits: (N, K) float32.
+        notes: what was skipped, merged or guessed when the images were listed (`ImageDataset.notes`).
+    """
+
+    evaluation: Evaluation
+    uncalibrated: Evaluation | None
+    labels: np.ndarray
+    logits: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the evaluation as plain data, with the metrics that calibration changed under "uncalibrated"."""
+        data = self.evaluation.to_dict()
+        if self.uncalibrated:
+            data["uncalibrated"] = {name: self.uncalibrated[name] for name in ("ece", "brier", "nll")}
+        return data
+
+
+def score(
+    logits: torch.Tensor,
+    dataset: ImageDataset,
+    config: MedMambaConfig,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    context: dict[str, Any] | None = None,
+) -> Scored:
+    """Scores logits (N, K), scaled by the temperature in `config.calibration`."""
+    patients = dataset.patients
+    options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed)
+    temperature = float(config.calibration.get("temperature", 1.0))
+    raw = logits.numpy()
+    context = {**(context or {}), "temperature": temperature}
+    found = evaluate(
+        dataset.labels,
+        to_probabilities(raw, config.task, temperature),
+        config.labels,
+        resamples=resamples,
+        context=context,
+        **options,
+    )
+    before = None
+    if config.calibration:
+        before = evaluate(dataset.labels, to_probabilities(raw, config.task), config.labels, resamples=0, **options)
+    return Scored(found, before, dataset.labels, raw, dataset.notes)
+
+
+def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record: Any) -> Path:
+    """Writes `results.md`, figures of the last split and, once these are in place, `results.json`; returns its path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    *_, (last, scored) = splits.items()
+    for name, figure in figures(scored, last).items():
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    sections = [f"## {name}\n\n{result.evaluation.to_markdown()}" for name, result in splits.items()]
+    write_text(folder / "results.md", "\n".join(sections))
+    data = {**record, "splits": {name: result.to_dict() for name, result in splits.items()}}
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(folder / RESULTS_NAME, text)
+
+
+def evaluations(results: Mapping[str, Any]) -> dict[str, Evaluation]:
+    """Returns the evaluation of each split from the content of a `results.json`.
+
+    Raises:
+        AttributeError, KeyError, TypeError: the content was not written by `write_results`.
+    """
+    fields = {f.name for f in dataclasses.fields(Evaluation)}
+    return {
+        split: Evaluation.from_dict({key: value for key, value in data.items() if key in fields})
+        for split, data in results.get("splits", {}).items()
+    }
+
+
+def figures(scored: Scored, title: str = "") -> dict[str, matplotlib.figure.Figure]:
+    """Draws the ROC curves, the reliability diagram and, for multi-class tasks, the confusion matrix, by name."""
+    from ..metrics.plots import confusion_matrix_figure, reliability_figure, roc_figure
+
+    task = scored.evaluation.task
+    curves = {"as trained": to_probabilities(scored.logits, task)}
+    if scored.uncalibrated:
+        curves["calibrated"] = to_probabilities(scored.logits, task, scored.evaluation.context["temperature"])
+    found = {
+        "roc": roc_figure(scored.labels, curves["as trained"], scored.evaluation.classes, title=title),
+        "reliability": reliability_figure(scored.labels, curves, title=title),
+    }
+    if task == "multiclass":
+        found["confusion"] = confusion_matrix_figure(scored.evaluation, title=title)
+    return found
