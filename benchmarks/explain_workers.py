@@ -19,8 +19,8 @@ import torch
 import medmamba
 from medmamba.data import registry
 from medmamba.explain import Assessor, ExplainCancelled, Explanation, explain
+from medmamba.explain.conditions import FullPrecision
 from medmamba.explain.removal import area
-from medmamba.explain.subject import FullPrecision
 from medmamba.imaging.load import load_image
 
 METRICS = {

@@ -1,4 +1,4 @@
-"""Which pixels speak for a class, and whether the map that says so can be trusted.
+"""Pixel attributions for a class, and checks of whether a map can be trusted.
 
 >>> from medmamba.explain import assess, compare, explain, scan_field
 >>> explanation = explain(model, "cell.png", "integrated_gradients", target="neutrophil")

@@ -1,4 +1,4 @@
-"""Several methods on one image, side by side."""
+"""Compares several attribution methods on one image."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from ..utils.text import json_text
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, text_table
 from .methods import METHODS
-from .randomisation import rank_correlation
 from .removal import cell_means
+from .render import comparison_figure
+from .similarity import rank_correlation
 from .subject import Progress, sub_progress
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ class Comparison:
     """Explanations of one image and class by several methods.
 
     Attributes:
-        explanations: in the order asked for.
-        trust: what the checks found of each; empty where they were not asked for.
-        agreement: float64 (n, n) rank correlation between the maps, averaged over 14x14 cells, since some are fine and
-            some are coarse: where methods disagree, at most one is right. NaN between a constant map and another: there
-            is nothing to rank. The diagonal is 1.
+        explanations: in the order of the request.
+        trust: results of the checks, one per explanation; empty if none were requested.
+        agreement: float64 (n, n) rank correlation between the maps, averaged over 14x14 cells because resolutions
+            differ. Where methods disagree, at most one is right. NaN between a constant map and another; 1 on the
+            diagonal.
     """
 
     explanations: tuple[Explanation, ...]
@@ -46,13 +47,13 @@ class Comparison:
     agreement: np.ndarray = field(repr=False)
 
     def figure(self) -> Figure:
-        """The image and all overlays, as a matplotlib `Figure`."""
-        from .render import comparison_figure
-
-        return comparison_figure(list(self.explanations))
+        """Returns the image and all overlays as a matplotlib `Figure`."""
+        first = self.explanations[0]
+        title = f"{first.label} {first.probability:.1%}"
+        return comparison_figure(first.image, title, [e.map_to_draw() for e in self.explanations])
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table."""
+        """Returns the header and the rows of the table."""
         header = ["method", "seconds", "agreement"]
         if self.trust:
             header += [name for name, _, _ in self.trust[0].rows()]
@@ -66,12 +67,12 @@ class Comparison:
         return header, rows
 
     def table(self) -> str:
-        """Aligned text: method, time, mean agreement with the other methods, and the checks."""
+        """Returns the comparison as aligned text: method, time, mean agreement with the other methods, and checks."""
         header, rows = self.rows()
         return text_table(header, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Returns the record in plain types, for JSON."""
         return {
             "explanations": [e.to_dict() for e in self.explanations],
             "trust": [t.to_dict() for t in self.trust],
@@ -107,17 +108,20 @@ def compare(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Explains one image by several methods: one figure, one table.
+    """Explains one image with several methods.
 
     Args:
-        methods: names, "gradcam:stage3.scan" for a layer, or (name, options); None: every method, and Grad-CAM of the
-            two branches of the last stage but one.
-        metrics: checks to run on each, of `faithfulness.METRICS`; None: all.
-        target: class index or label, the same for all; None: the predicted class.
-        frame, window: as in `load_image`.
+        methods: names, "gradcam:stage3.scan" for a layer, or (name, options). None: every method, and Grad-CAM of both
+            branches of the last stage but one.
+        target: class index or label, the same for all methods; None: the predicted class.
+        metrics: checks to run on each map, from `METRICS`; None: all.
+        frame, window, seed, batch_size, progress: as in `explain`.
 
     Raises:
-        As `explain` and `Assessor`.
+        ValueError: no method, or as in `explain` and `Assessor`.
+        ImageError: the image cannot be read.
+        ImportError: captum is missing.
+        ExplainCancelled: `progress` returned False.
     """
     picture = read_image(image, frame, window)
     requests = [parse_method(m) for m in (default_methods(model) if methods is None else methods)]
@@ -128,7 +132,7 @@ def compare(
     explanations: list[Explanation] = []
     trust: list[Trust] = []
     for i, (name, options) in enumerate(requests):
-        share = 0.3 if assessor else 1.0  # of the time that the explanation itself takes
+        share = 0.3 if assessor else 1.0  # of the progress, for the explanation itself
         begin, middle, end = (step / len(requests) for step in (i, i + share, i + 1))
         part = sub_progress(progress, begin, middle)
         e = explain(model, picture, name, target, seed=seed, batch_size=batch_size, progress=part, **options)
@@ -150,13 +154,13 @@ def _agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def default_methods(model: MedMamba) -> list[str]:
-    """Every method, and Grad-CAM of the two branches of the last stage but one."""
+    """Returns the names of all methods, and of Grad-CAM for both branches of the last stage but one."""
     stage = max(len(cast(MedMamba, modes.unwrap(model)).stages) - 1, 1)
     return [*METHODS, f"gradcam:stage{stage}.conv", f"gradcam:stage{stage}.scan"]
 
 
 def parse_method(method: str | tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """A name and its options from "gradcam:stage3.scan" and the like."""
+    """Returns name and options of a method given as "gradcam:stage3.scan" or (name, options)."""
     if not isinstance(method, str):
         name, options = method
         return name, dict(options)

@@ -1,4 +1,4 @@
-"""`explain`: one image, one class, one method, one map, with everything needed to judge and repeat it."""
+"""`explain`: computes an attribution map, and records everything needed to judge and reproduce it."""
 
 from __future__ import annotations
 
@@ -27,35 +27,37 @@ from ..model import MedMamba
 from ..utils import modes
 from ..utils.extras import missing_text
 from ..utils.text import json_text
+from .conditions import SeededNumPy, controlled
 from .methods import METHODS, Attribution, Method, check_options
-from .render import faint_range
-from .subject import Progress, SeededNumPy, Subject, blocks, controlled, default_batch_size, frozen_view, resolve_target
+from .render import Map, colour_limit, faint_range, overlay_figure, overlay_pixels
+from .subject import Progress, Subject, blocks, default_batch_size, frozen_view, resolve_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CustomMethod = Callable[[MedMamba, Tensor, int], Tensor]
-"""A method of your own: a frozen model, its input (1, C, H, W) and a class index, to a map (H, W)."""
+"""A user-defined method: takes a frozen model, its input (1, C, H, W) and a class index; returns a map (H, W)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """An attribution map and what it is a map of.
+    """An attribution map, the class and the image it is for, and how it was made.
 
     Attributes:
-        method: its name.
-        attribution: float32 (H, W) at the size of the network's input; this is what the metrics are about. Positive:
-            evidence for the class. Negative, in signed methods: against it.
+        method: name of the method.
+        attribution: float32 (H, W) at the size of the network's input, on which the metrics are computed. Positive
+            values are evidence for the class; negative ones, in signed methods, against it.
         signed: whether negative values can occur.
-        target, label: the class explained.
-        logit: of that class, which is what is explained. probability: after softmax or sigmoid, for people.
-        parameters: every setting, seed and backend included: the same ones give the same map.
-        diagnostics: what the method measured about itself, such as the completeness error of integrated gradients.
+        target, label: index and name of the class explained.
+        logit: of that class; this is what is explained.
+        probability: of that class, after softmax or sigmoid.
+        parameters: every setting, including seed and backend. The same parameters give the same map.
+        diagnostics: measurements of the method itself, such as the completeness error of integrated gradients.
         seconds: wall-clock time.
-        notes: what a reader must know of the image and of the result.
+        notes: caveats about the image and the result.
         image: the image explained.
-        preprocess: how it became the network's input.
-        request: the method as it was asked for, a name or a function, and its options; `assess` runs it again.
+        preprocess: how the image was turned into the network's input.
+        request: the method, a name or a function, and the options passed; `assess` uses them to run it again.
     """
 
     method: str
@@ -75,17 +77,17 @@ class Explanation:
 
     @property
     def title(self) -> str:
-        """Method and, where it has one, layer."""
+        """Name of the method, with its layer if it has one."""
         layer = self.parameters.get("layer")
         return f"{self.method} ({layer})" if layer else self.method
 
     @cached_property
     def attribution_full(self) -> np.ndarray:
-        """float32 (h, w) at the size of the original image, interpolated; 0 where the model did not look."""
+        """float32 (h, w) at the size of the original image, interpolated; 0 where preprocessing cropped the image."""
         return to_image_size(self.attribution, self.image.size, self.preprocess)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pixels and the map, in plain types, for JSON."""
+        """Returns everything but the pixels and the map, in plain types, for JSON."""
         return {
             "source": self.image.source,
             "image_size": list(self.image.size),
@@ -99,22 +101,29 @@ class Explanation:
         }
 
     def overlay(self, alpha: float = 0.75) -> Figure:
-        """The map over the image at original resolution, with a colour bar, as a matplotlib `Figure`."""
-        from .render import overlay_figure
-
-        return overlay_figure(self, alpha)
+        """Returns the map over the image at its original resolution, with a colour bar, as a matplotlib `Figure`."""
+        method = METHODS.get(self.method)
+        unit = method.unit if method else ""
+        sides = "blue against, red for the class" if self.signed and method else ""
+        caption = f"{self.label}: logit {self.logit:.2f}, probability {self.probability:.1%}"
+        return overlay_figure(self.image, self.map_to_draw(), caption, ": ".join(filter(None, (unit, sides))), alpha)
 
     def overlay_pixels(self, alpha: float = 0.75) -> np.ndarray:
-        """The same without bar and title: uint8 (h, w, 3)."""
-        from .render import overlay_pixels
+        """Returns the overlay without title and colour bar: uint8 (h, w, 3)."""
+        return overlay_pixels(self.image, self.map_to_draw(), alpha)
 
-        return overlay_pixels(self, alpha)
+    def map_to_draw(self) -> Map:
+        """Returns the map as `render` takes it."""
+        return Map(self.title, self.attribution_full, colour_limit(self.attribution), self.signed)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes .png (the overlay), .npz (both maps, and the record as JSON text) or .json (the record).
 
+        Returns:
+            The path.
+
         Raises:
-            ValueError: another suffix.
+            ValueError: unknown suffix.
         """
         path = Path(path)
         if path.suffix == ".png":
@@ -144,25 +153,26 @@ def explain(
     progress: Progress | None = None,
     **options: Any,
 ) -> Explanation:
-    """Which pixels speak for a class.
+    """Computes pixel attributions for a class.
 
-    The model is explained in float32 and eval mode whatever it is in, and is left exactly as it was.
+    The model is explained in float32 and eval mode, whatever its own dtype and mode, and is not changed. On an NVIDIA
+    GPU, TF32 is off meanwhile for the whole process, see `FullPrecision`.
 
     Args:
         image: anything that `load_image` reads.
-        method: a name of `methods()`, or a function `(model, x, target) -> (H, W)`.
+        method: a name from `methods()`, or a function `(model, x, target) -> (H, W)`.
         target: class index or label; None: the predicted class.
         frame: as in `load_image`.
-        window: as in `load_image`, (center, width); a single number is the option `window` of the method "occlusion".
-        seed: of the methods that draw random numbers.
-        batch_size: the most copies of the image evaluated at once, which bounds the memory; None: 8, and on an NVIDIA
-            GPU as many as its memory surely holds. The result does not depend on it, but for the noise that smoothgrad
+        window: (center, width) as in `load_image`; a single number is the option `window` of the method "occlusion".
+        seed: for methods that draw random numbers.
+        batch_size: maximum number of copies of the image per forward pass, which bounds memory. None: 8, or on an
+            NVIDIA GPU 8 to 128 by its memory. The result does not depend on it, except for the noise that smoothgrad
             and gradient_shap draw.
-        progress: called with the share done; return False to cancel.
-        options: of the method, such as `layer="stage3.scan"` for gradcam; `methods()[name].options` lists them.
+        progress: called with the fraction done; return False to cancel.
+        options: options of the method, such as `layer="stage3.scan"` for gradcam; see `methods()[name].options`.
 
     Raises:
-        ValueError: unknown method, option, class or layer, or values out of range.
+        ValueError: unknown method, option, class or layer, or a value out of range.
         ImageError: the image cannot be read.
         ImportError: captum is missing.
         ExplainCancelled: `progress` returned False.
@@ -210,11 +220,11 @@ def explain(
 
 
 def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: int) -> Attribution:
-    """Runs a method under controlled conditions.
+    """Runs a method with gradients on, autocast and TF32 off, and random numbers from `seed`.
 
     Raises:
         ImportError: captum is missing.
-        ValueError: the method returned a map that is not finite, or of another shape.
+        ValueError: the method returned a map that is not finite, or of the wrong shape.
     """
     subject.seed = seed
     with controlled(subject.x.device, seed), SeededNumPy(seed) if method.foreign else nullcontext():
@@ -232,15 +242,15 @@ def attribute(subject: Subject, method: Method, options: dict[str, Any], seed: i
             f"{method.name} returned a map of shape {tuple(result.values.shape)}, expected {tuple(subject.x.shape[2:])}"
         )
     if not result.values.isfinite().all():
-        raise ValueError(f"{method.name} returned values that are not finite; do the weights hold NaN or infinity?")
+        raise ValueError(f"{method.name} returned values that are not finite; do the weights contain NaN or infinity?")
     return result
 
 
 def check_batch_size(batch_size: int | None, model: MedMamba) -> int:
-    """The same, or where it is None the one for the model's device.
+    """Returns the batch size, or the default for the model's device if it is None.
 
     Raises:
-        ValueError: not a positive whole number.
+        ValueError: not a positive integer.
     """
     if batch_size is None:
         return default_batch_size(model.patch_embed.proj.weight.device)
@@ -250,7 +260,7 @@ def check_batch_size(batch_size: int | None, model: MedMamba) -> int:
 
 
 def to_image_size(map_: np.ndarray, size: tuple[int, int], config: PreprocessConfig) -> np.ndarray:
-    """A map (H, W) of the network's input, to the (height, width) of the image that it was made from; 0 outside."""
+    """Resizes a map (H, W) of the network's input to the image's (height, width); 0 where the image was cropped."""
     inner, (left, right, top, bottom) = placement(size, config)
     placed = F.pad(torch.from_numpy(map_)[None, None], (-left, -right, -top, -bottom))
     assert tuple(placed.shape[2:]) == inner
@@ -258,6 +268,11 @@ def to_image_size(map_: np.ndarray, size: tuple[int, int], config: PreprocessCon
 
 
 def find_method(method: str | CustomMethod) -> Method:
+    """Returns the method of that name, or wraps a function of the caller.
+
+    Raises:
+        ValueError: unknown name.
+    """
     if callable(method):
         return _custom(method)
     if method not in METHODS:
@@ -271,7 +286,7 @@ def _custom(function: CustomMethod) -> Method:
         return Attribution(torch.as_tensor(function(subject.model, subject.x, subject.target)))
 
     name = getattr(function, "__name__", type(function).__name__)
-    return Method(name, "a function of the caller", "its own", True, run, foreign=True)
+    return Method(name, "user-defined function", "its own", True, run, foreign=True)
 
 
 def _notes(image: MedicalImage, config: MedMambaConfig, model: MedMamba) -> list[str]:

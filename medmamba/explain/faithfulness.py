@@ -1,4 +1,4 @@
-"""Does a map say what the model does? Four checks that need no expert and no drawn outline."""
+"""Faithfulness checks of attribution maps, none of which needs expert annotations."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from torch import Tensor
 from ..imaging.load import MedicalImage
 from ..imaging.preprocess import preprocess
 from ..model import MedMamba
+from .conditions import controlled
 from .explanation import Explanation, attribute, check_batch_size, find_method
 from .methods import Method, check_options
 from .randomisation import SIMILAR, Randomisation, State, random_states, randomisation_check
 from .removal import Curves, infidelity, removal_curves
-from .subject import Progress, Subject, controlled, frozen_view
+from .subject import Progress, Subject, frozen_view
 
 METRICS = ("infidelity", "sensitivity", "removal", "randomisation")
 
 
 @dataclass(frozen=True, eq=False)
 class Trust:
-    """What the checks found of one explanation. A check that was not asked for is None.
+    """Results of the checks of one explanation. Checks that were not requested are None.
 
     Attributes:
+        method: title of the explanation.
         infidelity: mean squared difference between the change of the logit when random squares are replaced and the sum
-            of the map over them, the map scaled to fit best (Yeh et al. 2019); in squared logits.
-        unexplained: the same as a share of the mean squared change: 0 perfect, 1 as good as an empty map.
-        sensitivity: largest relative change of the map when each input value moves by at most `radius` (of the
-            normalised input); 0 is stable.
-        curves: deletion and insertion against random orders.
-        randomisation: how alike the map is to the map of a model with random weights.
+            of the map over them, with the map scaled to fit best (Yeh et al. 2019); in squared logits.
+        unexplained: infidelity relative to the mean squared change: 0 is perfect, 1 as good as an empty map.
+        sensitivity: largest relative change of the map when each value of the normalised input moves by at most
+            `radius` (Yeh et al. 2019); 0 is stable.
+        curves: deletion and insertion, against random orders.
+        randomisation: similarity to the maps of models with random weights.
         settings: of the checks.
+        seconds: wall-clock time.
     """
 
     method: str
@@ -49,7 +52,7 @@ class Trust:
     seconds: float = 0.0
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(check, result, what is good) for a table beside the map."""
+        """Returns rows of (check, result, good value) for a table."""
         rows = []
         if self.infidelity is not None and self.unexplained is not None:
             rows.append(("infidelity", f"{self.infidelity:.3g}", "low"))
@@ -68,11 +71,11 @@ class Trust:
         return rows
 
     def table(self) -> str:
-        """The rows as aligned text."""
+        """Returns the results as aligned text."""
         return text_table(("check", self.method, "good"), self.rows())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Returns the record in plain types, for JSON."""
         record: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("method", "infidelity", "unexplained", "sensitivity", "settings", "seconds")
@@ -92,16 +95,18 @@ class Trust:
 class Assessor:
     """Checks explanations of one model.
 
-    What the checks of several maps of the same image and class have in common is computed for the first alone: the
-    model's answers to random squares and random orders; and the models with random weights serve all images.
+    For several maps of the same image and class, computes the model's outputs for random squares and random orders only
+    once; the models with random weights are reused for all images.
 
     Args:
-        removal: what replaces removed parts: a baseline as in `explain`.
-        perturbations: random squares for the infidelity.
-        radius, repeats: of the perturbations for the sensitivity.
-        random_orders, steps: of the deletion and insertion curves.
-        random_models: with how many random weights the map is compared.
-        cascade: randomise the weights from the classifier down, a stage at a time, rather than all at once.
+        model: the model explained.
+        removal: baseline that replaces removed parts, as in `explain`.
+        perturbations: number of random squares for the infidelity.
+        radius, repeats: size and number of the perturbations for the sensitivity.
+        random_orders, steps: number of random orders, and points of the deletion and insertion curves.
+        random_models: number of models with random weights to compare with.
+        cascade: randomise the weights stage by stage from the classifier down, rather than all at once.
+        seed: for the random numbers of the checks.
         batch_size: as in `explain`.
 
     Raises:
@@ -147,10 +152,12 @@ class Assessor:
         """Checks an explanation of this model.
 
         Args:
-            metrics: some of `METRICS`.
+            explanation: made by `explain` with this model.
+            metrics: checks to run, from `METRICS`.
+            progress: called with the fraction done; return False to cancel.
 
         Raises:
-            ValueError: unknown metric, or an explanation of another model.
+            ValueError: unknown metric, or the explanation was made with another model.
             ImportError: captum is missing.
             ExplainCancelled: `progress` returned False.
         """
@@ -178,7 +185,7 @@ class Assessor:
         return Subject(self.view, x, explanation.target, self.batch_size, progress)
 
     def _prepare(self, explanation: Explanation, whole: Subject) -> _Shared:
-        """What is known of this image and class already; and that the explanation is of this model."""
+        """Returns what is known of this image and class, after checking that the explanation is of this model."""
         if (
             self._shared is None
             or self._shared.image is not explanation.image
@@ -191,8 +198,8 @@ class Assessor:
         logit = self._shared.logit
         if abs(logit - explanation.logit) > 0.01 * max(abs(logit), 1):
             raise ValueError(
-                f"this explanation is of a logit of {explanation.logit:.3f}, for which this model gives {logit:.3f}: "
-                "it was made with other weights; explain the image with this model first"
+                f"this explanation is for a logit of {explanation.logit:.3f}, but this model gives {logit:.3f}: it was "
+                "made with other weights; explain the image with this model first"
             )
         return self._shared
 
@@ -223,7 +230,7 @@ class Assessor:
 
         def run(batch: Tensor, runs: Iterator[int] = runs) -> Tensor:
             i = next(runs)
-            if i == 0:  # captum begins with the image itself
+            if i == 0:  # captum starts with the unchanged image
                 return map_
             moved = Subject(
                 self.view,
@@ -239,7 +246,7 @@ class Assessor:
 
 @dataclass(eq=False)
 class _Shared:
-    """What the checks of all maps of an image and class use."""
+    """Values shared by the checks of all maps of one image and class."""
 
     image: MedicalImage
     target: int
@@ -256,24 +263,31 @@ def assess(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Trust:
-    """Checks an explanation of this model; of several, an `Assessor` does so faster.
+    """Checks an explanation; for several, an `Assessor` is faster.
 
-    Sensitivity repeats the explanation `repeats` times and randomisation `random_models` times (with `cascade`, as
-    often for each stage); the other checks only run the model forward.
+    The sensitivity check repeats the explanation `repeats` times, and the randomisation check `random_models` times
+    (with `cascade`, for each stage); the other checks only run forward passes.
 
     Args:
-        metrics: some of `METRICS`.
-        settings: those of `Assessor`.
+        model: the model explained.
+        explanation: made by `explain` with this model.
+        metrics: checks to run, from `METRICS`.
+        progress: called with the fraction done; return False to cancel.
+        settings: arguments of `Assessor`.
 
     Raises:
-        As `Assessor` and its `assess`.
+        ValueError: unknown metric or setting out of range, or the explanation was made with another model.
+        ImportError: captum is missing.
+        ExplainCancelled: `progress` returned False.
     """
     return Assessor(model, **settings).assess(explanation, metrics, progress)
 
 
 def sensitivity(run: Callable[[Tensor], Tensor], x: Tensor, radius: float, repeats: int) -> float:
-    """Max-sensitivity of `run`, from (1, C, H, W) to (H, W). Each run draws the same random numbers, so that only the
-    changed input moves the map."""
+    """Computes the max-sensitivity of `run`, which maps (1, C, H, W) to (H, W).
+
+    Every run must draw the same random numbers, so that only the changed input changes the map.
+    """
     from captum.metrics import sensitivity_max
 
     def explanation_func(batch: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -286,7 +300,7 @@ def sensitivity(run: Callable[[Tensor], Tensor], x: Tensor, radius: float, repea
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns."""
+    """Returns a table as text with aligned columns."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,7 +1,7 @@
-"""Random numbers of one thread, from a seed, that leave PyTorch's generators as they are.
+"""Seeded random numbers for one thread, without touching PyTorch's global generators.
 
-The global generators belong to all threads: to seed them, draw and put them back would change what a training in
-another thread draws, and give two explanations at a time each other's numbers.
+The global generators are shared by all threads: seeding and restoring them would change what training in another thread
+draws, and mix the numbers of two explanations that run at the same time.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ _DRAW: set[Callable] = {
     nn.init.kaiming_uniform_, nn.init.normal_, nn.init.orthogonal_, nn.init.sparse_, nn.init.trunc_normal_,
     nn.init.uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_,
 }  # fmt: skip
-"""Functions with an argument `generator`."""
+"""Functions that accept `generator`."""
 
 _LIKE: dict[Callable, Callable] = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
-"""Functions without one, in older versions, and what does the same of a shape."""
+"""Functions that lack `generator` in older versions, and their equivalents that take a shape."""
 
 
 class PrivateRandom(TorchFunctionMode):
-    """Gives every function of PyTorch that draws random numbers, in this thread, a generator of its own.
+    """Passes a private generator to every PyTorch function that draws random numbers in this thread.
 
-    The numbers are those that the functions would draw after `torch.manual_seed(seed)`. A generator that the caller
-    passes is used instead.
+    The numbers are those drawn after `torch.manual_seed(seed)`. A generator passed explicitly takes precedence.
     """
 
     def __init__(self, seed: int):
@@ -55,7 +54,7 @@ class PrivateRandom(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """Returns the generator of a device, seeded when it is first asked for."""
+        """Returns the generator of a device, created and seeded on first use."""
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]

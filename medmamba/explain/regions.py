@@ -1,4 +1,4 @@
-"""What stands for "nothing there" (baselines), and which pixels are taken away together (segments)."""
+"""Baselines, which stand for absent evidence, and segments, whose pixels are removed together."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ..config import PreprocessConfig
 from ..imaging.preprocess import normalise
 
 BASELINES = {
-    "mean": "every pixel in the mean colour of this image",
-    "black": "every pixel black",
-    "grey": "the mean that the model subtracts from every image, in the published recipe mid-grey",
-    "blur": "this image, blurred until only broad areas are left (Gaussian, sigma = height / 10)",
+    "mean": "all pixels in the mean colour of this image",
+    "black": "all pixels black",
+    "grey": "the mean that preprocessing subtracts, mid-grey in the published recipe",
+    "blur": "this image, strongly blurred (Gaussian, sigma = height / 10)",
 }
 
 
 def make_baseline(x: Tensor, kind: str | float, config: PreprocessConfig) -> Tensor:
-    """The input without evidence.
+    """Returns a network input that stands for absent evidence.
 
     Args:
         x: (1, C, H, W) network input.
         kind: a name in `BASELINES`, or a grey level in [0, 1].
 
     Returns:
-        Like x.
+        A tensor with shape, dtype and device of x.
 
     Raises:
-        ValueError: unknown name or level out of range.
+        ValueError: unknown name, or level out of range.
     """
     if isinstance(kind, int | float) and not isinstance(kind, bool):
         if not 0 <= kind <= 1:
@@ -48,7 +48,7 @@ def make_baseline(x: Tensor, kind: str | float, config: PreprocessConfig) -> Ten
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """(B, C, H, W) blurred; edges are extended."""
+    """Blurs (B, C, H, W) with a Gaussian of `sigma` pixels; borders are replicated."""
     radius = math.ceil(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(x.dtype)
@@ -59,7 +59,7 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def grid(height: int, width: int, n: int) -> Tensor:
-    """(H, W) int64 labels of about n equal rectangles, 0 to n - 1, row by row."""
+    """Returns int64 labels (H, W) of about n equal rectangles, numbered from 0 row by row."""
     rows = max(1, min(height, round(math.sqrt(n * height / width))))
     cols = max(1, min(width, round(n / rows)))
     y, x = torch.arange(height) * rows // height, torch.arange(width) * cols // width
@@ -67,16 +67,18 @@ def grid(height: int, width: int, n: int) -> Tensor:
 
 
 def superpixels(pixels: Tensor, n: int, compactness: float = 0.3, iterations: int = 10) -> Tensor:
-    """k-means over colour and position, begun on a grid: SLIC (Achanta et al. 2012) with every centre competing for
-    every pixel, and without its clean-up of stray pixels.
+    """Segments an image by k-means over colour and position, initialised on a grid.
+
+    Like SLIC (Achanta et al. 2012), but every centre competes for every pixel, and connectivity is not enforced.
 
     Args:
         pixels: (C, H, W) in [0, 1].
-        n: about how many superpixels.
-        compactness: weight of a distance of one grid cell against a difference of the whole range in one channel.
+        n: approximate number of superpixels.
+        compactness: weight of a distance of one grid cell relative to a full-range difference in one channel.
+        iterations: of k-means.
 
     Returns:
-        (H, W) int64 labels, 0 to at most n - 1, none unused.
+        int64 labels (H, W), consecutive from 0.
     """
     C, H, W = pixels.shape
     cells = grid(H, W, n)

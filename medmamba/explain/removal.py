@@ -1,4 +1,4 @@
-"""What the model answers when parts of the image are taken away: deletion and insertion curves, and infidelity."""
+"""Faithfulness checks that remove parts of the image: deletion and insertion curves, and infidelity."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from .subject import Subject
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """The logit while cells of the image are replaced (deletion) or brought back (insertion), in the order of the map,
-    strongest evidence first, and in random orders.
+    """Deletion and insertion curves, in the order of the map (strongest evidence first) and in random orders.
 
-    Curves hold the logit minus that of the image with everything replaced, relative to the difference between the two
-    ends: for a class that the image speaks for they run between 1 and 0. The logit, not the probability, because that
-    is what was explained, and because the probability of a confident model does not move.
+    A curve holds the logit minus that of the image with everything replaced, divided by the magnitude of the difference
+    between the two ends: for a class with evidence in the image it runs between 1 and 0. It uses the logit, not the
+    probability, because the logit is what is explained, and the probability of a confident model saturates.
 
     Attributes:
-        fractions: (S,) share of the image replaced or brought back.
+        fractions: (S,) fraction of the image replaced (deletion) or restored (insertion).
         deletion, insertion: (S,) in the order of the map.
         random_deletion, random_insertion: (orders, S).
-        removal: what the cells were replaced with.
+        removal: baseline that replaces the cells.
     """
 
     fractions: np.ndarray = field(repr=False)
@@ -67,14 +66,20 @@ def removal_curves(
     known: Curves | None = None,
     cells: int = 196,
 ) -> Curves:
-    """Deletion and insertion curves (Petsiuk et al. 2018) over cells of a grid.
+    """Computes deletion and insertion curves (Petsiuk et al. 2018) over the cells of a grid.
 
-    Cells rather than pixels: scattered single pixels make patterns that the model has never seen, and coarse maps could
-    not rank them. Ties are in random order.
+    Cells rather than pixels, because scattered single pixels form patterns unlike any training image, and coarse maps
+    cannot rank them. Ties are broken at random.
 
     Args:
+        subject: image and class.
         map_: (H, W).
-        known: curves of another map of the same image, class and settings, whose random orders are taken over.
+        removal: baseline that replaces cells, as in `make_baseline`.
+        random_orders: number of random orders to compare with.
+        steps: points of a curve.
+        seed: of the random orders.
+        known: curves of another map for the same image, class and settings, whose random orders are reused.
+        cells: approximate number of cells.
     """
     x, start = subject.x, make_baseline(subject.x, removal, subject.config.preprocess)
     score, labels = cell_means(map_, cells)
@@ -85,11 +90,11 @@ def removal_curves(
     if known is None:
         orders += [torch.randperm(count, generator=generator) for _ in range(random_orders)]
     taken = torch.linspace(0, count, min(steps, count) + 1).round().long()  # (S,) cells
-    ranks = torch.stack([order.argsort() for order in orders])  # (orders, cells): when a cell has its turn
-    # (orders, S - 2, cells): whether it has been taken by then. Nothing and everything taken is the same in all orders.
+    ranks = torch.stack([order.argsort() for order in orders])  # (orders, cells): position of each cell in the order
+    # (orders, S - 2, cells): whether a cell has been replaced by then. Both ends are the same for all orders.
     present = ranks[:, None] < taken[1:-1, None]
     ends = torch.tensor([False, True])[:, None].expand(2, count)
-    # Bringing back the first cells of an order is to take away the others.
+    # Restoring the first cells of an order means replacing the others.
     states = torch.cat((ends, present.flatten(0, 1), ~present.flatten(0, 1)))
     whole, empty, *inner = _logits(subject, x, start, states, labels)
     deletion, insertion = np.reshape(inner, (2, len(orders), -1))
@@ -108,7 +113,7 @@ def removal_curves(
 
 
 def cell_means(map_: Tensor, cells: int = 196) -> tuple[Tensor, Tensor]:
-    """Means (n,) of a map (H, W) over about so many cells of at least 4x4 pixels, and the cell of each pixel (H, W)."""
+    """Returns the means (n,) of a map (H, W) over about `cells` cells of 4x4 pixels or more, and the labels (H, W)."""
     H, W = map_.shape
     labels = grid(H, W, min(cells, (H // 4) * (W // 4)))
     sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
@@ -118,7 +123,7 @@ def cell_means(map_: Tensor, cells: int = 196) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _logits(subject: Subject, x: Tensor, start: Tensor, states: Tensor, labels: Tensor) -> np.ndarray:
-    """Logits (n,) of x with the cells replaced by `start` that states (n, cells), bool, says."""
+    """Returns the logits (n,) of x with cells replaced by `start` where `states` (n, cells) is True."""
     subject.planned = subject.evaluations + len(states)
     labels = labels.to(x.device)
     values = []
@@ -134,12 +139,17 @@ def infidelity(
     n: int = 40,
     known: list[Tensor] | None = None,
 ) -> tuple[float, float]:
-    """Infidelity with squares of 1/8 to 1/2 of the side at random places, and its share of the mean squared change. The
-    map is scaled, by a factor of at least 0, to fit best.
+    """Computes the infidelity (Yeh et al. 2019) and its ratio to the mean squared change of the logit.
+
+    Replaces squares of 1/8 to 1/2 of the side at random positions. The map is scaled by the best non-negative factor.
 
     Args:
-        known: what the model answers, of another map of the same image, class and settings, drawn from the same state
-            of the random generator; an empty list is filled.
+        subject: image and class.
+        map_: (H, W).
+        removal: baseline that replaces the squares, as in `make_baseline`.
+        n: number of squares.
+        known: outputs of the model from another map of the same image, class and settings, drawn from the same state of
+            the random generator; an empty list is filled.
     """
     from captum.metrics import infidelity as captum_infidelity
 
@@ -167,7 +177,7 @@ def infidelity(
         mask = mask.expand(-1, C, -1, -1)
         return mask, torch.lerp(batch, start.expand_as(batch), mask)
 
-    # The map says what a pixel contributes with all its channels; captum wants it by channel.
+    # The map holds the contribution of a pixel over all channels; captum expects it by channel.
     by_channel = (map_ / C).expand(1, C, H, W)
     with torch.no_grad():
         value = captum_infidelity(
@@ -179,17 +189,17 @@ def infidelity(
             max_examples_per_batch=min(subject.batch_size, n),
             normalize=True,
         ).item()
-    # Captum evaluates a batch of changed images, then the image, and so on.
+    # Captum alternates between a batch of changed images and the original.
     change = torch.cat([before - after for after, before in zip(outputs[::2], outputs[1::2], strict=True)])
     mean_square = change.square().mean().item()
-    # Captum's best scale may be negative, for which a map that is wrong everywhere would be perfect.
+    # Captum's best scale may be negative, which would make an inverted map perfect.
     if torch.cat(predicted) @ change <= 0:
         value = mean_square
     return max(value, 0.0), min(max(value / mean_square, 0.0), 1.0) if mean_square else 0.0
 
 
 def area(curve: np.ndarray, fractions: np.ndarray) -> float:
-    """Trapezoidal area."""
+    """Returns the area under a curve by the trapezoidal rule."""
     return float((np.diff(fractions) * (curve[1:] + curve[:-1]) / 2).sum())
 
 

@@ -1,8 +1,12 @@
-"""Figures, with matplotlib's object interface only: nothing global is touched, so it is safe in servers and threads."""
+"""Figures of maps and scan fields, from arrays and plain values.
+
+Uses matplotlib's object interface only, which changes no global state: safe in servers and threads.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
-    from .explanation import Explanation
-    from .scan_field import ScanField
-
 DPI = 100
 SMALLEST, LARGEST = 384, 4096  # pixels of the image's long side on a figure; between them its own resolution is kept
 FAINT = 0.25
@@ -24,48 +25,73 @@ _MARGIN = 12  # pixels
 _TITLE, _BAR = 46, 106
 
 
-def overlay_figure(explanation: Explanation, alpha: float = 0.75) -> Figure:
-    """The overlay with title and colour bar, one figure pixel per image pixel (small images enlarged by a whole
-    factor, those above 4096 pixels reduced)."""
-    height, width = _shown_size(explanation.image.size)
+class Map(NamedTuple):
+    """A map to draw over an image.
+
+    Attributes:
+        title: of its panel.
+        values: float (h, w), at the size of the image.
+        limit: magnitude drawn in full colour, see `colour_limit`.
+        signed: whether negative values occur.
+    """
+
+    title: str
+    values: np.ndarray
+    limit: float
+    signed: bool
+
+
+def overlay_figure(image: MedicalImage, map_: Map, caption: str, bar_label: str, alpha: float = 0.75) -> Figure:
+    """Returns the overlay with title and colour bar, one figure pixel per image pixel.
+
+    Images below 384 pixels are enlarged by a whole factor, those above 4096 are reduced.
+
+    Args:
+        caption: second line of the title.
+        bar_label: label of the colour bar.
+        alpha: as in `overlay_pixels`.
+    """
+    height, width = _shown_size(image.size)
     total_w, total_h = max(width + _BAR + 2 * _MARGIN, 360), height + _TITLE + 2 * _MARGIN
     figure = new_figure(total_w / DPI, total_h / DPI)
     image_box = (_MARGIN / total_w, _MARGIN / total_h, width / total_w, height / total_h)
     bar_box = ((width + 2 * _MARGIN) / total_w, _MARGIN / total_h, 14 / total_w, height / total_h)
     axes = figure.add_axes(image_box)
-    reduced = max(explanation.image.size) > LARGEST
-    axes.imshow(
-        overlay_pixels(explanation, alpha), interpolation="antialiased" if reduced else "nearest", aspect="auto"
-    )
+    interpolation = "antialiased" if max(image.size) > LARGEST else "nearest"
+    axes.imshow(overlay_pixels(image, map_, alpha), interpolation=interpolation, aspect="auto")
     axes.set_axis_off()
-    bar = add_bar(figure, figure.add_axes(bar_box), explanation)
-    bar.set_label(bar_label(explanation), fontsize=8)
-    text = f"{explanation.label}: logit {explanation.logit:.2f}, probability {explanation.probability:.1%}"
-    text = f"{explanation.title}\n{text}"
-    figure.text(_MARGIN / total_w, 1 - 6 / total_h, text, va="top", fontsize=9)
+    bar = add_bar(figure, figure.add_axes(bar_box), map_)
+    bar.set_label(bar_label, fontsize=8)
+    figure.text(_MARGIN / total_w, 1 - 6 / total_h, f"{map_.title}\n{caption}", va="top", fontsize=9)
     return figure
 
 
-def overlay_pixels(explanation: Explanation, alpha: float = 0.75) -> np.ndarray:
-    """uint8 (h, w, 3): the grey image, coloured where the map is strong."""
+def overlay_pixels(image: MedicalImage, map_: Map, alpha: float = 0.75) -> np.ndarray:
+    """Returns uint8 (h, w, 3): the image in grey, coloured where the map is strong.
+
+    Args:
+        alpha: opacity of the strongest colour, 0 to 1.
+
+    Raises:
+        ValueError: `alpha` is out of range.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    values, limit = explanation.attribution_full, colour_limit(explanation)
-    share = np.clip(np.abs(values) / limit, 0, 1)[..., None]  # (h, w, 1)
-    colours = colour_map(explanation.signed)(_to_unit(values, limit, explanation.signed))[..., :3]
-    grey = display_image(explanation.image).mean(-1, keepdims=True)
-    # The weaker the attribution, the more of the image shows through, so that a map near 0 does not tint it. Any slower
-    # than in proportion would draw outlines where the sign changes.
+    share = np.clip(np.abs(map_.values) / map_.limit, 0, 1)[..., None]  # (h, w, 1)
+    colours = colour_map(map_.signed)(_to_unit(map_))[..., :3]
+    grey = display_image(image).mean(-1, keepdims=True)
+    # Opacity is proportional to the magnitude: values near 0 do not tint the image, and there is no outline where the
+    # sign changes.
     weight = alpha * share
     return np.rint(255 * ((1 - weight) * grey + weight * colours)).astype(np.uint8)
 
 
-def comparison_figure(explanations: list[Explanation], alpha: float = 0.75) -> Figure:
-    """The image and each overlay, in a grid, each with its own colour bar: units differ between methods."""
-    panels = len(explanations) + 1
+def comparison_figure(image: MedicalImage, title: str, maps: Sequence[Map], alpha: float = 0.75) -> Figure:
+    """Returns the image and each overlay in a grid; each has its own colour bar, since units differ between methods."""
+    panels = len(maps) + 1
     rows = -(-panels // 4)
     columns = -(-panels // rows)
-    height, width = explanations[0].image.size
+    height, width = image.size
     side = 2.6
     figure = new_figure(
         columns * side * 1.25, rows * (side * min(max(height / width, 0.5), 2) + 0.45), layout="constrained"
@@ -73,37 +99,44 @@ def comparison_figure(explanations: list[Explanation], alpha: float = 0.75) -> F
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.set_axis_off()
-    first = explanations[0]
-    axes[0].imshow(display_image(first.image))
-    axes[0].set_title(f"{first.label} {first.probability:.1%}", fontsize=9)
-    for ax, explanation in zip(axes[1:], explanations, strict=False):
-        ax.imshow(overlay_pixels(explanation, alpha))
-        ax.set_title(explanation.title, fontsize=9)
-        add_bar(figure, ax.inset_axes((1.03, 0, 0.05, 1)), explanation)
+    axes[0].imshow(display_image(image))
+    axes[0].set_title(title, fontsize=9)
+    for ax, map_ in zip(axes[1:], maps, strict=False):
+        ax.imshow(overlay_pixels(image, map_, alpha))
+        ax.set_title(map_.title, fontsize=9)
+        add_bar(figure, ax.inset_axes((1.03, 0, 0.05, 1)), map_)
     return figure
 
 
-def scan_figure(field: ScanField) -> Figure:
-    """The image with the pixel, and the influence on that pixel: of all directions together and of each alone, in
-    logarithmic colours over four decades."""
+def scan_figure(
+    image: MedicalImage,
+    title: str,
+    image_pixel: tuple[int, int],
+    pixel: tuple[int, int],
+    merged: tuple[str, np.ndarray],
+    directions: Mapping[str, np.ndarray],
+) -> Figure:
+    """Returns the image with the pixel marked, and the influence on it, merged and by direction, on a log scale over
+    four decades.
+
+    Args:
+        image_pixel, pixel: (row, column) in the image and in the maps.
+        merged: title and map (H', W') of the sum of the directions.
+        directions: title to map (H', W') of each direction.
+    """
     from matplotlib.colors import LogNorm
 
     figure = new_figure(11.5, 7.2, layout="constrained")
     axes = figure.subplots(2, 3)
-    peak = float(field.merged.max()) or 1.0
-    axes[0, 0].imshow(display_image(field.image))
-    axes[0, 0].plot(field.image_pixel[1], field.image_pixel[0], "+", color="red", markersize=12, markeredgewidth=2)
-    axes[0, 0].set_title(f"pixel {field.image_pixel}, stage {field.stage}, block {field.block}", fontsize=9)
-    maps = [
-        (f"all directions; the pixel on itself: +{field.skip:.2g}", field.merged),
-        *zip(field.names, field.directions, strict=True),
-    ]
+    peak = float(merged[1].max()) or 1.0
+    axes[0, 0].imshow(display_image(image))
+    axes[0, 0].plot(image_pixel[1], image_pixel[0], "+", color="red", markersize=12, markeredgewidth=2)
+    axes[0, 0].set_title(title, fontsize=9)
     shown: Any = None
-    for ax, (name, values) in zip(axes.flatten()[1:], maps, strict=True):
+    for ax, (name, values) in zip(axes.flatten()[1:], [merged, *directions.items()], strict=True):
         shown = ax.imshow(np.maximum(values, peak * 1e-4), norm=LogNorm(peak * 1e-4, peak), cmap="magma")
-        ax.plot(field.pixel[1], field.pixel[0], "+", color="cyan", markersize=10)
-        reach = field.reach.get(name)
-        ax.set_title(name + (f": 90% within {reach} tokens" if reach is not None else ""), fontsize=9)
+        ax.plot(pixel[1], pixel[0], "+", color="cyan", markersize=10)
+        ax.set_title(name, fontsize=9)
     for ax in axes.flatten():
         ax.set_xticks([])
         ax.set_yticks([])
@@ -112,7 +145,7 @@ def scan_figure(field: ScanField) -> Figure:
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
-    """A `Figure` of this size in inches that can save itself.
+    """Returns an empty `Figure` of this size in inches, with a canvas to save it.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -127,45 +160,34 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
     return figure
 
 
-def add_bar(figure: Figure, axes: Axes, explanation: Explanation) -> Colorbar:
-    """A colour bar in `axes`."""
+def add_bar(figure: Figure, axes: Axes, map_: Map) -> Colorbar:
+    """Draws the colour bar of a map into `axes` and returns it."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    limit = colour_limit(explanation)
-    norm = Normalize(-limit if explanation.signed else 0, limit)
-    bar = figure.colorbar(ScalarMappable(norm, colour_map(explanation.signed)), cax=axes)
+    norm = Normalize(-map_.limit if map_.signed else 0, map_.limit)
+    bar = figure.colorbar(ScalarMappable(norm, colour_map(map_.signed)), cax=axes)
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))  # type: ignore[attr-defined]
     bar.ax.yaxis.get_offset_text().set(fontsize=7, x=0)
     return bar
 
 
-def bar_label(explanation: Explanation) -> str:
-    """What the values are, and of a signed map which colour speaks for the class."""
-    from .methods import METHODS
-
-    method = METHODS.get(explanation.method)
-    unit = method.unit if method else ""
-    sides = "blue against, red for the class" if explanation.signed and method else ""
-    return f"{unit}: {sides}" if unit and sides else unit or sides
-
-
 def colour_map(signed: bool) -> Any:
-    """Diverging for signed maps, white at 0; sequential else."""
+    """Returns a diverging colour map, white at 0, for signed maps, and a sequential one for others."""
     from matplotlib import colormaps
 
     return colormaps["RdBu_r" if signed else "inferno"]
 
 
-def colour_limit(explanation: Explanation) -> float:
-    """The magnitude shown in full colour: the 99.5th percentile, so that a few pixels do not dim all others."""
-    magnitude = np.abs(explanation.attribution)
+def colour_limit(attribution: np.ndarray) -> float:
+    """Returns the magnitude to draw in full colour: the 99.5th percentile, so that a few pixels do not dim the rest."""
+    magnitude = np.abs(attribution)
     return float(np.percentile(magnitude, 99.5)) or float(magnitude.max()) or 1.0
 
 
 def display_image(image: MedicalImage) -> np.ndarray:
-    """float (h, w, 3) in [0, 1]; an image with hardly any contrast is stretched."""
+    """Returns the image for display: float (h, w, 3) in [0, 1], stretched where it has hardly any contrast."""
     pixels = image.pixels
     if (span := faint_range(image)) is not None:
         pixels = np.clip((pixels - span[0]) / (span[1] - span[0]), 0, 1)
@@ -173,14 +195,15 @@ def display_image(image: MedicalImage) -> np.ndarray:
 
 
 def faint_range(image: MedicalImage) -> tuple[float, float] | None:
-    """The values that nearly all pixels lie between, if these are close together, but not the same."""
+    """Returns the range of nearly all pixel values of a low-contrast image; None for constant and for other images."""
     step = -(-max(image.size) // 128)
     low, high = (float(v) for v in np.percentile(image.pixels[::step, ::step], (0.5, 99.5)))
     return (low, high) if 1e-4 < high - low < FAINT else None
 
 
-def _to_unit(values: np.ndarray, limit: float, signed: bool) -> np.ndarray:
-    return np.clip(values / limit / 2 + 0.5 if signed else values / limit, 0, 1)
+def _to_unit(map_: Map) -> np.ndarray:
+    scaled = map_.values / map_.limit
+    return np.clip(scaled / 2 + 0.5 if map_.signed else scaled, 0, 1)
 
 
 def _shown_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How far the scan carries influence: the effective receptive field of one pixel, from the recurrence itself."""
+"""Effective receptive field of the selective scan at one pixel, computed from the recurrence."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ..inference.predict import read_image
 from ..kernels.reference import to_directions
 from ..model import MedMamba
 from ..utils.text import json_text
+from .conditions import controlled
 from .explanation import to_image_size
-from .subject import blocks, controlled, frozen_view
+from .render import scan_figure
+from .subject import blocks, frozen_view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,15 +35,19 @@ class ScanField:
     """Influence of each pixel of a feature map on the scan's output at one pixel.
 
     Attributes:
-        directions: float32 (4, H', W') in the order of `names`; mean over channels of |d y / d x|, where y is the
-            output of that direction at the pixel, x its input at every pixel, and step sizes, B and C are what the
-            image made them. Only what the states carry: the skip connection acts on the pixel itself alone.
-        skip: mean over channels of |D|, summed over directions: the influence that the pixel has on itself besides.
-        merged: float32 (H', W') the same for the sum of the four directions, which is what the block uses.
-        reach: by direction, how many tokens back in its reading order one must go to collect 90% of the influence that
-            comes from before the pixel; None at the first token, before which there is nothing.
-        pixel: (row, column) in the feature map. image_pixel: the same in the image.
-        stage, block: counted from 1.
+        directions: float32 (4, H', W') in the order of `names`: mean over channels of |d y / d x|, where y is the
+            output of that direction at the pixel and x its input at every pixel, with the step sizes, B and C of this
+            image held fixed. Covers what the states carry, without the skip connection D.
+        merged: float32 (H', W'), the same for the sum of the four directions, which is what the block uses.
+        skip: |D|, mean over channels, summed over directions: the additional influence of the pixel on itself.
+        reach: by direction, the number of preceding tokens, in scan order, that carry 90% of the influence on the
+            pixel from before it; None at the first token.
+        pixel: (row, column) in the feature map.
+        image_pixel: (row, column) in the image.
+        stage, block: numbers, from 1.
+        image: the image.
+        merged_full: float32 (h, w), the merged map at the size of the image.
+        names: of the directions.
     """
 
     directions: np.ndarray = field(repr=False)
@@ -57,7 +63,7 @@ class ScanField:
     names: tuple[str, ...] = DIRECTIONS
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the maps, for JSON."""
+        """Returns everything but the maps, in plain types, for JSON."""
         return {
             "source": self.image.source,
             "image_pixel": list(self.image_pixel),
@@ -74,13 +80,29 @@ class ScanField:
         }
 
     def figure(self) -> Figure:
-        """The pixel, the merged field and the four directions, as a matplotlib `Figure`."""
-        from .render import scan_figure
-
-        return scan_figure(self)
+        """Returns the image, the merged field and the four directions as a matplotlib `Figure`."""
+        directions = {}
+        for name, values in zip(self.names, self.directions, strict=True):
+            reach = self.reach.get(name)
+            directions[name + (f": 90% within {reach} tokens" if reach is not None else "")] = values
+        return scan_figure(
+            self.image,
+            f"pixel {self.image_pixel}, stage {self.stage}, block {self.block}",
+            self.image_pixel,
+            self.pixel,
+            (f"all directions; the pixel on itself: +{self.skip:.2g}", self.merged),
+            directions,
+        )
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Writes .png (the figure), .npz (the maps and the record) or .json (the record)."""
+        """Writes .png (the figure), .npz (the maps and the record) or .json (the record).
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: unknown suffix.
+        """
         path = Path(path)
         record = json_text(self.to_dict(), indent=2)
         if path.suffix == ".png":
@@ -110,19 +132,19 @@ def scan_field(
     frame: int | None = None,
     window: Window | None = None,
 ) -> ScanField:
-    """How far each of the four directions carries influence to one pixel.
+    """Computes the influence of every pixel of a feature map on the scan's output at one pixel, by direction.
 
-    Computed from the recurrence: what token s adds to the output of a later token t is
-    `C[t] * exp(A * (dt[s+1] + ... + dt[t])) * B[s] * dt[s]`, summed over the states.
+    Derived from the recurrence: token s contributes
+    `C[t] * exp(A * (dt[s+1] + ... + dt[t])) * B[s] * dt[s]`, summed over the states, to the output of a later token t.
 
     Args:
-        pixel: (y, x) in the image, not in the network's input; None: its centre.
-        stage: 1 (finest map, 4 pixels of the input each) to 4.
-        block: of the stage, from 1; None: the last.
+        pixel: (row, column) in the image, not in the network's input; None: its centre.
+        stage: 1 (finest map, 4 input pixels per cell) to 4.
+        block: number within the stage, from 1; None: the last.
         frame, window: as in `load_image`.
 
     Raises:
-        ValueError: a pixel outside of the image, or in a part that the model crops away; no such stage or block.
+        ValueError: the pixel is outside the image or cropped away, or there is no such stage or block.
     """
     view = frozen_view(model)
     in_stage = blocks(view, stage)
@@ -135,7 +157,7 @@ def scan_field(
     height, width = picture.size
     y, x = (height // 2, width // 2) if pixel is None else pixel
     if not (0 <= y < height and 0 <= x < width):
-        raise ValueError(f"pixel {(y, x)} is outside of the image, {height}x{width}; it is (row, column) in the image")
+        raise ValueError(f"pixel {(y, x)} is outside the image, {height}x{width}; give (row, column) in the image")
     weight = view.patch_embed.proj.weight
     captured: list[Tensor] = []
     handle = ssm.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
@@ -165,15 +187,17 @@ def scan_field(
 
 
 def influence(proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, pixel: tuple[int, int]) -> Tensor:
-    """d y[k, pixel, c] / d x[k, every pixel, c] of the four scans without D; step sizes, B and C held fixed.
+    """Returns d y[k, pixel, c] / d x[k, every pixel, c] of the four scans without D; step sizes, B and C held fixed.
 
-    Channels do not mix within a scan, so this is the whole Jacobian.
+    Channels do not mix within a scan, so this is the full Jacobian.
 
     Args:
-        proj: (H, W, K, R + 2N). dt_weight, dt_bias, A: as in `kernels.reference.scan_2d`.
+        proj: (H, W, K, R + 2N).
+        dt_weight, dt_bias, A: as in `kernels.reference.scan_2d`.
+        pixel: (row, column) in the feature map.
 
     Returns:
-        (K, H, W, C) float64, in pixel order, signed.
+        Signed float64 (K, H, W, C), in pixel order.
     """
     H, W, K, _ = proj.shape
     C, N = A.shape[1:]
@@ -187,28 +211,28 @@ def influence(proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, pixel
         dt = F.softplus(code[k, : t + 1] @ dt_weight[k].T + dt_bias[k])  # (t + 1, C)
         elapsed = dt.cumsum(0)
         elapsed = elapsed[-1] - elapsed  # of steps after s up to t
-        # One state at a time: all of them together would take N times the memory of the sequence.
+        # One state at a time: all at once would take N times the memory of the sequence.
         gain = sum(torch.exp(elapsed * A[k, :, n]) * (B_[k, : t + 1, n, None] * C_[k, t, n]) for n in range(N))
         result[k, order[k, : t + 1]] = dt * gain
     return result.unflatten(1, (H, W))
 
 
 def _order(H: int, W: int, K: int, pixel: tuple[int, int], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Which pixel (row-major) each token of each direction is, (K, L), and the token that is this pixel."""
+    """Returns the row-major pixel index of each token (K, L), and the position of the pixel in each direction."""
     index = torch.arange(H * W, device=device).view(1, H, W, 1, 1).expand(1, H, W, K, 1)
     order = to_directions(index)[0, ..., 0]  # (K, L)
     return order, (order == pixel[0] * W + pixel[1]).int().argmax(1).tolist()
 
 
 def _in_order(maps: Tensor, pixel: tuple[int, int]) -> tuple[Tensor, list[int]]:
-    """(K, H, W) maps as the sequences that the directions read, (K, L), and the position of the pixel in each."""
+    """Returns (K, H, W) maps in scan order (K, L), and the position of the pixel in each direction."""
     K, H, W = maps.shape
     order, at = _order(H, W, K, pixel, maps.device)
     return maps.flatten(1).gather(1, order), at
 
 
 def _reach(sequence: Tensor, share: float = 0.9) -> int | None:
-    """Tokens to go back from the last to collect this share of the influence of all before it."""
+    """Returns how many tokens before the last carry this share of the influence on it; None if there is none."""
     before = sequence[:-1].flip(0)
     if not len(before) or not before.sum():
         return None
@@ -216,7 +240,7 @@ def _reach(sequence: Tensor, share: float = 0.9) -> int | None:
 
 
 def _to_map(pixel: tuple[int, int], size: tuple[int, int], config: Any, map_size: tuple[int, int]) -> tuple[int, int]:
-    """A pixel of the image to the pixel of the feature map that covers it."""
+    """Returns the feature-map cell that covers a pixel of the image."""
     inner, (left, _, top, _) = placement(size, config)
     where = []
     for p, full, placed, margin, side, cells in zip(
@@ -224,9 +248,7 @@ def _to_map(pixel: tuple[int, int], size: tuple[int, int], config: Any, map_size
     ):
         seen = int((p + 0.5) * placed / full) + margin
         if not 0 <= seen < side:
-            raise ValueError(
-                f"the model does not see pixel {pixel}: its preprocessing crops that part of the image away"
-            )
+            raise ValueError(f"the model does not see pixel {pixel}: its preprocessing crops that part of the image")
         where.append(min(seen * cells // side, cells - 1))
     return where[0], where[1]
 

@@ -1,14 +1,10 @@
-"""What an attribution method sees: one image, one logit, and a model on which it can leave no trace."""
+"""What an attribution method works on: one image, one logit, and a view of the model that it may hook and change."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +13,9 @@ from ..inference.predict import NotFiniteError, why_not_finite
 from ..model import MedMamba, SSConvSSM, Stage
 from ..utils import modes
 from ..utils.names import AmbiguousNameError, find_name
-from .randomness import PrivateRandom
 
 Progress = Callable[[float], object]
-"""Called with the share done, 0 to 1, never falling. Return False (or raise) to stop."""
+"""Called with the fraction done, 0 to 1, never decreasing. Return False (or raise) to stop."""
 
 
 class ExplainCancelled(RuntimeError):
@@ -28,15 +23,15 @@ class ExplainCancelled(RuntimeError):
 
 
 class Subject:
-    """A function from images (B, C, H, W) to the logit of one class (B,), for one image `x` (1, C, H, W).
+    """Maps images (B, C, H, W) to the logit of one class (B,), for the explanation of one image `x` (1, C, H, W).
 
     Attributes:
-        target: class index; None until the first evaluation, which must then be of `x` and takes its highest logit.
+        target: class index. If None, the first evaluation must be of `x` and sets it to the predicted class.
         logits: (num_classes,) of `x`, on the CPU; None before the first evaluation.
-        batch_size: the largest batch a method may evaluate, which bounds its memory.
-        planned: evaluations expected in all, for the progress callback; a method sets it before it begins.
-        seed: of random numbers that do not come from PyTorch.
-        evaluations: how many images have been evaluated so far.
+        batch_size: largest batch a method may evaluate, which bounds its memory.
+        planned: total number of evaluations expected, for the progress callback; a method sets it before it begins.
+        seed: for random numbers that do not come from PyTorch.
+        evaluations: number of images evaluated so far.
     """
 
     def __init__(
@@ -75,11 +70,11 @@ class Subject:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Evaluates `x`, and with that fixes the target."""
+        """Evaluates `x`, which sets `logits` and, if it was None, `target`."""
         self(self.x)
 
     def report(self, fraction: float) -> None:
-        """Passes the share done to the progress callback.
+        """Passes the fraction done to the progress callback.
 
         Raises:
             ExplainCancelled: the callback returned False.
@@ -89,26 +84,26 @@ class Subject:
             raise ExplainCancelled("the explanation was cancelled by its progress callback")
 
     def span(self, begin: float, end: float) -> Progress:
-        """A progress callback for a part of the work, from `begin` to `end` of the whole."""
+        """Returns a progress callback for a part of the work, from `begin` to `end` of the whole."""
         return lambda fraction: self.report(begin + fraction * (end - begin))
 
 
 def sub_progress(progress: Progress | None, begin: float, end: float) -> Progress | None:
-    """A progress callback for a part of the work, from `begin` to `end` of the whole."""
+    """Returns a progress callback for a part of the work, from `begin` to `end` of the whole; None for None."""
     return None if progress is None else lambda fraction: progress(begin + fraction * (end - begin))
 
 
 def frozen_view(model: nn.Module) -> MedMamba:
-    """Returns a copy of the modules in eval mode that shares its weights with the original and is float32.
+    """Returns a float32 copy of the modules in eval mode that shares its weights with the original.
 
-    Hooks, gradients and modes set on it do not reach the original, not even when a method is interrupted. Weights of
-    another type than float32 are converted, so not shared.
+    Hooks, gradients and modes set on it do not reach the original, even when a method is interrupted. Weights of
+    another dtype are converted, so not shared.
 
     Args:
-        model: a `MedMamba`, also inside of `torch.compile` or `DataParallel`.
+        model: a `MedMamba`, possibly wrapped in `torch.compile` or `DataParallel`.
 
     Raises:
-        ValueError: not a MedMamba, or one without classifier.
+        ValueError: not a MedMamba, or it has no classifier.
     """
     inner = modes.unwrap(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, MedMamba):
@@ -118,12 +113,12 @@ def frozen_view(model: nn.Module) -> MedMamba:
             "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
         )
     view = modes.frozen_view(inner, torch.float32)
-    view.set_grad_checkpointing(False)  # would run each hooked block twice
+    view.set_grad_checkpointing(False)  # it would run each hooked block twice
     return view
 
 
 def default_batch_size(device: torch.device) -> int:
-    """Copies of an image to evaluate at once: 8, and on an NVIDIA GPU as many as its memory surely holds, 8 to 128."""
+    """Returns the default batch size: 8, or on an NVIDIA GPU one per 512 MiB of its memory, 8 to 128."""
     if device.type != "cuda":
         return 8
     # Gradients of the largest variant at 224 pixels take about 0.4 GiB per image.
@@ -131,7 +126,7 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
-    """The blocks of a stage, 1 to 4.
+    """Returns the blocks of a stage, numbered from 1.
 
     Raises:
         ValueError: no such stage.
@@ -141,86 +136,10 @@ def blocks(model: MedMamba, stage: int) -> list[SSConvSSM]:
     return list(cast(Stage, model.stages[stage - 1]).blocks)  # type: ignore[arg-type]
 
 
-@contextmanager
-def controlled(device: torch.device, seed: int) -> Iterator[None]:
-    """Gradients on, autocast and TF32 off, random numbers of PyTorch from `seed`, in this thread; all is put back as it
-    was afterwards."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            stack.enter_context(FullPrecision())
-        stack.enter_context(PrivateRandom(seed))
-        yield
-
-
-class SeededNumPy:
-    """NumPy's global generator seeded, for functions of the caller that draw from it, and put back afterwards. The
-    generator belongs to the process, so one thread at a time."""
-
-    _lock: ClassVar = threading.RLock()
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        SeededNumPy._lock.acquire()
-        self.before = np.random.get_state()  # noqa: NPY002
-        np.random.seed(self.seed % 2**32)  # noqa: NPY002
-
-    def __exit__(self, *exception: object) -> None:
-        np.random.set_state(self.before)  # noqa: NPY002
-        SeededNumPy._lock.release()
-
-
-class FullPrecision:
-    """Products and convolutions of float32 on NVIDIA GPUs in float32, not TF32, as long as any thread is inside: the
-    setting belongs to the process."""
-
-    _lock: ClassVar = threading.Lock()
-    _inside: ClassVar[int] = 0
-    _before: ClassVar[list[tuple[Callable, Any]]] = []
-
-    def __enter__(self) -> None:
-        cls = FullPrecision
-        with cls._lock:
-            if not cls._inside:
-                cls._before = _tf32_settings()
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-            cls._inside += 1
-
-    def __exit__(self, *exception: object) -> None:
-        cls = FullPrecision
-        with cls._lock:
-            cls._inside -= 1
-            if not cls._inside:
-                for put_back, value in cls._before:
-                    put_back(value)
-
-
-def _tf32_settings() -> list[tuple[Callable, Any]]:
-    """All settings that decide on TF32: functions that put them back, to be called in this order, and values. The older
-    ones set the newer ones too, of torch 2.9. To set the newer alone is no way out: torch then refuses the older."""
-    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
-    settings: list[tuple[Callable, Any]] = []
-    with suppress(RuntimeError):  # the caller has set the newer alone
-        settings.append((torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-    owners: list[tuple[Any, str]] = [(cudnn, "allow_tf32")]
-    if hasattr(cublas, "fp32_precision"):
-        newer = cublas, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
-        owners += [(owner, "fp32_precision") for owner in newer]
-    for owner, name in owners:
-        with suppress(RuntimeError):
-            settings.append((partial(setattr, owner, name), getattr(owner, name)))
-    return settings
-
-
 def resolve_target(target: int | str | None, config: MedMambaConfig) -> int | None:
-    """A class index from an index, a label, or a number as text; None stays None.
+    """Returns the class index for an index, a label or a number as text; None for None.
 
-    Labels match exactly, or else regardless of case and separators where that is unambiguous.
+    Labels match exactly, else regardless of case and separators if that is unambiguous.
 
     Raises:
         ValueError: no such class.

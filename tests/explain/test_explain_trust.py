@@ -12,11 +12,13 @@ from test_explain import picture, squares, trained  # noqa: F401  the fixture
 import medmamba
 from medmamba.cli import main as cli
 from medmamba.explain import Assessor, ExplainCancelled, assess, explain, scan_field
-from medmamba.explain.randomisation import SIMILAR, random_states, rank_correlation, similarities, ssim, top_overlap
+from medmamba.explain.conditions import controlled
+from medmamba.explain.randomisation import SIMILAR, random_states
 from medmamba.explain.regions import make_baseline
 from medmamba.explain.removal import area, infidelity, removal_curves
 from medmamba.explain.scan_field import influence
-from medmamba.explain.subject import Subject, controlled, frozen_view
+from medmamba.explain.similarity import rank_correlation, similarities, ssim, top_overlap
+from medmamba.explain.subject import Subject, frozen_view
 from medmamba.imaging.load import load_image
 from medmamba.imaging.preprocess import preprocess
 from medmamba.kernels.reference import from_directions, scan_tokens, to_directions
@@ -300,6 +302,9 @@ def test_rank_correlation_with_ties():
     assert rank_correlation(a, torch.tensor([1.0, 2, 3, 4])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
     # Two constant maps are not similar for being constant, nor are ties for being in the same place.
     assert rank_correlation(torch.ones(4), a) == 0
+    stats = pytest.importorskip("scipy.stats")
+    x, y = torch.randint(20, (2, 500), generator=torch.Generator().manual_seed(0)).double()
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
 
 
 def test_maps_with_the_same_background_are_not_similar():
@@ -390,8 +395,8 @@ def test_reach_counts_tokens_in_reading_order(trained):  # noqa: F811
 
 def test_scan_field_refuses(trained):  # noqa: F811
     for kwargs, message in (
-        (dict(pixel=(32, 0)), "outside of the image, 32x32"),
-        (dict(pixel=(-1, 0)), "outside of the image"),
+        (dict(pixel=(32, 0)), "outside the image, 32x32"),
+        (dict(pixel=(-1, 0)), "outside the image"),
         (dict(stage=5), "no stage 5"),
         (dict(block=2), "no block 2"),
     ):
