@@ -11,7 +11,8 @@ Built on captum: `pip install "medmamba[explain]"`.
 from .comparison import Comparison, compare
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, assess
-from .methods import Method, layers, methods
+from .feature_maps import layers
+from .methods import Method, methods
 from .randomisation import Randomisation
 from .regions import BASELINES
 from .removal import Curves
