@@ -15,23 +15,23 @@ SIGN = {"faithfulness": "unexplained", "randomisation": "similarity", "sensitivi
 """The figure by which one sees that a check was made."""
 
 LEGEND = """\
-Medians over test images; the number of images stands in the head of each column, and all were drawn by the same rule,
-as evenly from the classes as these allow. The predicted class is explained.
+Medians over test images. The number of images is given in the header of each column; they were sampled by the same
+rule, balanced over the classes as far as possible. The predicted class is explained.
 
-- **Deletion, insertion**: by how much the area under the curve is better than the mean of {random_orders} random
-  orders, in units of the logit difference between the image and the image with everything removed, and on which share
-  of the images it was better than every one of them. 0 is no better than chance; the share would be
-  {chance:.0%} then.
+- **Deletion, insertion**: improvement of the area under the curve over the mean of {random_orders} random orders, in
+  units of the logit difference between the image and the image with everything removed; in brackets, the share of the
+  images for which it was better than every random order. For a random map, the improvement is 0 and the share
+  {chance:.0%}.
 - **Unexplained**: share of the change of the logit under random removals that the map, scaled to fit best, does not
   predict; an empty map leaves 100%.
-- **Max-sensitivity**: relative change of the map when the image changes invisibly.
-- **Random weights**: similarity of the map to those of {random_models} models with random weights, the least of them;
-  in brackets, the share of images on which it stayed below the limit of {limit}.
+- **Max-sensitivity**: relative change of the map when the image changes imperceptibly.
+- **Random weights**: similarity of the map to those of {random_models} models with random weights (the smallest); in
+  brackets, the share of images for which it stayed below the threshold of {limit}.
 - **Seconds**: median time of one explanation on the machine named.
 
-Removed parts are replaced by the blurred image ({removal}). Controls are not methods: noise knows nothing, edges know
-the image and not the model, disguised edges hide that from rank correlations, and the guided gradient is like guided
-backpropagation.
+Removed parts are replaced by the blurred image ({removal}). Controls are not methods: noise is random, edges depend on
+the image and not on the model, disguised edges hide this from rank correlations, and the guided gradient resembles
+guided backpropagation.
 """
 
 
@@ -81,7 +81,7 @@ def section(result: dict[str, Any]) -> str:
     images = [r for r in result["images"].values() if has(r, "faithfulness")]
     right = sum(r["correct"] for r in images)
     title = f"{result['dataset']}, {result['model'].split()[0]}"
-    text = f"### {title}\n\n{result['model']}; {len(images)} test images, {right} of them classified right. "
+    text = f"### {title}\n\n{result['model']}; {len(images)} test images, {right} of them classified correctly. "
     text += f"{result['machine']}.\n\n{table(result)}\n"
     runs = [r["methods"].get("integrated_gradients", {}) for r in images]
     if runs := [r for r in runs if "steps" in r]:
@@ -98,7 +98,7 @@ def section(result: dict[str, Any]) -> str:
 def check_section(results: Sequence[dict[str, Any]]) -> str:
     """Whether the check with random weights separates: each measure, over all images."""
     measures = [*JUDGED, "ssim", "similarity"]
-    titles = ["ranks", "ranks of magnitudes", "strongest tenth", "SSIM (not judged)", "similarity (largest of three)"]
+    titles = ["ranks", "ranks of magnitudes", "strongest tenth", "SSIM (not used)", "similarity (largest of three)"]
     images = sum(count(r, "randomisation") for r in results)
     lines = [
         f"### The check with random weights\n\nMedian and, in brackets, 95th percentile over {images} images and "
@@ -123,9 +123,9 @@ def check_section(results: Sequence[dict[str, Any]]) -> str:
 def speed_section(results: Sequence[dict[str, Any]]) -> str:
     """Times of `tiny`, a pair of columns per machine."""
     lines = [
-        "### Speed\n\n`tiny` at 224 pixels, 8 classes; integrated gradients with 50 points. Median, and in brackets"
+        "### Speed\n\n`tiny` at 224 pixels, 8 classes; integrated gradients with 50 points. Median; in brackets"
     ]
-    lines[0] += " the shortest and the longest, and how many forward passes of one image take as long.\n"
+    lines[0] += " minimum and maximum; and the equivalent number of forward passes of one image.\n"
     lines += [f"- {chr(65 + i)}: {r['machine']}; {r['rounds'] - 1} rounds." for i, r in enumerate(results)]
     lines.append("\n| | " + " | ".join(f"{chr(65 + i)}: seconds | passes" for i in range(len(results))) + " |")
     lines.append("|---|" + "---|---|" * len(results))
