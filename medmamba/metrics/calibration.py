@@ -1,10 +1,9 @@
-"""Probabilities that mean what they say, and a warning for images unlike the training data.
+"""Temperature scaling and out-of-distribution (OOD) scores from logits.
 
-Temperature scaling (Guo et al. 2017, arXiv:1706.04599) divides the logits by one number fitted on validation images:
-the ranking of the classes never changes, only how sure the model sounds. The out-of-distribution score (energy, Liu et
-al. 2020, arXiv:2010.03759; for several labels the joint energy of Wang et al. 2021, arXiv:2111.14332) is compared with
-a threshold that 95 % of the validation images pass. It is a heuristic: an image below the threshold can still be
-anything.
+Temperature scaling (Guo et al. 2017, arXiv:1706.04599) divides the logits by a number fitted on validation images: it
+changes confidence, never the ranking of the classes. The OOD score (energy, Liu et al. 2020, arXiv:2010.03759; for
+multi-label tasks the joint energy of Wang et al. 2021, arXiv:2111.14332) is compared with a threshold that 95 % of the
+validation images pass. It is a heuristic: images below the threshold can still be out of distribution.
 
 >>> calibration = fit_calibration(val_logits, val_labels)
 >>> config.calibration = calibration.to_dict()
@@ -32,17 +31,17 @@ _BISECTIONS = 60
 
 
 class CalibrationError(ValueError):
-    """Logits and labels that cannot be calibrated, or a stored calibration that makes no sense."""
+    """Raised for logits and labels that cannot be calibrated, or an invalid stored calibration."""
 
 
 @dataclass(frozen=True)
 class OutOfDistribution:
-    """Which score marks unusual images, and from where.
+    """An OOD score with its threshold.
 
     Attributes:
         score: "energy" or "max_prob", see `ood_score`.
-        threshold: an image with a score above it is called unusual.
-        coverage: share of the validation images that are not.
+        threshold: images with a higher score are marked as unusual.
+        coverage: fraction of the validation images that are not.
     """
 
     score: str
@@ -50,21 +49,22 @@ class OutOfDistribution:
     coverage: float
 
     def is_unusual(self, logits: ArrayLike, task: str = "multiclass") -> NDArray[np.bool_]:
-        """`(N,)`, True where an image is unlike the validation images, from logits `(N, K)`."""
+        """Returns `(N,)`, True where an image is unlike the validation images, from logits `(N, K)`."""
         return ood_score(logits, self.score, task) > self.threshold
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `config.json` keeps under "calibration".
+    """A fitted calibration, stored in `config.json` under "calibration".
 
     Attributes:
-        method: "temperature", or "none" where validation could not determine one (every image right, or a constant
+        method: "temperature", or "none" where validation does not determine one (every image correct, or a constant
             model); `temperature` is then 1.
-        temperature: divide logits by it; above 1 the network was too sure of itself.
+        temperature: divisor of the logits; above 1 if the network was overconfident.
         n: number of validation images.
-        ece_before, ece_after: expected calibration error on them, 15 bins.
-        ood: the warning for unusual images, if one was fitted.
+        ece_before: expected calibration error on them without the temperature, 15 bins.
+        ece_after: the same with the temperature.
+        ood: the OOD score and threshold, if fitted.
         task: "multiclass" or "multilabel".
     """
 
@@ -77,11 +77,11 @@ class Calibration:
     task: str = "multiclass"
 
     def probabilities(self, logits: ArrayLike) -> Floats:
-        """Calibrated probabilities `(N, K)` of logits `(N, K)`."""
+        """Returns calibrated probabilities `(N, K)` of logits `(N, K)`."""
         return to_probabilities(logits, self.task, self.temperature)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `MedMambaConfig.calibration`; the task stands in the config itself."""
+        """Returns plain data for `MedMambaConfig.calibration`, without the task, which the config has."""
         data: dict[str, Any] = {
             "method": self.method,
             "temperature": self.temperature,
@@ -95,7 +95,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], task: str = "multiclass") -> Calibration:
-        """Back from a config.
+        """Loads a calibration from a config.
 
         Raises:
             CalibrationError: unknown method or score, or a temperature that is not above 0.
@@ -110,7 +110,7 @@ class Calibration:
         if not (math.isfinite(values["temperature"]) and values["temperature"] > 0):
             raise CalibrationError(f"the temperature must be above 0, got {values['temperature']}")
         if ood is not None and ood.score not in OOD_SCORES:
-            raise CalibrationError(f"unknown score {ood.score!r} for unusual images; known: {', '.join(OOD_SCORES)}")
+            raise CalibrationError(f"unknown out-of-distribution score {ood.score!r}; known: {', '.join(OOD_SCORES)}")
         return cls(**values, ood=ood, task=task)
 
 
@@ -122,16 +122,17 @@ def fit_calibration(
     ood: str | None = "energy",
     coverage: float = 0.95,
 ) -> Calibration:
-    """Fit the temperature and the threshold for unusual images on validation data (never on test data).
+    """Fits the temperature and the OOD threshold on validation data (never on test data).
 
     Args:
-        logits: `(N, K)`, as the model gives them.
+        logits: `(N, K)`, raw outputs of the model.
         labels: integers `(N,)`, or 0 and 1 `(N, K)` for a multi-label task.
-        ood: "energy", "max_prob", or None for no warning.
-        coverage: share of these images that pass as usual.
+        task: "multiclass" or "multilabel".
+        ood: OOD score: "energy", "max_prob", or None for no threshold.
+        coverage: fraction of these images that pass the threshold.
 
     Raises:
-        CalibrationError: shapes that do not fit, or logits that are not finite.
+        CalibrationError: shapes that do not match, or logits that are not finite.
     """
     z, onehot = _checked(logits, labels, task)
     temperature = fit_temperature(logits, labels, task)
@@ -139,7 +140,7 @@ def fit_calibration(
     if ood is not None:
         if not 0 < coverage < 1:
             raise CalibrationError(f"coverage must be between 0 and 1, got {coverage}")
-        # "higher": at least this share passes, also where scores are few.
+        # "higher": at least this fraction passes, even with few scores.
         value = float(np.quantile(ood_score(z, ood, task), coverage, method="higher"))
         threshold = OutOfDistribution(ood, value, coverage)
     before = _ece(to_probabilities(z, task), onehot, task)
@@ -150,10 +151,10 @@ def fit_calibration(
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclass") -> float | None:
-    """The temperature that minimises the log loss; None where none between 0.05 and 20 does.
+    """Returns the temperature that minimises the log loss; None if it is not between 0.05 and 20.
 
-    In the inverse temperature b the loss is convex: its slope is the mean over images of
-    sum_k p_k(b) z_k - z_label, which never falls; its zero is found by bisection.
+    The loss is convex in the inverse temperature b: its slope, the mean over images of sum_k p_k(b) z_k - z_label,
+    never decreases, and bisection finds its zero.
     """
     z, onehot = _checked(logits, labels, task)
 
@@ -170,11 +171,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclas
 
 
 def to_probabilities(logits: ArrayLike, task: str = "multiclass", temperature: float = 1.0) -> Floats:
-    """Returns the softmax over the classes, or a sigmoid for each label, of logits `(..., K)` over a temperature.
-
-    The one place where logits become probabilities, in float64.
-    """
-    p = np.array(logits, dtype=np.float64)  # one copy, changed in place: there may be many images and classes
+    """Returns float64 probabilities of logits `(..., K)` over a temperature: softmax, or a sigmoid per label."""
+    p = np.array(logits, dtype=np.float64)  # one copy, modified in place: arrays may be large
     p /= temperature
     if task == "multilabel":
         p *= 0.5
@@ -189,13 +187,13 @@ def to_probabilities(logits: ArrayLike, task: str = "multiclass", temperature: f
 
 
 def ood_score(logits: ArrayLike, score: str = "energy", task: str = "multiclass") -> Floats:
-    """How unusual each image looks, `(N,)`, larger for more unusual, from uncalibrated logits `(N, K)`.
+    """Returns an OOD score per image, `(N,)`, higher for more unusual images, from uncalibrated logits `(N, K)`.
 
-    "energy": -log sum_k exp(z_k); multi-label: -sum_k log(1 + exp(z_k)). Unbounded, uses the size of the logits.
+    "energy": -log sum_k exp(z_k); multi-label: -sum_k log(1 + exp(z_k)). Unbounded, depends on the scale of the logits.
     "max_prob": 1 minus the largest probability; multi-label: the mean over labels of min(p, 1 - p).
 
     Raises:
-        CalibrationError: another score.
+        CalibrationError: unknown score.
     """
     z = np.asarray(logits, dtype=np.float64)
     if score == "energy":
@@ -203,15 +201,17 @@ def ood_score(logits: ArrayLike, score: str = "energy", task: str = "multiclass"
     if score == "max_prob":
         p = to_probabilities(z, task)
         return np.minimum(p, 1 - p).mean(axis=1) if task == "multilabel" else 1 - p.max(axis=1)
-    raise CalibrationError(f"unknown score {score!r} for unusual images; known: {', '.join(OOD_SCORES)}")
+    raise CalibrationError(f"unknown out-of-distribution score {score!r}; known: {', '.join(OOD_SCORES)}")
 
 
 def ood_auroc(usual: ArrayLike, unusual: ArrayLike, score: str = "energy", task: str = "multiclass") -> float:
-    """How well a score tells two sets of images apart: 1 always, 0.5 not at all.
+    """Returns the AUROC of an OOD score for separating two sets of images: 1 perfect, 0.5 chance.
 
     Args:
         usual: logits `(N, K)` of test images of the dataset the model was trained on.
         unusual: logits `(M, K)` of the same model for images of another dataset.
+        score: see `ood_score`.
+        task: "multiclass" or "multilabel".
     """
     values = np.concatenate([ood_score(usual, score, task), ood_score(unusual, score, task)])
     foreign = np.arange(len(values)) >= len(np.asarray(usual))
@@ -219,15 +219,15 @@ def ood_auroc(usual: ArrayLike, unusual: ArrayLike, score: str = "energy", task:
 
 
 def _checked(logits: ArrayLike, labels: ArrayLike, task: str) -> tuple[Floats, Floats]:
-    """float64 logits and 0/1 labels, both `(N, K)`."""
+    """Returns float64 logits and 0/1 labels, both `(N, K)`."""
     z, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if task not in ("multiclass", "multilabel"):
         raise CalibrationError(f"task must be multiclass or multilabel, got {task!r}")
     if z.ndim != 2 or len(z) == 0 or truth.shape != (z.shape if task == "multilabel" else z.shape[:1]):
-        raise CalibrationError(f"logits {z.shape} and labels {truth.shape} do not fit together for a {task} task")
+        raise CalibrationError(f"logits {z.shape} and labels {truth.shape} do not match for a {task} task")
     if not np.isfinite(z).all():
         raise CalibrationError(
-            "some logits are not finite; the model or its precision is at fault, not the calibration"
+            "some logits are not finite; the cause is the model or its precision, not the calibration"
         )
     if task == "multilabel":
         return z, truth.astype(np.float64)
@@ -237,6 +237,7 @@ def _checked(logits: ArrayLike, labels: ArrayLike, task: str) -> tuple[Floats, F
 
 
 def _ece(p: Floats, onehot: Floats, task: str) -> float:
+    """Returns the expected calibration error of probabilities `(N, K)`."""
     if task == "multilabel":
         gaps = scores.calibration_gaps(p, onehot, ECE_BINS)
     else:

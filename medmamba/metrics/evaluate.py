@@ -1,4 +1,4 @@
-"""From labels and probabilities to every figure we report."""
+"""Computes all metrics from labels and probabilities, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .scores import Floats, Ints
 
 
 class EvaluationError(ValueError):
-    """Labels and probabilities that do not fit together."""
+    """Raised for labels and probabilities that do not match."""
 
 
 def evaluate(
@@ -32,28 +32,32 @@ def evaluate(
     ece_bins: int = 15,
     context: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Score predictions, with bootstrap intervals.
+    """Scores predictions, with bootstrap intervals.
 
-    Definitions. Macro averages go over the classes that occur in `labels` (a class without images has no sensitivity;
-    a note says which). Accuracy of a multi-label task is the mean over labels, as MedMNIST's evaluator has it, and
-    `subset_accuracy` asks for all labels of an image at once. AUROC is one class against the rest. ECE is of the
-    largest probability, or of every label's probability in a multi-label task.
+    Macro averages are over the classes that occur in `labels`; a note lists the others, which have no sensitivity.
+    Accuracy of a multi-label task is the mean over labels, as in MedMNIST's evaluator; `subset_accuracy` requires all
+    labels of an image to be correct. AUROC is one class against the rest. ECE is that of the largest probability, or of
+    every label's probability in a multi-label task.
 
     Intervals are percentiles of resamples that draw patients (where given, else images) with replacement within each
-    class. They say how much another test set of the same kind would change the figure, not how much another training
-    run would.
+    class. They reflect the variation between test sets of the same kind, not between training runs.
 
     Args:
         labels: integers `(N,)`, or `(N, K)` of 0 and 1 for a multi-label task.
-        probabilities: `(N, K)` in [0, 1], rows adding up to 1 unless multi-label; for two classes also `(N,)`, the
+        probabilities: `(N, K)` in [0, 1], rows summing to 1 unless multi-label; for two classes also `(N,)`, the
             probability of the second.
         classes: K names.
-        patients: patient of each image, None for an image that stands for itself.
-        threshold: probability above which a label is said, in a multi-label task.
+        task: "multiclass" or "multilabel".
+        patients: patient of each image, None where unknown: that image is resampled on its own.
+        threshold: probability above which a label is predicted, in a multi-label task.
         resamples: number of bootstrap resamples; 0 for no intervals.
+        level: coverage of the intervals.
+        seed: of the bootstrap.
+        ece_bins: bins of the expected calibration error.
+        context: stored with the result, such as model, dataset and split.
 
     Raises:
-        EvaluationError: shapes, values or labels that do not fit together.
+        EvaluationError: shapes, values or labels that do not match.
     """
     k = len(classes)
     truth, p = _checked(labels, probabilities, k, task)
@@ -100,7 +104,7 @@ def evaluate(
 
 
 class _Scorer:
-    """All scores of fixed labels and probabilities under weights `(R, N)`."""
+    """Computes all scores of fixed labels and probabilities under weights `(R, N)`."""
 
     def __init__(self, truth: Ints, p: Floats, k: int, multilabel: bool, threshold: float, bins: int) -> None:
         self.k, self.multilabel = k, multilabel
@@ -119,11 +123,11 @@ class _Scorer:
             self.right = self.said == truth
 
     def under(self, weightings: Callable[[], Iterator[Floats]]) -> dict[str, Floats]:
-        """Overall scores `(R,)` by name, and scores of each class `(R, K)` by "class_" and name.
+        """Returns overall scores `(R,)` by name, and per-class scores `(R, K)` by "class_" and name.
 
         Args:
-            weightings: gives the weights in chunks `(R, N)`, the same ones every time. Ranks of all classes at once
-                may not fit into memory, so there is one pass for each block of classes.
+            weightings: returns the weights in chunks `(R, N)`, the same on every call. Ranks of all classes at once may
+                not fit into memory, so there is one pass per block of classes.
         """
         areas: list[Floats] = []
         for block in scores.blocks(self.k, len(self.truth)):
@@ -138,7 +142,7 @@ class _Scorer:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _areas(self, classes: range, ranks: list[scores.Ranks], weights: Floats) -> Floats:
-        """AUROC and AUPRC of some classes, `(R, len(classes), 2)`."""
+        """Returns AUROC and AUPRC of some classes, `(R, len(classes), 2)`."""
         found = np.empty((len(weights), len(classes), 2))
         for place, (i, rank) in enumerate(zip(classes, ranks, strict=True)):
             positive = self.shown[:, i] if self.multilabel else self.truth == i
@@ -146,6 +150,7 @@ class _Scorer:
         return found
 
     def _chunk(self, weights: Floats, area: Floats) -> dict[str, Floats]:
+        """Returns the scores under one chunk of weights, given its AUROC and AUPRC `(R, K, 2)`."""
         total = weights.sum(axis=1)
         tables = self._tables(weights)  # (R, K, 2, 2)
         by_class = scores.rates(tables)
@@ -165,6 +170,7 @@ class _Scorer:
         return overall | {f"class_{name}": values for name, values in by_class.items()}
 
     def confusion(self) -> tuple[Any, ...]:
+        """Returns counts as in `Evaluation.confusion`."""
         ones = np.ones((1, len(self.truth)))
         matrix = self._tables(ones) if self.multilabel else scores.confusion(self.truth, self.said, self.k, ones)
         return _as_tuples(matrix[0].astype(int).tolist())
@@ -176,7 +182,7 @@ class _Scorer:
 
 
 def _macro(values: Floats, present: np.ndarray) -> Floats:
-    """Mean over the classes that occur, `(R, K)` -> `(R,)`; classes for which the score is undefined are left out."""
+    """Averages `(R, K)` over the classes that occur to `(R,)`, skipping undefined scores."""
     use = present & ~np.isnan(values)
     count = use.sum(axis=1)
     total = np.where(use, values, 0).sum(axis=1)
@@ -184,7 +190,7 @@ def _macro(values: Floats, present: np.ndarray) -> Floats:
 
 
 def _interval(values: Floats, level: float) -> tuple[Floats, Floats]:
-    """Percentiles over the resamples, `(R,)` or `(R, K)` to `()` or `(K,)`, of those in which a score is defined."""
+    """Returns percentiles over resamples `(R,)` or `(R, K)`, skipping those in which a score is undefined."""
     rows = values.reshape(len(values), -1)
     limits = np.full((2, rows.shape[1]), np.nan)
     known = ~np.isnan(rows).all(axis=0)
@@ -196,6 +202,7 @@ def _interval(values: Floats, level: float) -> tuple[Floats, Floats]:
 
 
 def _checked(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> tuple[Ints, Floats]:
+    """Returns int64 labels and float64 probabilities `(N, K)`."""
     truth, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     if task not in ("multiclass", "multilabel"):
         raise EvaluationError(f"task must be multiclass or multilabel, got {task!r}")
@@ -217,12 +224,12 @@ def _checked(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> 
         raise EvaluationError(f"labels must be 0 to {highest}; found {truth.min()} to {truth.max()}")
     if not np.isfinite(p).all():
         bad = int((~np.isfinite(p)).any(axis=1).sum())
-        raise EvaluationError(f"{bad} of {len(p)} images have probabilities that are NaN or infinite, so no scores")
+        raise EvaluationError(f"{bad} of {len(p)} images have probabilities that are NaN or infinite")
     if p.min() < -1e-6 or p.max() > 1 + 1e-6:
         raise EvaluationError("probabilities must be in [0, 1]; these look like logits")
     if task == "multiclass" and np.abs(p.sum(axis=1) - 1).max() > 1e-2:
         raise EvaluationError(
-            "the probabilities of an image must add up to 1; for independent labels: task='multilabel'"
+            "the probabilities of an image must sum to 1; for independent labels use task='multilabel'"
         )
     return truth, np.clip(p, 0, 1) if p.min() < 0 or p.max() > 1 else p
 
@@ -237,7 +244,7 @@ def _notes(classes: Sequence[str], support: np.ndarray, n: int, task: str) -> tu
         notes.append(f"Every image shows {', '.join(everywhere)}: no specificity and no AUROC.")
     rare = [name for name, count in zip(classes, support, strict=True) if 0 < count < 10]
     if rare:
-        notes.append(f"Fewer than 10 images of {', '.join(rare)}: figures of these classes say little.")
+        notes.append(f"Fewer than 10 images of {', '.join(rare)}: metrics of these classes are unreliable.")
     return tuple(notes)
 
 

@@ -1,6 +1,6 @@
-"""Figures of an evaluation: confusion matrix, ROC curves, reliability diagram. Plain matplotlib `Figure` objects.
+"""Plots of an evaluation as matplotlib figures: confusion matrix, ROC curves, reliability diagram.
 
-No global state: nothing is shown, no backend is chosen. Save with `figure.savefig("roc.png", dpi=150)`. Needs
+No global state: nothing is shown and no backend is selected. Save with `figure.savefig("roc.png", dpi=150)`. Needs
 `pip install "medmamba[train]"` (matplotlib).
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import Evaluation
+from .result import Evaluation
 from .scores import bin_index
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _LABEL_LENGTH = 28
 _MAX_LEGEND = 14
 _MAX_CELLS = 40
-_MAX_POINTS = 2000  # of a curve, more than a picture has
-_BLOCK = 2**22  # numbers in memory at a time
+_MAX_POINTS = 2000  # of a curve, above the resolution of a figure
+_BLOCK = 2**22  # elements in memory at once
 
 
 def confusion_matrix_figure(evaluation: Evaluation, *, title: str = "") -> Figure:
-    """Counts as text on shares of the true class as colour; above 40 classes colour alone. Multi-class only.
+    """Draws counts as text and fractions of the true class as colour; above 40 classes only colour. Multi-class only.
 
     Raises:
         ValueError: a multi-label evaluation, which has one 2x2 table per label instead.
@@ -41,9 +41,9 @@ def confusion_matrix_figure(evaluation: Evaluation, *, title: str = "") -> Figur
     side = 2.8 + 0.55 * min(max(k, 3), _MAX_CELLS)
     figure, axes = _figure(side + 0.6, side)
     picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
+    figure.colorbar(picture, ax=axes, label="fraction of the true class", fraction=0.046, pad=0.04)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    if k > _MAX_CELLS:  # names and numbers that nobody could read, in a picture without end
+    if k > _MAX_CELLS:  # names and counts would be illegible
         return figure
     names = [_short(name) for name in evaluation.classes]
     axes.set_xticks(range(k), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -55,11 +55,13 @@ def confusion_matrix_figure(evaluation: Evaluation, *, title: str = "") -> Figur
 
 
 def roc_figure(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], *, title: str = "") -> Figure:
-    """ROC curve of each class against the rest; for two classes only that of the second.
+    """Draws the ROC curve of each class against the rest; for two classes only that of the second.
 
     Args:
         labels: `(N,)` integers or `(N, K)` of 0 and 1.
         probabilities: `(N, K)`.
+        classes: K names.
+        title: of the figure.
     """
     truth, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     shown = [1] if truth.ndim == 1 and p.shape[1] == 2 else range(p.shape[1])
@@ -68,7 +70,7 @@ def roc_figure(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[st
         positive = truth[:, column].astype(bool) if truth.ndim == 2 else truth == column
         false_rate, true_rate = roc_curve(positive, p[:, column])
         if np.isnan(false_rate).any() or np.isnan(true_rate).any():
-            continue  # no positives or no negatives: there is no curve
+            continue  # no positives or no negatives
         area = float(np.sum(np.diff(false_rate) * (true_rate[1:] + true_rate[:-1]) / 2))
         if len(false_rate) > _MAX_POINTS:
             kept = np.linspace(0, len(false_rate) - 1, _MAX_POINTS).round().astype(int)
@@ -85,12 +87,13 @@ def roc_figure(labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[st
 def reliability_figure(
     labels: ArrayLike, probabilities: Mapping[str, ArrayLike], *, bins: int = 15, title: str = ""
 ) -> Figure:
-    """How often the model is right, by how sure it says it is; bars below show how many images that is.
+    """Draws a reliability diagram: accuracy against confidence, above a histogram of confidence.
 
     Args:
         labels: `(N,)` integers or `(N, K)` of 0 and 1.
         probabilities: `(N, K)` for each curve by its name, such as {"raw": p, "calibrated": q}.
-        bins: bins of equal width, the same as of the ECE.
+        bins: bins of equal width, as for the ECE.
+        title: of the figure.
     """
     truth = np.asarray(labels)
     figure, axes = _figure(5.2, 6)
@@ -107,21 +110,23 @@ def reliability_figure(
         lower.stairs(count, edges, fill=True, alpha=0.4)
     upper.set(ylabel="observed frequency" if truth.ndim == 2 else "accuracy", title=title, ylim=(-0.02, 1.02))
     upper.legend(loc="best", fontsize=8)
-    lower.set(xlabel="probability said", ylabel="count", xlim=(0, 1))
+    lower.set(xlabel="predicted probability", ylabel="count", xlim=(0, 1))
     return figure
 
 
 def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rate at every distinct threshold, from (0, 0) to (1, 1); NaN where undefined.
+    """Returns false and true positive rates at every distinct threshold, from (0, 0) to (1, 1); NaN where undefined.
+
+    Equal to `sklearn.metrics.roc_curve(drop_intermediate=False)`, whose import takes longer than drawing the figures.
 
     Raises:
-        ValueError: a score is NaN, which is above no threshold.
+        ValueError: a score is NaN.
     """
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN, which have no ROC curve")
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each run of equal scores
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # last of each run of equal scores
     hits = np.concatenate([[0], np.cumsum(positive[order])[last]])
     misses = np.concatenate([[0], np.cumsum(~positive[order])[last]])
     with np.errstate(invalid="ignore"):
@@ -129,7 +134,7 @@ def roc_curve(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _bin_sums(truth: np.ndarray, p: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Statements in each bin of confidence, the sum of their confidence, and how many are right."""
+    """Returns, per confidence bin, the number of predictions, the sum of their confidence, and how many are correct."""
     sums = np.zeros((3, bins))
     step = max(1, _BLOCK // p.shape[1])
     for start in range(0, len(p), step):

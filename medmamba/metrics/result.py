@@ -1,4 +1,4 @@
-"""`Evaluation`: the figures of a model on a set of images, with intervals, as JSON and as Markdown."""
+"""`Evaluation`: metrics of a model on a dataset with intervals, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAPER_COLUMNS = ("precision", "sensitivity", "specificity", "f1", "accuracy", "a
 """The columns of the published table, in its order."""
 
 MAX_TABLE = 50
-"""Classes up to which tables have a confusion matrix."""
+"""The largest number of classes for which Markdown tables include the confusion matrix."""
 
 TITLES = {
     "accuracy": "Accuracy",
@@ -38,7 +38,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its bootstrap interval; NaN where it is not defined."""
+    """A metric and its bootstrap interval; NaN where undefined."""
 
     value: float
     low: float = math.nan
@@ -53,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """Figures of one class against the rest. `support` is the number of images that show it."""
+    """Metrics of one class against the rest. `support` is the number of images of that class."""
 
     name: str
     support: int
@@ -62,22 +62,25 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
         task: "multiclass" or "multilabel".
         classes: names in the order of the label indices.
-        n_images: images scored.
-        n_patients: patients among them; None where patients are not known.
-        overall: scores by name. Precision, sensitivity, specificity, F1, AUROC and AUPRC are macro averages over the
+        n_images: number of images.
+        n_patients: number of patients; None where unknown.
+        overall: metrics by name. Precision, sensitivity, specificity, F1, AUROC and AUPRC are macro averages over the
             classes that occur.
         per_class: one row per class.
         confusion: `K x K` counts, row: true class, column: predicted; multi-label: `K x 2 x 2`, [[tn, fp], [fn, tp]].
-        resamples, level, resampled_by, seed: how the intervals were made; `resampled_by` is "image" or "patient".
-        threshold: probability from which a label counts as said, in multi-label tasks.
-        ece_bins: number of bins of the ECE.
-        notes: what a reader must know, such as classes without images.
-        context: whatever else belongs beside the figures: model, dataset, split, date.
+        resamples: bootstrap resamples of the intervals; 0: no intervals.
+        level: coverage of the intervals.
+        resampled_by: "image" or "patient".
+        seed: of the bootstrap.
+        threshold: probability above which a label is predicted, in multi-label tasks.
+        ece_bins: bins of the ECE.
+        notes: caveats, such as classes without images.
+        context: further information on the evaluation: model, dataset, split, date.
     """
 
     task: str
@@ -97,15 +100,20 @@ class Evaluation:
     context: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
-        """The value of an overall score: `evaluation["auroc"]`."""
+        """Returns the value of an overall metric: `evaluation["auroc"]`."""
         return self.overall[name].value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: NaN becomes None."""
+        """Returns plain data for JSON, with None for NaN."""
         return _without_nan(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Loads the result of `to_dict`.
+
+        Raises:
+            KeyError, TypeError: missing or unknown fields.
+        """
         values = dict(data)
         values["overall"] = {name: _estimate(row) for name, row in values["overall"].items()}
         values["per_class"] = tuple(
@@ -117,7 +125,7 @@ class Evaluation:
         return cls(**values)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """JSON text; also written to `path` if given."""
+        """Returns JSON text, and writes it to `path` if given."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
             write_text(path, text)
@@ -125,12 +133,12 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Evaluation:
-        """From a file, or from JSON text (which starts with a brace)."""
+        """Loads from a file, or from JSON text (which starts with a brace)."""
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         return cls.from_dict(json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8")))
 
     def to_markdown(self) -> str:
-        """Tables of the overall scores, the classes and the confusion matrix, for a model card or a terminal."""
+        """Returns tables of overall metrics, classes and the confusion matrix, for a model card or a terminal."""
         who = f"{self.n_images} images" + (f" of {self.n_patients} patients" if self.n_patients is not None else "")
         lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
         lines += _table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])

@@ -1,7 +1,7 @@
 """Classification scores of weighted samples, for many weightings at once.
 
-A bootstrap resample is a sample drawn w times, so every function takes weights `(R, N)` and gives one score per row:
-a thousand resamples cost one sort. With weights of one they are scikit-learn's scores (tested against it).
+In a bootstrap resample each sample is drawn w times, so every function takes weights `(R, N)` and returns one score per
+row: a thousand resamples cost one sort. With weights of one they equal scikit-learn's scores (tested).
 R: weightings, N: images, K: classes. Undefined scores (no positives, nothing predicted, ...) are NaN.
 """
 
@@ -18,18 +18,18 @@ Ints = NDArray[np.int64]
 Ranks = tuple[Ints, Ints]
 
 _SMALLEST_PROBABILITY = 1e-12
-_BLOCK_ELEMENTS = 2**22  # in memory at a time besides what is given: 32 MB of float64
+_BLOCK_ELEMENTS = 2**22  # of temporary arrays: 32 MB of float64
 
 
 def confusion(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Floats:
-    """`(R, K, K)`: weight of the images of class i (row) that were taken for class j (column)."""
+    """Returns `(R, K, K)`: weight of the images of class i (row) predicted as class j (column)."""
     cell = labels * k + predictions
     rows = [np.bincount(cell, row, k * k) for row in weights]
     return np.array(rows, dtype=np.float64).reshape(-1, k, k)
 
 
 def label_tables(truth: NDArray[np.bool_], said: NDArray[np.bool_], weights: Floats) -> Floats:
-    """2x2 tables `(R, K, 2, 2)`, [[tn, fp], [fn, tp]], of several labels at once, `(N, K)`."""
+    """Returns 2x2 tables `(R, K, 2, 2)`, [[tn, fp], [fn, tp]], of multi-label predictions `(N, K)`."""
     R, K = len(weights), truth.shape[1]
     tp, shown, found = (np.empty((R, K)) for _ in range(3))
     for columns in blocks(K, len(truth)):
@@ -40,8 +40,10 @@ def label_tables(truth: NDArray[np.bool_], said: NDArray[np.bool_], weights: Flo
 
 
 def class_tables(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Floats:
-    """One 2x2 table per class, `(R, K, 2, 2)`: [[tn, fp], [fn, tp]]. Never the confusion matrices of all weightings,
-    which take R times K times K."""
+    """Returns one 2x2 table per class, `(R, K, 2, 2)`: [[tn, fp], [fn, tp]].
+
+    Avoids the confusion matrices of all weightings, which take R x K x K elements.
+    """
     right = labels == predictions
     columns = ((labels[right], right), (labels, ...), (predictions, ...))
     tp, shown, found = (np.array([np.bincount(i, row[m], k) for row in weights]) for i, m in columns)
@@ -49,22 +51,23 @@ def class_tables(labels: Ints, predictions: Ints, k: int, weights: Floats) -> Fl
 
 
 def _tables(tp: Floats, shown: Floats, found: Floats, weights: Floats) -> Floats:
+    """Returns 2x2 tables from the weights of true positives, positives and predicted positives, each `(R, K)`."""
     fn, fp = shown - tp, found - tp
     tn = weights.sum(axis=1, keepdims=True) - tp - fn - fp
     return np.stack([np.stack([tn, fp], -1), np.stack([fn, tp], -1)], -2)
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
-    """Slices of `range(count)`, such that slices of rows of `size` elements stay below `_BLOCK_ELEMENTS`."""
+    """Returns slices of `range(count)` whose rows of `size` elements stay below `_BLOCK_ELEMENTS`."""
     step = max(1, _BLOCK_ELEMENTS // max(size, 1))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def rates(tables: Floats) -> dict[str, Floats]:
-    """Sensitivity, specificity, precision (PPV), NPV and F1, each `(R, K)`, of 2x2 tables `(R, K, 2, 2)`.
+    """Returns sensitivity, specificity, precision (PPV), NPV and F1, each `(R, K)`, of 2x2 tables `(R, K, 2, 2)`.
 
-    Precision and F1 of a class that occurs but is never predicted are 0, as in scikit-learn; where a class does not
-    occur at all, sensitivity, precision and F1 are NaN.
+    Precision and F1 of a class that occurs but is never predicted are 0, as in scikit-learn. Sensitivity, precision and
+    F1 of a class that does not occur are NaN.
     """
     tn, fp, fn, tp = (tables[..., i, j] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)))
     absent = tp + fn == 0
@@ -79,10 +82,10 @@ def rates(tables: Floats) -> dict[str, Floats]:
 
 
 def rank(scores: Floats) -> Ranks:
-    """Ascending order of the scores `(N,)`, and where in it each distinct score starts.
+    """Returns the ascending order of the scores `(N,)`, and the position in it where each distinct score starts.
 
     Raises:
-        ValueError: a score is NaN, which has no rank.
+        ValueError: a score is NaN.
     """
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN, which cannot be ranked")
@@ -92,10 +95,10 @@ def rank(scores: Floats) -> Ranks:
 
 
 def auroc_and_auprc(positive: NDArray[np.bool_], ranks: Ranks, weights: Floats) -> tuple[Floats, Floats]:
-    """Areas under the ROC curve and under the precision-recall curve, each `(R,)`.
+    """Returns the areas under the ROC curve and under the precision-recall curve, each `(R,)`.
 
-    AUROC is the chance that a positive scores above a negative, ties counting half. AUPRC is the average precision,
-    without interpolation. `ranks` is `rank(scores)`, which is computed once for all weightings.
+    AUROC is the probability that a positive scores above a negative, ties counting half. AUPRC is the average
+    precision, without interpolation. `ranks` is `rank(scores)`, computed once for all weightings.
     """
     order, starts = ranks
     ascending = weights[:, order]
@@ -105,7 +108,7 @@ def auroc_and_auprc(positive: NDArray[np.bool_], ranks: Ranks, weights: Floats) 
     misses = said - hits
     below = np.cumsum(misses, axis=1) - misses / 2
     area = _ratio((hits * below).sum(axis=1), all_hits * misses.sum(axis=1))
-    # Thresholds descend where ranks ascend: what is said at a threshold cumulates from the end.
+    # Predicted positives at a threshold are those ranked at or above it: cumulate from the end.
     said_above = np.cumsum(said[:, ::-1], axis=1)
     precision = np.divide(
         np.cumsum(hits[:, ::-1], axis=1), said_above, out=np.zeros_like(said_above), where=said_above > 0
@@ -114,9 +117,9 @@ def auroc_and_auprc(positive: NDArray[np.bool_], ranks: Ranks, weights: Floats) 
 
 
 def calibration_gaps(confidence: Floats, correct: Floats, bins: int) -> Floats:
-    """`(N, bins)`: correct minus confidence of each image, in the bin of its confidence.
+    """Returns `(N, bins)`: correct minus confidence of each image, in the bin of its confidence.
 
-    Both are `(N,)`, or `(N, L)` for several statements about each image, of which the mean counts.
+    Both are `(N,)`, or `(N, L)` for L predictions per image, which are averaged.
     """
     confidence, correct = (values.reshape(len(values), -1) for values in (confidence, correct))
     N, L = confidence.shape
@@ -130,7 +133,7 @@ def calibration_gaps(confidence: Floats, correct: Floats, bins: int) -> Floats:
 
 
 def expected_calibration_error(gaps: Floats, weights: Floats) -> Floats:
-    """ECE, `(R,)`: the mean over bins, weighted by their images, of |accuracy - mean confidence| (Guo et al. 2017).
+    """Returns the ECE, `(R,)`: |accuracy - mean confidence| averaged over bins by their images (Guo et al. 2017).
 
     Bins are of equal width over (0, 1], closed on the right; `gaps` is from `calibration_gaps`.
     """
@@ -138,22 +141,21 @@ def expected_calibration_error(gaps: Floats, weights: Floats) -> Floats:
 
 
 def bin_index(confidence: Floats, bins: int) -> Ints:
-    """Bin of each confidence, for bins of equal width that are closed on the right (0 falls into the first)."""
+    """Returns the bin of each confidence, for bins of equal width closed on the right (0 is in the first)."""
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def brier(truth: Ints, probabilities: Floats) -> Floats:
-    """Brier score of each image, `(N,)`; `truth` is `(N,)` class indices or `(N, K)` of 0 and 1.
+    """Returns the sum over classes of squared errors of each image, `(N,)`; `truth` is `(N,)` or `(N, K)` of 0 and 1.
 
-    More than two exclusive classes: the sum over classes of squared errors, in [0, 2]. Two classes, or several labels
-    at once: half of that, or the mean over labels, in [0, 1]. (scikit-learn's `scale_by_half="auto"`.)
+    The Brier score is this sum, in [0, 2], for more than two exclusive classes; half of it for two, and its mean over
+    labels for multi-label tasks, both in [0, 1] (scikit-learn's `scale_by_half="auto"`). The caller divides.
     """
     return _by_rows(lambda t, p: ((p - t) ** 2).sum(axis=1), truth, probabilities)
 
 
 def negative_log_likelihood(truth: Ints, probabilities: Floats) -> Floats:
-    """Cross entropy of each image in nats, `(N,)`; the mean over labels where several can hold at once, `truth` being
-    `(N, K)` of 0 and 1 then."""
+    """Returns cross entropy of each image in nats, `(N,)`: for multi-label `truth` `(N, K)` the mean over labels."""
     if truth.ndim == 1:
         return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], _SMALLEST_PROBABILITY, 1))
 
@@ -166,7 +168,7 @@ def negative_log_likelihood(truth: Ints, probabilities: Floats) -> Floats:
 
 
 def _by_rows(score: Callable[[Floats, Floats], Floats], truth: Ints, probabilities: Floats) -> Floats:
-    """A score of each image from 0 and 1 and probabilities, both (n, K), for some images at a time."""
+    """Computes a score of each image from 0/1 labels and probabilities, both (n, K), in blocks of images."""
     N, K = probabilities.shape
     found = np.empty(N)
     for rows in blocks(N, K):
@@ -177,11 +179,11 @@ def _by_rows(score: Callable[[Floats, Floats], Floats], truth: Ints, probabiliti
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """Numerator over denominator, NaN where that is 0/0."""
+    """Returns numerator over denominator, NaN for 0/0."""
     out = np.full(np.broadcast(numerator, denominator).shape, np.nan)
     return np.divide(numerator, denominator, out=out, where=denominator != 0)
 
 
 def _grouped(values: Floats, starts: Ints) -> Floats:
-    """Sums of `(R, N)` over runs of equal score, `(R, G)`."""
+    """Sums `(R, N)` over runs of equal score, to `(R, G)`."""
     return values if len(starts) == values.shape[1] else np.add.reduceat(values, starts, axis=1)

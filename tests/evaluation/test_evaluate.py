@@ -1,4 +1,4 @@
-"""A model on a labelled set: what is scored, what is written, and which classes belong together."""
+"""Evaluation of a model on a dataset: scores, result files and matching of classes."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ from medmamba.metrics import Evaluation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three classes of noise, test split alone, of different sizes and one grey image."""
+    """Makes three classes of noise images of different sizes, one of them grey, in a test split."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for label in range(3):
@@ -41,7 +41,7 @@ def calibrated(tiny_model):
 
 
 def test_it_scores_what_predict_says(calibrated, folder):
-    """The same logits, to half a step of 8 bits after resizing, and the same calibrated probabilities."""
+    """Same logits, to half an 8-bit level after resizing, and same calibrated probabilities."""
     scored = evaluate_model(calibrated, folder, device="cpu", resamples=50, batch_size=4)
     index = open_dataset(folder, "test")
     said = [predict(calibrated, folder / str(record.source)) for record in index.records]

@@ -1,4 +1,4 @@
-"""Temperature scaling and the warning for unusual images."""
+"""Temperature scaling and out-of-distribution scores."""
 
 import json
 
@@ -21,7 +21,7 @@ TASKS = ("multiclass", "multilabel")
 
 
 def sample(task: str, temperature: float, n: int = 20000, k: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `temperature` times too large for the labels that are drawn from them."""
+    """Returns labels, and logits `temperature` times too large for them."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, k)) * 2
     p = to_probabilities(z, task)
@@ -113,7 +113,7 @@ def test_config_round_trip() -> None:
         ({"method": "platt"}, "unknown calibration method 'platt'"),
         ({"temperature": 0}, "temperature must be above 0"),
         ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"ood": {"score": "magic", "threshold": 0, "coverage": 0.95}}, "unknown score 'magic'"),
+        ({"ood": {"score": "magic", "threshold": 0, "coverage": 0.95}}, "unknown out-of-distribution score 'magic'"),
         ({"ood": {"score": "energy"}}, "incomplete"),
     ],
 )
@@ -130,8 +130,8 @@ def test_a_stored_calibration_that_makes_no_sense(change: dict, message: str) ->
 @pytest.mark.parametrize(
     ("z", "labels", "message"),
     [
-        (np.zeros((2, 3)), [0], "do not fit"),
-        (np.zeros((0, 3)), [], "do not fit"),
+        (np.zeros((2, 3)), [0], "do not match"),
+        (np.zeros((0, 3)), [], "do not match"),
         (np.full((1, 3), np.nan), [0], "not finite"),
         (np.zeros((1, 3)), [3], "labels must be 0 to 2"),
     ],

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn and MedMNIST's published evaluator, bootstrap intervals, results as files."""
+"""Scores against scikit-learn and MedMNIST's evaluator, bootstrap intervals, result files."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def example(seed: int = 0, n: int = 600, k: int = K, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of unequal frequency and probabilities that are right more often than not."""
+    """Returns imbalanced labels and probabilities that are mostly correct."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(k, n, p=np.arange(1, k + 1) / np.arange(1, k + 1).sum())
     logits = rng.normal(size=(n, k))
@@ -300,7 +300,7 @@ def test_markdown() -> None:
         ([0, 1], [[0.5, 0.5]], "multiclass", "needs probabilities"),
         ([0, 5], [[0.5, 0.5]] * 2, "multiclass", "labels must be 0 to 1"),
         ([0, 1], [[2.0, -1.0]] * 2, "multiclass", "look like logits"),
-        ([0, 1], [[0.9, 0.9]] * 2, "multiclass", "add up to 1"),
+        ([0, 1], [[0.9, 0.9]] * 2, "multiclass", "sum to 1"),
         ([0, 1], [[np.nan, 0.5]] * 2, "multiclass", "finite"),
         ([0.5, 1], [[0.5, 0.5]] * 2, "multiclass", "integers"),
         ([0, 1], [[0.5, 0.5]] * 2, "multilabel", "needs probabilities"),
@@ -326,7 +326,7 @@ def test_two_classes_may_be_given_by_the_second_alone() -> None:
 
 
 def peak(function) -> int:
-    """Largest memory that NumPy and Python took beyond what there was, bytes."""
+    """Returns the peak of additional memory of NumPy and Python in bytes."""
     import tracemalloc
 
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Figures of an evaluation."""
+"""Plots of an evaluation."""
 
 import sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_reliability_diagram(predictions: tuple[np.ndarray, np.ndarray], tmp_pat
     upper, lower = figure.axes
     ece = evaluate(labels, p, NAMES, resamples=0)["ece"]
     assert upper.get_legend().get_texts()[0].get_text() == f"raw, ECE {ece:.3f}"
-    assert len(upper.lines) == 3 and lower.get_xlabel() == "probability said"
+    assert len(upper.lines) == 3 and lower.get_xlabel() == "predicted probability"
     several = np.eye(3, dtype=int)[labels]
     assert plots.reliability_figure(several, {"raw": p}).axes[0].get_ylabel() == "observed frequency"
     figure.savefig(tmp_path / "reliability.svg")

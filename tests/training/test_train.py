@@ -1,4 +1,4 @@
-"""Training: recipes, order, augmentation, optimiser, and runs that are stopped, killed, divided and resumed."""
+"""Training: recipes, order, augmentation, optimiser; runs stopped, killed, resumed and split over processes."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ COMMON = dict(device="cpu", progress=False, half=False, checkpoint_seconds=0.0)
 
 
 def make_folder(root: Path, counts=(16, 6, 6), classes=3, poison: str | None = None) -> Path:
-    """Noisy squares whose brightness is the class; `poison`: a split whose classes are rotated by one."""
+    """Makes noisy squares whose brightness is the class; `poison` is a split whose classes are rotated by one."""
     rng = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts, strict=True):
         for label in range(classes):
@@ -76,7 +76,7 @@ def finished(folder, tmp_path_factory):
 
 
 def scores(history: list[dict]) -> list[dict]:
-    """A history without what depends on the clock."""
+    """Returns a history without its timings."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in history]
 
 
@@ -554,7 +554,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(folder, tmp_path):
 
 
 def test_checkpoints_run_no_code(tmp_path):
-    """A pickle that calls a function is refused, not executed."""
+    """A pickle that calls a function is rejected, not executed."""
     marker = tmp_path / "executed"
 
     class Malicious:
@@ -580,7 +580,7 @@ def test_early_stopping_and_what_is_kept(folder, tmp_path, monkeypatch):
 
 
 def test_test_labels_decide_nothing(finished, tmp_path):
-    """With the classes of all test images changed, training chooses the same epoch, weights and calibration."""
+    """Changing the classes of all test images changes neither epoch, weights nor calibration."""
     poisoned = make_folder(tmp_path / "data", poison="test")
     result = train(poisoned, tmp_path / "out", "default", "test", **QUICK, **COMMON)
     assert result.best_epoch == finished.best_epoch and same_weights(result.out, finished.out)
@@ -589,7 +589,7 @@ def test_test_labels_decide_nothing(finished, tmp_path):
 
 
 def test_accumulated_parts_give_the_same_first_loss(folder, tmp_path):
-    """Batch norm sees the parts, so only what precedes it in depth is alike; the sum over parts must be right."""
+    """Batch norm sees the parts separately, so losses are only close; the sum over parts must be right."""
     options = {**QUICK, "epochs": 1, "drop_path": 0.0}
     one = train(folder, tmp_path / "one", "default", "test", **options, **COMMON)
     two = train(folder, tmp_path / "two", "default", "test", accumulate=2, **options, **COMMON)
@@ -597,7 +597,7 @@ def test_accumulated_parts_give_the_same_first_loss(folder, tmp_path):
 
 
 class _ReplayedByHand(graphed_step.GraphedStep):
-    """A graphed step without a GPU: what a replay does to buffers and gradients, done by Python."""
+    """A graphed step without a GPU, which reproduces the effect of a replay on buffers and gradients."""
 
     captured = 0
 
@@ -619,7 +619,7 @@ class _ReplayedByHand(graphed_step.GraphedStep):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, accumulate):
-    """Gradients at a fixed place, overwritten or added to, captured again when the size of the images changes."""
+    """Gradients at fixed addresses, overwritten or accumulated, recaptured when the image size changes."""
     settings = {**QUICK, "epochs": 2, "final_epochs": 1, "final_size": 48, "drop_path": 0.3, "clip_grad": 0.5}
     options = {**COMMON, "accumulate": accumulate, "allow_leakage": ()}
     train(folder, tmp_path / "eager", "default", "test", **settings, **options)
@@ -651,7 +651,7 @@ graphed_step.graphs_possible, graphed_step.capture = lambda accelerator: True, c
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [None, -1, 1], ids=["ddp", "graphs", "graph of one process fails"])
 def test_two_processes_train_as_one_with_two_parts(broken, folder, tmp_path, one_with_two_parts):
-    """Same global batch, same images in each part, so the same gradients, losses, statistics and scores."""
+    """Same global batch and images in each part, so same gradients, losses, statistics and scores."""
     options, one = one_with_two_parts
     script = tmp_path / "script.py"
     script.write_text("" if broken is None else f"import os\nBROKEN = {broken}" + WITH_GRAPHS)
@@ -774,7 +774,7 @@ def test_several_labels_per_image(tmp_path):
 
 
 def test_averaged_weights_are_the_ones_kept(folder, tmp_path):
-    """With decay so high that the average hardly moves, the kept weights stay near the start."""
+    """With a decay so high that the average hardly moves, the saved weights stay near the initial ones."""
     options = {**QUICK, "epochs": 1}
     slow = train(folder, tmp_path / "a", "default", "test", **{**options, "ema": 0.99}, **COMMON)
     none = train(folder, tmp_path / "b", "default", "test", **{**options, "ema": 0.0}, **COMMON)

@@ -104,7 +104,7 @@ def test_what_cannot_be_captured_is_trained_without(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize("mode", ["auto", "off"])
 @pytest.mark.parametrize("batch_size", [8, 64], ids=["synchronised batch norm", "graphs"])
 def test_two_gpus_train_as_one_with_two_parts(mode, batch_size, tmp_path):
-    """As on two CPUs; with fewer than 32 images each, batch norm looks at both halves."""
+    """As on two CPUs; with fewer than 32 images each, batch norm is synchronised."""
     data = make_folder(tmp_path / "data", counts=(64, 8, 8))
     # In float32: in bfloat16 the order of sums shows after a few steps.
     options = {**SETTINGS, **OPTIONS, "batch_size": batch_size, "drop_path": 0.0, "ema": 0.0, "precision": "fp32"}
@@ -124,7 +124,7 @@ def test_two_gpus_train_as_one_with_two_parts(mode, batch_size, tmp_path):
 
 
 def _waiting(loss):
-    """A loss that looks at its value, which stops the queue and cannot be in a graph."""
+    """Wraps a loss so that it reads its value, which synchronises and cannot be captured."""
 
     def waiting(*args, **kwargs):
         found = loss(*args, **kwargs)

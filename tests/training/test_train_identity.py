@@ -1,4 +1,4 @@
-"""What makes a run this run: contents, not names; one run a folder; nothing of the caller's is changed."""
+"""Identity of runs by content, locking of the output folder, and state of the caller left unchanged."""
 
 import dataclasses
 import json
@@ -152,7 +152,7 @@ def test_labels_splits_patients_and_order_are_part_of_the_data(folder):
 
 
 def test_two_runs_into_one_folder(folder, tmp_path):
-    """The second is refused while the first goes on; what a killed one leaves behind stops nobody."""
+    """The second is rejected while the first runs; a lock file left by a killed run does not block."""
     lock = tmp_path / "checkpoint" / "run.lock"
     with locked(lock, "x"), pytest.raises(LockedError, match=rf"is being trained by .*process {os.getpid()} .*--out"):
         run(folder, tmp_path)
@@ -161,7 +161,7 @@ def test_two_runs_into_one_folder(folder, tmp_path):
 
 
 def test_a_second_run_that_comes_while_one_goes_on(folder, tmp_path, monkeypatch):
-    """In another thread, in the middle of the first; neither mixes with the other."""
+    """In another thread, while the first is running."""
     errors, fit = [], Trainer.fit
 
     def fit_and_try(self):
@@ -245,7 +245,7 @@ def test_validation_changes_nothing_in_the_model(folder, tiny_model):
 
 
 def test_weights_that_are_no_numbers_are_never_kept(folder, tmp_path, monkeypatch):
-    """The loss is that of the weights before the step, so a step can spoil what is about to be saved."""
+    """The loss reflects the weights before the step, so the step itself can break those about to be saved."""
     run(folder, tmp_path, max_seconds=0.0, epochs=3)
     good = (tmp_path / "checkpoint" / "last.pt").read_bytes()
     step = Trainer._step
@@ -289,7 +289,7 @@ def test_the_history_is_json_whatever_the_scores(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("largest", [255, 4095, 65535])
 def test_a_training_batch_is_what_predict_sees(tmp_path, largest):
-    """Without augmentation, the tensors of the two are the same to half a step of what the files hold."""
+    """Without augmentation, both give the same tensors to half a level of the files' bit depth."""
     index = open_dataset(make_folder(tmp_path / "data", largest=largest))
     accelerator = make_accelerator("cpu", "fp32")
     model = MedMamba(dataclasses.replace(variant_config("test"), num_classes=2, id2label={0: "a", 1: "b"}))
