@@ -173,11 +173,26 @@ def _check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None]) -> No
 
 
 def _exporting() -> bool:
-    """Whether a program is being made that chooses where it runs, not where it was made, and with gradients or not.
-    PyTorch 2.11 takes torch.compile for an export."""
-    if torch.compiler.is_dynamo_compiling():
+    """Returns whether a program is exported or traced, whose backend is chosen where it runs, not where it was made.
+
+    Raises:
+        RuntimeError: the export is that of torch.onnx, which cannot translate the scan.
+    """
+    if torch.compiler.is_dynamo_compiling():  # torch.compile, which PyTorch 2.11 reports as an export too
         return False
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    if _exporting_onnx():
+        raise RuntimeError(
+            "torch.onnx.export does not know the selective scan: use medmamba.export.to_onnx(model, 'model.onnx'), "
+            "or `medmamba export MODEL --to onnx --out model.onnx`"
+        )
+    return True
+
+
+@torch.compiler.assume_constant_result  # otherwise torch.export traces it to False
+def _exporting_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, length: int) -> Tensor:

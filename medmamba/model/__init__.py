@@ -1,5 +1,6 @@
-"""The network, and the classifier around it: read `network.py` first."""
+"""The network and the classifier built on it; start reading at `network.py`."""
 
+from .fused import FusedMedMamba
 from .medmamba import MedMamba, create_model
 from .network import (
     DIRECTIONS,
@@ -7,6 +8,7 @@ from .network import (
     SS2D,
     ConvBranch,
     DropPath,
+    MedMambaNetwork,
     PatchEmbed,
     PatchMerging,
     SSConvSSM,
@@ -19,7 +21,9 @@ __all__ = [
     "SS2D",
     "ConvBranch",
     "DropPath",
+    "FusedMedMamba",
     "MedMamba",
+    "MedMambaNetwork",
     "PatchEmbed",
     "PatchMerging",
     "SSConvSSM",

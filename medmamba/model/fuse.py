@@ -7,58 +7,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..inference.fitted import carry_over
+from .fused import ChannelAffine, FusedMedMamba, Pointwise, fused_class
+from .network import ConvBranch, MedMambaNetwork
+
 SCAN_PARAMETERS = (".dt_weight", ".dt_bias", ".A_log", ".D")
 
 
-class ChannelAffine(nn.Module):
-    """x * scale + shift per channel of (B, C, H, W).
-
-    What is left of the batch norm before the first convolution. Its shift cannot move into the convolution: there, the
-    zero padding comes after the shift.
-    """
-
-    def __init__(self, scale: Tensor, shift: Tensor):
-        super().__init__()
-        self.register_buffer("scale", scale.view(-1, 1, 1).clone())
-        self.register_buffer("shift", shift.view(-1, 1, 1).clone())
-        self.scale: Tensor
-        self.shift: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale)
-
-
-class Pointwise(nn.Linear):
-    """A 1x1 convolution as a matrix product over channels-last memory, which needs no layout change on any device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
-
-
 @torch.no_grad()
-def fuse(model, dtype: torch.dtype | None = None):
-    """A copy of a MedMamba in eval mode, its batch norms folded away. It can predict and be differentiated for its
-    input, but not be trained or saved. On NVIDIA GPUs its blocks run as few kernels, see `fused_model.py`. A copy of a
-    subclass keeps the methods of the subclass.
+def fuse(model: MedMambaNetwork, dtype: torch.dtype | None = None) -> FusedMedMamba:
+    """Returns a copy of a model for inference, its batch norms folded into the convolutions.
+
+    The copy can predict and be differentiated with respect to its input, but not be trained or saved. On NVIDIA GPUs
+    its blocks run as few kernels, see `fused.py`. A copy of a subclass keeps the methods of the subclass.
 
     Args:
-        dtype: of weights and activations, e.g. torch.bfloat16, which spares autocast its conversions of every weight at
-            every call. The scan and its parameters stay in float32.
+        model: a MedMamba, in eval mode.
+        dtype: of weights and activations, such as torch.bfloat16, which saves the conversion of every weight at every
+            call under autocast. The scan and its parameters stay in float32. None keeps the dtype.
 
     Raises:
-        ValueError: the model or a batch norm in it is in training mode, where batch norms depend on the batch; layers
-            were replaced by others, such as adapters, that a batch norm cannot be folded into.
+        ValueError: the model or one of its batch norms is in training mode, where outputs depend on the batch, or
+            layers were replaced by others, such as adapters, that a batch norm cannot be folded into.
     """
-    from ..inference.fitted import carry_over
-    from .fused import fused_class
-    from .network import ConvBranch
-
     if model.training or any(m.training for m in model.modules() if isinstance(m, _BatchNorm)):
         raise ValueError("fuse() needs a model in eval mode: call model.eval() first")
     branches = [(n, m) for n, m in model.named_modules() if isinstance(m, ConvBranch) and isinstance(m[0], _BatchNorm)]
     for name, branch in branches:
         _check_branch(name, branch)
-    fused = copy.deepcopy(model)
+    fused: Any = copy.deepcopy(model)
     fused.__class__ = fused_class(type(model))
     for name, _ in branches:
         _fuse_branch(fused.get_submodule(name))
@@ -67,7 +44,7 @@ def fuse(model, dtype: torch.dtype | None = None):
             if not name.endswith(SCAN_PARAMETERS):
                 parameter.data = parameter.data.to(dtype)
     carry_over(model, fused)
-    return fused.eval()  # new layers begin in training mode
+    return fused.eval()  # new layers start in training mode
 
 
 def _check_branch(name: str, branch: nn.Sequential) -> None:
@@ -93,7 +70,7 @@ def _fuse_branch(branch: Any) -> None:
         conv.weight.mul_(scale.view(-1, 1, 1, 1))
         conv.bias.mul_(scale).add_(shift)
         conv.to(memory_format=torch.channels_last)
-    # Not initialised, which would draw from the random numbers of the caller.
+    # Skips the random initialisation, which would advance the caller's generator.
     pointwise = Pointwise(conv3.in_channels, conv3.out_channels, device="meta", dtype=conv3.weight.dtype)
     pointwise.to_empty(device=conv3.weight.device)
     pointwise.weight.copy_(conv3.weight.flatten(1))

@@ -1,11 +1,11 @@
-"""A model for inference whose blocks run as few kernels on an NVIDIA GPU: `model.fuse()` makes it.
+"""A model for inference whose blocks run as few kernels on an NVIDIA GPU; `model.fuse()` returns one.
 
-Per block: two convolutions with their ReLU, four matrix products, a depthwise convolution with its SiLU, the scan, its
-norm and gate, and the mixing of the branches with the preparation of the next block: ten launches, none of which reads
-or writes more than it must. Elsewhere (CPUs, gradients, torch.compile, autocast over float32 weights, layers that were
-replaced by others) the layers of `model.py` run one by one. Hooks on layers inside a block are called only there.
+Each block launches ten kernels: two convolutions with their ReLU, four matrix products, the depthwise convolution with
+its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. Anywhere
+else (CPUs, gradients, torch.compile, autocast over float32 weights, replaced layers), the layers of `network.py` run
+one by one. Hooks on layers inside a block fire only there.
 
-Any number of threads may use one fused model, and one graph of it, at the same time, each on a CUDA stream of its own.
+Fused models and their graphs are thread-safe; each thread may use a CUDA stream of its own.
 """
 
 import threading
@@ -16,16 +16,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import cuda_graphs, resolve_backend
-from ..kernels.block import inference as fused
-from ..kernels.block.layers import pad_rank
+from ..kernels import resolve_backend
+from ..kernels.block import inference
+from ..kernels.cuda import graph_capture
 from ..kernels.dispatch import transformed
 from ..kernels.once import once
-from .fuse import ChannelAffine, Pointwise
-from .medmamba import MedMamba
-from .network import SS2D, ConvBranch, DropPath, PatchEmbed, PatchMerging, SSConvSSM, Stage
+from .network import SS2D, ConvBranch, DropPath, MedMambaNetwork, PatchEmbed, PatchMerging, SSConvSSM, Stage, pad_rank
 
-# What the kernels stand for. A subclass or another layer, such as an adapter, may compute something else.
+
+class ChannelAffine(nn.Module):
+    """Computes x * scale + shift per channel of (B, C, H, W).
+
+    Replaces the batch norm before the first convolution. Its shift cannot be folded into that convolution, whose zero
+    padding is applied after the shift.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale.view(-1, 1, 1).clone())
+        self.register_buffer("shift", shift.view(-1, 1, 1).clone())
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as a matrix product over channels-last memory, which needs no layout change on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+# The layers that the kernels implement, by exact type: a subclass or an adapter may compute something else.
 LAYERS = {
     *(PatchEmbed, PatchMerging, Stage, SSConvSSM, SS2D, ConvBranch, DropPath, ChannelAffine, Pointwise),
     *(nn.Conv2d, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.ReLU),
@@ -34,7 +58,7 @@ _preparing = threading.Lock()
 
 
 class _Block(NamedTuple):
-    """What the kernels take of one block, in their layout and types."""
+    """Weights of one block in the layout and dtypes of the kernels."""
 
     convs: tuple[nn.Conv2d, nn.Conv2d]
     pointwise: nn.Linear
@@ -48,22 +72,26 @@ class _Block(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """All blocks by stage, and the parameters and buffers that they were made from, in the state `version`."""
+    """Prepared blocks by stage, with the parameters and buffers they derive from and the version of those."""
 
     blocks: list[list[_Block]]
     sources: list[Tensor]
     version: int
 
 
-class FusedMedMamba(MedMamba):
-    """See the module. Made by `MedMamba.fuse`; of a subclass of MedMamba by `fused_class`."""
+class FusedMedMamba(MedMambaNetwork):
+    """Mixin that runs a folded network by fused kernels, in front of the class that was fused; see `fused_class`.
 
+    Evaluation only: refuses to be trained, saved or pushed.
+    """
+
+    _base: type[MedMambaNetwork] = MedMambaNetwork  # the class that was fused
     _blocks: _Prepared | None = None
-    _plain: bool | None = None  # whether all layers are those that the kernels stand for; None: not looked yet
-    _changes = 0  # how often layers were moved, loaded or replaced
+    _plain: bool | None = None  # whether the kernels implement all layers; None: not checked yet
+    _changes = 0  # number of times that layers were moved, loaded or replaced
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """The feature maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
+        """Returns the maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
         self._check_input(x)
         if x.dtype != (dtype := self.patch_embed.proj.weight.dtype):
             x = x.to(dtype)
@@ -71,16 +99,18 @@ class FusedMedMamba(MedMamba):
 
     @torch.inference_mode()
     def graphed(self, example: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from images of the shape of `example` to their logits, as one CUDA graph: what is left of small
-        batches is the time of the GPU, without that of Python.
+        """Captures a CUDA graph and returns it as a function from images to logits, without Python's launch overhead.
 
-        Each call returns a tensor of its own. Threads may share the function, on one CUDA stream or several: calls then
-        run one after the other, because a graph has one place for its images. For calls that run side by side, make a
-        graph for each thread. The function keeps the weights that it was captured with.
+        Each call returns a new tensor. The function is thread-safe on one or several CUDA streams, but calls are
+        serialised because a graph has one input buffer; capture one graph per thread for concurrent calls. The function
+        keeps the weights that it was captured with.
+
+        Args:
+            example: images (B, in_chans, H, W); the function takes batches of exactly this shape.
 
         Raises:
-            ValueError: not on an NVIDIA GPU, or no image in `example`. The function: images of another shape.
-            RuntimeError: from the function, the model has been moved or its weights loaded since.
+            ValueError: the model is not on an NVIDIA GPU, or `example` is empty; from the function, another shape.
+            RuntimeError: from the function, if the model was moved or its weights were loaded since.
         """
         images = example.to(self.patch_embed.proj.weight.device).clone()
         if not images.is_cuda:
@@ -88,11 +118,11 @@ class FusedMedMamba(MedMamba):
         if not len(images):
             raise ValueError(f"a graph needs at least one image, got {tuple(images.shape)}")
         device, graph = images.device, torch.cuda.CUDAGraph()
-        cuda_graphs.warm_up(device, lambda: self(images))
+        graph_capture.warm_up(device, lambda: self(images))
         changes = self._changes
-        # What the graph reads must outlive the model, and what replaces it in the model.
+        # The graph reads these tensors, so they must outlive the model and replacements in it.
         weights = self._blocks, [t.detach() for t in (*self.parameters(), *self.buffers())]
-        logits = cuda_graphs.record(graph, device, lambda: self(images))
+        logits = graph_capture.record(graph, device, lambda: self(images))
         lock, finished, last = threading.Lock(), torch.cuda.Event(), torch.cuda.current_stream(device)
         with torch.cuda.device(device):
             finished.record()
@@ -106,7 +136,7 @@ class FusedMedMamba(MedMamba):
                 raise RuntimeError("the model has changed since this graph was made: call model.graphed(...) again")
             with lock, torch.cuda.device(device):
                 stream = torch.cuda.current_stream()
-                if stream != last:  # the last call may still be reading or writing
+                if stream != last:  # the previous call may still read or write the buffers
                     stream.wait_event(finished)
                 images.copy_(batch)
                 graph.replay()
@@ -118,30 +148,30 @@ class FusedMedMamba(MedMamba):
         run.weights = weights  # type: ignore[attr-defined]
         return run
 
-    # --- what a fused model cannot do ---
+    # --- unsupported operations ---
 
     def train(self, mode: bool = True):
-        """Only evaluation mode: training raises RuntimeError."""
+        """Sets evaluation mode; raises RuntimeError for training mode."""
         if mode:
             _refuse("cannot be trained: its batch norms are folded into the convolutions", "train")
         return super().train(False)
 
     def save_pretrained(self, *args, **kwargs) -> NoReturn:  # type: ignore[override]
-        """Raises RuntimeError: nothing could load it."""
+        """Raises RuntimeError: `from_pretrained` could not load the result."""
         _refuse("cannot be saved: its layers are not those that from_pretrained builds", "save")
 
     def push_to_hub(self, *args, **kwargs) -> NoReturn:  # type: ignore[override]
-        """Raises RuntimeError: nothing could load it."""
+        """Raises RuntimeError: `from_pretrained` could not load the result."""
         _refuse("cannot be pushed: its layers are not those that from_pretrained builds", "push")
 
-    # --- what it is prepared from ---
+    # --- weights and the blocks prepared from them ---
 
     def _apply(self, fn, recurse=True):
-        self._forget()  # moved, or of another type
+        self._forget()  # moved or cast
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args, **kwargs):
-        """As of any module; graphs made before refuse to run."""
+        """Loads a state dict as any module does; invalidates graphs captured before."""
         self._forget()
         return super().load_state_dict(*args, **kwargs)
 
@@ -156,8 +186,6 @@ class FusedMedMamba(MedMamba):
     def __reduce__(self):
         return _unpickle, (self._base,), self.__dict__ | {"_blocks": None}
 
-    _base: type[MedMamba] = MedMamba
-
     def _runs_fused(self, x: Tensor) -> bool:
         weight = self.patch_embed.proj.weight
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (x.is_cuda and weight.device == x.device):
@@ -168,7 +196,7 @@ class FusedMedMamba(MedMamba):
             return False
         if self._plain is None:
             parts = (self.patch_embed, self.stages, self.downsamples)
-            own = super().forward_pyramid.__func__ is MedMamba.forward_pyramid  # type: ignore[attr-defined]
+            own = super().forward_pyramid.__func__ is MedMambaNetwork.forward_pyramid  # type: ignore[attr-defined]
             self._plain = own and all(type(m) in LAYERS for part in parts for m in part.modules())
             self._share("_plain", self._plain)
         if not self._plain:
@@ -179,7 +207,7 @@ class FusedMedMamba(MedMamba):
         return fits and resolve_backend(x.device, weight.dtype, ssm.scan_backend) == "cuda"
 
     def _prepared(self) -> list[list[_Block]]:
-        """The blocks for the kernels. One thread makes them, others wait for it, and for the GPU to have made them."""
+        """Returns the prepared blocks. One thread prepares them; others wait for it and for the GPU to finish."""
         plan = self._blocks
         if plan is not None and _version(plan.sources) == plan.version:
             return plan.blocks
@@ -192,50 +220,48 @@ class FusedMedMamba(MedMamba):
                 plan = _Prepared([[_prepare(block) for block in stage.blocks] for stage in stages], sources, version)
                 if sources[0].is_cuda:
                     if torch.cuda.is_current_stream_capturing():
-                        return plan.blocks  # they are filled when the graph is replayed, so they are for it alone
+                        return plan.blocks  # filled when the graph is replayed, so private to that graph
                     torch.cuda.current_stream(sources[0].device).synchronize()  # others read them on other streams
                 self._blocks = plan
                 self._share("_blocks", plan)
             return plan.blocks
 
     def _share(self, name: str, value: Any) -> None:
-        """Leaves with the original what an `eval_view` of it, with the same weights, has found out."""
+        """Copies what an `eval_view` computed from the shared weights to the original, for its next view."""
         original = self.__dict__.get("_viewed", lambda: None)()
         if original is not None and original._changes == self._changes:  # not moved or loaded since
             original.__dict__[name] = value
 
     @torch.no_grad()
     def cuda_pyramid(self, x: Tensor) -> list[Tensor]:
-        """`forward_pyramid` by the kernels of `kernels/fused.py`, for tensors where these run."""
+        """Returns `forward_pyramid(x)` computed by the kernels of `kernels/block/inference.py`."""
         embed: Any = self.patch_embed
         x = embed.proj(x.to(embed.proj.weight.dtype).contiguous(memory_format=torch.channels_last))
-        x = fused.norm(x.permute(0, 2, 3, 1).contiguous(), *_norm(embed.norm))  # (B, H, W, C)
+        x = inference.norm(x.permute(0, 2, 3, 1).contiguous(), *_norm(embed.norm))  # (B, H, W, C)
         maps = []
         for i, blocks in enumerate(self._prepared()):
             if i:
                 merging: Any = self.downsamples[i - 1]
-                x = F.linear(fused.gather_norm(x, *_norm(merging.norm)), merging.reduction.weight)
-            _, *halves = fused.mix_split(x, None, blocks[0].split)
+                x = F.linear(inference.gather_norm(x, *_norm(merging.norm)), merging.reduction.weight)
+            _, *halves = inference.mix_split(x, None, blocks[0].split)
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 left, right = halves
                 assert left is not None and right is not None
                 mixed = _conv_branch(left, block), _scan_branch(right, block)
-                x, *halves = fused.mix_split(x, mixed, following.split if following else None)
+                x, *halves = inference.mix_split(x, mixed, following.split if following else None)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 
 
 @once
-def fused_class(base: type[MedMamba]) -> type[FusedMedMamba]:
-    """Returns the class of a fused model of class `base`, which keeps what `base` adds, such as another head."""
+def fused_class(base: type[MedMambaNetwork]) -> type[FusedMedMamba]:
+    """Returns the fused counterpart of class `base`, which keeps what `base` adds, such as another head."""
     if issubclass(base, FusedMedMamba):
         return base
-    if base is MedMamba:
-        return FusedMedMamba
     return type(f"Fused{base.__name__}", (FusedMedMamba, base), {"_base": base, "__doc__": FusedMedMamba.__doc__})
 
 
-def _unpickle(base: type[MedMamba]) -> FusedMedMamba:
+def _unpickle(base: type[MedMambaNetwork]) -> FusedMedMamba:
     cls = fused_class(base)
     return cls.__new__(cls)
 
@@ -245,15 +271,15 @@ def _refuse(what: str, verb: str) -> NoReturn:
 
 
 def _version(tensors: list[Tensor]) -> int:
-    """Rises when one of them is written to."""
+    """Returns a number that grows whenever one of the tensors is written to."""
     try:
         return sum([t._version for t in tensors])
-    except RuntimeError:  # made in inference mode, where nothing is counted
+    except RuntimeError:  # tensors made in inference mode carry no version counter
         return sum(t._version for t in tensors if not t.is_inference())
 
 
 def _conv_branch(x: Tensor, block: _Block) -> Tensor:
-    """(B, H, W, C/2) to the same, before the last ReLU."""
+    """Returns the convolution branch of x (B, H, W, C/2) before its last ReLU, in the same shape."""
     x = x.permute(0, 3, 1, 2)  # (B, C/2, H, W), channels_last
     for conv in block.convs:
         if x.is_cuda:
@@ -264,11 +290,11 @@ def _conv_branch(x: Tensor, block: _Block) -> Tensor:
 
 
 def _scan_branch(x: Tensor, block: _Block) -> Tensor:
-    """(B, H, W, C/2) to the same."""
+    """Returns the scan branch of x (B, H, W, C/2), in the same shape."""
     x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)  # (B, H, W, C) each
-    x = fused.depthwise_silu(x, *block.depthwise)
+    x = inference.depthwise_silu(x, *block.depthwise)
     proj = F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))  # (B, H, W, K, R4 + 2N)
-    return F.linear(fused.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
+    return F.linear(inference.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
 
 
 def _prepare(block: SSConvSSM) -> _Block:

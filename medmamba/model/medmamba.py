@@ -1,10 +1,13 @@
 """The classifier: the network with its weights, labels and preprocessing."""
 
+from typing import cast
+
 import torch
 
 from ..config import MedMambaConfig, variant_config
 from ..inference.predict import predict
 from ..pretrained import PretrainedMixin
+from .fuse import fuse
 from .network import MedMambaNetwork
 
 
@@ -26,20 +29,21 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
         return predict(self, images, top_k, batch_size, frame=frame, window=window)
 
     def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
-        """A copy for inference with the batch norms folded into the convolutions; same outputs to float accuracy, or to
-        that of `dtype` (torch.bfloat16), in which it then computes all but the scan."""
-        from .fuse import fuse
+        """Returns a copy for inference with the batch norms folded into the convolutions.
 
-        return fuse(self, dtype)
+        Outputs agree to float accuracy, or to that of `dtype` (such as torch.bfloat16), in which everything but the
+        scan then runs. See `medmamba.model.fuse.fuse`.
+        """
+        return cast(MedMamba, fuse(self, dtype))
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
-        """Replaces the classifier by a new, randomly initialised one, and forgets what was learnt for the old one."""
+        """Replaces the classifier by a randomly initialised one; discards calibration and OOD detection of the old one."""
         super().reset_classifier(num_classes, id2label)
         self.unusual = None
 
 
 def create_model(name: str = "tiny", num_classes: int = 1000, in_chans: int = 3, **config) -> MedMamba:
-    """A randomly initialised MedMamba.
+    """Builds a randomly initialised MedMamba.
 
     Args:
         name: "nano" (1.8M parameters), "tiny" (14.5M), "small" (18.6M), "base" (39.9M) as the published code builds

@@ -5,50 +5,133 @@
       -> Stage 1..4     SSConvSSM blocks, then PatchMerging except last   (B, H/32, W/32, dims[3])
       -> mean over pixels -> Linear                                       (B, num_classes)
 
+Tiny, the default of `MedMambaConfig`: dims 96, 192, 384, 768; 2, 2, 4, 2 blocks; state size N = 16; the rank of the
+step size projection is R = ceil(dim / 32).
+
 Feature maps are channels-last, (B, H, W, C), throughout. A permute to (B, C, H, W) is a view of the same memory, which
 PyTorch calls the channels_last memory format, so the convolutions work on it without a copy.
+
+The whole network is defined here, in plain PyTorch, except for the recurrence of the scan (`kernels/reference.py`,
+stated in `SS2D`). A function marked `@replaceable` runs as a CUDA kernel where `kernels/block/eligibility.py` allows.
 
 Written from the paper and the layout of the published weights; `integrations/upstream.py` maps those onto this model.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import MedMambaConfig
 from ..kernels import resolve_backend, selective_scan_2d
-from ..kernels.block import layers
+from ..kernels.block import replaceable
 from ..kernels.reference import compute_dtype
+from .checkpointing import checkpoint_block
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
-MIN_SIZE = 32  # pixels of a side, for four stages and patches of 4; that of a model is `config.min_size`
+MIN_SIZE = 32  # pixels per side, for four stages and patches of 4; that of a model is `config.min_size`
 
 
-class DropPath(nn.Module):
-    """Draws which samples of a residual branch are dropped in training (stochastic depth, arXiv 1603.09382)."""
+@replaceable("channel_norm")
+def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Normalises each pixel of x (B, H, W, C), in the dtype of x also under autocast."""
+    return norm(x).to(x.dtype)
 
-    def __init__(self, rate: float):
+
+@replaceable("merge_norm")
+def merge_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Concatenates each 2x2 patch of x (B, H, W, C) and normalises it: (B, H/2, W/2, 4C).
+
+    The order is (row, column) = (0,0), (1,0), (0,1), (1,1), as in Swin. An odd last row or column is dropped.
+    """
+    B, H, W, C = x.shape
+    x = x[:, : H // 2 * 2, : W // 2 * 2].reshape(B, H // 2, 2, W // 2, 2, C)
+    return norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3))
+
+
+class PatchEmbed(nn.Module):
+    """Embeds patches of an image: (B, in_chans, H, W) to (B, H/patch, W/patch, dim)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int):
         super().__init__()
-        self.rate = rate
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+        self.scan_backend: str | None = None
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        """What each sample of x is to be multiplied with, 0 or 1 / (1 - rate), float32 (B, 1, 1, 1); None: nothing."""
-        if not self.training or self.rate == 0:
-            return None
-        kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)
-        return kept / (1 - self.rate)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/patch, W/patch, dim)
+        return channel_norm(x, self.norm, backend=self.scan_backend)
 
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+
+class PatchMerging(nn.Module):
+    """Halves the resolution and doubles the channels: (B, H, W, C) to (B, H/2, W/2, 2C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.scan_backend: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(merge_norm(x, self.norm, backend=self.scan_backend))
+
+
+@replaceable("conv_silu")
+def conv_silu(wide: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Splits wide (B, H, W, 2C) into x and gate (B, H, W, C); returns silu(depthwise 3x3 convolution of x), gate."""
+    x, gate = wide.chunk(2, dim=-1)
+    return F.silu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), gate
+
+
+def project(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Projects each pixel to what the scan reads there in each direction.
+
+    Args:
+        x: (B, H, W, C). x_proj: (K, R + 2N, C). dt_weight: (K, C, R).
+
+    Returns:
+        proj (B, H, W, K, R + 2N) and dt_weight; on GPUs, both with R padded by `pad_rank`.
+    """
+    if _pads_rank(x):
+        x_proj, dt_weight = pad_rank(x_proj, dt_weight)
+    return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]), dt_weight
+
+
+def pad_rank(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pads R with zeros to a multiple of 4: the same scan, with aligned matrix products and loads.
+
+    Args:
+        x_proj: (K, R + 2N, C). dt_weight: (K, C, R).
+    """
+    R = dt_weight.shape[2]
+    if R % 4 == 0:
+        return x_proj, dt_weight
+    code, vectors = x_proj[:, :R], x_proj[:, R:]
+    return torch.cat((F.pad(code, (0, 0, 0, -R % 4)), vectors), dim=1), F.pad(dt_weight, (0, -R % 4))
+
+
+def _pads_rank(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+@replaceable("gate_project")
+def gate_project(y: Tensor, gate: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """Returns linear(norm(y) * silu(gate)): y and gate (B, H, W, C) to (B, H, W, dim)."""
+    return linear(norm(y) * F.silu(gate))
 
 
 class SS2D(nn.Module):
-    """Selective scan of a feature map in four directions, between two linear layers with a gate (section 3.2)."""
+    """Selective scan of a feature map in four directions, between two linear layers with a gate (section 3.2).
+
+    At each pixel, direction k reads [code (R) | B (N) | C (N)] = x_proj[k] @ x. Along the pixels t in its order, with
+    dt = softplus(dt_weight[k] @ code + dt_bias[k]) and A = -exp(A_log[k]), each channel has a state h of size N:
+
+        h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] * B[t]
+        y[t] = <C[t], h[t]> + D[k] * x[t]
+
+    The orders are row-major, column-major, and both reversed; the four y are put back in pixel order and summed.
+    """
 
     def __init__(self, dim: int, d_state: int, expand: int, dt_rank: int):
         super().__init__()
@@ -67,7 +150,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
-        """Mamba's initialisation: A = -(1..N), step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, 3.6)."""
+        """Initialises as Mamba does: A = -(1..N), step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, 3.6)."""
         K, C, R = self.dt_weight.shape
         bound = C**-0.5
         nn.init.uniform_(self.x_proj, -bound, bound)
@@ -80,21 +163,34 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, proj, dt_weight, A, gate = self.scan_inputs(x)
         y = selective_scan_2d(x, proj, dt_weight, self.dt_bias, A, self.D, self.scan_backend)  # (B, H, W, C)
-        return layers.gate_project(y, gate, self.out_norm, self.out_proj, self.scan_backend)
+        return gate_project(y, gate, self.out_norm, self.out_proj, backend=self.scan_backend)
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(B, H, W, dim) to what the scan reads, x (B, H, W, C), proj (B, H, W, K, R + 2N), dt_weight (K, C, R) and
-        A (K, C, N), and to the gate (B, H, W, C)."""
-        x, gate = layers.conv_silu(self.in_proj(x), self.conv, self.scan_backend)  # (B, H, W, C) each
+        """Computes what the scan and the gate read from the input (B, H, W, dim).
+
+        Returns:
+            x (B, H, W, C), proj (B, H, W, K, R + 2N), dt_weight (K, C, R), A (K, C, N), gate (B, H, W, C).
+        """
+        x, gate = conv_silu(self.in_proj(x), self.conv, backend=self.scan_backend)  # (B, H, W, C) each
         # Projecting each pixel once and letting the scan read it in four orders gives the same numbers as building the
         # four sequences first, without four copies of x.
-        proj, dt_weight = layers.project(x, self.x_proj, self.dt_weight)  # (B, H, W, K, R + 2N), (K, C, R)
+        proj, dt_weight = project(x, self.x_proj, self.dt_weight)
         A = -torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype)))
         return x, proj, dt_weight, A, gate
 
 
+@replaceable("split_norm")
+def split_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Begins a block: x (B, H, W, C) to x, its left half, and its normalised right half, (B, H, W, C/2) each.
+
+    The kernel adds up the gradients of all three uses of x, so the residual connection must use the returned x.
+    """
+    left, right = x.chunk(2, dim=-1)
+    return x, left, norm(right)
+
+
 class ConvBranch(nn.Sequential):
-    """The convolution half of a block, (B, C, H, W) to (B, C, H, W)."""
+    """The convolution branch of a block, (B, C, H, W) to (B, C, H, W)."""
 
     def __init__(self, dim: int):
         super().__init__(
@@ -110,6 +206,44 @@ class ConvBranch(nn.Sequential):
         )
 
 
+@replaceable("conv_branch")
+def conv_branch(x: Tensor, branch: ConvBranch) -> Tensor:
+    """Applies the convolution branch to a channels-last map x (B, H, W, C)."""
+    return branch(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Drops the residual branch of random samples in training (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, H, W, C) with dropped samples set to 0 and the others scaled by 1/(1 - rate)."""
+        keep = self.keep_mask(x)
+        return x if keep is None else (x * keep).to(x.dtype)
+
+    def keep_mask(self, x: Tensor) -> Tensor | None:
+        """Per-sample keep mask scaled by 1/(1 - rate), float32 (B, 1, 1, 1), or None when inactive."""
+        if not self.training or self.rate == 0:
+            return None
+        kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)
+        return kept / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+@replaceable("mix")
+def mix(x: Tensor, left: Tensor, right: Tensor, drop_path: nn.Module) -> Tensor:
+    """Ends a block: adds its branches (B, H, W, C/2) to x (B, H, W, C), their channels interleaved.
+
+    Interleaving is a channel shuffle with two groups: left[0], right[0], left[1], right[1], ...
+    """
+    return x + torch.stack((left, drop_path(right)), dim=-1).flatten(-2)
+
+
 class SSConvSSM(nn.Module):
     """SS-Conv-SSM block: half of the channels convolved, half scanned, shuffled together, added (figure 2)."""
 
@@ -119,50 +253,20 @@ class SSConvSSM(nn.Module):
         self.norm = nn.LayerNorm(dim // 2)
         self.ssm = SS2D(dim // 2, d_state, expand, dt_rank)
         self.drop_path = DropPath(drop_path)
-        # A place to hook the scan branch as (B, C, H, W), for attribution, before training drops samples. `conv` is one
-        # for the other branch.
+        # Hook point for the scan branch as (B, C, H, W), for attribution, before training drops samples; `conv` is that
+        # of the other branch.
         self.ssm_map = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         backend = self.ssm.scan_backend
-        x, left, right = layers.split_norm(x, self.norm, backend)  # (B, H, W, C), twice (B, H, W, C/2)
-        left = layers.conv_branch(left, self.conv, backend)  # (B, H, W, C/2)
+        x, left, right = split_norm(x, self.norm, backend=backend)  # (B, H, W, C), twice (B, H, W, C/2)
+        left = conv_branch(left, self.conv, backend=backend)  # (B, H, W, C/2)
         right = self.ssm_map(self.ssm(right).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
-        factors = self.drop_path(right)
-        # Channel shuffle with two groups, the halves alternate, and the residual connection.
-        return layers.mix(x, left, right, factors, backend)  # (B, H, W, C)
-
-
-class PatchEmbed(nn.Module):
-    """Image to patches: (B, in_chans, H, W) to (B, H/patch, W/patch, dim)."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
-        self.scan_backend: str | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/patch, W/patch, dim)
-        return layers.channel_norm(x, self.norm, self.scan_backend)
-
-
-class PatchMerging(nn.Module):
-    """Each 2x2 patch of pixels becomes one: (B, H, W, C) to (B, H/2, W/2, 2C), as in Swin. An odd last row or column is
-    dropped, as in the published model."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.scan_backend: str | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(layers.merge_norm(x, self.norm, self.scan_backend))
+        return mix(x, left, right, self.drop_path, backend=backend)  # (B, H, W, C)
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution. `map` is a place to hook its output as (B, C, H, W)."""
+    """Blocks at one resolution. `map` is the hook point for its output as (B, C, H, W)."""
 
     def __init__(self, blocks: list[SSConvSSM]):
         super().__init__()
@@ -172,15 +276,13 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
-            else:
-                x = block(x)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint_block(block, x) if recompute else block(x)
         return self.map(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MedMambaNetwork(nn.Module):
-    """The network alone: images to logits. `MedMamba` adds weights, labels and files.
+    """The bare network, images to logits. `MedMamba` adds pretrained weights, labels and prediction.
 
     Input: (B, in_chans, H, W) float, normalised as `config.preprocess` says; any H and W of at least `config.min_size`,
     32 by default. Output: logits (B, num_classes).
@@ -216,11 +318,11 @@ class MedMambaNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last feature map, (B, dims[-1], H/32, W/32)."""
+        """Returns the last feature map, (B, dims[-1], H/32, W/32)."""
         return self.forward_pyramid(x)[-1]
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """The feature maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
+        """Returns the maps of the four stages: (B, dims[i], H / 2^(i+2), W / 2^(i+2)), channels_last in memory."""
         self._check_input(x)
         x = self.patch_embed(x)  # (B, H, W, C)
         maps = []
@@ -230,34 +332,37 @@ class MedMambaNetwork(nn.Module):
         return maps
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) feature map to logits (B, num_classes), or to the pooled features (B, C) if `pre_logits`."""
+        """Maps features (B, C, H, W) to logits (B, num_classes), or to pooled features (B, C) if `pre_logits`."""
         pooled = self.drop(features.mean((2, 3)))  # (B, C)
         return pooled if pre_logits else self.head(pooled)
 
     # --- configuration ---
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
-        """Replaces the classifier by a new, randomly initialised one, and the labels and calibration with it."""
+        """Replaces the classifier by a randomly initialised one, and resets labels and calibration."""
         config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={})
         head = self._new_head(num_classes).to(self.patch_embed.proj.weight)
         head.apply(_init_weights)
         self.head = head
-        self.config = config  # after the classifier whose classes it names
+        self.config = config  # last, so that a failure above leaves model and config consistent
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass: less memory for about a third more time."""
+        """Recomputes each block in the backward pass: less memory at the cost of about a third more time."""
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
     def set_scan_backend(self, name: str | None) -> None:
-        """Fixes the scan backend of this model ("native", "cuda", "triton", "mamba_ssm", "torch"); None: choose.
+        """Fixes the scan backend of this model.
+
+        Args:
+            name: "native", "cuda", "triton", "mamba_ssm" or "torch"; None selects automatically.
 
         Raises:
-            BackendError: unknown, or not available on this model's device.
+            BackendError: the backend is unknown, or not available on this model's device.
         """
         if name is not None:
             weight = self.patch_embed.proj.weight
@@ -267,15 +372,10 @@ class MedMambaNetwork(nn.Module):
                 module.scan_backend = name
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay harms: the scan's A and D, biases and norms."""
+        """Returns the names of parameters to exclude from weight decay: the scan's A and D, biases and norms."""
         return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(("A_log", ".D", "dt_bias"))}
 
     def _check_input(self, x: Tensor) -> None:
-        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and _exports_onnx():
-            raise RuntimeError(
-                "torch.onnx.export does not know the selective scan: use medmamba.export.to_onnx(model, 'model.onnx'), "
-                "or `medmamba export MODEL --to onnx --out model.onnx`"
-            )
         if x.ndim != 4 or x.shape[1] != self.config.in_chans:
             raise ValueError(
                 f"expected a batch of images (B, {self.config.in_chans}, H, W), got {tuple(x.shape)}; "
@@ -284,11 +384,6 @@ class MedMambaNetwork(nn.Module):
         least = self.config.min_size
         if min(x.shape[2:]) < least:
             raise ValueError(f"images must be at least {least}x{least}, got {x.shape[2]}x{x.shape[3]}; resize them")
-
-
-@torch.compiler.assume_constant_result  # else torch.export takes it for False
-def _exports_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -300,21 +395,3 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _second_pass(block)
-
-
-@contextmanager
-def _second_pass(block: nn.Module) -> Iterator[None]:
-    """Checkpointing runs a block twice; its batch norms must count the batch once."""
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cuda_graphs
+from ..kernels.cuda import graph_capture
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +71,7 @@ class GraphedStep:
             self._drop_gradients()
             loss(self._images, self._targets).backward()
 
-        cuda_graphs.warm_up(device, eager, _WARM_UP)
+        graph_capture.warm_up(device, eager, _WARM_UP)
         self._drop_gradients()  # so that backward allocates them in the graph's memory pool
         if self._adds:
             for parameter in self._parameters:
@@ -82,7 +82,7 @@ class GraphedStep:
             found.backward()
             return found.detach()
 
-        return cuda_graphs.record(self.graph, device, step)
+        return graph_capture.record(self.graph, device, step)
 
     def begin(self) -> None:
         """Zeroes accumulated gradients; call before the first batch of an optimiser step."""

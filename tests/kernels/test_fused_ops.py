@@ -11,11 +11,10 @@ from test_cuda_kernels import CUDA, DEVICE, emulate, gpu, runs
 from torch import nn
 
 import medmamba
-from medmamba.kernels.block import layers
-from medmamba.kernels.block import training as fused_ops
-from medmamba.kernels.block import training_conv as conv_ops
+from medmamba.kernels.block import eligibility, training, training_conv
 from medmamba.kernels.cuda import nvrtc
-from medmamba.model import ConvBranch
+from medmamba.model import ConvBranch, DropPath
+from medmamba.model import network as pieces
 from medmamba.training.graphed_step import GraphedStep
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -26,24 +25,24 @@ dtypes = pytest.mark.parametrize("dtype", TYPES, ids=str)
 def without_a_gpu(monkeypatch):
     if not CUDA:
         emulate(monkeypatch, processors=1)  # few programs, so that each has several turns
-        monkeypatch.setattr(layers, "_on_cuda_backend", lambda x, backend: True)
+        monkeypatch.setattr(eligibility, "_on_cuda_backend", lambda x, backend: True)
 
 
 @contextlib.contextmanager
 def plain():
     """The expressions that define the layers, wherever the tensors are."""
-    kept = layers._on_cuda_backend
-    layers._on_cuda_backend = lambda x, backend: False
+    kept = eligibility._on_cuda_backend
+    eligibility._on_cuda_backend = lambda x, backend: False
     try:
         yield
     finally:
-        layers._on_cuda_backend = kept
+        eligibility._on_cuda_backend = kept
 
 
 @contextlib.contextmanager
 def launches():
     """The list of kernels that are launched."""
-    names, kept = [], fused_ops.launch
+    names, kept = [], training.launch
 
     def launch(kernel, grid, threads, on, *arguments):
         names.append(known.get(id(kernel)))
@@ -56,14 +55,14 @@ def launches():
         known[id(kernel)] = name
         return kernel
 
-    caches = fused_ops._norm_kernel, fused_ops._conv_plan, fused_ops._mix_kernel, conv_ops._kernel
+    caches = training._norm_kernel, training._conv_plan, training._mix_kernel, training_conv._kernel
     for cache in caches:
         cache.cache_clear()
-    fused_ops.launch, nvrtc.load_kernel = launch, load_kernel
+    training.launch, nvrtc.load_kernel = launch, load_kernel
     try:
         yield names
     finally:
-        fused_ops.launch, nvrtc.load_kernel = kept, load
+        training.launch, nvrtc.load_kernel = kept, load
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -87,32 +86,36 @@ def depthwise(channels):
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
 
-def kept(x):
-    """Every second image is dropped, of several."""
-    return (torch.arange(len(x), device=x.device) % 2 == 0).float().view(-1, 1, 1, 1) / 0.7
+class EverySecond(DropPath):
+    """Drops every second image."""
 
+    def keep_mask(self, x):
+        return (torch.arange(len(x), device=x.device) % 2 == 0).float().view(-1, 1, 1, 1) / (1 - self.rate)
+
+
+ALL = DropPath(0.0)  # drops none
 
 # Each: the layer it needs, the shapes of its maps, and the call; C is the width of the widest norm or convolution.
 PROBLEMS = {
-    "split_norm": lambda B, H, W, C: (norm(C), [(B, H, W, 2 * C)], lambda m, x: layers.split_norm(x, m)),
-    "conv_branch": lambda B, H, W, C: (branch(C), [(B, H, W, C)], lambda m, x: layers.conv_branch(x, m)),
-    "conv_silu": lambda B, H, W, C: (depthwise(C), [(B, H, W, 2 * C)], lambda m, x: layers.conv_silu(x, m)),
+    "split_norm": lambda B, H, W, C: (norm(C), [(B, H, W, 2 * C)], lambda m, x: pieces.split_norm(x, m)),
+    "conv_branch": lambda B, H, W, C: (branch(C), [(B, H, W, C)], lambda m, x: pieces.conv_branch(x, m)),
+    "conv_silu": lambda B, H, W, C: (depthwise(C), [(B, H, W, 2 * C)], lambda m, x: pieces.conv_silu(x, m)),
     "gate_project": lambda B, H, W, C: (
         nn.Sequential(norm(C), nn.Linear(C, C // 2, bias=False)),
         [(B, H, W, C), (B, H, W, 2 * C)],
-        lambda m, y, wide: layers.gate_project(y, wide.chunk(2, -1)[1], *m),
+        lambda m, y, wide: pieces.gate_project(y, wide.chunk(2, -1)[1], *m),
     ),
-    "channel_norm": lambda B, H, W, C: (norm(C), [(B, H, W, C)], lambda m, x: layers.channel_norm(x, m)),
-    "merge_norm": lambda B, H, W, C: (norm(4 * C), [(B, H, max(W, 2), C)], lambda m, x: layers.merge_norm(x, m)),
+    "channel_norm": lambda B, H, W, C: (norm(C), [(B, H, W, C)], lambda m, x: pieces.channel_norm(x, m)),
+    "merge_norm": lambda B, H, W, C: (norm(4 * C), [(B, H, max(W, 2), C)], lambda m, x: pieces.merge_norm(x, m)),
     "mix": lambda B, H, W, C: (
         nn.Identity(),
         [(B, H, W, 2 * C), (B, H, W, C), (B, H, W, C)],
-        lambda m, x, left, right: layers.mix(x, left, right),
+        lambda m, x, left, right: pieces.mix(x, left, right, ALL),
     ),
     "mix with dropped paths": lambda B, H, W, C: (
         nn.Identity(),
         [(B, H, W, 2 * C), (B, H, W, C), (B, H, W, C)],
-        lambda m, x, left, right: layers.mix(x, left, right, kept(x)),
+        lambda m, x, left, right: pieces.mix(x, left, right, EverySecond(0.3)),
     ),
 }
 problems = pytest.mark.parametrize("name", PROBLEMS)
@@ -228,12 +231,12 @@ def test_wherever_the_numbers_lie(name, monkeypatch):
     layer, maps = layer.float(), [m.float() for m in maps]
     expected = [t for group in evaluate(layer, maps, call, torch.float32) for t in group]
 
-    def launch(kernel, grid, threads, on, *arguments, launch=fused_ops.launch):
+    def launch(kernel, grid, threads, on, *arguments, launch=training.launch):
         tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.numel() > len(on)]  # not one per image
         assert all(t.data_ptr() % (4 * t.element_size()) == 0 for t in tensors)  # of a GPU, which stops there
         return launch(kernel, grid, threads, on, *arguments)
 
-    monkeypatch.setattr(fused_ops, "launch", launch)
+    monkeypatch.setattr(training, "launch", launch)
 
     def found(view):
         inputs = [m.clone().requires_grad_() for m in maps]
@@ -302,7 +305,7 @@ def test_batch_norms_remember(dtype, momentum):
             norm.momentum, norm.running_mean, norm.running_var = momentum, torch.ones(24), torch.full((24,), 2.0)
         each.to(DEVICE)
         with mixed, plain() if each is branches[1] else contextlib.nullcontext():
-            layers.conv_branch(x, each)
+            pieces.conv_branch(x, each)
     for name, buffer in branches[1].named_buffers():
         tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(branches[0].get_buffer(name), buffer, **tolerance, msg=name)
@@ -333,16 +336,16 @@ def ran(call):
 @runs
 def test_modules_with_hooks_are_called():
     x, layer, calls = torch.randn(1, 2, 3, 16, device=DEVICE), norm(8).to(DEVICE), []
-    assert ran(lambda: layers.split_norm(x, layer)) == ["norm_forward"]
+    assert ran(lambda: pieces.split_norm(x, layer)) == ["norm_forward"]
     handle = layer.register_forward_hook(lambda *args: calls.append(1))
-    assert ran(lambda: layers.split_norm(x, layer)) == [] and calls == [1]
+    assert ran(lambda: pieces.split_norm(x, layer)) == [] and calls == [1]
     handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda *args: calls.append(1))
     try:
-        assert ran(lambda: layers.split_norm(x, layer)) == [] and calls == [1, 1]
+        assert ran(lambda: pieces.split_norm(x, layer)) == [] and calls == [1, 1]
     finally:
         handle.remove()
-    assert ran(lambda: layers.split_norm(x, layer)) == ["norm_forward"]
+    assert ran(lambda: pieces.split_norm(x, layer)) == ["norm_forward"]
 
 
 @runs
@@ -376,46 +379,46 @@ def test_what_the_kernels_do_not_cover():
         return nn.Linear(channels, 4, bias=False).to(DEVICE)
 
     uncovered = [
-        lambda: layers.channel_norm(x(6), layer(6)),
-        lambda: layers.channel_norm(x(8), layer(8, Other)),
-        lambda: layers.channel_norm(x(8), layer(8, bias=False)),
-        lambda: layers.channel_norm(x(8), layer(8, elementwise_affine=False)),
-        lambda: layers.channel_norm(x(8, torch.float64), layer(8).double()),
-        lambda: layers.channel_norm(x(8)[:0], layer(8)),
-        lambda: layers.channel_norm(nn.Parameter(x(8)), layer(8)),
-        lambda: layers.channel_norm(x(4096), layer(4096)),
-        lambda: layers.merge_norm(x(8)[:, :1], layer(32)),
-        lambda: layers.gate_project(x(8), x(8), layer(8), nn.Linear(8, 4).to(DEVICE)),
-        lambda: layers.gate_project(x(8), x(8), Other(8).to(DEVICE), linear(8)),
-        lambda: layers.conv_branch(x(8), branch(8).to(DEVICE).eval()),
-        lambda: layers.conv_branch(x(6), branch(6).to(DEVICE)),
-        lambda: layers.conv_branch(x(8), changed(0, momentum=None)),
-        lambda: layers.conv_branch(x(8), changed(2, running_mean=None, running_var=None)),
-        lambda: layers.conv_branch(x(8), changed(4, bias=None)),
-        lambda: layers.conv_branch(x(8), changed(4, padding_mode="reflect")),
-        lambda: layers.conv_branch(x(8), changed(1, dilation=(2, 2), padding=(2, 2))),
-        lambda: layers.conv_branch(x(8), nn.SyncBatchNorm.convert_sync_batchnorm(branch(8).eval()).to(DEVICE)),
-        lambda: layers.conv_branch(x(8), hooked(branch(8).to(DEVICE))),
-        lambda: layers.conv_silu(x(16), conv(bias=False)),
-        lambda: layers.conv_silu(x(16), conv(dilation=2, padding=2)),
-        lambda: layers.conv_silu(x(16), conv(padding_mode="circular")),
-        lambda: layers.conv_silu(x(16), conv(kernel_size=5, padding=2)),
-        lambda: layers.conv_silu(x(16), conv(groups=4)),
-        lambda: layers.mix(x(8), x(4), x(4, torch.bfloat16)),
-        lambda: layers.mix(x(12), x(6), x(6)),
-        lambda: layers.mix(x(8), x(4)[:, :1], x(4)[:, :1]),
-        lambda: layers.gate_project(x(8), x(8)[:, :1], layer(8), linear(8)),
-        lambda: torch.func.grad(lambda x: layers.mix(x, x[..., :4], x[..., 4:]).sum())(x(8)),
-        lambda: torch.compile(lambda x: layers.channel_norm(x, layer(8)), backend="eager")(x(8)),
-        lambda: torch.jit.trace(lambda x: layers.channel_norm(x, layer(8)), x(8), check_trace=False),
+        lambda: pieces.channel_norm(x(6), layer(6)),
+        lambda: pieces.channel_norm(x(8), layer(8, Other)),
+        lambda: pieces.channel_norm(x(8), layer(8, bias=False)),
+        lambda: pieces.channel_norm(x(8), layer(8, elementwise_affine=False)),
+        lambda: pieces.channel_norm(x(8, torch.float64), layer(8).double()),
+        lambda: pieces.channel_norm(x(8)[:0], layer(8)),
+        lambda: pieces.channel_norm(nn.Parameter(x(8)), layer(8)),
+        lambda: pieces.channel_norm(x(4096), layer(4096)),
+        lambda: pieces.merge_norm(x(8)[:, :1], layer(32)),
+        lambda: pieces.gate_project(x(8), x(8), layer(8), nn.Linear(8, 4).to(DEVICE)),
+        lambda: pieces.gate_project(x(8), x(8), Other(8).to(DEVICE), linear(8)),
+        lambda: pieces.conv_branch(x(8), branch(8).to(DEVICE).eval()),
+        lambda: pieces.conv_branch(x(6), branch(6).to(DEVICE)),
+        lambda: pieces.conv_branch(x(8), changed(0, momentum=None)),
+        lambda: pieces.conv_branch(x(8), changed(2, running_mean=None, running_var=None)),
+        lambda: pieces.conv_branch(x(8), changed(4, bias=None)),
+        lambda: pieces.conv_branch(x(8), changed(4, padding_mode="reflect")),
+        lambda: pieces.conv_branch(x(8), changed(1, dilation=(2, 2), padding=(2, 2))),
+        lambda: pieces.conv_branch(x(8), nn.SyncBatchNorm.convert_sync_batchnorm(branch(8).eval()).to(DEVICE)),
+        lambda: pieces.conv_branch(x(8), hooked(branch(8).to(DEVICE))),
+        lambda: pieces.conv_silu(x(16), conv(bias=False)),
+        lambda: pieces.conv_silu(x(16), conv(dilation=2, padding=2)),
+        lambda: pieces.conv_silu(x(16), conv(padding_mode="circular")),
+        lambda: pieces.conv_silu(x(16), conv(kernel_size=5, padding=2)),
+        lambda: pieces.conv_silu(x(16), conv(groups=4)),
+        lambda: pieces.mix(x(8), x(4), x(4, torch.bfloat16), ALL),
+        lambda: pieces.mix(x(12), x(6), x(6), ALL),
+        lambda: pieces.mix(x(8), x(4)[:, :1], x(4)[:, :1], ALL),
+        lambda: pieces.gate_project(x(8), x(8)[:, :1], layer(8), linear(8)),
+        lambda: torch.func.grad(lambda x: pieces.mix(x, x[..., :4], x[..., 4:], ALL).sum())(x(8)),
+        lambda: torch.compile(lambda x: pieces.channel_norm(x, layer(8)), backend="eager")(x(8)),
+        lambda: torch.jit.trace(lambda x: pieces.channel_norm(x, layer(8)), x(8), check_trace=False),
     ]
     for i, call in enumerate(uncovered):
         assert ran(call) == [], f"number {i}"
     with pytest.raises(RuntimeError, match="dtype"):  # what the expression says of two types without autocast
-        layers.gate_project(x(8, torch.bfloat16), x(8, torch.bfloat16), layer(8).bfloat16(), linear(8))
-    assert ran(lambda: layers.channel_norm(x(8), layer(8))) == ["norm_forward"]
+        pieces.gate_project(x(8, torch.bfloat16), x(8, torch.bfloat16), layer(8).bfloat16(), linear(8))
+    assert ran(lambda: pieces.channel_norm(x(8), layer(8))) == ["norm_forward"]
     with plain():
-        assert ran(lambda: layers.channel_norm(x(8), layer(8))) == []
+        assert ran(lambda: pieces.channel_norm(x(8), layer(8))) == []
 
 
 @runs
@@ -424,7 +427,7 @@ def test_fake_tensors_meet_no_kernel():
 
     with FakeTensorMode():
         x = torch.randn(1, 4, 4, 8)
-        assert ran(lambda: layers.channel_norm(x, nn.LayerNorm(8))) == []
+        assert ran(lambda: pieces.channel_norm(x, nn.LayerNorm(8))) == []
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------

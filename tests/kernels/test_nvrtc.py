@@ -6,9 +6,7 @@ from test_cuda_kernels import DEVICE, emulate, problem, saved_states
 from test_fused_ops import network, step
 
 from medmamba.kernels.backends import cuda as cuda_backend
-from medmamba.kernels.block import layers
-from medmamba.kernels.block import training as fused_ops
-from medmamba.kernels.block import training_conv as conv_ops
+from medmamba.kernels.block import eligibility, training, training_conv
 from medmamba.kernels.cuda import nvrtc
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -27,12 +25,12 @@ def wanted(monkeypatch):
         found.add((file, constants))
         return lambda *_: None
 
-    caches = fused_ops._norm_kernel, fused_ops._conv_plan, fused_ops._mix_kernel, conv_ops._kernel
+    caches = training._norm_kernel, training._conv_plan, training._mix_kernel, training_conv._kernel
     for cache in caches:
         cache.cache_clear()
     emulate(monkeypatch, processors=132)
     monkeypatch.setattr(nvrtc, "load_kernel", load_kernel)
-    monkeypatch.setattr(layers, "_on_cuda_backend", lambda x, backend: True)
+    monkeypatch.setattr(eligibility, "_on_cuda_backend", lambda x, backend: True)
     images = torch.randn(2, 3, 64, 64, device=DEVICE)
     for dtype in TYPES:
         step(network("tiny"), images, None if dtype == torch.float32 else dtype)

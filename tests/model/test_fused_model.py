@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from test_cuda_kernels import gpu
 from torch import nn
 
 import medmamba
@@ -158,7 +157,7 @@ def test_threads_prepare_it_once(tiny_model, monkeypatch):
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_threads_and_graphs(dtype):
     """Threads with streams of their own share a fused model and a graph, and get what one thread gets."""
@@ -193,7 +192,7 @@ def test_threads_and_graphs(dtype):
     torch.testing.assert_close(kept.float(), expected[1].float(), rtol=1e-2, atol=1e-2)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_graph_outlives_its_model_and_refuses_a_changed_one():
     torch.manual_seed(0)
     model = medmamba.create_model("test", num_classes=4).eval().cuda()
@@ -213,7 +212,7 @@ def test_a_graph_outlives_its_model_and_refuses_a_changed_one():
         fused.graphed(image[:0])
 
 
-@gpu
+@pytest.mark.gpu
 def test_an_empty_batch_on_a_gpu():
     model = medmamba.create_model("test", num_classes=4).eval().cuda()
     nothing = torch.empty(0, 3, 64, 64, device="cuda")
@@ -222,7 +221,7 @@ def test_an_empty_batch_on_a_gpu():
             assert each(nothing).shape == (0, 4)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_on_another_gpu_than_the_current(dtype):

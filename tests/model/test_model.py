@@ -14,7 +14,7 @@ import medmamba
 from medmamba import ConfigError, MedMambaConfig, create_model
 from medmamba.config import VARIANTS
 from medmamba.integrations import upstream as convert
-from medmamba.kernels.block import layers
+from medmamba.model import network
 
 GOLDEN = Path(fill.__file__).parent
 
@@ -144,7 +144,7 @@ def test_a_padded_step_size_code_changes_nothing(monkeypatch):
     images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
     found = []
     for padded in (False, True):
-        monkeypatch.setattr(layers, "_prefers_fours", lambda x, padded=padded: padded)
+        monkeypatch.setattr(network, "_pads_rank", lambda x, padded=padded: padded)
         ranks = []
         hook = lambda m, i, o, ranks=ranks: ranks.append(m.scan_inputs(i[0])[2].shape[2])  # noqa: E731
         handles = [block.ssm.register_forward_hook(hook) for stage in model.stages for block in stage.blocks]

@@ -1,1 +1,6 @@
-"""What surrounds the scan in a block, as kernels for NVIDIA GPUs."""
+"""CUDA kernels for the layers of a block around the scan, and the registry through which they replace them."""
+
+from . import training, training_conv  # noqa: F401  register their kernels
+from .registry import replaceable
+
+__all__ = ["replaceable"]

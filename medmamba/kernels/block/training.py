@@ -1,10 +1,10 @@
-"""What surrounds the scan in a training step, as differentiable functions of one CUDA kernel each way; see
-`cuda/train.cu` and `cuda/train_conv.cu`. `layers.py` defines what they compute and says when they run.
+"""Training kernels around the scan: differentiable functions with one CUDA kernel per pass; see `cuda/train.cu` and
+`cuda/train_conv.cu`. `model/network.py` defines what they compute, `eligibility.py` when they run.
 
-Maps are (B, H, W, C) in float32, float16 or bfloat16. Everything is computed in float32 and rounded once, to the type
-of the map; gradients of parameters are added up in a fixed order. These are functions of autograd rather than operators
-of `torch.library` because nothing ever traces them, a call takes half to two thirds of the time, and they can hand on a
-tensor they were given, so that its gradient joins theirs in the same kernel.
+Maps are (B, H, W, C) in float32, float16 or bfloat16. Everything is computed in float32 and rounded once, to the dtype
+of the map; gradients of parameters are summed in a fixed order. These are autograd functions rather than operators of
+`torch.library` because nothing ever traces them, a call takes half to two thirds of the time, and they can return an
+input itself, so that its gradient is added in the same kernel.
 """
 
 import functools
@@ -13,24 +13,63 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from ..backends.cuda import TYPES
 from ..cuda import nvrtc
 from ..cuda.nvrtc import launch
 from ..once import once
+from . import eligibility
+from .registry import replaces
 
-MAX_CHANNELS = 2048  # of a norm: a warp keeps a row in its registers
 SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
 WARPS = 4
-PROGRAMS = 4  # per processor, where programs add up over all pixels: as many as fit beside each other
-ALL_PIXELS = (1, 1, 1, 0)  # what describes a map to the kernels that gather patches, where they do not
+PROGRAMS = 4  # per multiprocessor, where programs sum over all pixels: as many as are resident at once
+ALL_PIXELS = (1, 1, 1, 0)  # sizes of a map for kernels that can gather 2x2 patches, when they do not
+
+
+# --- pieces of the network that the functions below replace ---------------------------------------------------------
+
+
+@replaces("split_norm", eligibility.fits_split_norm)
+def split_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    return SplitNorm.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+@replaces("channel_norm", eligibility.fits_channel_norm)
+def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return Norm.apply(x, norm.weight, norm.bias, norm.eps, False)
+
+
+@replaces("merge_norm", eligibility.fits_merge_norm)
+def merge_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return Norm.apply(x, norm.weight, norm.bias, norm.eps, True)
+
+
+@replaces("conv_silu", eligibility.fits_conv_silu)
+def conv_silu(wide: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    return ConvSilu.apply(wide, conv.weight, conv.bias)
+
+
+@replaces("gate_project", eligibility.fits_gate_project)
+def gate_project(y: Tensor, gate: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    return GateProject.apply(y, gate, norm.weight, norm.bias, norm.eps, linear.weight)
+
+
+@replaces("mix", eligibility.fits_mix)
+def mix(x: Tensor, left: Tensor, right: Tensor, drop_path: Any) -> Tensor:
+    return Mix.apply(x, left, right, drop_path.keep_mask(right))
+
+
+# --- differentiable functions ---------------------------------------------------------------------------------------
 
 
 class SplitNorm(Function):
-    """x (B, H, W, 2C) to x itself, its left half (B, H, W, C) and the layer norm of its right half (B, H, W, C). Keeps
-    a copy of the right half, so that x, twice as large, need not outlive the block."""
+    """Maps x (B, H, W, 2C) to x itself, its left half, and the layer norm of its right half, (B, H, W, C) each.
+
+    Saves a copy of the right half, so that x, twice as large, need not outlive the block.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -54,8 +93,10 @@ class SplitNorm(Function):
 
 
 class GateProject(Function):
-    """linear(layer_norm(y) * silu(gate)): y and gate (B, H, W, C), gate maybe half of a wider map, by matrix (O, C) to
-    (B, H, W, O). What the matrix is multiplied with is computed again in the backward pass rather than kept."""
+    """Computes linear(layer_norm(y) * silu(gate)): y and gate (B, H, W, C), matrix (O, C), to (B, H, W, O).
+
+    The gate may be half of a wider map. The gated map is recomputed in the backward pass instead of saved.
+    """
 
     @staticmethod
     def forward(ctx, y, gate, weight, bias, eps, matrix):
@@ -80,7 +121,7 @@ class GateProject(Function):
 
 
 class Norm(Function):
-    """layer_norm(x) (B, H, W, C), or where `merge` that of each 2x2 patch (B, H/2, W/2, 4C)."""
+    """Computes layer_norm(x) (B, H, W, C), or with `merge` that of each 2x2 patch (B, H/2, W/2, 4C)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, merge):
@@ -107,7 +148,7 @@ class Norm(Function):
 
 
 class ConvSilu(Function):
-    """wide (B, H, W, 2C) to silu(depthwise 3x3 convolution of its left half), (B, H, W, C), and a view of its right."""
+    """Maps wide (B, H, W, 2C) to silu(depthwise 3x3 convolution of its left half) and a view of its right half."""
 
     @staticmethod
     def forward(ctx, wide, weight, bias):
@@ -145,23 +186,23 @@ class ConvSilu(Function):
 
 
 class Mix(Function):
-    """x (B, H, W, 2C) + the channels of left and right (B, H, W, C) in turn; right times factors (B,) if given."""
+    """Adds left and right (B, H, W, C), channels interleaved, to x (B, H, W, 2C); right scaled by keep (B, 1, 1, 1)."""
 
     @staticmethod
-    def forward(ctx, x, left, right, factors):
+    def forward(ctx, x, left, right, keep):
         x = ready(x)
         out = torch.empty_like(x)
-        _mix("mix_forward", "pppppii", x, factors, x, ready(left), ready(right), factors, out)
-        ctx.save_for_backward(factors)
+        _mix("mix_forward", "pppppii", x, keep, x, ready(left), ready(right), keep, out)
+        ctx.save_for_backward(keep)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (factors,) = ctx.saved_tensors
+        (keep,) = ctx.saved_tensors
         half = (*dout.shape[:-1], dout.shape[-1] // 2)
         dleft, dright = dout.new_empty(half), dout.new_empty(half)
-        _mix("mix_backward", "ppppii", dout, factors, ready(dout), factors, dleft, dright)
+        _mix("mix_backward", "ppppii", dout, keep, ready(dout), keep, dleft, dright)
         return dout, dleft, dright, None
 
 
@@ -210,8 +251,10 @@ def _norm_backward(
     dgate: Tensor | None,
     sizes: tuple[int, int, int, int],
 ) -> tuple[Tensor | None, ...]:
-    """Fills dx and dgate. Returns the gradients of weight and bias, which are inputs `first` and `first` + 1 of the
-    function: None twice where neither is wanted."""
+    """Fills dx and dgate, and returns the gradients of weight and bias, or (None, None) if neither is needed.
+
+    Weight and bias are inputs `first` and `first` + 1 of the autograd function.
+    """
     C, device, wanted = weight.numel(), x.get_device(), any(ctx.needs_input_grad[first : first + 2])
     kernel, together = _norm_kernel("norm_backward", "pppppppppp" + "liiiilf", op, C, wanted, x.dtype, device)
     rows = dout.numel() // C
@@ -226,7 +269,7 @@ def _norm_backward(
 def _norm_kernel(
     name: str, signature: str, op: int, C: int, params: bool, dtype: torch.dtype, device: int
 ) -> tuple[Callable[..., None], int]:
-    """The kernel, and how many rows a program takes at a time."""
+    """Returns the kernel and the number of rows that a program processes at a time."""
     lanes = row_lanes(C)
     constants = types(dtype) + (
         ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("FACTORS", 0),
@@ -235,7 +278,7 @@ def _norm_kernel(
 
 
 def row_lanes(C: int) -> int:
-    """Lanes that share a row of C numbers: few, so that a warp takes several rows, but at most 12 numbers for each."""
+    """Returns the lanes that share a row of C numbers: the fewest with at most 12 numbers per lane."""
     lanes = 1
     while lanes < 32 and 12 * lanes < C:
         lanes *= 2
@@ -249,12 +292,12 @@ class _ConvPlan(NamedTuple):
     kernel: Callable[..., None]
     strip: int  # pixels
     threads: int
-    together: int  # strips that a program takes at a time
+    together: int  # strips that a program processes at a time
     blocks: int  # of channels
     most: int  # programs for one block of channels
 
     def share(self, wide: Tensor) -> tuple[int, tuple[int, int, int, int, int]]:
-        """Programs for each block of channels, and the sizes that the kernel is told."""
+        """Returns the programs per block of channels, and the sizes that the kernel takes."""
         B, H, W, _ = wide.shape
         strips = -(-W // self.strip)
         total = B * H * strips
@@ -263,12 +306,12 @@ class _ConvPlan(NamedTuple):
 
 @once
 def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dtype, device: int) -> _ConvPlan:
-    strip = 4 if name == "conv_backward" else 8  # it keeps what it reads
+    strip = 4 if name == "conv_backward" else 8  # keeps its inputs in registers
     blocks = -(-C // 512)
     pairs = -(-C // (2 * blocks))
     together = max(1, 256 // pairs)
     whole = [count for count in range(together, 0, -1) if count * pairs % 32 == 0 and 2 * count > together]
-    together = whole[0] if whole else together  # no idle lanes, where that costs few threads
+    together = whole[0] if whole else together  # whole warps, if that costs few threads
     threads = together * pairs
     occupancy = 2 if name == "conv_backward" else 4 if threads <= 192 else 3
     constants = types(dtype) + (
@@ -276,30 +319,30 @@ def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dty
         ("PARAMS", int(params)),
     )  # fmt: skip
     kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
-    waves = 1 if name == "conv_backward" else 2  # more of them are more numbers to add up
+    waves = 1 if name == "conv_backward" else 2  # more programs leave more partial sums to add
     most = waves * occupancy * processors(device) // blocks
     return _ConvPlan(kernel, strip, threads, together, blocks, max(1, most))
 
 
-def _mix(name: str, signature: str, x: Tensor, factors: Tensor | None, *tensors: Tensor | None) -> None:
+def _mix(name: str, signature: str, x: Tensor, keep: Tensor | None, *tensors: Tensor | None) -> None:
     threads = x.numel() // 8
-    kernel = _mix_kernel(name, signature, factors is not None, x.dtype, x.get_device())
+    kernel = _mix_kernel(name, signature, keep is not None, x.dtype, x.get_device())
     launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
 
 
 @once
-def _mix_kernel(name: str, signature: str, factors: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
+def _mix_kernel(name: str, signature: str, scaled: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
     constants = types(dtype) + (
-        ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(factors)),
+        ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(scaled)),
     )  # fmt: skip
     return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device)
 
 
-# --- small things ---------------------------------------------------------------------------------------------------
+# --- tensors and constants ------------------------------------------------------------------------------------------
 
 
 def ready(t: Tensor) -> Tensor:
-    """Contiguous, and at an address from which four numbers can be read at once."""
+    """Returns t contiguous and aligned for loads of four elements."""
     t = t.contiguous()
     return t if _aligned(t) else t.clone()
 
@@ -313,7 +356,7 @@ def parameter(t: Tensor) -> Tensor:
 
 
 def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
-    """A map, where possible as it is, and how many numbers its pixels are apart."""
+    """Returns a map, without a copy where possible, and the stride between its pixels in elements."""
     _, H, W, C = t.shape
     if not t.is_contiguous():
         b, h, step, c = t.stride()

@@ -1,8 +1,8 @@
-"""The convolution branch of a block in a training step, as one differentiable function; see `cuda/batch.cu`.
+"""Training kernels of the convolution branch, as one differentiable function; see `cuda/batch.cu`.
 
-Its batch norms with their ReLUs run on kernels of ours, its convolutions on PyTorch's. What a batch norm gives is not
-kept for the backward pass but computed again from what it was given. A bias before a batch norm does nothing but move
-the running mean, so it is added there alone, and its gradient is zero.
+Batch norms with their ReLUs run on kernels of this package, convolutions on PyTorch's. The output of a batch norm is
+recomputed in the backward pass from its input instead of saved. A bias before a batch norm only shifts the running
+mean, so it is added there alone, and its gradient is zero.
 """
 
 import functools
@@ -15,16 +15,16 @@ from torch.autograd.function import Function, once_differentiable
 
 from ..cuda import nvrtc
 from ..once import once
-from . import training as fused_ops
+from . import eligibility, training
+from .registry import replaces
 from .training import parameter, processors, ready, types
 
-MAX_CHANNELS = 1024
-ROWS_EACH = 4  # that a thread adds up, at least
-PROGRAMS = 4  # per processor
+ROWS_EACH = 4  # rows that a thread sums, at least
+PROGRAMS = 4  # per multiprocessor
 
 
 class Norm(NamedTuple):
-    """What a batch norm has besides its parameters."""
+    """State of a batch norm besides its parameters."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -32,11 +32,24 @@ class Norm(NamedTuple):
     eps: float
 
 
+@replaces("conv_branch", eligibility.fits_conv_branch)
+def conv_branch(x: Tensor, branch: nn.Sequential) -> Tensor:
+    parameters: list[nn.Parameter] = []
+    norms = []
+    for layer in branch:
+        parameters += layer.parameters(recurse=False)  # none of a ReLU
+        if isinstance(layer, nn.BatchNorm2d):
+            norms.append(Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps))
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(1)
+    return ConvBranch.apply(x, norms, *parameters)
+
+
 class ConvBranch(Function):
-    """x (B, H, W, C) to relu(conv1(relu(bn(conv3(relu(bn(conv3(bn(x)))))))), (B, H, W, C).
+    """Computes relu(conv1(relu(bn(conv3(relu(bn(conv3(bn(x)))))))) of x (B, H, W, C), in the same shape.
 
     Args:
-        norms: the three batch norms, whose running statistics are moved.
+        norms: of the three batch norms, whose running statistics are updated.
         parameters: weight and bias of each layer, in order: norm, conv, norm, conv, norm, conv.
     """
 
@@ -100,11 +113,11 @@ def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor |
     """(4, C) of this batch; see `cuda/batch.cu`."""
     C, rows, partials = _partials(x)
     plan = _plan(C, x.dtype, False, x.get_device())
-    fused_ops.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
+    training.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
     stats = x.new_empty((4, C), dtype=torch.float32)
     tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats
     numbers = len(partials), rows, norm.momentum, norm.eps
-    fused_ops.launch(plan("batch_stats", "ppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
+    training.launch(plan("batch_stats", "ppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
     return stats
 
 
@@ -119,14 +132,14 @@ def _add_bias_relu(x: Tensor, bias: Tensor) -> Tensor:
 
 def _scale_and_shift(x: Tensor, scale: Tensor | None, shift: Tensor, y: Tensor, relu: bool) -> Tensor:
     plan, fours = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4
-    fused_ops.launch(plan("batch_apply", "ppppl"), -(-fours // 256), 256, x, x, scale, shift, y, fours)
+    training.launch(plan("batch_apply", "ppppl"), -(-fours // 256), 256, x, x, scale, shift, y, fours)
     return y
 
 
 def _relu_gradient(y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     C, rows, partials = _partials(y)
     plan, dx = _plan(C, y.dtype, True, y.get_device()), torch.empty_like(y)
-    fused_ops.launch(plan("relu_gradient", "ppppl"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
+    training.launch(plan("relu_gradient", "ppppl"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
     return dx, _add(partials, plan, y)
 
 
@@ -135,21 +148,21 @@ def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
     C, rows, partials = _partials(x)
     plan = _plan(C, x.dtype, relu, x.get_device())
     kernel = plan("batch_gradient_sums", "ppppl")
-    fused_ops.launch(kernel, len(partials), plan.threads, x, x, dy, stats, partials, rows)
+    training.launch(kernel, len(partials), plan.threads, x, x, dy, stats, partials, rows)
     return _add(partials, plan, x)
 
 
 def _gradient(x: Tensor, dy: Tensor, stats: Tensor, sums: Tensor, relu: bool) -> Tensor:
     plan, fours, dx = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4, torch.empty_like(x)
     kernel = plan("batch_gradient", "pppppl")
-    fused_ops.launch(kernel, -(-fours // 256), 256, x, x, dy, stats, sums, dx, fours)
+    training.launch(kernel, -(-fours // 256), 256, x, x, dy, stats, sums, dx, fours)
     return dx
 
 
 def _add(partials: Tensor, plan: "_Plan", x: Tensor) -> Tensor:
     sums = torch.empty_like(partials[0])
     kernel = plan("add_partials", "ppi")
-    fused_ops.launch(kernel, -(-sums.shape[1] // 32), 512, x, partials, sums, len(partials))
+    training.launch(kernel, -(-sums.shape[1] // 32), 512, x, partials, sums, len(partials))
     return sums
 
 

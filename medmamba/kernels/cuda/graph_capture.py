@@ -1,4 +1,4 @@
-"""CUDA graphs that other threads, other graphs and other GPUs of the process do not disturb."""
+"""Captures CUDA graphs safely next to other threads, graphs and GPUs of the process."""
 
 import ctypes
 import threading
@@ -8,18 +8,17 @@ from typing import TypeVar
 
 import torch
 
-from .cuda import nvrtc
+from . import nvrtc
 
 T = TypeVar("T")
-NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, which other threads may be using
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the default stream of other threads
 
 _capturing = threading.Lock()
-_idle: dict[int, list[torch.cuda.Stream]] = {}  # streams of this module that no living graph was captured on
+_idle: dict[int, list[torch.cuda.Stream]] = {}  # per device, streams created here on which no live graph was captured
 
 
 def warm_up(device: torch.device, run: Callable[[], object], times: int = 3) -> None:
-    """Calls `run` eagerly on a stream of its own, so that libraries choose algorithms and kernels are compiled before a
-    capture, in which they cannot."""
+    """Calls `run` eagerly on a side stream, so that algorithms are chosen and kernels compiled before a capture."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -30,31 +29,32 @@ def warm_up(device: torch.device, run: Callable[[], object], times: int = 3) -> 
 
 
 def record(graph: torch.cuda.CUDAGraph, device: torch.device, run: Callable[[], T]) -> T:
-    """Captures what `run` does on `device`, one capture of the process at a time, and returns what it returns.
+    """Captures what `run` does on `device` into `graph` and returns its result. One capture runs at a time.
 
-    Each graph is captured on a stream that no other living graph was captured on. PyTorch gives the workspace of matrix
-    products to a stream, and a captured product keeps its address: two graphs of one stream, as all graphs captured
-    without naming one are, would write to the same workspace when they run at the same time. Other threads may go on
-    using the GPU meanwhile.
+    Each graph gets a stream on which no other live graph was captured. PyTorch allocates one cuBLAS workspace per
+    stream, and a captured product keeps its address: graphs captured on one stream (the default) would overwrite each
+    other's workspace when replayed concurrently. Other threads may use the GPU meanwhile.
 
     Raises:
-        RuntimeError: something in `run` cannot be captured.
+        RuntimeError: an operation in `run` cannot be captured.
     """
     with _capturing, torch.cuda.device(device):
         index = torch.cuda.current_device()
         streams = _idle.setdefault(index, [])
         stream = streams.pop() if streams else _new_stream(index)
         weakref.finalize(graph, streams.append, stream)
-        # By default a capture belongs to a stream of PyTorch's on the device that was the first to capture.
+        # PyTorch's default capture stream belongs to the device that captured first.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             return run()
 
 
 def _new_stream(device: int) -> torch.cuda.Stream:
-    """PyTorch's own streams come from a small pool, in turn, so that two of them may be the same."""
+    """Creates a stream by the driver. PyTorch hands out streams of a small pool in turn, so two may be the same."""
     if torch.version.hip is not None:
         return torch.cuda.Stream(device)
-    torch.cuda.current_stream(device).synchronize()  # so that the device has its context, and this thread too
+    torch.cuda.current_stream(
+        device
+    ).synchronize()  # creates the context of the device and makes it current in this thread
     handle = ctypes.c_void_p()
     nvrtc.use_context(device)
     nvrtc.call_driver("cuStreamCreate", ctypes.byref(handle), NON_BLOCKING)

@@ -1,0 +1,146 @@
+"""Conditions under which a kernel of this package may replace a piece of the network.
+
+The kernels run where the scan runs on the backend "cuda" and a predicate `fits_...` accepts the arguments of the piece.
+The plain PyTorch of `model/network.py` runs in all other cases: on CPUs and with other backends (so
+`model.set_scan_backend("triton")` or MEDMAMBA_SCAN turns the kernels off), while torch.compile or torch.export trace (a
+compiler fuses by itself), in float64, for channel counts that are no multiple of 4, under `torch.func` and forward-mode
+derivatives, and where a module has hooks or is not of the expected type.
+
+Under autocast, the plain norms return float32, which the next linear layer rounds to 16 bits; the kernels round the
+same numbers to the dtype of the map.
+"""
+
+import functools
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..backends.cuda import TYPES
+from ..dispatch import resolve_backend, transformed
+
+MAX_NORM_CHANNELS = 2048  # a warp keeps a row in its registers
+MAX_BRANCH_CHANNELS = 1024
+
+
+def kernels_run(x: Tensor, backend: str | None) -> bool:
+    """Returns whether kernels may run on x at all, whichever piece of the network is asked for."""
+    if torch.compiler.is_compiling() or not _on_cuda_backend(x, backend):
+        return False
+    # Subclasses of Tensor trace or distribute operators; a kernel, which takes addresses, would bypass them.
+    return type(x) is Tensor and x.dtype in TYPES and not torch.jit.is_tracing() and not transformed()
+
+
+def observed(module: nn.Module) -> bool:
+    """Returns whether the module has hooks registered, or a tracer is active."""
+    return torch.compiler.is_compiling() or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+# --- one predicate per piece, with the arguments of the piece -------------------------------------------------------
+
+
+def fits_split_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
+    return _takes_norm(norm, x, x.shape[-1] // 2)
+
+
+def fits_channel_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
+    return _takes_norm(norm, x, x.shape[-1])
+
+
+def fits_merge_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
+    _, H, W, C = x.shape
+    return C % 4 == 0 and H > 1 and W > 1 and _takes_norm(norm, x, 4 * C)
+
+
+def fits_conv_silu(wide: Tensor, conv: nn.Conv2d) -> bool:
+    channels = wide.shape[-1] // 2
+    if wide.ndim != 4 or channels % 4 or wide.numel() == 0 or type(conv) is not nn.Conv2d:
+        return False
+    if wide.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):  # the convolution would return 16 bits
+        return False
+    plain = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return plain and conv.weight.shape == (channels, 1, 3, 3) and _takes_parameters(conv, wide)
+
+
+def fits_gate_project(y: Tensor, gate: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> bool:
+    return _takes_norm(norm, y, y.shape[-1]) and _like(gate, y, y.shape) and _takes_linear(linear, y)
+
+
+def fits_mix(x: Tensor, left: Tensor, right: Tensor, drop_path: nn.Module) -> bool:
+    half = (*x.shape[:-1], x.shape[-1] // 2)
+    fits = x.shape[-1] % 8 == 0 and x.numel() > 0 and _like(left, x, half) and _like(right, x, half)
+    return fits and hasattr(drop_path, "keep_mask") and not observed(drop_path)
+
+
+LAYERS = (nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.ReLU)
+
+
+def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
+    C = x.shape[-1]
+    if x.ndim != 4 or C % 4 or C > MAX_BRANCH_CHANNELS or x.numel() < 2 * C or observed(branch):
+        return False
+    if tuple(map(type, branch)) != LAYERS or any(map(observed, branch)):
+        return False
+    for layer in branch:
+        if isinstance(layer, nn.BatchNorm2d):
+            running = layer.running_mean, layer.running_var
+            if not layer.training or layer.momentum is None or layer.num_features != C:
+                return False
+            if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in running):
+                return False
+        elif isinstance(layer, nn.Conv2d):
+            size = layer.kernel_size[0]
+            if layer.weight.shape != (C, C, size, size) or size not in (1, 3) or layer.padding_mode != "zeros":
+                return False
+            if (layer.stride, layer.dilation, layer.padding) != ((1, 1), (1, 1), (size // 2, size // 2)):
+                return False
+            if not _computes_in(x, layer.weight):
+                return False
+    return all(_takes_parameters(branch[i], x) for i in (0, 1, 2, 4, 5, 7))
+
+
+# --- conditions that pieces share -----------------------------------------------------------------------------------
+
+
+def _on_cuda_backend(x: Tensor, backend: str | None) -> bool:
+    return x.is_cuda and _resolve(x.device, x.dtype, backend, os.environ.get("MEDMAMBA_SCAN")) == "cuda"
+
+
+# Cached: resolving queries CUDA, which takes longer than a kernel launch.
+@functools.cache
+def _resolve(device: torch.device, dtype: torch.dtype, backend: str | None, default: str | None) -> str:
+    return resolve_backend(device, dtype, backend)
+
+
+def _takes_norm(norm: nn.LayerNorm, x: Tensor, channels: int) -> bool:
+    fits = channels % 4 == 0 and channels <= MAX_NORM_CHANNELS and x.ndim == 4 and x.numel() > 0
+    return fits and type(norm) is nn.LayerNorm and norm.normalized_shape == (channels,) and _takes_parameters(norm, x)
+
+
+def _takes_linear(linear: nn.Linear, x: Tensor) -> bool:
+    if type(linear) is not nn.Linear or linear.bias is not None or linear.in_features != x.shape[-1]:
+        return False
+    return _computes_in(x, linear.weight) and linear.weight.device == x.device and not observed(linear)
+
+
+def _computes_in(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether PyTorch would multiply x by this weight in the dtype of x."""
+    device = x.device.type
+    return x.dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+
+
+def _like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Returns whether a kernel, which takes addresses, may read t; PyTorch reports mismatches itself."""
+    return t.shape == shape and t.dtype == x.dtype and t.device == x.device
+
+
+def _takes_parameters(module: nn.Module, x: Tensor) -> bool:
+    present = module.weight is not None and module.bias is not None
+    return present and module.weight.device == x.device and not observed(module)
