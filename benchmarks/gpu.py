@@ -314,7 +314,7 @@ def main() -> None:
     peers = () if args.no_peers or args.smoke or "timm" not in bench.about else PEERS
     if not peers:
         print("without peers" + ("" if "timm" in bench.about else ": timm cannot be imported here"))
-    if reason := mamba_ssm_backend.unavailable():
+    if reason := mamba_ssm_backend.BACKEND.why_not():
         print(f"without the published design: {reason}")
     everything(bench, args, args.smoke or reason is None, peers)
     ratios(bench.rows, bench.about["device"])

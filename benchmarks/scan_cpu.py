@@ -37,12 +37,12 @@ def inputs(batch: int, side: int, channels: int) -> tuple[torch.Tensor, ...]:
 
 def calls(backend, tensors: tuple[torch.Tensor, ...]) -> dict:
     x = tensors[0]
-    chunks = -(-x.shape[1] * x.shape[2] // backend.CHUNK) if backend.CHUNK else 0
+    chunks = -(-x.shape[1] * x.shape[2] // backend.chunk) if backend.chunk else 0
     states = torch.empty((x.shape[0], 4, chunks, N, x.shape[3]) if chunks else (0,))
     none, dy = torch.empty(0), torch.randn_like(x)
     return {
-        "forward": lambda: backend.scan_2d_forward(*tensors, none),
-        "training": lambda: backend.scan_2d_forward(*tensors, states),
+        "forward": lambda: backend.scan_2d(*tensors, none),
+        "training": lambda: backend.scan_2d(*tensors, states),
         "backward": lambda: backend.scan_2d_backward(dy, *tensors, states),
     }
 
@@ -61,7 +61,7 @@ def native_variant(index: int):
     """The native backend, held to one of the instruction sets that its library has."""
 
     class Variant:
-        CHUNK = native.CHUNK
+        chunk = native.BACKEND.chunk
 
         @staticmethod
         def hold(function, *arguments):
@@ -72,12 +72,12 @@ def native_variant(index: int):
                 native.best_variant = chosen
 
         @classmethod
-        def scan_2d_forward(cls, *arguments):
-            return cls.hold(native.scan_2d_forward, *arguments)
+        def scan_2d(cls, *arguments):
+            return cls.hold(native.BACKEND.scan_2d, *arguments)
 
         @classmethod
         def scan_2d_backward(cls, *arguments):
-            return cls.hold(native.scan_2d_backward, *arguments)
+            return cls.hold(native.BACKEND.scan_2d_backward, *arguments)
 
     return Variant
 
@@ -108,7 +108,7 @@ def main() -> None:
         functions = {(b, c): f for b, module in backends.items() for c, f in calls(module, tensors).items()}
         times = best_times(functions, options.rounds)
         if options.plain:
-            plain = best_times({("plain torch", c): f for c, f in calls(torch_backend, tensors).items()}, 1)
+            plain = best_times({("plain torch", c): f for c, f in calls(torch_backend.BACKEND, tensors).items()}, 1)
             times |= plain
         for backend in dict.fromkeys(b for b, _ in times):
             row = {c: times[backend, c] * 1e3 for c in columns}

@@ -56,12 +56,12 @@ def inputs(batch: int, side: int, channels: int, dtype: torch.dtype, device: str
 def calls(backend, tensors: tuple, **plan) -> dict:
     """The three passes of one backend, as functions without arguments."""
     x = tensors[0]
-    chunks = -(-x.shape[1] * x.shape[2] // backend.CHUNK) if backend.CHUNK else 0
+    chunks = -(-x.shape[1] * x.shape[2] // backend.chunk) if backend.chunk else 0
     shape = (x.shape[0], 4, chunks, N, x.shape[3]) if chunks else (0,)
     states, none, dy = x.new_zeros(shape, dtype=torch.float32), x.new_empty(0), torch.randn_like(x)
     return {
-        "forward": lambda: backend.scan_2d_forward(*tensors, none, **plan),
-        "training": lambda: backend.scan_2d_forward(*tensors, states, **plan),
+        "forward": lambda: backend.scan_2d(*tensors, none, **plan),
+        "training": lambda: backend.scan_2d(*tensors, states, **plan),
         "backward": lambda: backend.scan_2d_backward(dy, *tensors, states, **plan),
     }
 
@@ -157,7 +157,7 @@ def sweep(options: argparse.Namespace) -> list[dict]:
                 chosen = cuda_backend.backward_plan(channels, tensors[2].shape[2], device)
             timed: dict[Plan, float] = {}
             for plan in dict.fromkeys([chosen, *plans(direction, batch, side * side, channels)]):
-                function = calls(cuda_backend, tensors, plan=plan)[direction]
+                function = calls(cuda_backend.BACKEND, tensors, plan=plan)[direction]
                 try:
                     timed[plan] = milliseconds(function, options.rounds, True)
                 except CudaError as error:  # too many registers or too little shared memory: a plan that cannot be
@@ -205,7 +205,7 @@ def main() -> None:
     names = ["torch"] if options.smoke else ["cuda", "triton", "mamba_ssm"]
     backends = {}
     for name in names:
-        reason = load_backend(name).unavailable()
+        reason = load_backend(name).why_not()
         if reason:
             print(f"without {name}: {reason}")
         else:

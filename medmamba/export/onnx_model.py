@@ -93,7 +93,7 @@ def to_onnx(
         onnx.checker.check_model(os.fspath(temporary))
         difference = 0.0
         # The library last: what it makes fast is what the accuracy is measured with, where there is one.
-        for library in (False, True) if native.unavailable() is None else (False,):
+        for library in (False, True) if native.BACKEND.available() else (False,):
             run = _runner(temporary, library)
             difference = max(difference, compare(run, model, batches, tolerance))
         accuracy = check_accuracy(run, model, data, precision) if data is not None else (None, None)

@@ -37,7 +37,7 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int | None = No
     options.log_severity_level = 3  # errors; the optimiser warns of what it tidies up
     if threads is not None:
         options.intra_op_num_threads = threads
-    if library or (library is None and native.unavailable() is None):
+    if library or (library is None and native.BACKEND.available()):
         options.register_custom_ops_library(str(scan_library()))
     source = model if isinstance(model, bytes) else os.fspath(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

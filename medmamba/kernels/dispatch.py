@@ -1,16 +1,16 @@
-"""Which implementation of the scan runs: the argument, then MEDMAMBA_SCAN, then the fastest one that can.
+"""Selects the scan backend: the argument, then MEDMAMBA_SCAN, then the fastest one available.
 
-A backend is a module of this package with the functions of `torch_backend.py`. It is imported when it is first asked
-for, so that a missing optional package costs nothing and says so only to those who ask for it.
+A backend is a module of `backends` whose BACKEND implements `backends.base.Backend`. It is imported at first use.
 """
 
 import importlib
 import os
 import warnings
-from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
+
+from .backends.base import Backend
 
 BACKENDS = {
     "native": "medmamba.kernels.backends.cpu",
@@ -19,29 +19,35 @@ BACKENDS = {
     "mamba_ssm": "medmamba.kernels.backends.mamba_ssm",
     "torch": "medmamba.kernels.backends.eager",
 }
-# Fastest first. Everything else runs the plain definition.
+# By device, fastest first; anything else runs in plain PyTorch.
 PREFERENCE = {"cpu": ("native",), "cuda": ("cuda", "triton", "mamba_ssm")}
 
 
 class BackendError(RuntimeError):
-    """A scan backend was asked for that does not exist or cannot run here."""
+    """The requested scan backend does not exist or cannot run here."""
 
 
-def load_backend(name: str) -> ModuleType:
+def load_backend(name: str) -> Backend:
+    """Returns the backend of that name, available or not.
+
+    Raises:
+        BackendError: unknown name.
+    """
     if name not in BACKENDS:
         raise BackendError(f"unknown scan backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+    return importlib.import_module(BACKENDS[name]).BACKEND
 
 
 def available_backends() -> dict[str, str | None]:
-    """Backend name to None where it can run on this machine, else to the reason and its cure."""
-    return {name: load_backend(name).unavailable() for name in BACKENDS}
+    """Returns, by backend name, None if it can run on this machine, else the reason and its remedy."""
+    return {name: load_backend(name).why_not() for name in BACKENDS}
 
 
 def transformed() -> bool:
-    """Whether derivatives may be asked for that kernels do not give: in forward mode (`torch.func.jvp`,
-    `torch.autograd.forward_ad`), which PyTorch would take for zero, or by another transform of `torch.func`. Then the
-    plain definitions run, which PyTorch derives."""
+    """Returns whether forward-mode differentiation or a transform of `torch.func` is active.
+
+    Kernels have no forward-mode derivatives, which PyTorch would silently take for zero, so plain PyTorch runs instead.
+    """
     if forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -49,14 +55,14 @@ def transformed() -> bool:
 
 @torch.compiler.assume_constant_result
 def states_chunk(name: str) -> int:
-    """Tokens between the states that a backend's forward saves for its backward; 0: it saves none."""
-    return load_backend(name).CHUNK
+    """Returns the tokens between the states that a backend saves for its backward pass; 0 if it saves none."""
+    return load_backend(name).chunk
 
 
-# Under torch.compile the choice is made once, while tracing.
+# Under torch.compile, evaluated once while tracing.
 @torch.compiler.assume_constant_result
 def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
-    """The backend that will run a scan of this dtype on this device.
+    """Returns the name of the backend that runs a scan of this dtype on this device.
 
     Args:
         requested: a name in `BACKENDS`, "auto", or None for the environment variable MEDMAMBA_SCAN (default "auto").
@@ -67,15 +73,15 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | N
     name = requested or os.environ.get("MEDMAMBA_SCAN") or "auto"
     if name != "auto":
         backend = load_backend(name)
-        if (reason := backend.unavailable()) or (reason := backend.unsupported(device, dtype)):
+        if (reason := backend.why_not()) or (reason := backend.why_not_on(device, dtype)):
             raise BackendError(f"scan backend {name!r} cannot run here: {reason}")
         return name
     reasons = []
     for name in PREFERENCE.get(device.type, ()):
         backend = load_backend(name)
-        reason = backend.unavailable()
+        reason = backend.why_not()
         if reason is None:
-            if backend.unsupported(device, dtype) is None:
+            if backend.supports(device, dtype):
                 return name
         else:
             reasons.append(f"{name}: {reason}")

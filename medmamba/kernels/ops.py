@@ -7,7 +7,6 @@ make of the scan are those of the definition in plain PyTorch: right, but slower
 
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .backends.base import Backend
 from .dispatch import load_backend, resolve_backend, states_chunk, transformed
 from .reference import compute_dtype
 
@@ -213,7 +213,7 @@ def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, leng
 # --- scan_2d --------------------------------------------------------------------------------------------------------
 
 
-def _backend(name: str, x: Tensor) -> ModuleType:
+def _backend(name: str, x: Tensor) -> Backend:
     return load_backend(resolve_backend(x.device, x.dtype) if name == "auto" else name)
 
 
@@ -253,15 +253,15 @@ def _scan_2d(
     backend: str,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    module = _backend(backend, x)
-    if chunk not in (0, module.CHUNK):
-        raise ValueError(f"backend {backend!r} saves a state every {module.CHUNK} tokens, not every {chunk}")
+    implementation = _backend(backend, x)
+    if chunk not in (0, implementation.chunk):
+        raise ValueError(f"backend {backend!r} saves a state every {implementation.chunk} tokens, not every {chunk}")
     shape = _states_shape(x, A, chunk) if chunk else (0,)
     states = x.new_empty(shape, dtype=torch.float32)
     if not x.numel():
         return x.new_empty(x.shape), states
     with _without_autocast(x):
-        return module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states), states
+        return implementation.scan_2d(x, proj, dt_weight, dt_bias, A, D, states), states
 
 
 @_scan_2d.register_fake
@@ -284,12 +284,12 @@ def _scan_2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not x.numel():
         return _zeros(x, proj, dt_weight, dt_bias, A, D)  # type: ignore[return-value]
-    module = _backend(backend, x)
+    implementation = _backend(backend, x)
     with _without_autocast(x):
-        if module.CHUNK and not states.numel():  # an exported program saves none in its forward
-            states = x.new_empty(_states_shape(x, A, module.CHUNK), dtype=torch.float32)
-            module.scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states)
-        return module.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
+        if implementation.chunk and not states.numel():  # an exported program saves none in its forward
+            states = x.new_empty(_states_shape(x, A, implementation.chunk), dtype=torch.float32)
+            implementation.scan_2d(x, proj, dt_weight, dt_bias, A, D, states)
+        return implementation.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
 
 
 @_scan_2d_backward.register_fake
@@ -333,7 +333,7 @@ def _scan_1d(
     if not u.numel():  # of length 0, the state is that before the first token
         return u.new_empty(u.shape), u.new_zeros((*u.shape[:2], A.shape[1]), dtype=compute_dtype(u.dtype))
     with _without_autocast(u):
-        return _backend(backend, u).scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
+        return _backend(backend, u).scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
 
 
 @_scan_1d.register_fake

@@ -37,7 +37,7 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
         return cast(MedMamba, fuse(self, dtype))
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
-        """Replaces the classifier by a randomly initialised one; discards calibration and OOD detection of the old one."""
+        """Replaces the classifier by a randomly initialised one, and discards calibration and OOD detection."""
         super().reset_classifier(num_classes, id2label)
         self.unusual = None
 

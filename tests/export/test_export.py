@@ -26,7 +26,7 @@ pytest.importorskip("onnxscript", reason="needs the extra: pip install 'medmamba
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 LABELS = {0: "naïve", 1: "plasma cell", 2: "other"}
 
-needs_library = pytest.mark.skipif(native.unavailable() is not None, reason="no scan library for this platform")
+needs_library = pytest.mark.skipif(native.BACKEND.why_not() is not None, reason="no scan library for this platform")
 WAYS = [pytest.param(False, id="operators"), pytest.param(True, id="library", marks=needs_library)]
 
 

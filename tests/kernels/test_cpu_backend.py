@@ -15,9 +15,9 @@ from medmamba.kernels import resolve_backend
 from medmamba.kernels.backends import cpu as native
 from medmamba.kernels.backends import eager as torch_backend
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+pytestmark = pytest.mark.skipif(native.BACKEND.why_not() is not None, reason=f"native: {native.BACKEND.why_not()}")
 
-VARIANTS = range(native.load_library().medmamba_best_variant() + 1 if native.unavailable() is None else 0)
+VARIANTS = range(native.load_library().medmamba_best_variant() + 1 if native.BACKEND.why_not() is None else 0)
 NAMES_2D = ("y", "dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD")
 NAMES_1D = ("y", "last_state", "du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias")
 
@@ -64,15 +64,15 @@ def run_2d(backend, tensors, dy):
     """Output and all gradients."""
     x, A = tensors[0], tensors[4]
     shape = (0,)
-    if backend.CHUNK:
-        shape = (x.shape[0], 4, -(-x.shape[1] * x.shape[2] // backend.CHUNK), A.shape[2], x.shape[3])
+    if backend.BACKEND.chunk:
+        shape = (x.shape[0], 4, -(-x.shape[1] * x.shape[2] // backend.BACKEND.chunk), A.shape[2], x.shape[3])
     states = torch.empty(shape)
-    y = backend.scan_2d_forward(*tensors, states)
-    return y, *backend.scan_2d_backward(dy, *tensors, states)
+    y = backend.BACKEND.scan_2d(*tensors, states)
+    return y, *backend.BACKEND.scan_2d_backward(dy, *tensors, states)
 
 
 def run_1d(backend, tensors, dy, softplus):
-    return *backend.scan_1d_forward(*tensors, softplus), *backend.scan_1d_backward(dy, *tensors, softplus)
+    return *backend.BACKEND.scan_1d(*tensors, softplus), *backend.BACKEND.scan_1d_backward(dy, *tensors, softplus)
 
 
 def double(tensors):
@@ -158,7 +158,7 @@ def test_half_precision_rounds_to_nearest_and_keeps_nan():
         # With B = 0, y = D u: exact in float32, so that only the conversions to and from the type are left.
         D = torch.full((channels,), 1.01)
         zeros = torch.zeros(1, 1, 1, 1)
-        y, _ = native.scan_1d_forward(
+        y, _ = native.BACKEND.scan_1d(
             u, torch.zeros_like(u), -torch.ones(channels, 1), zeros, zeros, D, torch.zeros(channels), False
         )
         expected = (u.float().squeeze() * D).to(dtype)
@@ -169,18 +169,18 @@ def test_half_precision_rounds_to_nearest_and_keeps_nan():
 
 def test_mixed_types_and_strides():
     x, proj, *rest = inputs_2d(2, 5, 6, 16, 3, 16)
-    expected = native.scan_2d_forward(x, proj, *rest, torch.empty(0))
+    expected = native.BACKEND.scan_2d(x, proj, *rest, torch.empty(0))
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, proj, *rest)]
     assert not strided[0].is_contiguous()
-    assert torch.equal(native.scan_2d_forward(*strided, torch.empty(0)), expected)
+    assert torch.equal(native.BACKEND.scan_2d(*strided, torch.empty(0)), expected)
     dy = torch.randn(1, 1, 1, 1).expand_as(x)  # what sum().backward() passes
     for a, e in zip(run_2d(native, strided, dy), run_2d(native, (x, proj, *rest), dy.contiguous()), strict=True):
         assert torch.equal(a, e)
-    mixed = native.scan_2d_forward(x, proj.bfloat16(), *rest, torch.empty(0))
-    torch.testing.assert_close(mixed, native.scan_2d_forward(x, proj.bfloat16().float(), *rest, torch.empty(0)))
+    mixed = native.BACKEND.scan_2d(x, proj.bfloat16(), *rest, torch.empty(0))
+    torch.testing.assert_close(mixed, native.BACKEND.scan_2d(x, proj.bfloat16().float(), *rest, torch.empty(0)))
     u, delta, A, B, C, D, bias = inputs_1d(2, 24, 4, 16, 50)
-    plain = native.scan_1d_forward(u, delta.half().float(), A, B.bfloat16().float(), C, D, bias, True)
-    mixed = native.scan_1d_forward(u, delta.half(), A, B.bfloat16(), C, D, bias, True)
+    plain = native.BACKEND.scan_1d(u, delta.half().float(), A, B.bfloat16().float(), C, D, bias, True)
+    mixed = native.BACKEND.scan_1d(u, delta.half(), A, B.bfloat16(), C, D, bias, True)
     for a, e in zip(mixed, plain, strict=True):
         assert torch.equal(a, e)
 
@@ -217,7 +217,7 @@ def test_nan_reaches_what_follows_it(monkeypatch):
         monkeypatch.setattr(native, "best_variant", lambda v=variant: v)
         broken = [t.clone() for t in tensors]
         broken[i][..., 40] = float("nan")
-        y, _ = native.scan_1d_forward(*broken, True)
+        y, _ = native.BACKEND.scan_1d(*broken, True)
         assert y[..., :40].isfinite().all()
         assert y[..., 40:].isnan().all()
 
@@ -292,16 +292,16 @@ def test_works_in_forked_processes():
     """A child of fork has none of the threads that the parent started."""
     torch.set_num_threads(3)
     tensors = inputs_2d(2, 7, 9, 40, 3, 16)
-    expected = native.scan_2d_forward(*tensors, torch.empty(0))
+    expected = native.BACKEND.scan_2d(*tensors, torch.empty(0))
     children = []
     for _ in range(3):
         child = os.fork()
         if child == 0:
-            ok = all(torch.equal(native.scan_2d_forward(*tensors, torch.empty(0)), expected) for _ in range(3))
+            ok = all(torch.equal(native.BACKEND.scan_2d(*tensors, torch.empty(0)), expected) for _ in range(3))
             os._exit(0 if ok else 1)
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
-    assert torch.equal(native.scan_2d_forward(*tensors, torch.empty(0)), expected)
+    assert torch.equal(native.BACKEND.scan_2d(*tensors, torch.empty(0)), expected)
 
 
 def test_process_ends_while_threads_work():
@@ -338,7 +338,7 @@ def test_threads_share_the_work(monkeypatch):
         times = []
         for _ in range(10):
             start = time.thread_time()
-            native.scan_2d_forward(*tensors, torch.empty(0))
+            native.BACKEND.scan_2d(*tensors, torch.empty(0))
             times.append(time.thread_time() - start)
         return min(times)
 
@@ -386,9 +386,9 @@ def test_widest_instructions_are_chosen():
 def test_without_a_library_the_reason_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "load_library", native.load_library.__wrapped__)  # the uncached function
     monkeypatch.setattr(native, "LIBRARIES", tmp_path)
-    assert "no prebuilt library for this platform" in native.unavailable()
+    assert "no prebuilt library for this platform" in native.BACKEND.why_not()
     (tmp_path / native.library_name()).write_bytes(b"not a library")
-    assert native.unavailable()
+    assert native.BACKEND.why_not()
     with pytest.warns(UserWarning, match="plain PyTorch"):
         assert resolve_backend(torch.device("cpu"), torch.float32) == "torch"
 
@@ -397,5 +397,5 @@ def test_it_is_what_a_cpu_runs(monkeypatch):
     monkeypatch.delenv("MEDMAMBA_SCAN", raising=False)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert resolve_backend(torch.device("cpu"), dtype) == "native"
-    assert "not torch.float64" in native.unsupported(torch.device("cpu"), torch.float64)
-    assert "not on cuda" in native.unsupported(torch.device("cuda"), torch.float32)
+    assert "not torch.float64" in native.BACKEND.why_not_on(torch.device("cpu"), torch.float64)
+    assert "not on cuda" in native.BACKEND.why_not_on(torch.device("cuda"), torch.float32)

@@ -23,7 +23,7 @@ from medmamba.kernels.backends.cuda import Plan
 from medmamba.kernels.block import inference as fused
 from medmamba.kernels.cuda import nvrtc
 
-CUDA = cuda_backend.unavailable() is None
+CUDA = cuda_backend.BACKEND.why_not() is None
 DEVICE = "cuda" if CUDA else "cpu"
 EMULATOR = Path(__file__).with_name("cuda_emulator.h")
 runs = pytest.mark.skipif(
@@ -160,16 +160,16 @@ def check(tensors, forward=None, backward=None):
     double = [t.double() for t in tensors]
     x, A = tensors[0], tensors[4]
     states, none = saved_states(x, A.shape[2]), x.new_empty(0)
-    exact, loop = (torch_backend.scan_2d_forward(*t, none) for t in (double, tensors))
+    exact, loop = (torch_backend.BACKEND.scan_2d(*t, none) for t in (double, tensors))
     for saved in (none, states):
-        y = cuda_backend.scan_2d_forward(*tensors, saved, plan=forward)
+        y = cuda_backend.BACKEND.scan_2d(*tensors, saved, plan=forward)
         assert_within_budget([y], [loop], [exact], "y")
     assert states.isfinite().all()
 
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    grads = cuda_backend.scan_2d_backward(dy, *tensors, states, plan=backward)
-    exact = torch_backend.scan_2d_backward(dy.double(), *double, none)
-    loop = torch_backend.scan_2d_backward(dy, *tensors, none)
+    grads = cuda_backend.BACKEND.scan_2d_backward(dy, *tensors, states, plan=backward)
+    exact = torch_backend.BACKEND.scan_2d_backward(dy.double(), *double, none)
+    loop = torch_backend.BACKEND.scan_2d_backward(dy, *tensors, none)
     assert_within_budget(grads, loop, exact, ["dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD"])
 
 
@@ -195,8 +195,8 @@ def test_values_and_gradients(shape):
 @runs
 def test_through_the_operator(monkeypatch):
     """As users call it: PyTorch checks there that outputs share no memory. On a CPU the emulator runs the kernels."""
-    monkeypatch.setattr(cuda_backend, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(cuda_backend.BACKEND, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     tensors = [t.requires_grad_() for t in problem(H=3, W=7, C=32, R=3)]
     found, expected = (
         torch.autograd.grad(selective_scan_2d(*tensors, backend=backend).square().sum(), tensors)
@@ -236,17 +236,17 @@ def test_views_are_read_where_they_lie():
     """Half of a wider map, a map that lies column by column, a gradient that is one number for all."""
     tensors = problem(H=3, W=5, C=32, R=4)
     x, proj = tensors[:2]
-    expected = cuda_backend.scan_2d_forward(*tensors, x.new_empty(0))
+    expected = cuda_backend.BACKEND.scan_2d(*tensors, x.new_empty(0))
     states, ones = saved_states(x, 16), torch.ones_like(x)
-    cuda_backend.scan_2d_forward(*tensors, states)
-    gradients = cuda_backend.scan_2d_backward(ones, *tensors, states)
+    cuda_backend.BACKEND.scan_2d(*tensors, states)
+    gradients = cuda_backend.BACKEND.scan_2d_backward(ones, *tensors, states)
     half = torch.cat((x, x + 1), -1).chunk(2, -1)[0]
     columns = x.transpose(1, 2).contiguous().transpose(1, 2)
     for view in (half, columns):
         for codes in (proj, torch.cat((proj, proj + 1), -1).chunk(2, -1)[0]):
             views = [view, codes, *tensors[2:]]
-            assert torch.equal(cuda_backend.scan_2d_forward(*views, x.new_empty(0)), expected)
-            found = cuda_backend.scan_2d_backward(ones[:1, :1, :1, :1].expand_as(x), *views, states)
+            assert torch.equal(cuda_backend.BACKEND.scan_2d(*views, x.new_empty(0)), expected)
+            found = cuda_backend.BACKEND.scan_2d_backward(ones[:1, :1, :1, :1].expand_as(x), *views, states)
             assert all(map(torch.equal, found, gradients))
 
 

@@ -11,7 +11,7 @@ from medmamba import available_backends, selective_scan, selective_scan_2d
 from medmamba.kernels.backends import eager as torch_backend
 from medmamba.kernels.backends import mamba_ssm as mamba_ssm_backend
 
-REASON = mamba_ssm_backend.unavailable()
+REASON = mamba_ssm_backend.BACKEND.why_not()
 
 
 def gpu(test):
@@ -42,7 +42,7 @@ def saved_states(u, A):
 
 def fwd(u, delta, A, B, C, D, z, delta_bias, softplus):
     check(u, delta, A, B, C, D, z, delta_bias)
-    y, last = torch_backend.scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
+    y, last = torch_backend.BACKEND.scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
     saved = saved_states(u, A)
     saved[:, :, -1, 1::2] = last
     return [y, saved]
@@ -56,7 +56,7 @@ def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, softplus, recompu
         assert x.is_contiguous() and torch.equal(x, fwd(u, delta, A, B, C, D, z, delta_bias, softplus)[1])
     else:
         assert x is None
-    grads = torch_backend.scan_1d_backward(dout, u, delta, A, B, C, D, delta_bias, softplus)
+    grads = torch_backend.BACKEND.scan_1d_backward(dout, u, delta, A, B, C, D, delta_bias, softplus)
     return list(grads)
 
 
@@ -111,12 +111,12 @@ def test_2d(shape, dtype, stand_in):
     x, A = tensors[0], tensors[4]
     B, H, W, C = x.shape
     states = torch.full((B, 4, -(-H * W // mamba_ssm_backend.CHUNK), A.shape[2], C), torch.nan)
-    y = mamba_ssm_backend.scan_2d_forward(*tensors, states)
-    compare([y], [torch_backend.scan_2d_forward(*tensors, states)], [x])
+    y = mamba_ssm_backend.BACKEND.scan_2d(*tensors, states)
+    compare([y], [torch_backend.BACKEND.scan_2d(*tensors, states)], [x])
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = mamba_ssm_backend.scan_2d_backward(dy, *tensors, states)
+    grads = mamba_ssm_backend.BACKEND.scan_2d_backward(dy, *tensors, states)
     tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
-    compare(grads, torch_backend.scan_2d_backward(dy, *tensors, states), tensors, **tolerance)
+    compare(grads, torch_backend.BACKEND.scan_2d_backward(dy, *tensors, states), tensors, **tolerance)
 
 
 @pytest.mark.parametrize("softplus", [True, False])
@@ -128,18 +128,18 @@ def test_1d(shape, dtype, softplus, stand_in):
     tensors = problem_1d(**shape, dtype=dtype)
     if not softplus:  # step sizes are positive
         tensors[1], tensors[6] = tensors[1].abs(), tensors[6].abs()
-    y, last = mamba_ssm_backend.scan_1d_forward(*tensors, softplus)
-    compare([y, last], torch_backend.scan_1d_forward(*tensors, softplus), [y, last])
+    y, last = mamba_ssm_backend.BACKEND.scan_1d(*tensors, softplus)
+    compare([y, last], torch_backend.BACKEND.scan_1d(*tensors, softplus), [y, last])
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = mamba_ssm_backend.scan_1d_backward(dy, *tensors, softplus)
-    expected = torch_backend.scan_1d_backward(dy, *tensors, softplus)
+    grads = mamba_ssm_backend.BACKEND.scan_1d_backward(dy, *tensors, softplus)
+    expected = torch_backend.BACKEND.scan_1d_backward(dy, *tensors, softplus)
     compare(grads, expected, tensors, rtol=1e-3, atol=1e-3)
 
 
 def test_1d_of_constant_b_and_c(stand_in, monkeypatch):
     """selective_scan hands over B and C expanded along the length, with a stride of 0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mamba_ssm_backend, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(mamba_ssm_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     u, delta, A, *_ = problem_1d()
     constant = torch.randn(A.shape, generator=torch.Generator().manual_seed(1))
     y, expected = (selective_scan(u, delta, A, constant, constant, backend=b) for b in ("mamba_ssm", "torch"))
@@ -149,7 +149,7 @@ def test_1d_of_constant_b_and_c(stand_in, monkeypatch):
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_1d_trains_through_the_operator(G, stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mamba_ssm_backend, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(mamba_ssm_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     tensors = [t.requires_grad_() for t in problem_1d(G=G)]
     u, delta, A, B, C, D, bias = tensors
     grads = [
@@ -162,7 +162,7 @@ def test_1d_trains_through_the_operator(G, stand_in, monkeypatch):
 def test_operator_runs_it(stand_in, monkeypatch):
     """Through autograd, and so with the states that the operator makes room for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mamba_ssm_backend, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(mamba_ssm_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     tensors = [t.requires_grad_() for t in problem_2d(B=1, H=1, W=2049, C=1, R=1, N=1)]
     grads = [
         torch.autograd.grad(selective_scan_2d(*tensors, backend=backend).square().sum(), tensors)
@@ -180,10 +180,10 @@ def test_says_why_it_cannot_run(monkeypatch):
         raise ImportError("undefined symbol: _ZN3c107WarningC1E")
 
     monkeypatch.setattr(mamba_ssm_backend, "_kernel", undefined_symbol)
-    assert "_ZN3c107WarningC1E" in mamba_ssm_backend.unavailable()
-    assert "MAMBA_FORCE_BUILD" in mamba_ssm_backend.unavailable()
-    assert "cpu" in mamba_ssm_backend.unsupported(torch.device("cpu"), torch.float32)
-    assert "float64" in mamba_ssm_backend.unsupported(torch.device("cuda"), torch.float64)
+    assert "_ZN3c107WarningC1E" in mamba_ssm_backend.BACKEND.why_not()
+    assert "MAMBA_FORCE_BUILD" in mamba_ssm_backend.BACKEND.why_not()
+    assert "cpu" in mamba_ssm_backend.BACKEND.why_not_on(torch.device("cpu"), torch.float32)
+    assert "float64" in mamba_ssm_backend.BACKEND.why_not_on(torch.device("cuda"), torch.float64)
 
 
 @gpu

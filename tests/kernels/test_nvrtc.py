@@ -39,8 +39,8 @@ def wanted(monkeypatch):
         for C, R in WIDTHS:
             tensors = problem(H=7, W=7, C=C, R=R, dtype=dtype)
             states = saved_states(tensors[0], 16)
-            cuda_backend.scan_2d_forward(*tensors, states)
-            cuda_backend.scan_2d_backward(tensors[0], *tensors, states)
+            cuda_backend.BACKEND.scan_2d(*tensors, states)
+            cuda_backend.BACKEND.scan_2d_backward(tensors[0], *tensors, states)
     for cache in caches:  # of kernels that do nothing
         cache.cache_clear()
     return found

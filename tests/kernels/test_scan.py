@@ -211,7 +211,7 @@ def test_missing_fast_backend_warns_once_with_the_fix(monkeypatch):
     from medmamba.kernels.backends import cpu as native
 
     monkeypatch.delenv("MEDMAMBA_SCAN", raising=False)
-    monkeypatch.setattr(native, "unavailable", lambda: "no library for this platform; do X")
+    monkeypatch.setattr(native.BACKEND, "why_not", lambda: "no library for this platform; do X")
     with pytest.warns(UserWarning, match=r"plain PyTorch.*native: no library for this platform; do X"):
         assert resolve_backend(torch.device("cpu"), torch.float32) == "torch"
 

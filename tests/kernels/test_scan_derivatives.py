@@ -10,7 +10,7 @@ from medmamba import selective_scan, selective_scan_2d
 from medmamba.kernels import reference
 from medmamba.kernels.backends import cpu as native
 
-BACKENDS = ["torch", "native"] if native.unavailable() is None else ["torch"]
+BACKENDS = ["torch", "native"] if native.BACKEND.why_not() is None else ["torch"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

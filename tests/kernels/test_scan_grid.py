@@ -167,8 +167,8 @@ def check_all(chosen, *args, **kwargs):
 def on_the_cpu(monkeypatch, backend):
     """Lets a backend of GPUs run: what `cuda` has no kernel for, it hands to others, which run here."""
     if backend == "cuda":
-        monkeypatch.setattr(cuda_backend, "unavailable", lambda: None)
-        monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
+        monkeypatch.setattr(cuda_backend.BACKEND, "why_not", lambda: None)
+        monkeypatch.setattr(cuda_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     elif reason := available_backends()[backend]:
         pytest.skip(reason)
 
@@ -239,5 +239,5 @@ def test_the_whole_grid_on_a_gpu(backend, dtype):
     """Against the CPU's library in float32, which the tests above hold against the definition."""
     if reason := available_backends()[backend]:
         pytest.skip(reason)
-    by = "native" if native.unavailable() is None else None
+    by = "native" if native.BACKEND.why_not() is None else None
     check_all([case for case in GRID if case.dtype == dtype], backend, "cuda", by)

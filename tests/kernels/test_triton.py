@@ -86,28 +86,28 @@ def check_2d(tensors, forward=None, backward=None):
     double = [t.double() for t in tensors]
     x, A = tensors[0], tensors[4]
     states = saved_states(x, A.shape[2])
-    y = triton_backend.scan_2d_forward(*tensors, states, plan=forward)
+    y = triton_backend.BACKEND.scan_2d(*tensors, states, plan=forward)
     none = x.new_empty(0)
-    exact, loop = (torch_backend.scan_2d_forward(*t, none) for t in (double, tensors))
+    exact, loop = (torch_backend.BACKEND.scan_2d(*t, none) for t in (double, tensors))
     assert_within_budget([y], [loop], [exact], "y")
 
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    grads = triton_backend.scan_2d_backward(dy, *tensors, states, plan=backward)
-    exact = torch_backend.scan_2d_backward(dy.double(), *double, none)
-    loop = torch_backend.scan_2d_backward(dy, *tensors, none)
+    grads = triton_backend.BACKEND.scan_2d_backward(dy, *tensors, states, plan=backward)
+    exact = torch_backend.BACKEND.scan_2d_backward(dy.double(), *double, none)
+    loop = torch_backend.BACKEND.scan_2d_backward(dy, *tensors, none)
     assert_within_budget(grads, loop, exact, ["dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD"])
 
 
 def check_1d(tensors, softplus=True, plan=None):
     double = [t.double() for t in tensors]
-    actual = triton_backend.scan_1d_forward(*tensors, softplus, plan=plan)
-    exact, loop = (torch_backend.scan_1d_forward(*t, softplus) for t in (double, tensors))
+    actual = triton_backend.BACKEND.scan_1d(*tensors, softplus, plan=plan)
+    exact, loop = (torch_backend.BACKEND.scan_1d(*t, softplus) for t in (double, tensors))
     assert_within_budget(actual, loop, exact, ["y", "last state"])
 
     dy = torch.randn(actual[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
-    grads = triton_backend.scan_1d_backward(dy, *tensors, softplus, plan=plan)
-    exact = torch_backend.scan_1d_backward(dy.double(), *double, softplus)
-    loop = torch_backend.scan_1d_backward(dy, *tensors, softplus)
+    grads = triton_backend.BACKEND.scan_1d_backward(dy, *tensors, softplus, plan=plan)
+    exact = torch_backend.BACKEND.scan_1d_backward(dy.double(), *double, softplus)
+    loop = torch_backend.BACKEND.scan_1d_backward(dy, *tensors, softplus)
     assert_within_budget(grads, loop, exact, ["du", "ddelta", "dA", "dB", "dC", "dD", "ddelta_bias"])
 
 
@@ -354,35 +354,35 @@ def test_compiles_for_gpus_old_and_new(capability, monkeypatch):
     x, proj, *parameters = (t.cpu() for t in problem_2d(H=4, W=4, C=32, R=4, N=4, dtype=torch.bfloat16))
     states = saved_states(x, 4)
     monkeypatch.setattr(triton_backend, "sum_parts", lambda parts, dtype: parts[:, 0])
-    triton_backend.scan_2d_forward(x, proj, *parameters, x.new_empty(0), plan=Plan(32, 2))
-    triton_backend.scan_2d_forward(x, proj, *parameters, states, plan=Plan(32, 2))
-    triton_backend.scan_2d_backward(x, x, proj, *parameters, states, plan=Plan(32, 2))
+    triton_backend.BACKEND.scan_2d(x, proj, *parameters, x.new_empty(0), plan=Plan(32, 2))
+    triton_backend.BACKEND.scan_2d(x, proj, *parameters, states, plan=Plan(32, 2))
+    triton_backend.BACKEND.scan_2d_backward(x, x, proj, *parameters, states, plan=Plan(32, 2))
     assert all(len(c.binary) > 1000 for c in compilers)
 
 
 def test_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "nvidia-smi" in triton_backend.unavailable()
-    assert "CUDA" in triton_backend.unsupported(torch.device("cpu"), torch.float32)
-    assert "float64" in triton_backend.unsupported(torch.device("cuda"), torch.float64)
+    assert "nvidia-smi" in triton_backend.BACKEND.why_not()
+    assert "CUDA" in triton_backend.BACKEND.why_not_on(torch.device("cpu"), torch.float32)
+    assert "float64" in triton_backend.BACKEND.why_not_on(torch.device("cuda"), torch.float64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     capabilities = [(6, 1)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
-    assert "6.1" in triton_backend.unavailable()
+    assert "6.1" in triton_backend.BACKEND.why_not()
     capabilities.append((7, 5))  # an old card for the screen, whichever is current, and one that computes
-    assert triton_backend.unavailable() is None
-    assert "cuda:0 has 6.1" in triton_backend.unsupported(torch.device("cuda:0"), torch.float32)
-    assert triton_backend.unsupported(torch.device("cuda:1"), torch.float32) is None
+    assert triton_backend.BACKEND.why_not() is None
+    assert "cuda:0 has 6.1" in triton_backend.BACKEND.why_not_on(torch.device("cuda:0"), torch.float32)
+    assert triton_backend.BACKEND.why_not_on(torch.device("cuda:1"), torch.float32) is None
     monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
-    assert "pip install triton" in triton_backend.unavailable()
+    assert "pip install triton" in triton_backend.BACKEND.why_not()
 
 
 def test_interpreter_counts_as_a_device(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.unavailable() is None
-    assert triton_backend.unsupported(torch.device("cpu"), torch.float32) is None
+    assert triton_backend.BACKEND.why_not() is None
+    assert triton_backend.BACKEND.why_not_on(torch.device("cpu"), torch.float32) is None
 
 
 def test_plans(monkeypatch):

@@ -13,6 +13,10 @@ from medmamba.model import fused as fused_model
 from medmamba.model.fused import FusedMedMamba, fused_class
 
 
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
+
+
 class Doubled(medmamba.MedMamba):
     """A subclass with a head of its own."""
 
@@ -157,7 +161,7 @@ def test_threads_prepare_it_once(tiny_model, monkeypatch):
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_threads_and_graphs(dtype):
     """Threads with streams of their own share a fused model and a graph, and get what one thread gets."""
@@ -192,7 +196,7 @@ def test_threads_and_graphs(dtype):
     torch.testing.assert_close(kept.float(), expected[1].float(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.gpu
+@gpu
 def test_a_graph_outlives_its_model_and_refuses_a_changed_one():
     torch.manual_seed(0)
     model = medmamba.create_model("test", num_classes=4).eval().cuda()
@@ -212,7 +216,7 @@ def test_a_graph_outlives_its_model_and_refuses_a_changed_one():
         fused.graphed(image[:0])
 
 
-@pytest.mark.gpu
+@gpu
 def test_an_empty_batch_on_a_gpu():
     model = medmamba.create_model("test", num_classes=4).eval().cuda()
     nothing = torch.empty(0, 3, 64, 64, device="cuda")
@@ -221,7 +225,7 @@ def test_an_empty_batch_on_a_gpu():
             assert each(nothing).shape == (0, 4)
 
 
-@pytest.mark.gpu
+@gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_on_another_gpu_than_the_current(dtype):

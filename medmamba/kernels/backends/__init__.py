@@ -1,1 +1,5 @@
-"""Implementations of the scan, one module each; `dispatch` chooses."""
+"""Scan backends, one module each, loaded by name through `kernels.dispatch`; `base.py` is their protocol."""
+
+from .base import Backend
+
+__all__ = ["Backend"]

@@ -1,8 +1,8 @@
-"""The scan on CPUs: a C library, built ahead of time for each platform and called through ctypes.
+"""Backend "native": a C library for CPUs, built ahead of time for each platform and called through ctypes.
 
 The library (sources in csrc/, built by csrc/build.py) depends on neither Python nor PyTorch, so one file per platform
-serves all versions of both, and nobody needs a compiler. Threads: `torch.get_num_threads()`. For a given number of
-threads, results are the same from run to run.
+serves all versions of both, and users need no compiler. It runs `torch.get_num_threads()` threads; for a given number
+of threads, results are reproducible.
 """
 
 import ctypes
@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHUNK = 64  # tokens between the states that forward saves for backward
+from .base import Backend, Gradients1d, Gradients2d
+
+CHUNK = 64  # tokens between saved states; medmamba_chunk() of the library
 
 LIBRARIES = Path(__file__).parents[1] / "lib"
 VARIANTS = {"x86_64": ("x86_64", "x86_64_v3", "x86_64_v4"), "arm64": ("neon",), "aarch64": ("neon",)}
@@ -43,7 +45,7 @@ class Scan1d(ctypes.Structure):
 
 
 def library_name(system: str = sys.platform, machine: str = platform.machine()) -> str:
-    """The file of `lib/` for a platform, whether it exists or not."""
+    """Returns the name of the file in `lib/` for a platform, whether it exists or not."""
     machine = {"AMD64": "x86_64"}.get(machine, machine)
     if system == "darwin":
         return f"macos-{machine}.dylib"
@@ -52,7 +54,11 @@ def library_name(system: str = sys.platform, machine: str = platform.machine()) 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """Raises OSError where there is no library for this platform, or it does not load."""
+    """Loads the library.
+
+    Raises:
+        OSError: there is none for this platform, or it does not load.
+    """
     path = LIBRARIES / library_name()
     if not path.exists():
         raise OSError(
@@ -65,24 +71,8 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def unavailable() -> str | None:
-    try:
-        load_library()
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    if dtype not in ELEMENT_TYPES:
-        return f"it runs float32, bfloat16 and float16, not {dtype}; backend 'torch' runs every float type"
-    return None
-
-
 def best_variant() -> int:
-    """Index into `VARIANTS` of this machine: the widest instructions that the processor has."""
+    """Returns the index into `VARIANTS` of the widest instruction set that the processor supports."""
     return load_library().medmamba_best_variant()
 
 
@@ -92,7 +82,7 @@ def _call(function: str, arguments: ctypes.Structure) -> None:
 
 
 def _data(tensor: Tensor) -> Tensor:
-    """Contiguous and of a type that the library reads."""
+    """Returns the tensor contiguous and in a dtype that the library reads."""
     return (tensor if tensor.dtype in ELEMENT_TYPES else tensor.float()).contiguous()
 
 
@@ -117,28 +107,6 @@ def _scan_2d(x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, **tensors: T
     )
 
 
-def scan_2d_forward(
-    x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
-) -> Tensor:
-    x, proj = x.contiguous(), _data(proj)
-    dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
-    y = torch.empty_like(x)
-    _call("scan_2d_forward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, y=y))
-    return y
-
-
-def scan_2d_backward(
-    dy: Tensor, x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtypes = [t.dtype for t in (x, proj, dt_weight, dt_bias, A, D)]
-    x, dy, proj = x.contiguous(), dy.to(x.dtype).contiguous(), _data(proj)
-    dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
-    grads = [_like(t) for t in (x, proj, dt_weight, dt_bias, A, D)]
-    outputs = dict(zip(("dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD"), grads, strict=True))
-    _call("scan_2d_backward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, dy=dy, **outputs))
-    return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
-
-
 def _scan_1d(u: Tensor, delta: Tensor, A: Tensor, Bs: Tensor, Cs: Tensor, softplus: bool, **tensors: Tensor) -> Scan1d:
     B, C, L = u.shape
     return Scan1d(
@@ -149,28 +117,89 @@ def _scan_1d(u: Tensor, delta: Tensor, A: Tensor, Bs: Tensor, Cs: Tensor, softpl
 
 
 def _projections(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """The library takes B and C in one type."""
+    """Returns B and C in one dtype, as the library requires."""
     return (_data(B), _data(C)) if B.dtype == C.dtype else (B.float().contiguous(), C.float().contiguous())
 
 
-def scan_1d_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
-) -> tuple[Tensor, Tensor]:
-    u, delta, (B, C) = u.contiguous(), _data(delta), _projections(B, C)
-    A, D, delta_bias = _floats(A, D, delta_bias)
-    y, last_state = torch.empty_like(u), u.new_empty((*u.shape[:2], A.shape[1]), dtype=torch.float32)
-    arguments = _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, y=y, last_state=last_state)
-    _call("scan_1d_forward", arguments)
-    return y, last_state
+class CpuBackend(Backend):
+    """Calls the C library."""
+
+    name = "native"
+    chunk = CHUNK
+
+    def why_not(self) -> str | None:
+        try:
+            load_library()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def why_not_on(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if dtype not in ELEMENT_TYPES:
+            return f"it runs float32, bfloat16 and float16, not {dtype}; backend 'torch' runs every float type"
+        return None
+
+    def scan_2d(
+        self, x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
+    ) -> Tensor:
+        x, proj = x.contiguous(), _data(proj)
+        dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
+        y = torch.empty_like(x)
+        _call("scan_2d_forward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, y=y))
+        return y
+
+    def scan_2d_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        proj: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        states: Tensor,
+    ) -> Gradients2d:
+        dtypes = [t.dtype for t in (x, proj, dt_weight, dt_bias, A, D)]
+        x, dy, proj = x.contiguous(), dy.to(x.dtype).contiguous(), _data(proj)
+        dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
+        grads = [_like(t) for t in (x, proj, dt_weight, dt_bias, A, D)]
+        outputs = dict(zip(("dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD"), grads, strict=True))
+        _call(
+            "scan_2d_backward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, dy=dy, **outputs)
+        )
+        return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
+
+    def scan_1d(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
+    ) -> tuple[Tensor, Tensor]:
+        u, delta, (B, C) = u.contiguous(), _data(delta), _projections(B, C)
+        A, D, delta_bias = _floats(A, D, delta_bias)
+        y, last_state = torch.empty_like(u), u.new_empty((*u.shape[:2], A.shape[1]), dtype=torch.float32)
+        arguments = _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, y=y, last_state=last_state)
+        _call("scan_1d_forward", arguments)
+        return y, last_state
+
+    def scan_1d_backward(
+        self,
+        dy: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        delta_bias: Tensor,
+        softplus: bool,
+    ) -> Gradients1d:
+        dtypes = [t.dtype for t in (u, delta, A, B, C, D, delta_bias)]
+        u, dy, delta, (B, C) = u.contiguous(), dy.to(u.dtype).contiguous(), _data(delta), _projections(B, C)
+        A, D, delta_bias = _floats(A, D, delta_bias)
+        grads = [_like(t) for t in (u, delta, A, B, C, D, delta_bias)]
+        outputs = dict(zip(("du", "ddelta", "dA", "dBs", "dCs", "dD", "ddelta_bias"), grads, strict=True))
+        _call("scan_1d_backward", _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, dy=dy, **outputs))
+        return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
 
 
-def scan_1d_backward(
-    dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtypes = [t.dtype for t in (u, delta, A, B, C, D, delta_bias)]
-    u, dy, delta, (B, C) = u.contiguous(), dy.to(u.dtype).contiguous(), _data(delta), _projections(B, C)
-    A, D, delta_bias = _floats(A, D, delta_bias)
-    grads = [_like(t) for t in (u, delta, A, B, C, D, delta_bias)]
-    outputs = dict(zip(("du", "ddelta", "dA", "dBs", "dCs", "dD", "ddelta_bias"), grads, strict=True))
-    _call("scan_1d_backward", _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, dy=dy, **outputs))
-    return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
+BACKEND = CpuBackend()

@@ -1,24 +1,23 @@
-"""The scan on NVIDIA GPUs: CUDA kernels that NVRTC, which comes with PyTorch, compiles when they first run.
+"""Backend "cuda": CUDA kernels for NVIDIA GPUs, compiled at first use by NVRTC, which comes with PyTorch.
 
-`cuda/forward.cu` and `cuda/backward.cu` hold the kernels and the design, `nvrtc.py` compiles and launches them. What
-they do not cover (more than 16 states, one-dimensional scans) goes to the Triton kernels, or without Triton to the
-plain definition.
+`cuda/forward.cu` and `cuda/backward.cu` hold the kernels and describe the design; `cuda/nvrtc.py` compiles and launches
+them. Scans that they do not cover (more than 16 states, one dimension) go to the Triton backend, or without Triton to
+plain PyTorch.
 """
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cuda import nvrtc
-from . import eager as torch_backend
+from ..cuda.nvrtc import load_and_launch
+from . import eager, triton
+from .base import Backend, Gradients1d, Gradients2d
 
-__all__ = ["CHUNK", "scan_1d_backward", "scan_1d_forward", "scan_2d_backward", "scan_2d_forward"]
-
-CHUNK = 16  # tokens between the states that forward saves for backward; TILE of cuda/common.cuh
+CHUNK = 16  # tokens between saved states; TILE of cuda/common.cuh
 PADDED_STATES = 16
 MAX_RANK = 64
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -27,36 +26,13 @@ BLOCKS = (128, 96, 64, 32)  # channels per program
 
 
 class Plan(NamedTuple):
-    """One launch."""
+    """Parameters of one launch."""
 
     channels: int  # per program
-    lanes: int = 1  # forward: that share a channel
-    segments: int = 1  # forward: pieces of the length; more than one costs a second walk along the tokens
+    lanes: int = 1  # forward: lanes that share a channel
+    segments: int = 1  # forward: parallel pieces of the length; more than one needs a second pass over the tokens
     per_thread: int = 2  # backward: channels per thread
-    occupancy: int = 2  # backward: programs that a processor should hold
-
-
-def unavailable() -> str | None:
-    """None where this backend can run, else the reason and its cure."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA GPU; check nvidia-smi, and that this PyTorch was built for CUDA"
-    if torch.version.hip is not None:
-        return "these kernels are for NVIDIA GPUs; AMD GPUs have the backend 'triton'"
-    try:
-        nvrtc.compiler(), nvrtc.driver()
-    except OSError as error:
-        return str(error)
-    reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
-    return reasons[0] if reasons and all(reasons) else None
-
-
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
-    if dtype not in TYPES:
-        return f"the CUDA kernels compute in float32 and take no {dtype}; use backend 'torch'"
-    if device.type != "cuda":
-        return f"the CUDA kernels run on GPUs, the tensors are on {device.type}"
-    return _too_old(device.index if device.index is not None else torch.cuda.current_device())
+    occupancy: int = 2  # backward: resident programs per multiprocessor
 
 
 def _too_old(device: int) -> str | None:
@@ -64,31 +40,6 @@ def _too_old(device: int) -> str | None:
     if capability >= (7, 5):
         return None
     return f"needs a GPU of compute capability 7.5, cuda:{device} has {capability[0]}.{capability[1]}"
-
-
-# --- scan_2d --------------------------------------------------------------------------------------------------------
-
-
-def scan_2d_forward(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    states: Tensor,
-    plan: Plan | None = None,
-) -> Tensor:
-    """`reference.scan_2d`, contiguous.
-
-    `states` is empty when no gradient is wanted. Else it has room for (B, K, ceil(L / CHUNK), N, C) in float32: the
-    state before each chunk of tokens, in scan order. `plan` overrides the launch, for tuning.
-    """
-    if not _covered(dt_weight, A):
-        return _other().scan_2d_forward(x, proj, dt_weight, dt_bias, A, D, states)
-    with torch.cuda.device_of(x):
-        parts = scan_parts(x, proj, dt_weight, dt_bias, A, D, states, plan)
-        return sum_parts(parts.flatten(2), x.dtype).view(x.shape)
 
 
 def scan_parts(
@@ -101,7 +52,7 @@ def scan_parts(
     states: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """What each direction adds to y: (B, K, L, C) in the dtype of x."""
+    """Returns the contribution of each direction to y, (B, K, L, C) in the dtype of x. Arguments as in `scan_2d`."""
     B, H, W, C = x.shape
     N = A.shape[2]
     save = states is not None and states.numel() > 0
@@ -121,56 +72,15 @@ def scan_parts(
     for mode in modes:
         flags = tuple(zip(("ENDS", "CARRY", "SAVE"), mode, strict=True))
         grid = B * K * segments * blocks
-        launch(
+        load_and_launch(
             "forward.cu", "scan_forward", "pppppppppp" + "iiiiii" + "lilii", (*constants, *flags), 0, grid, threads, x,
             *arguments,
         )  # fmt: skip
     return out
 
 
-def scan_2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    states: Tensor,
-    plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, proj, dt_weight, dt_bias, A, D, each contiguous, in the shape and dtype of its tensor."""
-    if not _covered(dt_weight, A):
-        return _other().scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
-    B, H, W, C = x.shape
-    R, N, P = dt_weight.shape[2], A.shape[2], proj.shape[4]
-    dy, x, proj = _map(dy), _map(x), _map(proj)
-    plan = plan or backward_plan(C, R, x.get_device())
-    blocks = -(-C // plan.channels)
-    warps = plan.channels // (8 * plan.per_thread)
-    dxs = x.new_empty((B, K, H * W, C))
-    dproj = proj.new_empty((blocks, B, H, W, K, P), dtype=torch.float32 if blocks > 1 else proj.dtype)
-    dtable = x.new_empty((B, K, N + R + 2, C), dtype=torch.float32)
-    constants = _constants(x, proj, dproj.dtype, dt_weight, A) + (
-        ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(C % 4 == 0)),
-    )  # fmt: skip
-    with torch.cuda.device_of(x):
-        launch(
-            "backward.cu", "scan_backward", "ppppppppppp" + "iiiii" + "lilili" + "i", constants,
-            backward_shared(R, warps, plan.per_thread), B * K * blocks, 32 * warps, x,
-            dy, x, proj, *_float(dt_weight, dt_bias, A, D), states, dxs, dproj, dtable, B, H, W, C, blocks,
-            *_strides(dy), *_strides(x), *_strides(proj), proj.stride(3),
-        )  # fmt: skip
-        dx = sum_parts(dxs.flatten(2), x.dtype).view(x.shape)
-        dproj = sum_parts(dproj.view(1, blocks, -1), proj.dtype).view(proj.shape)
-    dA, dweight, dbias, dD = dtable.sum(0).split((N, R, 1, 1), dim=1)
-    grads = (dx, dproj, dweight.mT, dbias.squeeze(1), dA.mT, dD.squeeze(1))
-    inputs = (x, proj, dt_weight, dt_bias, A, D)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
-
-
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(outer, parts, inner) to (outer, inner) of `dtype`, accumulated in float32, always in the same order."""
+    """Sums (outer, parts, inner) to (outer, inner) of `dtype`, in float32 and in a fixed order."""
     outer, count, inner = parts.shape
     if count == 1 and parts.dtype == dtype:
         return parts[:, 0]
@@ -179,7 +89,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     types = (("X_TYPE", TYPES[parts.dtype]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]))
     constants = (*types, ("RANK", 1), ("STATES", 1), ("PARTS", count), ("VEC", int(step == 4)))
     grid = -(-outer * inner // (256 * step))
-    launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
+    load_and_launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
     return out
 
 
@@ -188,10 +98,12 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def forward_plan(batch: int, length: int, channels: int, device: int) -> Plan:
-    """For small batches first more lanes per channel, each of which repeats the computation of the step size, then
-    segments."""
+    """Returns the launch of the forward kernel.
+
+    Small batches first get more lanes per channel, which all compute the step size, then segments.
+    """
     block = _block(channels, BLOCKS)
-    full = 8 * _properties(device).multi_processor_count  # warps: two for each of a processor's four schedulers
+    full = 8 * _properties(device).multi_processor_count  # warps: two per scheduler
     warps = max(1, batch * K * -(-channels // 32))
     lanes = 1
     while lanes < 4 and warps * lanes < full:
@@ -210,7 +122,7 @@ def backward_plan(channels: int, rank: int, device: int) -> Plan:
 
 
 def backward_shared(rank: int, warps: int, per_thread: int) -> int:
-    """Bytes of `struct Shared` in cuda/backward.cu."""
+    """Returns the size in bytes of `struct Shared` in cuda/backward.cu."""
     channels = 8 * per_thread * warps
     row = -(-rank // 4) * 4 + 2 * PADDED_STATES
     numbers = CHUNK * row + 3 * CHUNK * (channels + 4) + warps * 3 * 4 * 32 * per_thread
@@ -219,7 +131,7 @@ def backward_shared(rank: int, warps: int, per_thread: int) -> int:
 
 
 def _block(channels: int, blocks: Sequence[int]) -> int:
-    """Channels per program that leave the fewest threads idle; of equals, the most."""
+    """Returns the channels per program that leave the fewest threads idle; of equals, the largest."""
     return min(blocks, key=lambda block: (-(-channels // block) * block, -block))
 
 
@@ -237,25 +149,8 @@ def _constants(x: Tensor, proj: Tensor, out: torch.dtype, dt_weight: Tensor, A: 
     return *types, ("RANK", R), ("STATES", N), ("QUADS", int(quads))
 
 
-def launch(
-    file: str,
-    name: str,
-    signature: str,
-    constants: tuple[tuple[str, int], ...],
-    shared: int,
-    grid: int,
-    threads: int,
-    on: Tensor,
-    *arguments: Tensor | float | None,
-) -> None:
-    """Runs a kernel of `cuda/` on the device of the tensor `on`, see `nvrtc.launch`."""
-    if grid:
-        kernel = nvrtc.load_kernel(file, name, signature, constants, shared, on.get_device())
-        nvrtc.launch(kernel, grid, threads, on, *arguments)
-
-
 def _map(t: Tensor) -> Tensor:
-    """A view can stay one where its last dimension is contiguous and its pixels are equally far apart."""
+    """Returns t, copied unless its last dimension is contiguous and its pixels are evenly spaced."""
     regular = t.stride(-1) == 1 or t.shape[-1] == 1
     if t.ndim == 5:
         regular = regular and t.stride(3) > 0
@@ -266,7 +161,7 @@ def _map(t: Tensor) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[int, int]:
-    """From image to image and from pixel to pixel."""
+    """Returns the strides between images and between pixels."""
     return t.stride(0), t.stride(2) if t.shape[2] > 1 else t.stride(1)
 
 
@@ -274,22 +169,115 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in tensors)
 
 
-# --- what the kernels do not cover ----------------------------------------------------------------------------------
-
-
 def _covered(dt_weight: Tensor, A: Tensor) -> bool:
     return A.shape[2] <= PADDED_STATES and 1 <= dt_weight.shape[2] <= MAX_RANK
 
 
-def _other() -> ModuleType:
-    from . import triton as triton_backend
-
-    return torch_backend if triton_backend.unavailable() else triton_backend
-
-
-def scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus):
-    return _other().scan_1d_forward(u, delta, A, B, C, D, delta_bias, softplus)
+def _fallback() -> Backend:
+    """Returns the backend for scans that the kernels do not cover."""
+    return triton.BACKEND if triton.BACKEND.available() else eager.BACKEND
 
 
-def scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus):
-    return _other().scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+class CudaBackend(Backend):
+    """Runs the CUDA kernels of `kernels/cuda`. `plan` overrides the launch, for tuning."""
+
+    name = "cuda"
+    chunk = CHUNK
+
+    def why_not(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA GPU; check nvidia-smi, and that this PyTorch was built for CUDA"
+        if torch.version.hip is not None:
+            return "these kernels are for NVIDIA GPUs; AMD GPUs have the backend 'triton'"
+        try:
+            nvrtc.compiler(), nvrtc.driver()
+        except OSError as error:
+            return str(error)
+        reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
+        return reasons[0] if reasons and all(reasons) else None
+
+    def why_not_on(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype not in TYPES:
+            return f"the CUDA kernels compute in float32 and take no {dtype}; use backend 'torch'"
+        if device.type != "cuda":
+            return f"the CUDA kernels run on GPUs, the tensors are on {device.type}"
+        return _too_old(device.index if device.index is not None else torch.cuda.current_device())
+
+    def scan_2d(
+        self,
+        x: Tensor,
+        proj: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        states: Tensor,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        if not _covered(dt_weight, A):
+            return _fallback().scan_2d(x, proj, dt_weight, dt_bias, A, D, states)
+        with torch.cuda.device_of(x):
+            parts = scan_parts(x, proj, dt_weight, dt_bias, A, D, states, plan)
+            return sum_parts(parts.flatten(2), x.dtype).view(x.shape)
+
+    def scan_2d_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        proj: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        states: Tensor,
+        plan: Plan | None = None,
+    ) -> Gradients2d:
+        if not _covered(dt_weight, A):
+            return _fallback().scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
+        B, H, W, C = x.shape
+        R, N, P = dt_weight.shape[2], A.shape[2], proj.shape[4]
+        dy, x, proj = _map(dy), _map(x), _map(proj)
+        plan = plan or backward_plan(C, R, x.get_device())
+        blocks = -(-C // plan.channels)
+        warps = plan.channels // (8 * plan.per_thread)
+        dxs = x.new_empty((B, K, H * W, C))
+        dproj = proj.new_empty((blocks, B, H, W, K, P), dtype=torch.float32 if blocks > 1 else proj.dtype)
+        dtable = x.new_empty((B, K, N + R + 2, C), dtype=torch.float32)
+        constants = _constants(x, proj, dproj.dtype, dt_weight, A) + (
+            ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(C % 4 == 0)),
+        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            load_and_launch(
+                "backward.cu", "scan_backward", "ppppppppppp" + "iiiii" + "lilili" + "i", constants,
+                backward_shared(R, warps, plan.per_thread), B * K * blocks, 32 * warps, x,
+                dy, x, proj, *_float(dt_weight, dt_bias, A, D), states, dxs, dproj, dtable, B, H, W, C, blocks,
+                *_strides(dy), *_strides(x), *_strides(proj), proj.stride(3),
+            )  # fmt: skip
+            dx = sum_parts(dxs.flatten(2), x.dtype).view(x.shape)
+            dproj = sum_parts(dproj.view(1, blocks, -1), proj.dtype).view(proj.shape)
+        dA, dweight, dbias, dD = dtable.sum(0).split((N, R, 1, 1), dim=1)
+        grads = (dx, dproj, dweight.mT, dbias.squeeze(1), dA.mT, dD.squeeze(1))
+        inputs = (x, proj, dt_weight, dt_bias, A, D)
+        return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+    def scan_1d(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _fallback().scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
+
+    def scan_1d_backward(
+        self,
+        dy: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        delta_bias: Tensor,
+        softplus: bool,
+    ) -> Gradients1d:
+        return _fallback().scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+
+
+BACKEND = CudaBackend()

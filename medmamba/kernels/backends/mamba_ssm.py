@@ -1,7 +1,7 @@
-"""The scan by `mamba_ssm`'s CUDA kernel, which must be compiled when that package is installed.
+"""Backend "mamba_ssm": the CUDA kernel of that package, which is compiled when the package is installed.
 
-It scans one direction at a time for each channel, so a map is first unfolded into four sequences, in float32, as the
-published MedMamba does. The kernel sums gradients with atomics: two runs differ in the last digits.
+The kernel scans one direction per channel, so a map is first unfolded into four sequences in float32, as in the
+published MedMamba. It sums gradients with atomics, so two runs differ in the last digits.
 """
 
 import importlib
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..reference import from_directions, to_directions
+from .base import Backend, Gradients1d, Gradients2d
 from .eager import directions_to_maps
 
-CHUNK = 512  # tokens per state in the room that the operator makes for backward; enough for what the kernel saves
-KERNEL_CHUNK = 2048  # tokens between the states that the kernel itself saves; it needs them beyond the first
+CHUNK = 512  # tokens per saved state; gives `states` enough room for what the kernel saves
+KERNEL_CHUNK = 2048  # tokens between the states that the kernel itself saves; needed for longer sequences only
 INSTALL = (
     "with nvcc: MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --force-reinstall --no-cache-dir "
     "--no-build-isolation --no-deps mamba-ssm (requirements-cuda.txt has the details)"
@@ -23,85 +24,20 @@ INSTALL = (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unavailable() -> str | None:
-    """None where this backend can run, else the reason and its cure."""
-    # Newer releases of mamba_ssm import without their CUDA scan, so the extension itself is what counts.
-    if importlib.util.find_spec("selective_scan_cuda") is None:
-        return f"the extension selective_scan_cuda is not installed; {INSTALL}"
-    try:
-        _kernel()
-    except ImportError as error:
-        return f"selective_scan_cuda does not load, likely built for another PyTorch ({error}); {INSTALL}"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA GPU; check nvidia-smi, and that this PyTorch was built for CUDA"
-    return None
-
-
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this backend runs tensors of `dtype` on `device`, else the reason."""
-    if dtype not in DTYPES:
-        return f"mamba_ssm's kernel computes in float32 and takes no {dtype}; use backend 'torch'"
-    return None if device.type == "cuda" else f"mamba_ssm's kernel runs on CUDA GPUs, the tensors are on {device.type}"
-
-
 def _kernel() -> ModuleType:
-    """The extension. It runs on the device and PyTorch's current stream of its tensors, and keeps nothing."""
+    """Returns the extension, which is stateless and runs on the device and current stream of its tensors."""
     return importlib.import_module("selective_scan_cuda")
 
 
-# --- scan_2d --------------------------------------------------------------------------------------------------------
-
-
-def scan_2d_forward(
-    x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
-) -> Tensor:
-    """`reference.scan_2d`, contiguous. `states` keeps what the kernel needs for a backward pass of long sequences."""
-    B, H, W, C = x.shape
-    y, saved = _kernel().fwd(*_sequences(x, proj, dt_weight, dt_bias, A, D), True)
-    if states.numel() and H * W > KERNEL_CHUNK:
-        states.view(-1)[: saved.numel()].copy_(saved.view(-1))
-    ys = y.unflatten(1, (-1, C)).transpose(2, 3)  # (B, K, L, C)
-    return from_directions(ys, H, W).to(x.dtype).contiguous()
-
-
-def scan_2d_backward(
-    dy: Tensor, x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, proj, dt_weight, dt_bias, A, D, each contiguous, in the shape and dtype of its tensor."""
-    B, H, W, C = x.shape
-    K, _, R = dt_weight.shape
-    N, L = A.shape[-1], H * W
-    sequences = _sequences(x, proj, dt_weight, dt_bias, A, D)
-    saved = None
-    if L > KERNEL_CHUNK:
-        shape = (B, K * C, -(-L // KERNEL_CHUNK), 2 * N)
-        saved = states.view(-1)[: torch.Size(shape).numel()].view(shape)
-    du, ddelta, dA, dB, dC, dD, dbias = _kernel().bwd(*sequences, _unfold(dy, K), saved, None, None, True, False)
-
-    ddelta = ddelta.unflatten(1, (K, C)).transpose(2, 3)  # (B, K, L, C)
-    code = to_directions(proj[..., :R].float())  # (B, K, L, R)
-    dproj = torch.cat((ddelta @ dt_weight.float(), dB.transpose(2, 3), dC.transpose(2, 3)), dim=-1)  # (B, K, L, R + 2N)
-    grads = (
-        from_directions(du.unflatten(1, (K, C)).transpose(2, 3), H, W),
-        directions_to_maps(dproj, H, W),
-        torch.einsum("bklc,bklr->kcr", ddelta, code),
-        dbias.view(K, C),
-        dA.view(K, C, N),
-        dD.view(K, C),
-    )
-    inputs = (x, proj, dt_weight, dt_bias, A, D)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
-
-
 def _unfold(maps: Tensor, K: int) -> Tensor:
-    """(B, H, W, C) to the four sequences (B, K * C, L), float32 and contiguous."""
+    """Unfolds (B, H, W, C) to the four sequences (B, K * C, L), float32 and contiguous."""
     B, H, W, C = maps.shape
     seqs = to_directions(maps.float().unsqueeze(3).expand(B, H, W, K, C))  # (B, K, L, C)
     return seqs.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def _sequences(x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> tuple:
-    """Everything that the kernel takes before `dout`: u, delta, A, B, C, D, z, delta_bias."""
+    """Returns the kernel's arguments before `dout`: u, delta, A, B, C, D, z, delta_bias."""
     K, C, R = dt_weight.shape
     N = A.shape[-1]
     code, Bs, Cs = to_directions(proj.float()).transpose(2, 3).split((R, N, N), dim=2)  # (B, K, R or N, L)
@@ -110,27 +46,105 @@ def _sequences(x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: T
     return _unfold(x, K), delta, parameters[0], Bs.contiguous(), Cs.contiguous(), parameters[1], None, parameters[2]
 
 
-# --- scan_1d --------------------------------------------------------------------------------------------------------
-
-
-def scan_1d_forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
-) -> tuple[Tensor, Tensor]:
-    """`reference.scan_1d`: y (B, C, L) in the dtype of u, and the last state (B, C, N), both contiguous."""
-    y, saved = _kernel().fwd(*_float(u, delta, A, B, C, D), None, *_float(delta_bias), softplus)
-    return y.to(u.dtype), saved[:, :, -1, 1::2].contiguous()
-
-
-def scan_1d_backward(
-    dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for u, delta, A, B, C, D, delta_bias, each contiguous, in the shape and dtype of its tensor."""
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    sequences = (*_float(u, delta, A, B, C, D), None, *_float(delta_bias))
-    saved = _kernel().fwd(*sequences, softplus)[1] if u.shape[-1] > KERNEL_CHUNK else None
-    grads = _kernel().bwd(*sequences, *_float(dy), saved, None, None, softplus, False)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
-
-
 def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in tensors)
+
+
+class MambaSsmBackend(Backend):
+    """Calls the extension. `states` holds what the kernel needs for the backward pass of long sequences."""
+
+    name = "mamba_ssm"
+    chunk = CHUNK
+
+    def why_not(self) -> str | None:
+        # Newer releases of mamba_ssm import without their CUDA scan, so the extension itself is what counts.
+        if importlib.util.find_spec("selective_scan_cuda") is None:
+            return f"the extension selective_scan_cuda is not installed; {INSTALL}"
+        try:
+            _kernel()
+        except ImportError as error:
+            return f"selective_scan_cuda does not load, likely built for another PyTorch ({error}); {INSTALL}"
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA GPU; check nvidia-smi, and that this PyTorch was built for CUDA"
+        return None
+
+    def why_not_on(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype not in DTYPES:
+            return f"mamba_ssm's kernel computes in float32 and takes no {dtype}; use backend 'torch'"
+        return (
+            None if device.type == "cuda" else f"mamba_ssm's kernel runs on CUDA GPUs, the tensors are on {device.type}"
+        )
+
+    def scan_2d(
+        self, x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, states: Tensor
+    ) -> Tensor:
+        B, H, W, C = x.shape
+        y, saved = _kernel().fwd(*_sequences(x, proj, dt_weight, dt_bias, A, D), True)
+        if states.numel() and H * W > KERNEL_CHUNK:
+            states.view(-1)[: saved.numel()].copy_(saved.view(-1))
+        ys = y.unflatten(1, (-1, C)).transpose(2, 3)  # (B, K, L, C)
+        return from_directions(ys, H, W).to(x.dtype).contiguous()
+
+    def scan_2d_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        proj: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        states: Tensor,
+    ) -> Gradients2d:
+        B, H, W, C = x.shape
+        K, _, R = dt_weight.shape
+        N, L = A.shape[-1], H * W
+        sequences = _sequences(x, proj, dt_weight, dt_bias, A, D)
+        saved = None
+        if L > KERNEL_CHUNK:
+            shape = (B, K * C, -(-L // KERNEL_CHUNK), 2 * N)
+            saved = states.view(-1)[: torch.Size(shape).numel()].view(shape)
+        du, ddelta, dA, dB, dC, dD, dbias = _kernel().bwd(*sequences, _unfold(dy, K), saved, None, None, True, False)
+
+        ddelta = ddelta.unflatten(1, (K, C)).transpose(2, 3)  # (B, K, L, C)
+        code = to_directions(proj[..., :R].float())  # (B, K, L, R)
+        dproj = torch.cat(
+            (ddelta @ dt_weight.float(), dB.transpose(2, 3), dC.transpose(2, 3)), dim=-1
+        )  # (B, K, L, R + 2N)
+        grads = (
+            from_directions(du.unflatten(1, (K, C)).transpose(2, 3), H, W),
+            directions_to_maps(dproj, H, W),
+            torch.einsum("bklc,bklr->kcr", ddelta, code),
+            dbias.view(K, C),
+            dA.view(K, C, N),
+            dD.view(K, C),
+        )
+        inputs = (x, proj, dt_weight, dt_bias, A, D)
+        return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+    def scan_1d(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, saved = _kernel().fwd(*_float(u, delta, A, B, C, D), None, *_float(delta_bias), softplus)
+        return y.to(u.dtype), saved[:, :, -1, 1::2].contiguous()
+
+    def scan_1d_backward(
+        self,
+        dy: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        delta_bias: Tensor,
+        softplus: bool,
+    ) -> Gradients1d:
+        inputs = (u, delta, A, B, C, D, delta_bias)
+        sequences = (*_float(u, delta, A, B, C, D), None, *_float(delta_bias))
+        saved = _kernel().fwd(*sequences, softplus)[1] if u.shape[-1] > KERNEL_CHUNK else None
+        grads = _kernel().bwd(*sequences, *_float(dy), saved, None, None, softplus, False)
+        return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+
+BACKEND = MambaSsmBackend()

@@ -1,4 +1,4 @@
-"""What surrounds the scan at inference on an NVIDIA GPU, each as one pass over memory; see `cuda/fused.cu`.
+"""Inference kernels around the scan, each one pass over memory; see `cuda/fused.cu` and `cuda/depthwise.cu`.
 
 Feature maps are (B, H, W, C) and contiguous unless said otherwise, C a multiple of 4, in float32, float16 or bfloat16;
 `weight`, `bias`, `scale` and `shift` are (C,) in float32.
@@ -7,7 +7,8 @@ Feature maps are (B, H, W, C) and contiguous unless said otherwise, C a multiple
 import torch
 from torch import Tensor
 
-from ..backends.cuda import TYPES, launch, scan_parts
+from ..backends.cuda import TYPES, scan_parts
+from ..cuda.nvrtc import load_and_launch
 
 WARPS = 4
 STRIP = 8
@@ -25,7 +26,7 @@ def scan_gate(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """silu(gate) * layer_norm(scan_2d(...)): (B, H, W, C). `gate` may be half of a wider map."""
+    """Returns silu(gate) * layer_norm(scan_2d(...)), (B, H, W, C). `gate` may be half of a wider map."""
     B, H, W, C = x.shape
     parts = scan_parts(x, proj, dt_weight, dt_bias, A, D)
     out = x.new_empty(x.shape)
@@ -40,16 +41,16 @@ def mix_split(
     mixed: tuple[Tensor, Tensor] | None,
     split: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The end of one block and the beginning of the next.
+    """Ends one block and begins the next.
 
     Args:
-        x: (B, H, W, C) what goes into the block.
-        mixed: the block's branches (B, H, W, C/2), left before its last ReLU; None: there was no block.
-        split: scale and shift of the next block's left half, weight, bias and eps of its right half's norm; None: there
-            is no next block.
+        x: (B, H, W, C) the input of the block.
+        mixed: the outputs of its branches (B, H, W, C/2), left before the last ReLU; None before the first block.
+        split: of the next block, scale and shift of the left half, weight, bias and eps of the right half's norm; None
+            after the last block.
 
     Returns:
-        x + shuffled branches, and what goes into the next block's branches, (B, H, W, C/2) each.
+        x + the shuffled branches, and the inputs of the next block's branches, (B, H, W, C/2) each.
     """
     C = x.shape[-1]
     pixels = x.numel() // C
@@ -65,7 +66,7 @@ def mix_split(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """layer_norm over the channels."""
+    """Returns layer_norm(x) over the channels."""
     out = torch.empty_like(x)
     pixels = x.numel() // x.shape[-1]
     arguments = (x, weight, bias, out, pixels, 1, 1, 1, 0, eps)
@@ -74,7 +75,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def gather_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """layer_norm of 2x2 patches: (B, H, W, C) to (B, H/2, W/2, 4C), an odd last row or column dropped."""
+    """Returns layer_norm of 2x2 patches, (B, H/2, W/2, 4C); an odd last row or column is dropped."""
     B, H, W, C = x.shape
     out = x.new_empty((B, H // 2, W // 2, 4 * C))
     pixels = out.numel() // (4 * C)
@@ -84,21 +85,22 @@ def gather_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """silu(3x3 depthwise convolution): x (B, H, W, C), maybe half of a wider map; weight (9, C)."""
+    """Returns silu(3x3 depthwise convolution): x (B, H, W, C), possibly half of a wider map; weight (9, C)."""
     B, H, W, C = x.shape
     out = x.new_empty(x.shape)
     strips = -(-W // STRIP)
     threads = B * H * strips * (C // 2)
     constants = (*_types(x), ("CHANNELS", C), ("STRIP", STRIP))
     arguments = (x, weight, bias, out, threads, H, W, strips, x.stride(0), x.stride(2))
-    launch("depthwise.cu", "depthwise_silu", "pppp" + "liiili", constants, 0, -(-threads // 256), 256, x, *arguments)
+    grid = -(-threads // 256)
+    load_and_launch("depthwise.cu", "depthwise_silu", "pppp" + "liiili", constants, 0, grid, 256, x, *arguments)
     return out
 
 
 def _rows(name: str, signature: str, x: Tensor, channels: int, pixels: int, flags: tuple, *arguments) -> None:
     every = {"MIX": 0, "SPLIT": 0, "GATHER": 0} | dict(flags)
     constants = (*_types(x), ("CHANNELS", channels), ("WARPS", WARPS), *every.items())
-    launch("fused.cu", name, signature, constants, 0, -(-pixels // WARPS), 32 * WARPS, x, *arguments)
+    load_and_launch("fused.cu", name, signature, constants, 0, -(-pixels // WARPS), 32 * WARPS, x, *arguments)
 
 
 def _types(x: Tensor) -> tuple[tuple[str, int], ...]:

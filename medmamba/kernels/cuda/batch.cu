@@ -1,5 +1,5 @@
 // Batch norm of a training step, with ReLU or without, forward and backward. Maps are rows of C numbers, one row per
-// pixel of all images. Compile-time constants, set by ../conv_ops.py:
+// pixel of all images. Compile-time constants, set by ../block/training_conv.py:
 //     CHANNELS  C, a multiple of 4
 //     THREADS   a multiple of C / 4: a thread takes four channels of rows that lie apart
 //     RELU      whether ReLU follows

@@ -1,7 +1,7 @@
-// What the CUDA kernels of the scan share. Compiled by NVRTC when a kernel first runs (../nvrtc.py), so no header of
+// What the CUDA kernels of the scan share. Compiled by NVRTC when a kernel first runs (nvrtc.py), so no header of
 // the CUDA toolkit is included: 16-bit numbers are converted by hand.
 //
-// Notation as in ../reference.py. Compile-time constants, set by ../cuda_backend.py:
+// Notation as in ../reference.py. Compile-time constants, set by ../backends/cuda.py:
 //     X_TYPE, P_TYPE, Y_TYPE   element type of x (and dy, dx), of proj, of what is written: 0 float, 1 half, 2 bfloat16
 //     RANK                     R, length of the step size code
 //     STATES                   N, at most 16

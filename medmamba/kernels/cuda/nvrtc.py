@@ -159,6 +159,23 @@ def launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *ar
     kernel(grid, threads, current_stream(device), *values)
 
 
+def load_and_launch(
+    file: str,
+    name: str,
+    signature: str,
+    constants: tuple[tuple[str, int], ...],
+    shared: int,
+    grid: int,
+    threads: int,
+    on: Tensor,
+    *arguments: Tensor | float | None,
+) -> None:
+    """Runs `load_kernel(file, name, signature, constants, shared, device of on)`, see `launch`."""
+    if grid:
+        kernel = load_kernel(file, name, signature, constants, shared, on.get_device())
+        launch(kernel, grid, threads, on, *arguments)
+
+
 def current_stream(device: int) -> int:
     """The address of PyTorch's current stream on a device: what `torch.cuda.current_stream` wraps in an object."""
     return torch._C._cuda_getCurrentRawStream(device)

@@ -1,5 +1,5 @@
 // What surrounds the scan in a training step, forward and backward, each as one pass over memory: the layer norms with
-// what lies beside them, and the end of a block. Compile-time constants, set by ../fused_ops.py:
+// what lies beside them, and the end of a block. Compile-time constants, set by ../block/training.py:
 //     OP        SPLIT  of the right half of each pixel of x (rows of 2C numbers); the left half is copied, and where
 //                      `right` is given, for the backward pass, the right half too
 //               GATE   times silu(gate), whose pixels are gate_l numbers apart

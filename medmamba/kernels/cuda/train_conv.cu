@@ -1,5 +1,5 @@
 // silu(depthwise 3x3 convolution + bias) of a training step, forward and backward. Compile-time constants, set by
-// ../fused_ops.py:
+// ../block/training.py:
 //     CHANNELS  C, even
 //     WIDTH     pairs of channels per program; THREADS is a multiple of it
 //     STRIP     pixels of a row that a thread takes at a time
