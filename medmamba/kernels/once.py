@@ -1,4 +1,4 @@
-"""A cache whose entries are made once, whichever threads ask for them at the same time."""
+"""A cache that computes each entry once, also under concurrent calls."""
 
 import functools
 import threading
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def once(function: Callable[..., T]) -> Callable[..., T]:
-    """Caches a function of hashable positional arguments, as `functools.cache` does, but calls it once per key.
+    """Caches a function of hashable positional arguments as `functools.cache` does, but calls it once per key.
 
-    Threads that ask for a key which another one is making wait for it; other keys are made meanwhile. A call that
-    raises leaves nothing behind, and the next one tries again. A hit costs what it costs there.
+    Threads that request a key while another computes it wait for the result; other keys proceed. A call that raises
+    caches nothing, and the next call retries. A hit costs as much as in `functools.cache`.
     """
     made: dict[Hashable, T] = {}
     locks: dict[Hashable, threading.Lock] = {}

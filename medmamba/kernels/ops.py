@@ -1,8 +1,8 @@
 """The scan as PyTorch operators: `torch.ops.medmamba.scan_2d` and `torch.ops.medmamba.scan_1d`.
 
-One node each for autograd, torch.compile and torch.export, whatever backend does the work. Backends give first
-derivatives, by backward passes. Second derivatives, derivatives in forward mode, and what transforms of `torch.func`
-make of the scan are those of the definition in plain PyTorch: right, but slower, and they keep every state.
+Each is one node for autograd, torch.compile and torch.export, whichever backend runs. Backends implement first
+derivatives in reverse mode. Second derivatives, forward mode and the transforms of `torch.func` differentiate the
+reference implementation instead, which is slower and keeps every state.
 """
 
 import math
@@ -28,19 +28,20 @@ def selective_scan_2d(
     D: Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """Four-direction selective scan over a feature map; see `reference.scan_2d` for the definition.
+    """Scans a feature map in four directions; see `reference.scan_2d` for the definition.
 
     Args:
         x: (B, H, W, C) feature map, any float dtype. The recurrence runs in float32 at least.
         proj: (B, H, W, 4, R + 2N) per pixel and direction: step size code, B and C.
         dt_weight: (4, C, R). dt_bias: (4, C). A: (4, C, N), negative. D: (4, C).
-        backend: "native", "cuda", "triton", "mamba_ssm", "torch", or None for MEDMAMBA_SCAN, else the fastest there is.
+        backend: "native", "cuda", "triton", "mamba_ssm", "torch"; None for MEDMAMBA_SCAN, else the fastest available.
 
     Returns:
         (B, H, W, C) in the dtype of x.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit. BackendError: a backend that cannot run here.
+        ValueError: shapes, dtypes or devices do not match.
+        BackendError: the backend cannot run here.
     """
     if x.ndim != 4 or dt_weight.ndim != 3 or A.ndim != 3:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, dt_weight, A))
@@ -65,8 +66,8 @@ def selective_scan_2d(
             return reference.scan_2d(*tensors)
     name = "auto" if _exporting() else resolve_backend(x.device, x.dtype, backend)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # How often states are saved shapes an output, so it is an argument: a compiled graph kept on disk by another
-    # version must not be taken for this one's.
+    # An argument, because it determines the shape of an output: a compiled graph that another version cached on disk
+    # must not match.
     chunk = states_chunk(name) if needs_grad and name != "auto" else 0
     return torch.ops.medmamba.scan_2d(*tensors, name, chunk)[0]
 
@@ -112,10 +113,10 @@ def selective_scan(
         y (B, C, L) in the dtype of u, or (y, last_state).
 
     Raises:
-        ValueError: complex numbers, or shapes, types or devices that do not fit.
+        ValueError: complex inputs, or shapes, dtypes or devices that do not match.
 
     VMamba's `selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus, ...)` has no z, so that its seventh
-    argument is another one. Name the arguments to serve its code:
+    argument differs. Pass arguments by name in its code:
 
     >>> def selective_scan_fn(u, delta, A, B, C, D=None, bias=None, softplus=True, oflex=True, backend=None):
     ...     y = selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=softplus)
@@ -160,7 +161,7 @@ def selective_scan(
 
 
 def _check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Kernels get addresses, so that what PyTorch would complain about must be found before."""
+    """Checks devices and dtypes, which kernels cannot, as they take addresses."""
     first = tensors[0]
     assert first is not None
     for name, tensor in zip(names, tensors, strict=True):
@@ -196,7 +197,7 @@ def _exporting_onnx() -> bool:
 
 
 def _grouped(tensor: Tensor, label: str, batch: int, channels: int, N: int, length: int) -> Tensor:
-    """Brings B or C to (batch, groups, N, length)."""
+    """Reshapes B or C to (batch, groups, N, length)."""
     if tuple(tensor.shape) == (channels, N):
         return tensor.unsqueeze(0).unsqueeze(-1).expand(batch, channels, N, length)
     if tensor.ndim == 3:
@@ -218,7 +219,7 @@ def _backend(name: str, x: Tensor) -> Backend:
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    """A backend decides itself what is computed in which type; its float32 must not become bfloat16 underneath."""
+    """Disables autocast: a backend chooses its own dtypes, and its float32 must not become bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -227,7 +228,7 @@ def _zeros(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _differentiable(scan: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
-    """Gradients along dy of a scan by plain PyTorch, None where none is wanted, that can be differentiated again."""
+    """Returns gradients of a plain PyTorch scan that are differentiable again; None for inputs that need none."""
     wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
     with _without_autocast(dy):
         found = torch.autograd.grad(scan(*tensors), [tensors[i] for i in wanted], dy, create_graph=True)
@@ -286,7 +287,7 @@ def _scan_2d_backward(
         return _zeros(x, proj, dt_weight, dt_bias, A, D)  # type: ignore[return-value]
     implementation = _backend(backend, x)
     with _without_autocast(x):
-        if implementation.chunk and not states.numel():  # an exported program saves none in its forward
+        if implementation.chunk and not states.numel():  # an exported program saves none in its forward pass
             states = x.new_empty(_states_shape(x, A, implementation.chunk), dtype=torch.float32)
             implementation.scan_2d(x, proj, dt_weight, dt_bias, A, D, states)
         return implementation.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
@@ -299,7 +300,7 @@ def _(dy, x, proj, dt_weight, dt_bias, A, D, states, backend):
 
 def _scan_2d_setup(ctx, inputs, output):
     *tensors, ctx.backend, _ = inputs
-    ctx.set_materialize_grads(False)  # else PyTorch fills a tensor as large as the states with zeros, to no use
+    ctx.set_materialize_grads(False)  # otherwise PyTorch allocates zeros as large as the states
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -330,7 +331,7 @@ def _scan_1d(
     softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if not u.numel():  # of length 0, the state is that before the first token
+    if not u.numel():  # for length 0, the state is the initial one
         return u.new_empty(u.shape), u.new_zeros((*u.shape[:2], A.shape[1]), dtype=compute_dtype(u.dtype))
     with _without_autocast(u):
         return _backend(backend, u).scan_1d(u, delta, A, B, C, D, delta_bias, softplus)

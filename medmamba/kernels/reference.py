@@ -1,9 +1,9 @@
-"""The definition of the selective scan, in plain PyTorch.
+"""Reference implementation of the selective scan in plain PyTorch.
 
-Every other backend is tested against these functions, values and gradients. They run on any device and in any float
-dtype (float64 included, for gradcheck), and they are the fallback where no faster kernel is available.
+All backends are tested against these functions, values and gradients. They run on any device and in any float dtype
+(float64 included, for gradcheck), and are the fallback where no faster kernel is available.
 
-Notation, fixed for the whole package:
+Notation, used in the whole package:
     B  batch            H, W  height and width of a feature map        L = H * W  tokens
     C  channels         N     state size per channel (16)              R  rank of the step size projection
     K = 4  scan directions: row-major, column-major, and both reversed
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The recurrence runs in float32 at least: in half precision it drifts and overflows."""
+    """Returns the dtype of the recurrence: float32 at least, because it drifts and overflows in half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def scan_tokens(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence itself (equation 2 of the Mamba paper, arXiv 2312.00752).
+    """Runs the recurrence (equation 2 of the Mamba paper, arXiv 2312.00752).
 
         h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] * B[t]
         y[t] = <C[t], h[t]>
@@ -35,8 +35,8 @@ def scan_tokens(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
     """
     h = x.new_zeros(torch.broadcast_shapes(x.shape[:-2], A.shape[:-2]) + A.shape[-2:])
     ys = []
-    # unbind, not indexing: the gradient of `x[t]` allocates a zero tensor as long as x, for every t, which makes the
-    # backward quadratic in L.
+    # unbind, not indexing: the gradient of each `x[t]` would allocate a zero tensor as long as x, which makes the
+    # backward pass quadratic in L.
     for x_t, dt_t, B_t, C_t in zip(x.unbind(-2), dt.unbind(-2), B.unbind(-2), C.unbind(-2), strict=True):
         decay = torch.exp(dt_t.unsqueeze(-1) * A)  # (..., C, N)
         h = decay * h + (dt_t * x_t).unsqueeze(-1) * B_t.unsqueeze(-2)
@@ -54,24 +54,24 @@ def to_directions(maps: Tensor) -> Tensor:
 
 
 def from_directions(seqs: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `to_directions`, summed over directions: (B, K, L, C) to (B, H, W, C)."""
+    """Inverts `to_directions` and sums over directions: (B, K, L, C) to (B, H, W, C)."""
     rows = seqs[:, 0] + seqs[:, 2].flip(1)  # (B, L, C), row-major
     cols = seqs[:, 1] + seqs[:, 3].flip(1)  # (B, L, C), column-major
     return rows.unflatten(1, (height, width)) + cols.unflatten(1, (width, height)).transpose(1, 2)
 
 
 def scan_2d(x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
-    """Four-direction selective scan over a feature map (SS2D, MedMamba section 3.2; VMamba arXiv 2401.10166).
+    """Scans a feature map in four directions (SS2D, MedMamba section 3.2; VMamba arXiv 2401.10166).
 
     Args:
         x: (B, H, W, C) feature map.
-        proj: (B, H, W, K, R + 2N) what each direction reads at each pixel: [step size code | B | C].
-        dt_weight, dt_bias: (K, C, R), (K, C) from step size code to step size, before the softplus.
+        proj: (B, H, W, K, R + 2N) per pixel and direction: [step size code | B | C].
+        dt_weight, dt_bias: (K, C, R), (K, C) map the code to the step size, before the softplus.
         A: (K, C, N) negative decay rates.
         D: (K, C) skip connection.
 
     Returns:
-        (B, H, W, C) the sum of the four scans, each put back in pixel order, in the dtype of x.
+        (B, H, W, C) the sum of the four scans in pixel order, in the dtype of x.
     """
     B, H, W, C = x.shape
     K, _, R = dt_weight.shape
@@ -94,10 +94,10 @@ def scan_1d(
     delta_bias: Tensor | None,
     softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Grouped selective scan in the layout of `mamba_ssm`, without its gate.
+    """Scans grouped sequences in the layout of `mamba_ssm`, without its gate.
 
     Args:
-        u, delta: (B, C, L). A: (C, N). B, C: (B, G, N, L), group g serving C/G channels in a row. D, bias: (C,).
+        u, delta: (B, C, L). A: (C, N). B, C: (B, G, N, L), group g for C/G consecutive channels. D, bias: (C,).
 
     Returns:
         y (B, C, L) in the dtype of u, and the last state (B, C, N) in the dtype of the recurrence.

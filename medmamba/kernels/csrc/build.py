@@ -19,7 +19,7 @@ LIBRARIES = SOURCES.parent / "lib"
 # Variant name to the compiler's -mcpu, the psABI's levels: SSE2, AVX2 + FMA, AVX-512.
 X86 = {"x86_64_base": "x86_64", "x86_64_v3": "x86_64_v3", "x86_64_v4": "x86_64_v4"}
 ARM = {"neon": "generic"}
-# The file's name (see ../backends/cpu.py), zig's target, variants. The oldest systems that Python 3.10 and PyTorch run on.
+# File name (see ../backends/cpu.py), zig's target, variants. The oldest systems that Python 3.10 and PyTorch support.
 TARGETS = {
     "linux-x86_64.so": ("x86_64-linux-gnu.2.17", X86),
     "linux-aarch64.so": ("aarch64-linux-gnu.2.17", ARM),

@@ -1,1 +1,1 @@
-"""CUDA sources and their compiler."""
+"""CUDA sources of the kernels, their compilation and launch, and the capture of CUDA graphs."""

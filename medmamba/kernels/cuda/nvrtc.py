@@ -1,8 +1,8 @@
-"""CUDA kernels compiled when they first run, by NVRTC, the compiler library that PyTorch's CUDA builds bring.
+"""Compiles CUDA kernels at first use with NVRTC, the compiler library in PyTorch's CUDA builds, and launches them.
 
-Nobody needs nvcc. Machine code is kept in `$MEDMAMBA_CACHE` (default ~/.cache/medmamba), so that it is made once.
+Users need no nvcc. Machine code is cached in `$MEDMAMBA_CACHE` (default ~/.cache/medmamba).
 
-Any number of threads may launch at the same time: nothing that a launch writes to is seen by another one.
+Launching is thread-safe: concurrent launches share no memory that they write to.
 """
 
 import contextlib
@@ -31,18 +31,22 @@ FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # pointer, int, long long, f
 
 
 class CudaError(RuntimeError):
-    """A kernel that cannot be compiled, loaded or launched."""
+    """A kernel cannot be compiled, loaded or launched."""
 
 
 @functools.cache
 def compiler() -> ctypes.CDLL:
-    """NVRTC. Raises OSError where it is not found."""
+    """Loads NVRTC.
+
+    Raises:
+        OSError: it is not found.
+    """
     major = (torch.version.cuda or "12").partition(".")[0]
     if sys.platform == "win32":
         names, folder = [f"nvrtc64_{major}0_0.dll"], "bin"
     else:
         names, folder = [f"libnvrtc.so.{major}", "libnvrtc.so"], "lib"
-    for name in names:  # PyTorch has loaded it, or the system knows it
+    for name in names:  # loaded by PyTorch, or on the system's search path
         try:
             return ctypes.CDLL(name)
         except OSError:
@@ -59,15 +63,15 @@ def compiler() -> ctypes.CDLL:
 
 @functools.cache
 def driver() -> ctypes.PyDLL:
-    """The CUDA driver. A PyDLL keeps Python's lock, because a launch is shorter than handing it over twice."""
+    """Loads the CUDA driver. A PyDLL holds the GIL, because a launch is shorter than releasing and taking it."""
     return ctypes.PyDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def compile_kernel(source: str, defines: Sequence[str], capability: tuple[int, int]) -> bytes:
-    """Machine code of a source for GPUs of this compute capability, or PTX where the compiler does not know them.
+    """Compiles a source to machine code for a compute capability, or to PTX if the compiler does not know it.
 
     Raises:
-        CudaError: with the compiler's words.
+        CudaError: with the log of the compiler.
     """
     nvrtc = compiler()
     count = ctypes.c_int()
@@ -91,10 +95,10 @@ def compile_kernel(source: str, defines: Sequence[str], capability: tuple[int, i
 
 
 class Kernel:
-    """One compiled kernel on one device. Threads may call it at the same time.
+    """One compiled kernel on one device; thread-safe.
 
-    The driver reads arguments from memory while it launches. Each call takes a piece of memory that no other call has,
-    and gives it back afterwards; there are as many pieces as there have been calls at once.
+    The driver reads arguments from memory while it launches. Each call takes a buffer from a pool and returns it
+    afterwards, so that concurrent calls never share one.
 
     Args:
         signature: a letter per argument: p pointer, i int, l long long, f float.
@@ -115,7 +119,7 @@ class Kernel:
         for letter in signature:
             layout += FORMATS[letter]
             self._offsets.append(struct.calcsize(layout) - struct.calcsize(FORMATS[letter]))
-        self._free: list[tuple[ctypes.Array, ctypes.Array]] = []  # arguments, and pointers to each of them
+        self._free: list[tuple[ctypes.Array, ctypes.Array]] = []  # buffers: arguments, and pointers to each
         self._launch = driver().cuLaunchKernel
 
     def _room(self) -> tuple[ctypes.Array, ctypes.Array]:
@@ -125,7 +129,7 @@ class Kernel:
 
     def __call__(self, grid: int, threads: int, stream: int, *arguments) -> None:
         try:
-            room = self._free.pop()  # nobody else's until it is appended: both are single steps for other threads
+            room = self._free.pop()  # pop and append are atomic
         except IndexError:
             room = self._room()
         self._format.pack_into(room[0], 0, *arguments)
@@ -140,11 +144,11 @@ class Kernel:
 
 
 def launch(kernel: Callable[..., None], grid: int, threads: int, on: Tensor, *arguments: Tensor | float | None) -> None:
-    """Runs a kernel on the device of the tensor `on`, whichever is current, and on PyTorch's current stream there.
+    """Runs a kernel on the device of the tensor `on` and PyTorch's current stream there.
 
     Args:
-        grid: programs; 0, for an empty batch, launches nothing.
-        arguments: tensors are passed by address; None is a null pointer.
+        grid: number of programs; 0, for an empty batch, launches nothing.
+        arguments: tensors are passed by address, None as a null pointer.
 
     Raises:
         CudaError: the kernel does not launch.
@@ -177,7 +181,7 @@ def load_and_launch(
 
 
 def current_stream(device: int) -> int:
-    """The address of PyTorch's current stream on a device: what `torch.cuda.current_stream` wraps in an object."""
+    """Returns the handle of PyTorch's current stream on a device, without the object around it."""
     return torch._C._cuda_getCurrentRawStream(device)
 
 
@@ -185,10 +189,10 @@ def current_stream(device: int) -> int:
 def load_kernel(
     file: str, name: str, signature: str, defines: tuple[tuple[str, int], ...], shared: int, device: int
 ) -> Kernel:
-    """The kernel `name` of a file in `cuda/`, compiled for this device with these constants.
+    """Returns the kernel `name` of a file in `cuda/`, compiled for this device with these constants.
 
     Raises:
-        CudaError: it does not compile or does not fit.
+        CudaError: it does not compile or load.
     """
     source = kernel_source(file)
     capability = torch.cuda.get_device_capability(device)
@@ -198,7 +202,7 @@ def load_kernel(
     key = repr((source, flags, capability, OPTIONS, [number.value for number in version]))
     path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
     with torch.cuda.device(device):
-        with contextlib.suppress(OSError, CudaError):  # not there yet, or damaged
+        with contextlib.suppress(OSError, CudaError):  # not cached yet, or damaged
             return Kernel(_kept(path), name, signature, shared, device)
         code = compile_kernel(source, flags, capability)
         _keep(path, code)
@@ -206,7 +210,7 @@ def load_kernel(
 
 
 def kernel_source(file: str) -> str:
-    """A file of `cuda/` with the headers it needs in front: NVRTC reads no folders."""
+    """Returns a file of `cuda/` with the headers prepended, as NVRTC reads no files."""
     return "".join((SOURCES / part).read_text(encoding="utf-8") for part in (*HEADERS, file))
 
 
@@ -215,7 +219,7 @@ def cache_folder() -> Path:
 
 
 def _kept(path: Path) -> bytes:
-    """Machine code as `_keep` wrote it. Raises OSError where it is not there or not whole."""
+    """Reads machine code that `_keep` wrote. Raises OSError if it is missing or damaged."""
     digest, code = (content := path.read_bytes())[:DIGEST], content[DIGEST:]
     if hashlib.sha256(code).digest() != digest:
         raise OSError(f"{path} is damaged")
@@ -223,7 +227,7 @@ def _kept(path: Path) -> bytes:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    """Written beside and renamed, so that nobody reads half of it. Without a place, it is not kept."""
+    """Writes machine code atomically; does nothing if the cache is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
@@ -251,7 +255,7 @@ def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
 
 
 def use_context(device: int) -> None:
-    """Makes PyTorch's context of a device current in this thread: one of autograd's may have none, or another's."""
+    """Makes PyTorch's context of a device current; a thread of autograd may have none, or that of another device."""
     context = ctypes.c_void_p()
     call_driver("cuCtxGetCurrent", ctypes.byref(context))
     if context.value != (wanted := _primary_context(device)):
@@ -260,7 +264,7 @@ def use_context(device: int) -> None:
 
 @once
 def _primary_context(device: int) -> int | None:
-    """Kept for as long as the process, as PyTorch keeps it."""
+    """Retains the primary context for the lifetime of the process, as PyTorch does."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     call_driver("cuDeviceGet", ctypes.byref(handle), device)
     call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)

@@ -1,1 +1,1 @@
-"""Triton kernels of the scan."""
+"""Triton kernels of the scan; importing the modules with kernels requires Triton."""

@@ -1,4 +1,4 @@
-"""The backward pass of the scan in Triton; see `triton_common` for the design and the notation."""
+"""The backward pass of the scan in Triton; see `common.py` for the design and the notation."""
 # mypy: ignore-errors
 
 import triton

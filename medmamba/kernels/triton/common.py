@@ -1,9 +1,9 @@
-"""What the Triton kernels of the scan share. Importing this module, or one with kernels, needs Triton.
+"""Functions shared by the Triton kernels of the scan. Importing this module, or one with kernels, requires Triton.
 
 One program, of one warp, walks along the tokens of one segment of one direction (or of one group, in 1-D) for a block
 of channels, its states in registers. Nothing is permuted in memory: a direction is an order of pixel indices.
 
-Notation as in `reference.py`, and
+Notation as in `reference.py`, plus
     BC      channels per program        NP    N padded to a power of 2          P = R + 2N
     table   (K, N + R + 2, C) float32: A * log2(e), dt_weight, dt_bias, D, each with channels last
     row     the distance between rows of `table`; equal to C, but never specialised, see `rows`
@@ -43,8 +43,8 @@ def softplus(x):
 
 @triton.jit
 def order(k, reverse, H, W, L, PLANAR: tl.constexpr):
-    """How direction k reads the map: runs of pixels `step` apart, `jump` more between runs; backwards, pixel L - 1 - q
-    takes the place of pixel q. Rows are one single run."""
+    """Returns how direction k reads the map: runs of pixels `step` apart, with `jump` more between runs, and whether it
+    is reversed (pixel L - 1 - q in place of pixel q). Row-major order is a single run."""
     if PLANAR:
         column = (k & 1) == 1
         run, step = tl.where(column, H, L), tl.where(column, W, 1)
@@ -55,15 +55,15 @@ def order(k, reverse, H, W, L, PLANAR: tl.constexpr):
 
 @triton.jit
 def rows(ptr, numbers, cs, row, VEC: tl.constexpr):
-    """Addresses of a tile of rows and channels of float32. VEC decides how wide the loads are, and so the layout of the
-    tile; Triton must know nothing of `row` for that."""
+    """Returns addresses of a float32 tile of rows and channels. VEC sets the width of loads and so the layout of the
+    tile, for which Triton must not specialise on `row`."""
     return tl.multiple_of(ptr + numbers[:, None] * row + cs[None, :], [1, VEC * 4])
 
 
 @triton.jit
 def saved(ptr, ns, cs, C, N: tl.constexpr, FOLDED: tl.constexpr, VEC: tl.constexpr):
-    """Addresses of one saved state. FOLDED: 32 channels at a time, so that its rows are a constant distance apart and
-    no registers go on addresses; only these kernels read it."""
+    """Returns addresses of one saved state. FOLDED stores 32 channels at a time, so that rows are a constant distance
+    apart and addresses take no registers; only these kernels read it."""
     if FOLDED:
         ptrs = (ptr + cs // 32 * (N * 32) + cs % 32)[None, :] + (ns * 32)[:, None]
     else:
@@ -73,7 +73,7 @@ def saved(ptr, ns, cs, C, N: tl.constexpr, FOLDED: tl.constexpr, VEC: tl.constex
 
 @triton.jit
 def carry(h, A, ends_ptr, sums_ptr, piece, ns, cs, tile_ok, c_ok, C, row, N: tl.constexpr, VEC: tl.constexpr):
-    """Takes the state h across a segment, from what that ends with starting from zero and the sum of its step sizes."""
+    """Carries the state h across a segment, given its end state from zero and the sum of its step sizes."""
     dt_sum = tl.load(sums_ptr + piece * C + cs, mask=c_ok, other=0.0)
     end = tl.load(rows(ends_ptr + piece * C * N, ns, cs, row, VEC), mask=tile_ok, other=0.0)
     return tl.exp2(dt_sum[None, :] * A) * h + end

@@ -1,4 +1,4 @@
-"""The forward pass of the scan in Triton; see `triton_common` for the design and the notation."""
+"""The forward pass of the scan in Triton; see `common.py` for the design and the notation."""
 # mypy: ignore-errors
 # ruff: noqa: SIM102, SIM108 (a condition that is known when Triton compiles needs an `if` of its own)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .plan import CHUNK, Plan, backward_plan, forward_plan
 
 MAX_INT32 = 2**31 - 1
-# Triton compiles and loads a kernel when it first runs, and lets another thread run it half loaded; its interpreter
-# keeps what it is at in globals.
+# Triton compiles and loads a kernel at first launch, and another thread may run it half loaded; its interpreter keeps
+# state in globals.
 _launching = threading.Lock()
 
 
@@ -28,12 +28,12 @@ def forward(
     states: Tensor | None = None,
     last: Tensor | None = None,
 ) -> None:
-    """Fills out (B, K, L, C), states (B, K, chunks, N, C) and last (B, K, N, C), those that are given.
+    """Fills those of out (B, K, L, C), states (B, K, chunks, N, C) and last (B, K, N, C) that are given.
 
     Args:
-        x, delta: (B, K, L, C), channels contiguous, the same strides. delta None: step sizes come from proj.
-        proj: (B, K, L, R + 2N), last dimension contiguous. table: (K, N + R + 2, C), see `triton_common`.
-        size: height and width, for the four directions of a map; None: every line reads its tokens in order.
+        x, delta: (B, K, L, C), channels contiguous, the same strides. delta None: step sizes are computed from proj.
+        proj: (B, K, L, R + 2N), last dimension contiguous. table: (K, N + R + 2, C), see `triton/common.py`.
+        size: height and width, for the four directions of a map; None scans every line in order.
     """
     B, K, L, C = x.shape
     plan = plan or forward_plan(B * K, L, C, N, x.device)
@@ -101,7 +101,7 @@ def backward(
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(outer, parts, inner) to (outer, inner), accumulated in float32, always in the same order."""
+    """Sums (outer, parts, inner) to (outer, inner) in float32, in a fixed order."""
     from .forward import sum_kernel
 
     outer, count, inner = parts.shape
@@ -143,7 +143,7 @@ def _walk(
     segments, tokens = plan.split(L)
     unit = _unit(proj)
     NP = _power_of_2(N)
-    # Two numbers of bfloat16 are read as one integer where they all lie on even places.
+    # Pairs of bfloat16 numbers are loaded as one integer if all pairs are aligned.
     packed = proj.dtype == torch.bfloat16 and NP == N > 1 and unit > 1 and R % 2 == 0
     out = x if out is None else out
     _launch(
@@ -166,7 +166,7 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 
 
 def _segment_ends(x: Tensor, N: int, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the state after each segment (B, K, S, N, C) and the sum of its step sizes; None without segments."""
+    """Allocates the state after each segment (B, K, S, N, C) and the sum of its step sizes; None without segments."""
     B, K, L, C = x.shape
     segments, _ = plan.split(L)
     if segments == 1:
@@ -176,37 +176,37 @@ def _segment_ends(x: Tensor, N: int, plan: Plan) -> tuple[Tensor | None, Tensor 
 
 
 def _power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n."""
+    """Returns the smallest power of 2 that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _vector(channels: int, most: int) -> int:
-    """Neighbouring channels per thread: the largest power of 2 up to `most`, one itself, that divides all channels."""
+    """Returns the adjacent channels per thread: the largest power of 2 up to `most` that divides all channels."""
     return math.gcd(channels, most)
 
 
 def _unit(proj: Tensor) -> int:
-    """The largest power of 2 up to 8 that divides the address and the strides of proj, counted in elements."""
+    """Returns the largest power of 2 up to 8 that divides the address and strides of proj, in elements."""
     steps = [stride for stride, n in zip(proj.stride()[:3], proj.shape[:3], strict=True) if n > 1]
     return math.gcd(8, proj.data_ptr() // proj.element_size(), *steps)
 
 
 def _units(proj: Tensor, unit: int) -> list[int]:
-    """Strides in units, so that the compiler knows how they are aligned. Those of dimensions of size 1 do not count."""
+    """Returns strides in units, which tells the compiler their alignment. Those of size-1 dimensions do not matter."""
     return [stride // unit for stride in proj.stride()[:3]]
 
 
 def _line_strides(dproj: Tensor) -> tuple[int, int, int, int]:
-    """Strides of (blocks, B, L, K, P), in the order block, b, k, token."""
+    """Returns the strides of (blocks, B, L, K, P) in the order block, b, k, token."""
     block, b, t, k, _ = dproj.stride()
     return block, b, k, t
 
 
 def _wide(*tensors: Tensor) -> bool:
-    """Whether 32 bits are too few to address the tokens of one line; 64 cost several instructions per address."""
+    """Returns whether addressing the tokens of one line needs 64 bits, which cost several instructions each."""
     return any(t.stride(2) * t.shape[2] > MAX_INT32 for t in tensors)
 
 
 def _precision(device: torch.device) -> str:
-    """Three TF32 products are about as exact as one in float32, and need tensor cores of compute capability 8.0."""
+    """Returns the dot precision: three TF32 products, about as exact as float32, from compute capability 8.0."""
     return "tf32x3" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
