@@ -25,6 +25,7 @@ from ..config import PreprocessConfig
 from ..imaging.load import MedicalImage
 from ..imaging.preprocess import adapt_channels, resize
 from ..utils.files import clear_space_errors, locked, write_text
+from ..utils.text import json_text
 from .dataset import DatasetError, ImageDataset, to_tensor
 from .identity import FileIndex, contents, files_of, reading_code
 from .pixels import Pixels, Warnings
@@ -271,7 +272,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def _write_sidecar(path: Path, record: dict[str, Any], files: list[Path], index: FileIndex) -> None:
-    write_text(_sidecar_path(path), json.dumps({**record, "files": index.table(files)}))
+    write_text(_sidecar_path(path), json_text({**record, "files": index.table(files)}))
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -355,7 +356,7 @@ def _fill_by_forks(out: Pixels, dataset: ImageDataset, config: PreprocessConfig,
             if image.bit_depth > 8 and not out.deep:
                 sys.exit(_TOO_DEEP)  # the array of all processes must change
             out.put(row, pixels, image.bit_depth > 8, image.notes)
-        Path(folder, str(first)).write_text(json.dumps(list(out.notes.items())), encoding="utf-8")
+        Path(folder, str(first)).write_text(json_text(list(out.notes.items())), encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")

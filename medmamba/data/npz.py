@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..imaging.load import MedicalImage, load_image
+from ..utils.files import write_atomically
 from ..utils.names import shown
 from .archive import DAMAGES
 from .dataset import SPLITS, DatasetError, ImageDataset, Record
@@ -167,15 +168,15 @@ def unpack_npz(source: str | os.PathLike[str], target: str | os.PathLike[str]) -
 
     Takes the size of the arrays on disk (MedMNIST at 224 pixels: up to 16 GB); streams, so memory stays small.
     """
-    target = Path(target)
-    partial = target.with_name(target.name + ".part")
-    with _open(Path(source)) as archive, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as plain:
-        for info in archive.infolist():
-            member = zipfile.ZipInfo(info.filename)
-            with archive.open(info) as stream, plain.open(member, "w", force_zip64=True) as sink:
-                shutil.copyfileobj(stream, sink, 2**20)
-    os.replace(partial, target)
-    return target
+
+    def write(partial: Path) -> None:
+        with _open(Path(source)) as archive, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as plain:
+            for info in archive.infolist():
+                member = zipfile.ZipInfo(info.filename)
+                with archive.open(info) as stream, plain.open(member, "w", force_zip64=True) as sink:
+                    shutil.copyfileobj(stream, sink, 2**20)
+
+    return write_atomically(target, write)
 
 
 def _members(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import write_atomically, write_text
+from ..utils.text import json_text
 from .identity import differences
 
 FORMAT = 1
@@ -57,7 +58,7 @@ class CheckpointStore:
     def note_run(self, identity: dict[str, Any], table: dict[str, str]) -> None:
         """Stores the inputs of the run (see `identity`), so that a later call can report what has changed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / RUN, json.dumps({"identity": identity, "data": table}))
+        write_text(self.folder / RUN, json_text({"identity": identity, "data": table}))
 
     def noted_run(self) -> tuple[dict[str, Any], dict[str, str]] | None:
         """Returns what `note_run` stored; None if it is missing or unreadable."""

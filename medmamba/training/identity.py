@@ -12,6 +12,7 @@ import torch
 from ..data import ImageDataset
 from ..data.identity import FileIndex, contents, reading_code
 from ..model import MedMamba
+from ..utils.text import json_text
 from .recipe import Recipe
 
 _EXAMPLES = 3
@@ -115,7 +116,7 @@ def differences(
         data: `data_table` of this call, to list the images that have changed.
         stored_data: `data_table` on disk.
     """
-    current = json.loads(json.dumps(current))
+    current = json.loads(json_text(current))
     found = []
     for key in sorted({*current, *stored}):
         old, new = stored.get(key), current.get(key)
@@ -157,7 +158,7 @@ def _changed_images(current: dict[str, str], stored: dict[str, str]) -> str:
 
 def _config_text(model: MedMamba) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_LEARNT_WITH}
-    return json.dumps(config, sort_keys=True, default=str)
+    return json.dumps(config, sort_keys=True, default=str, allow_nan=False)
 
 
 def _digest(*parts: str) -> str:

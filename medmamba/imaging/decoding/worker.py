@@ -49,7 +49,7 @@ def write_all(stream: BinaryIO, *parts: "bytes | bytearray | memoryview") -> Non
 
 def pack(header: dict, payload_size: int) -> bytes:
     """Return the beginning of a message: both lengths and the header as JSON."""
-    text = json.dumps(header).encode()
+    text = json.dumps(header, allow_nan=False).encode()
     return LENGTHS.pack(len(text), payload_size) + text
 
 
