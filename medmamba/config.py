@@ -1,4 +1,4 @@
-"""What a MedMamba is, in one dataclass: what `config.json` holds, and all that a checkpoint needs beside weights."""
+"""The configuration of a MedMamba as a dataclass: the content of `config.json`, all that weights need beside them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ __all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "var
 MODEL_TYPE = "medmamba"
 ORGANISATION = "medmamba"  # on the Hub; a model name without one means this
 DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
-# What a configuration may ask for; checked before anything of that size is made.
+# Upper limits, checked before anything of that size is allocated.
 MAX_STAGES, MAX_BLOCKS = 8, 512
 MAX_PARAMETERS = 4_000_000_000
 MAX_SIDE, MAX_INPUT = 8192, 2**28  # pixels of a side; values of one input image, all channels
@@ -23,7 +23,7 @@ MAX_SIDE, MAX_INPUT = 8192, 2**28  # pixels of a side; values of one input image
 
 @dataclass
 class PreprocessConfig:
-    """From an image with pixels in [0, 1] to the tensor the network was trained on (timm's vocabulary).
+    """How pixels in [0, 1] become the input the network was trained on (timm's vocabulary).
 
     The published recipe squashes to 224x224, aspect not kept, and maps [0, 1] to [-1, 1].
     """
@@ -59,15 +59,15 @@ class PreprocessConfig:
 class MedMambaConfig:
     """Architecture, classes, preprocessing and provenance of one model.
 
-    Only the first group shapes the network. `calibration` and `training` are records of how the weights came to be, of
-    plain JSON values; `medmamba_version` is the version that wrote the file. Every field is checked when a config is
-    made, before anything of the sizes it names is allocated.
+    Only the first group shapes the network. `calibration` and `training` record how the weights were made, in plain
+    JSON values; `medmamba_version` is the version that wrote the file. Every field is validated on creation,
+    before anything of the given sizes is allocated.
 
     Raises:
         ConfigError: a field of another type, out of range, or in contradiction to another.
     """
 
-    architecture: str = "tiny"  # the name of the variant, for people
+    architecture: str = "tiny"  # name of the variant, for display
     depths: tuple[int, ...] = (2, 2, 4, 2)  # blocks in each stage
     dims: tuple[int, ...] = (96, 192, 384, 768)  # channels of each stage
     d_state: int = 16  # N, state size of the scan per channel
@@ -151,7 +151,7 @@ class MedMambaConfig:
 
     @property
     def min_size(self) -> int:
-        """Least height and width of an image, in pixels: what patches and mergings leave of it must be one pixel."""
+        """Minimum height and width of an image, in pixels: patches and mergings must leave at least one pixel."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
     @property
@@ -175,12 +175,14 @@ class MedMambaConfig:
         return [self.id2label[i] for i in range(self.num_classes)]
 
     def dt_rank(self, stage: int) -> int:
-        """R, the rank of the step size projection in a stage's scan branch."""
+        """Returns R, the rank of the step size projection in a stage's scan branch."""
         return math.ceil(self.dims[stage] // 2 / 16)
 
     def replace(self, **changes: Any) -> "MedMambaConfig":
-        """A copy with some fields changed. A new `num_classes` without `id2label` resets the labels; a new `in_chans`
-        without `preprocess` keeps mean and std if they are equal for all channels, else takes their averages and warns.
+        """Returns a copy with some fields changed.
+
+        A new `num_classes` without `id2label` resets the labels. A new `in_chans` without `preprocess` keeps mean and
+        std if they are equal for all channels, else takes their averages and warns.
         """
         if changes.get("num_classes", self.num_classes) != self.num_classes:
             changes.setdefault("id2label", {})
@@ -196,13 +198,13 @@ class MedMambaConfig:
         else:
             warnings.warn(
                 f"mean {mean} and std {std} are of {self.in_chans} channels; their averages, {averages[0]:.4g} and "
-                f"{averages[1]:.4g}, are used for the new ones. Give preprocess=... to say others",
+                f"{averages[1]:.4g}, are used for the new ones. Give preprocess=... to set others",
                 stacklevel=3,
             )
         return dataclasses.replace(self.preprocess, mean=(averages[0],), std=(averages[1],))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """Returns the content of `config.json`."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
 
     @classmethod
@@ -237,7 +239,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def variant_config(name: str, **overrides: Any) -> MedMambaConfig:
-    """The configuration of a named variant, with fields overridden.
+    """Returns the configuration of a named variant, with fields overridden.
 
     Raises:
         ConfigError: unknown name, unknown field or contradicting values.

@@ -1,4 +1,4 @@
-"""What a zip file holds: safe members with their paths in one form, whatever system packed it."""
+"""Members of zip files, with uniform paths whatever system packed them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UTF8_FLAG = 0x800
 _MADE_ON_WINDOWS = 0  # of `ZipInfo.create_system`; PowerShell 5 and .NET before 4.6.1 write backslashes
 
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
-"""What reading a member may raise besides; the last but one where it is encrypted."""
+"""Further exceptions that reading a member may raise; RuntimeError if it is encrypted."""
 
 
 def member_path(info: zipfile.ZipInfo, backslashes: bool) -> str:
@@ -38,7 +38,7 @@ def member_path(info: zipfile.ZipInfo, backslashes: bool) -> str:
 
 
 def has_windows_paths(infos: Sequence[zipfile.ZipInfo]) -> bool:
-    """Tells whether backslashes in the names separate folders: no name has a slash, or Windows packed them all."""
+    """Returns whether backslashes in the names separate folders: no name has a slash, or Windows packed them all."""
     if not any("\\" in info.filename for info in infos):
         return False
     windows = all(info.create_system == _MADE_ON_WINDOWS for info in infos)

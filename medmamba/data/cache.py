@@ -1,4 +1,4 @@
-"""Decoded images in memory: on small machines decoding, not the network, limits training."""
+"""Caches decoded images in memory or in a file: on small machines decoding, not the network, limits training."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from .pixels import Pixels, Warnings
 FORMAT = 2
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_TOO_DEEP = 17  # exit code of a process that met an image of more than 8 bits
+_TOO_DEEP = 17  # exit code of a process that found an image of more than 8 bits
 
 
 class _Stale(Exception):
-    """Why a file of decoded images cannot be used; empty where there is none."""
+    """Reason why a file of decoded images cannot be used; empty if there is no file."""
 
 
 class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images of one size as a tensor of 8 or 16 bits, beside their labels.
+    """Images of one size as a uint8 or uint16 tensor, with their labels.
 
     `cached[i]` is `(float32 (C, H, W), label)`, and `batch(indices)` the same for many at once, which is the fast
     path: one indexed copy of bytes, moved to the device before it becomes float.
@@ -51,7 +51,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         targets: int64 `(N,)` or float32 `(N, K)`.
         index: the `ImageDataset` that was decoded: classes, patients, splits, paths.
         mean, std: float32 `(C,)`; pixels in [0, 1] become `(pixel - mean) / std`.
-        warnings: what the readers of the files warned of, by text, with the rows of the images it was said of.
+        warnings: warnings of the readers by text, with the rows of the images concerned.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         return images[0], targets[0]
 
     def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """float32 `(B, C, H, W)` on `device`, normalised, and the labels of `indices` there."""
+        """Returns normalised images, float32 `(B, C, H, W)`, and labels at `indices`, both on `device`."""
         # Where the images are: an index from elsewhere makes a GPU wait.
         chosen = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
         deep = self.images.dtype == torch.uint16
@@ -94,7 +94,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.addcmul(shift, images, scale), self.targets[chosen].to(device, non_blocking=True)
 
     def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(x / largest - mean) / std as one multiplication and one addition: both (1, C, 1, 1)."""
+        """Returns (x / largest - mean) / std as one scale and one shift, each (1, C, 1, 1)."""
         if device not in self._affine:
             largest = 255 if self.images.dtype == torch.uint8 else 65535
             scale = (1 / (largest * self.std)).view(1, -1, 1, 1)
@@ -103,7 +103,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._affine[device]
 
     def split(self, name: str) -> CachedDataset:
-        """One split, as a copy where the images are not contiguous."""
+        """Returns one split; a copy if its images are not contiguous."""
         part = self.index.split(name)
         rows = [i for i, record in enumerate(self.index.records) if record.split == name]
         contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -113,7 +113,7 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         return CachedDataset(images, part, self.mean.tolist(), self.std.tolist(), said)
 
     def warning_lines(self) -> list[str]:
-        """One line for each kind of warning of the readers: of how many images, what, and one of them."""
+        """Returns one line per kind of reader warning: number of images, text, and an example."""
         records = self.index.records
         return [
             f"warning: {len(rows)} of {len(self)} images: {text} (such as {records[rows[0]].source})"
@@ -134,8 +134,8 @@ def cache_images(
 ) -> CachedDataset:
     """Decodes and resizes every image once, as prediction does, and keeps as many bits as the files have.
 
-    What the cache gives out is the model's preprocessing to within half a step: of 255 where all files have 8 bits per
-    channel, of 65535 where one has more. The transform of `dataset` is not applied.
+    The result equals the model's preprocessing to within half a step of 255, or of 65535 if any file has more than 8
+    bits per channel. The transform of `dataset` is not applied.
 
     Args:
         config: the model's `config.preprocess`: size, crop mode, interpolation, mean and std.
@@ -146,9 +146,9 @@ def cache_images(
             behind, and of several processes that want the same file one makes it.
         workers: threads that decode; by default as many as the machine has cores.
         processes: as many forks of this process instead, for many cores: threads keep about two of them busy. Needs
-            `file` and a system with fork, in a process that has used neither a GPU nor threads; there is no progress.
+            `file` and fork, in a process that has used neither a GPU nor threads; progress is not shown.
         progress: wraps the iteration over the images, for example `tqdm`.
-        files: what is known already of the contents of files; the rest is read.
+        files: known hashes of files; the others are read.
 
     Memory: N x H x W x C bytes, for 12,000 colour images at 224 pixels 1.8 GB; twice that above 8 bits.
 
@@ -180,7 +180,7 @@ def _from_file(
     index: FileIndex,
     fill: Callable[[Pixels], None],
 ) -> tuple[np.ndarray, Warnings]:
-    """The images in `path`, made if need be."""
+    """Loads the decoded images from `path`, decoding them first if needed."""
     shape = (len(dataset), *settings[0].input_size, settings[1])
     index.add(_sidecar(path).get("files"))
     key = _key(dataset, *settings, index)
@@ -207,9 +207,10 @@ def _from_file(
 def _load(
     path: Path, key: dict[str, str], shape: tuple[int, ...], sources: list[Path], index: FileIndex
 ) -> tuple[np.ndarray, Warnings]:
-    """
+    """Loads images and warnings from `path`.
+
     Raises:
-        _Stale: there is none, or it is damaged, or of something else.
+        _Stale: no such file, damaged, or made from other images or settings.
     """
     record = _sidecar(path)
     if not path.is_file() and not record:
@@ -226,14 +227,14 @@ def _load(
         said = {str(text): [int(row) for row in rows] for text, rows in record["warnings"].items()}
     except _UNREADABLE:
         raise _Stale("damaged") from None
-    if index.table([*sources, path]) != record.get("files"):  # times that had changed, or were too recent to be trusted
+    if index.table([*sources, path]) != record.get("files"):  # times changed, or too recent to be trusted
         with contextlib.suppress(OSError):
             _write_sidecar(path, record, [*sources, path], index)
     return images, said
 
 
 def _key(dataset: ImageDataset, config: PreprocessConfig, in_chans: int, index: FileIndex) -> dict[str, str]:
-    """Digests of all that decides the pixels: names in order, contents, settings apart from the normalisation, code."""
+    """Returns digests of all that determines the pixels: names in order, contents, settings, code."""
     settings = (config.input_size, config.crop_mode, config.interpolation, in_chans)
     return {
         "settings": _digest([repr(settings)]),
@@ -263,7 +264,7 @@ def _sidecar_path(path: Path) -> Path:
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """What stands beside the file; empty where that cannot be read."""
+    """Returns the record beside the file, or {} if it cannot be read."""
     try:
         found = json.loads(_sidecar_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -276,7 +277,7 @@ def _write_sidecar(path: Path, record: dict[str, Any], files: list[Path], index:
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The images in a file, mapped copy-on-write.
+    """Maps the images of a file copy-on-write.
 
     Raises:
         OSError, ValueError: cut short, or not what was expected.
@@ -289,7 +290,7 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """What is wrong with the place of the cache, said as such."""
+    """Turns errors of the cache folder into a clear message."""
     with clear_space_errors(path):
         try:
             yield
@@ -303,15 +304,15 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _is_deep(dataset: ImageDataset) -> bool:
-    """Whether the first image has more than 8 bits, so that others probably have."""
+    """Returns whether the first image has more than 8 bits, in which case others probably do too."""
     try:
         return dataset.image(0).bit_depth > 8
-    except Exception:  # said with its name when it is decoded
+    except Exception:  # reported with its name when it is decoded
         return False
 
 
 def _decoded(dataset: ImageDataset, row: int, config: PreprocessConfig, in_chans: int) -> tuple[Tensor, MedicalImage]:
-    """(H, W, C) in [0, 1], and the image as it was read."""
+    """Returns the resized pixels, (H, W, C) in [0, 1], and the image as read."""
     image = dataset.image(row)
     pixels = adapt_channels(to_tensor(image), in_chans)  # (C, H, W)
     return resize(pixels.unsqueeze(0), config)[0].permute(1, 2, 0), image
@@ -330,7 +331,7 @@ def _fill(
         out.put(row, pixels, image.bit_depth > 8, image.notes)
         return row
 
-    # One thread per image: threads within an operation, times those of the pool, would only stand in each other's way.
+    # One thread per image: threads within an operation, times those of the pool, would oversubscribe the cores.
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -344,8 +345,10 @@ def _fill(
 
 
 def _fill_by_forks(out: Pixels, dataset: ImageDataset, config: PreprocessConfig, in_chans: int, processes: int) -> bool:
-    """Fills an array that is mapped from a file; False where that cannot be done, or an image cannot be read (threads
-    then say which)."""
+    """Fills a memory-mapped array in forked processes.
+
+    Returns False if that is not possible, or if an image cannot be read; threads then report which.
+    """
     if "fork" not in multiprocessing.get_all_start_methods():
         return False
 

@@ -1,4 +1,4 @@
-"""What stands in the cells of a table: labels, several labels, or nothing in one of its many spellings."""
+"""Parses label cells of a table: one label, several labels, or a missing value in any of its spellings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIST = re.compile(r"\s*(\[.*\]|\{.*\}|\(\s*['\"].*\))\s*", re.DOTALL)
 def parse_labels(
     cells: Sequence[tuple[int, str]], is_class: Callable[[str], bool], where: str
 ) -> tuple[list[list[str]], bool, list[str]]:
-    """Returns the labels of each row, whether any row has several, and what to say of them.
+    """Returns the labels of each row, whether any row has several, and notes.
 
     Args:
         cells: line and text of each row.

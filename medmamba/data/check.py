@@ -1,4 +1,4 @@
-"""Is this the dataset it is said to be? Wrong classes, missing images and another split, told apart."""
+"""Compares a dataset with its registry entry: wrong classes, missing images, another split."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class DatasetCheck:
 
     `status` is one of
         "complete": the classes, the number of images and the split are the published ones;
-        "unknown": nothing contradicts, but too little is known of the set to say that it is complete;
+        "unknown": nothing contradicts the entry, but too little is known of the set to call it complete;
         "other release": complete, with the sizes of an earlier release;
-        "other split": all images are there, divided otherwise (figures are not comparable without saying so);
+        "other split": all images are there, split differently (results are not comparable without a note);
         "partial": images are missing;
         "larger": more images than the set has, another version or set;
         "other classes": these are not its classes.
@@ -30,13 +30,13 @@ class DatasetCheck:
         return self.status in ("complete", "unknown", "other release")
 
     def raise_if_not_ok(self, *allow: str) -> None:
-        """Raise `DatasetError` unless ok or of a status in `allow`."""
+        """Raises `DatasetError` unless ok or of a status in `allow`."""
         if not self.ok and self.status not in allow:
             raise DatasetError("; ".join(self.messages))
 
 
 def check_dataset(dataset: ImageDataset, entry: DatasetEntry) -> DatasetCheck:
-    """Compare an index (labels and counts, no pixels) with what the registry knows. Raises nothing."""
+    """Compares an index (labels and counts, no pixels) with what the registry knows. Raises nothing."""
     if dataset.classes != entry.classes or (dataset.task == "multilabel") != (entry.task == "multilabel"):
         return DatasetCheck("other classes", (_class_message(dataset, entry),))
     total, expected = len(dataset), entry.n_images
@@ -62,7 +62,7 @@ def check_dataset(dataset: ImageDataset, entry: DatasetEntry) -> DatasetCheck:
             "other split",
             (
                 f"{entry.title}: all {total} images, but split {_sizes(sizes)} where published is "
-                f"{_sizes(dict(entry.splits))}; compare figures with that note beside them",
+                f"{_sizes(dict(entry.splits))}; results are comparable only with that note",
             ),
         )
     if not sizes and entry.split_rule.kind == "official":

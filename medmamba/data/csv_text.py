@@ -1,4 +1,4 @@
-"""Reads the text of a CSV file: encoding, delimiter, header and rows, each with the line it begins in."""
+"""Reads CSV files as text: encoding, delimiter, header and rows with their line numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _BOMS = (
 
 @dataclass(frozen=True)
 class Table:
-    """
+    """A CSV file as text.
+
     Attributes:
         header: names of the columns, unnamed ones left out.
         rows: the line each begins in, from 1, and its cells by column.
@@ -39,7 +40,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     """Reads a CSV file in UTF-8, or in UTF-16 or 32 with a byte order mark.
 
     Args:
-        wanted: names in lower case, one of which tells that the header was divided at the right delimiter.
+        wanted: names in lower case, one of which shows that the header was split at the right delimiter.
 
     Raises:
         DatasetError: another encoding, no rows, two columns of one name, or more fields than columns.
@@ -102,7 +103,7 @@ def _text(path: Path) -> str:
 
 
 def _delimiter(text: str, wanted: Collection[str]) -> str:
-    """The delimiter that divides the header into the most columns, one of them `wanted` if any does so."""
+    """Returns the delimiter that splits the header into the most columns, preferring one with a `wanted` name."""
 
     def score(mark: str) -> tuple[bool, int]:
         try:

@@ -26,7 +26,7 @@ Transform = Callable[[MedicalImage], Tensor]
 
 
 class DatasetError(ValueError):
-    """A collection of images that cannot be used as asked. The message says what is wrong and how to fix it."""
+    """A collection of images that cannot be used as requested. The message says what is wrong and how to fix it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Record:
         source: path relative to the collection (posix), absolute path, or row of an array.
         label: class index, or one 0/1 per class where several classes can hold at once.
         split: "train", "val", "test" or None.
-        patient: what must never be spread over two splits: patient, lesion, study; None where unknown.
+        patient: the unit that must stay within one split: patient, lesion, study; None if unknown.
     """
 
     source: str | int
@@ -57,7 +57,7 @@ class Reader(Protocol):
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """An indexed collection of labelled images. Images are decoded when asked for, labels are at hand.
+    """An indexed collection of labelled images. Images are decoded on access, labels are in memory.
 
     `dataset[i]` is `(transform(image), label)`: a float32 tensor, `(C, H, W)` in [0, 1] without a transform, and an
     int64 scalar (multi-class) or float32 `(K,)` of 0 and 1 (multi-label). Never changed in place: `split`, `subset`,
@@ -70,7 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         task: "multiclass" (two classes included) or "multilabel".
         transform: `MedicalImage` to float32 tensor, for example a model's preprocessing.
         name: for messages.
-        notes: what the reader passed over, merged or guessed, for people to read; kept by all methods.
+        notes: what the reader passed over, merged or guessed, for display; kept by all methods.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return f"ImageDataset({self.name}: {len(self)} images, {len(self.classes)} classes, {self.task}; {counts})"
 
     def image(self, index: int) -> MedicalImage:
-        """The image as read, before the transform."""
+        """Returns the image as read, before the transform."""
         return self.reader.read(self.records[index])
 
     @functools.cached_property
@@ -119,7 +119,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
     @functools.cached_property
     def targets(self) -> Tensor:
-        """The labels as loss functions want them: int64 `(N,)` or float32 `(N, K)`."""
+        """The labels in the form of loss functions: int64 `(N,)` or float32 `(N, K)`."""
         labels = torch.from_numpy(self.labels)
         return labels.float() if self.task == "multilabel" else labels
 
@@ -145,11 +145,11 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return np.bincount(self.labels, minlength=len(self.classes))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
-        """The images at `indices`, in that order."""
+        """Returns the images at `indices`, in that order."""
         return self.with_records([self.records[int(index)] for index in indices])
 
     def split(self, name: str) -> ImageDataset:
-        """The images of one split.
+        """Returns the images of one split.
 
         Raises:
             DatasetError: no image is in it.
@@ -170,12 +170,12 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return ImageDataset(records, self.classes, self.reader, self.task, self.transform, self.name, self.notes)
 
     def with_notes(self, *notes: str) -> ImageDataset:
-        """The same images with more to say about them."""
+        """Returns the same images with further notes."""
         both = (*self.notes, *notes)
         return ImageDataset(self.records, self.classes, self.reader, self.task, self.transform, self.name, both)
 
     def with_splits(self, splits: Sequence[str | None]) -> ImageDataset:
-        """The same images, assigned to `splits`, one per image."""
+        """Returns the same images assigned to `splits`, one entry per image."""
         pairs = zip(self.records, splits, strict=True)
         return self.with_records([dataclasses.replace(record, split=split) for record, split in pairs])
 
@@ -194,10 +194,10 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def to_tensor(image: MedicalImage) -> Tensor:
-    """float32 `(C, H, W)` in [0, 1]: the pixels as they are."""
+    """Returns the pixels unchanged as float32 `(C, H, W)` in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(image.pixels.transpose(2, 0, 1)))  # (H, W, C) -> (C, H, W)
 
 
 def split_name(name: str) -> str | None:
-    """ "train", "val" or "test" for the usual spellings ("valid", "Validation", ...); None for anything else."""
+    """Returns "train", "val" or "test" for the usual spellings ("valid", "Validation", ...), else None."""
     return _SPLIT_NAMES.get(name.strip().lower())

@@ -45,7 +45,7 @@ class FolderReader:
         return load_image(self.file_of(record), frame=self.frame, window=self.window)
 
     def file_of(self, record: Record) -> Path:
-        """The file that decides what `read` returns."""
+        """Returns the file that determines what `read` returns."""
         return self.root / str(record.source)
 
 
@@ -74,7 +74,7 @@ class ZipReader:
         return load_named(content, name, frame=self.frame, window=self.window)
 
     def file_of(self, record: Record) -> Path:
-        """The file that decides what `read` returns."""
+        """Returns the file that determines what `read` returns."""
         return self.path
 
     def _archive(self) -> zipfile.ZipFile:
@@ -98,7 +98,7 @@ def open_folder(
     patient_pattern: str | None = None,
     single_class: bool = False,
 ) -> ImageDataset:
-    """Index a tree of images, see `open_dataset` for the arguments."""
+    """Indexs a tree of images, see `open_dataset` for the arguments."""
     root = Path(root)
     options = TreeOptions(entry, classes, class_order, patient_pattern, single_class)
     return index_tree(find_in(root), FolderReader(root), str(root), options)
@@ -113,7 +113,7 @@ def open_zip(
     patient_pattern: str | None = None,
     single_class: bool = False,
 ) -> ImageDataset:
-    """Index a tree of images inside a zip file, see `open_dataset` for the arguments."""
+    """Indexs a tree of images inside a zip file, see `open_dataset` for the arguments."""
     path = Path(path)
     options = TreeOptions(entry, classes, class_order, patient_pattern, single_class)
     try:
@@ -130,7 +130,7 @@ def open_zip(
 
 
 def check_members(members: Sequence[zipfile.ZipInfo], where: str) -> None:
-    """Refuse a zip file that tries anything: paths out of it, links, bombs, encryption, archives in the archive.
+    """Rejects unsafe zip files: paths outside the archive, links, bombs, encryption, nested archives.
 
     Raises:
         DatasetError: with the name of the member and the reason.
@@ -142,7 +142,7 @@ def check_members(members: Sequence[zipfile.ZipInfo], where: str) -> None:
         name = by_member.get(id(info), info.filename)  # of members with one path only the last is in the table
         if name.endswith("/") and ".." not in PurePosixPath(name).parts and not name.startswith("/"):
             continue  # a folder
-        # `orig_filename` is what the archive says: zipfile itself cuts names at a null byte.
+        # `orig_filename` is the name as stored: zipfile cuts names at a null byte.
         parts = PurePosixPath(name.replace("\\", "/")).parts
         reason = None
         if not parts or name.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in info.orig_filename:
@@ -152,7 +152,7 @@ def check_members(members: Sequence[zipfile.ZipInfo], where: str) -> None:
         elif info.flag_bits & 0x1:
             reason = "is encrypted; unpack the archive first"
         elif name in seen or id(info) not in by_member:
-            reason = "stands in the archive twice"
+            reason = "is in the archive twice"
         elif info.compress_type not in _READABLE_METHODS:
             reason = (
                 f"is compressed by method {info.compress_type}, which Python cannot unpack (9 is Deflate64, which "

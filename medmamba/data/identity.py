@@ -1,8 +1,8 @@
-"""What is in the files of a dataset, whatever they are called: sizes, times and hashes, kept as git keeps its index.
+"""Identifies datasets by the content of their files: sizes, times and hashes, kept like git's index.
 
-A file that has the size, times and inode of the last look is taken to hold what it held then; any other is read and
-hashed. Programs can set the time of modification back (`cp -p`, `rsync -t`, `tar`), but not that of the last change of
-the inode, which POSIX systems keep beside it. Where a system does not (Windows), every file is read.
+A file whose size, times and inode are unchanged is assumed to be unchanged; any other is read and hashed. Programs can
+set mtime back (`cp -p`, `rsync -t`, `tar`), but not ctime, the last change of the inode on POSIX systems. Where there is
+no such time (Windows), every file is read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FileIndex:
         self.read = 0
 
     def add(self, table: Any) -> None:
-        """Takes in what `table` returned earlier; anything else is ignored."""
+        """Adds entries that `table` returned earlier; anything else is ignored."""
         if not isinstance(table, dict):
             return
         for path, row in table.items():
@@ -50,14 +50,14 @@ class FileIndex:
                 self._known[path] = row
 
     def table(self, files: Iterable[Path]) -> dict[str, list[Any]]:
-        """What is known of these files, for JSON."""
+        """Returns the known entries of these files, ready for JSON."""
         paths = {os.path.abspath(file) for file in files}
         return {path: self._known[path] for path in sorted(paths) if path in self._known}
 
     def hashes(self, files: Sequence[Path], workers: int | None = None) -> list[str]:
-        """SHA-256 (32 hexadecimal digits of it) of each file, read only where it may have changed.
+        """Returns the SHA-256 (its first 32 hex digits) of each file, reading only files that may have changed.
 
-        A file that cannot be read has the hash "unreadable": whoever needs its content will say why.
+        A file that cannot be read has the hash "unreadable"; reading it later raises the reason.
         """
         paths = [os.path.abspath(file) for file in files]
         found: dict[str, str] = {}
@@ -80,10 +80,10 @@ class FileIndex:
 
 
 def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None) -> list[str]:
-    """For each image of `dataset` a digest of where its pixels come from: its file, or the archive that holds it.
+    """Returns a digest per image of the file or archive that its pixels come from.
 
-    The reader says which file that is by its method `file_of(record)`; the frame and window that it was asked for are
-    part of the digest. Images of a reader without that method are decoded, and their pixels hashed.
+    The reader names the file by its method `file_of(record)`; its frame and window are part of the digest. For readers
+    without that method the images are decoded and their pixels hashed.
     """
     file_of = getattr(dataset.reader, "file_of", None)
     if file_of is not None:
@@ -96,15 +96,16 @@ def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None
 
 
 def files_of(dataset: ImageDataset) -> list[Path]:
-    """The files that `contents` looks at; none where the reader does not tell."""
+    """Returns the files that `contents` hashes; empty if the reader does not name them."""
     file_of = getattr(dataset.reader, "file_of", None)
     return [] if file_of is None else [file_of(record) for record in dataset.records]
 
 
 @functools.cache
 def reading_code() -> str:
-    """A digest of everything that decides which pixels a file gives: the modules that read images, and the libraries
-    they call. The same files may give other pixels where it differs."""
+    """Returns a digest of the modules that read images and the versions of the libraries they call.
+
+    Where it differs, the same files may yield other pixels."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted((package / _READING_ROOM).rglob("*.py")):
@@ -119,7 +120,7 @@ def reading_code() -> str:
 
 
 def _look(path: str) -> list[Any] | None:
-    """A row of the index; None for what cannot be read."""
+    """Returns a row of the index, or None for a file that cannot be read."""
     now = time.time_ns()
     try:
         with open(path, "rb", buffering=0) as file:

@@ -1,6 +1,6 @@
-"""From names of folders and labels to class indices, in an order that is said aloud.
+"""Maps names of folders and labels to class indices, in an explicit order.
 
-The trap: the published trainer numbers classes by the *alphabetical* order of their folder names. MedMNIST sets with
+The published trainer numbers classes by the *alphabetical* order of their folder names. MedMNIST sets with
 more than ten classes are often exported to folders "0" ... "10", which sort as 0, 1, 10, 2, ...: a model trained on
 them has its outputs permuted against the official labels. `alphabetical_permutation(11)` is that permutation.
 """
@@ -36,13 +36,13 @@ MISSING = frozenset(
     )
     + ("missing", "undefined", "#value!", "#ref!", "#div/0!")
 )
-"""How tables spell that there is nothing, in lower case."""
+"""Spellings of missing values in tables, in lower case."""
 
 CLASS_ORDERS = ("auto", "numeric", "alphabetical")
 
 
 def order_classes(names: Iterable[str], order: str = "auto") -> tuple[str, ...]:
-    """Sort class names.
+    """Sorts class names.
 
     Args:
         names: names of folders or labels; repetitions are dropped.
@@ -65,7 +65,7 @@ def order_classes(names: Iterable[str], order: str = "auto") -> tuple[str, ...]:
 
 
 def alphabetical_permutation(num_classes: int) -> tuple[int, ...]:
-    """Official label behind each output of a model whose classes were folders "0", "1", ... sorted alphabetically.
+    """Returns the official label of each output of a model trained on folders "0", "1", ... in alphabetical order.
 
     For 11 classes: (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9). The identity up to ten classes. `head.weight[argsort(p)]`
     puts a head into the official order.
@@ -76,7 +76,7 @@ def alphabetical_permutation(num_classes: int) -> tuple[int, ...]:
 def resolve_classes(
     found: Iterable[str], entry: DatasetEntry | None, classes: Sequence[str] | None, order: str, where: str
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names in order, and the index of every name in `found`.
+    """Returns class names in order, and the index of every name in `found`.
 
     Explicit `classes` win, then the registry entry (any spelling or alias it knows), then the sorted names themselves.
 
@@ -110,20 +110,20 @@ def resolve_classes(
             f"({', '.join(names)}); rename, or {way}"
         )
     resolved = {name: number for name, number in index.items() if number is not None}
-    doubles = {number for number in resolved.values() if list(resolved.values()).count(number) > 1}
-    if entry is not None and classes is None and doubles:
-        same = tuple(name for name, number in resolved.items() if number in doubles)
+    shared = {number for number in resolved.values() if list(resolved.values()).count(number) > 1}
+    if entry is not None and classes is None and shared:
+        same = tuple(name for name, number in resolved.items() if number in shared)
         raise DatasetError(f"{where}: {shown(*same)} mean the same class of {entry.name}; merge them")
     return names, resolved
 
 
 def is_missing(text: str) -> bool:
-    """Tells whether a cell says that there is nothing, in any of the usual spellings ("", "nan", "N/A", "?", ...)."""
+    """Returns whether a cell is a missing value in any of the usual spellings ("", "nan", "N/A", "?", ...)."""
     return text.strip().lower() in MISSING
 
 
 def notes_on_names(names: Iterable[str]) -> list[str]:
-    """Says what is doubtful about the names of classes: two that differ little, or one that means "nothing"."""
+    """Returns notes on suspicious class names: two that differ little, or one that reads like a missing value."""
     unique = sorted(set(names))
     notes = [
         f"classes {shown(*same)} differ in case, separators or width alone and count as {len(same)} classes"

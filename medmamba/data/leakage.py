@@ -1,4 +1,4 @@
-"""Images that must not be counted twice: patients and identical pictures in more than one split."""
+"""Leakage checks: patients and identical images in more than one split."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class LeakageError(DatasetError):
 
 @dataclass(frozen=True)
 class LeakageReport:
-    """What was found.
+    """Findings of `find_leakage`.
 
     Attributes:
         patients: patients with images in several splits, with those splits.
-        duplicates: groups of indices of images with identical pixels that stand in several splits.
-        repeats: the same within one split: harmless for figures, but not independent samples.
+        duplicates: groups of indices of images with identical pixels in several splits.
+        repeats: the same within one split: harmless for the metrics, but not independent samples.
         conflicts: groups of identical images whose labels differ, in one split or in several.
     """
 
@@ -45,7 +45,7 @@ class LeakageReport:
 
 
 def find_leakage(dataset: ImageDataset, *, duplicates: bool = True, workers: int | None = None) -> LeakageReport:
-    """Look for patients and identical images across splits. Raises nothing; see `check_leakage`.
+    """Looks for patients and identical images across splits. Raises nothing; see `check_leakage`.
 
     Args:
         duplicates: compare pixels too, which decodes every image once (10,000 of 200 x 150: 7 s on two cores).
@@ -75,11 +75,12 @@ def find_leakage(dataset: ImageDataset, *, duplicates: bool = True, workers: int
 def check_leakage(
     dataset: ImageDataset, *, allow: Collection[str] = (), duplicates: bool = True, workers: int | None = None
 ) -> LeakageReport:
-    """Raise where train, val and test share patients or identical images, or identical images have several labels.
+    """Raises if splits share patients or identical images, or if identical images have different labels.
 
     Args:
-        allow: what to let pass: "patients", "duplicates" (in several splits; some published splits leak, say so with
-            the figures; identical images are then not looked for), "conflicts" (labels that differ within one split).
+        allow: problems to accept: "patients", "duplicates" (in several splits; some published splits leak, which must
+            be reported with the results; identical images are then not searched for), "conflicts" (labels that
+            differ within one split).
 
     Raises:
         LeakageError: with examples and the way out.
@@ -98,19 +99,19 @@ def check_leakage(
             " = ".join(f"{dataset.records[i].source} ({dataset.records[i].split})" for i in group[:3])
             for group in report.duplicates[:_EXAMPLES]
         )
-        problems.append(f"{len(report.duplicates)} images stand in more than one split: {examples}")
+        problems.append(f"{len(report.duplicates)} images are in more than one split: {examples}")
     advice = (
-        "Figures on such a test set are too good. Split again with make_splits (it keeps patients together), remove "
-        "the doubles, or pass allow= (allow_leakage= of train, --allow-leakage) and say so with the figures"
+        "Results on such a test set are too optimistic. Split again with make_splits (it keeps patients together), "
+        "remove the duplicates, or pass allow= (allow_leakage= of train, --allow-leakage) and report that"
     )
     inside = [group for group in report.conflicts if group not in report.duplicates]
     if inside and "conflicts" not in allow:
         if problems:
             problems.append(advice)
         examples = "; ".join(" = ".join(_labelled(dataset, i) for i in group[:3]) for group in inside[:_EXAMPLES])
-        problems.append(f"{len(inside)} images stand in one split with labels that contradict each other: {examples}")
+        problems.append(f"{len(inside)} groups of identical images in one split have contradicting labels: {examples}")
         advice = (
-            "Decide for one label, remove the others, or let them pass with 'conflicts' in allow= (allow_leakage= of "
+            "Choose one label, remove the others, or accept them with 'conflicts' in allow= (allow_leakage= of "
             "train, --allow-leakage)"
         )
     if problems:
@@ -119,14 +120,14 @@ def check_leakage(
 
 
 def _labelled(dataset: ImageDataset, index: int) -> str:
-    """An image with its labels, for a message."""
+    """Returns an image with its labels, for a message."""
     record = dataset.records[index]
     labels = (record.label,) if isinstance(record.label, int) else [i for i, y in enumerate(record.label) if y]
     return f"{record.source} ({', '.join(dataset.classes[label] for label in labels) or 'none'})"
 
 
 def pixel_hash(image: MedicalImage) -> bytes:
-    """Digest of what is seen: size and pixels at 16 bits, not of the file; grey is grey however it was stored."""
+    """Returns a digest of size and pixels at 16 bits, whatever the file format; grey stored as RGB counts as grey."""
     pixels = image.pixels
     if pixels.shape[2] == 3 and (pixels[..., :1] == pixels).all():
         pixels = pixels[..., :1]

@@ -1,4 +1,4 @@
-"""Finds the files that a table names, where it was written on another system."""
+"""Resolves the file paths in a table, including paths written on another system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .dataset import DatasetError
 
 
 def locate(texts: Sequence[tuple[int, str]], folder: Path, where: str) -> tuple[list[str], list[str]]:
-    """Returns the path of each image below `folder` with forward slashes, and what to say of them.
+    """Returns the path of each image below `folder` with forward slashes, and notes.
 
     A path is taken as it stands; where there is no such file, backslashes are tried as separators, and the other
     Unicode form of the name.
@@ -64,7 +64,7 @@ def _spellings(text: str) -> list[tuple[str, str]]:
 
 
 def _hint(text: str, folder: Path) -> str:
-    """Why the file was not found, as far as the folder tells; else how paths are read."""
+    """Returns why the file was probably not found, else how paths are resolved."""
     path = text.replace("\\", "/")
     rule = "paths are relative to the CSV file unless root= of open_csv says otherwise"
     if re.match(r"[A-Za-z]:/|//", path):

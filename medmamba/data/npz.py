@@ -19,7 +19,7 @@ from .dataset import SPLITS, DatasetError, ImageDataset, Record
 from .registry import DatasetEntry
 
 MAX_CLASSES = 65_536
-"""Labels of an array without names may be below this; a larger one is no number of a class."""
+"""Upper bound of labels in an array without names; a larger value is not a class index."""
 
 _LOCAL_HEADER_BYTES = 30
 
@@ -28,7 +28,7 @@ class NpzReader:
     """Reads images of an `.npz`, one array per split.
 
     An array that is stored without compression is memory-mapped. A compressed one (the published MedMNIST files are)
-    is read whole when its first image is asked for; `unpack_npz` makes a copy that can be mapped.
+    is read whole with its first image; `unpack_npz` makes a copy that can be mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,12 +36,12 @@ class NpzReader:
         self._arrays: dict[str, np.ndarray] = {}
 
     def read(self, record: Record) -> MedicalImage:
-        # The row of a record counts within the array it was indexed from, which with_splits() must not change.
+        # The row counts within the array it was indexed from, which with_splits() must not change.
         member, _, row = str(record.source).rpartition(":")
         return load_image(np.asarray(self._array(member)[int(row)]))
 
     def file_of(self, record: Record) -> Path:
-        """The file that decides what `read` returns."""
+        """Returns the file that determines what `read` returns."""
         return self.path
 
     def _array(self, member: str) -> np.ndarray:
@@ -56,7 +56,7 @@ class NpzReader:
 def open_npz(
     path: str | os.PathLike[str], *, entry: DatasetEntry | None = None, classes: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Index an `.npz` that holds `{train,val,test}_images` and `_labels` (MedMNIST), or plain `images` and `labels`.
+    """Indexs an `.npz` that holds `{train,val,test}_images` and `_labels` (MedMNIST), or plain `images` and `labels`.
 
     Images are uint8 (uint16, or float in [0, 1]) `(N, H, W)` or `(N, H, W, 3)`; labels are integers `(N,)`, `(N, 1)`,
     or `(N, K)` of 0 and 1 for several classes at once. Record sources are "member:row".
@@ -113,10 +113,10 @@ def open_npz(
 
 
 def _unused(shapes: Collection[str], members: Mapping[str | None, tuple[str, str]], path: Path) -> list[str]:
-    """What to say of arrays that are not read.
+    """Returns notes on arrays that are not used.
 
     Raises:
-        DatasetError: images of a split beside plain `images`, so that nobody can tell which are meant.
+        DatasetError: images of a split beside plain `images`, so that it is ambiguous which are meant.
     """
     if members and "images" in shapes:
         raise DatasetError(f"{path}: has the array images beside those of splits; remove or rename the ones not meant")
@@ -126,7 +126,7 @@ def _unused(shapes: Collection[str], members: Mapping[str | None, tuple[str, str
 
 
 def _notes_on_labels(dataset: ImageDataset) -> list[str]:
-    """What is doubtful about the labels: one-hot rows, and classes without images."""
+    """Returns notes on suspicious labels: one-hot rows, and classes without images."""
     if not len(dataset):
         return []
     if dataset.task == "multilabel":
@@ -145,7 +145,7 @@ def _is_pixel_type(dtype: np.dtype) -> bool:
 
 
 def read_member(path: Path, member: str) -> np.ndarray:
-    """One array of an `.npz`: memory-mapped (read-only) where it is stored uncompressed, else read into memory."""
+    """Loads one array of an `.npz`: memory-mapped (read-only) if stored uncompressed, else read into memory."""
     with _open(path) as archive:
         info = archive.getinfo(f"{member}.npy")
         with archive.open(info) as stream:
@@ -164,7 +164,7 @@ def read_member(path: Path, member: str) -> np.ndarray:
 
 
 def unpack_npz(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Copy a compressed `.npz` to one that is stored plain, so that images are mapped from disk and not held in memory.
+    """Copies a compressed `.npz` to an uncompressed one, whose images are mapped from disk instead of held in memory.
 
     Takes the size of the arrays on disk (MedMNIST at 224 pixels: up to 16 GB); streams, so memory stays small.
     """
@@ -180,7 +180,7 @@ def unpack_npz(source: str | os.PathLike[str], target: str | os.PathLike[str]) -
 
 
 def _members(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:
-    """Shape and type of each array, by name.
+    """Returns shape and dtype of each array, by name.
 
     Raises:
         DatasetError: two arrays of one name, or one that cannot be unpacked.
@@ -192,7 +192,7 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype
                 continue
             member = info.filename.removesuffix(".npy")
             if member in shapes:
-                raise DatasetError(f"{path}: array {member} stands in the file twice")
+                raise DatasetError(f"{path}: array {member} is in the file twice")
             try:
                 with archive.open(info) as stream:
                     shapes[member], _, types[member], _ = _npy_header(stream, path, member)
@@ -202,7 +202,7 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype
 
 
 def _npy_header(stream: object, path: Path, member: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether in Fortran order, dtype, and the number of bytes before the data."""
+    """Returns shape, whether in Fortran order, dtype, and the number of bytes before the data."""
     form = np.lib.format
     try:
         version = form.read_magic(stream)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def open_dataset(
     transform: Transform | None = None,
     single_class: bool = False,
 ) -> ImageDataset:
-    """Index a collection of images; the reader is chosen by what `path` is.
+    """Indexs a collection of images; the reader is chosen by what `path` is.
 
     Args:
         path: folder of images, `.csv`, `.tsv`, `.npz`, `.zip`, or a folder that holds exactly one of these files.
@@ -39,15 +39,15 @@ def open_dataset(
             the pattern of patients in file names. Use `check_dataset` to see whether the files are the complete set.
         classes: names of the classes in order, instead of the sorted names found.
         class_order: "auto" (numeric where all names are integers), "numeric" or "alphabetical". Alphabetical is what
-            the published trainer used, with the trap that "10" comes before "2": see `medmamba.data.labels`.
+            the published trainer used, in which "10" comes before "2"; see `medmamba.data.labels`.
         patient_pattern: regular expression; its group 1 in a file name is the patient (overrides the registry's).
         transform: see `ImageDataset`.
         single_class: accept a tree with images of one class, as a part of a larger set may be.
 
-    `ImageDataset.notes` says what was passed over, merged or guessed.
+    `ImageDataset.notes` lists what was passed over, merged or guessed.
 
     Raises:
-        DatasetError: nothing there, an unknown layout, a class folder without images, names that cannot be told apart,
+        DatasetError: nothing there, an unknown layout, a class folder without images, ambiguous names,
             a pattern that matches nothing, an option without effect, or a file that cannot be trusted.
         medmamba.data.registry.RegistryError: an unknown dataset name.
     """
@@ -86,7 +86,7 @@ _FILES = (*_TABLES, ".npz", ".zip")
 
 
 def _find(path: Path, entry: DatasetEntry | None) -> tuple[Path, list[str]]:
-    """The file or folder to read: `path`, or the one data file in it; and what lies beside it unused."""
+    """Returns the file or folder to read (`path`, or the single data file in it) and notes on unused files."""
     if path.is_file():
         if path.suffix.lower() not in _FILES:
             raise DatasetError(f"{path}: not a dataset; give {_LAYOUTS}")
@@ -114,6 +114,6 @@ def _find(path: Path, entry: DatasetEntry | None) -> tuple[Path, list[str]]:
 
 
 def _by_file_name(path: Path) -> DatasetEntry | None:
-    """The registry entry that a MedMNIST file name such as `bloodmnist_224.npz` stands for, if any."""
+    """Returns the registry entry of a MedMNIST file name such as `bloodmnist_224.npz`, or None."""
     match = re.fullmatch(r"([a-z]+mnist)(_(28|64|128|224))?", path.stem)
     return registry.get(match[1]) if match and match[1] in registry.names() else None

@@ -36,7 +36,7 @@ def patient_of(path: str, pattern: re.Pattern[str] | None) -> str | None:
 def patients_by_name(
     paths: Sequence[str], pattern: str | None, entry: DatasetEntry | None, where: str
 ) -> tuple[list[str | None], list[str]]:
-    """Returns the patient of each file, and what to say of it.
+    """Returns the patient of each file, and notes.
 
     Args:
         paths: with forward slashes.

@@ -1,4 +1,4 @@
-"""The array that decoded images go to: 8 bits until an image has more, in memory or in a file."""
+"""The array for decoded images, in memory or in a file: 8 bits until an image has more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..utils.files import replace_synced
 
 Warnings = dict[str, list[int]]
-"""What readers warned of: text without "warning: ", and the rows of the images it was said of."""
+"""Reader warnings: text without "warning: ", and the rows of the images concerned."""
 
 _PREFIX = "warning:"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -63,7 +63,7 @@ class Pixels:
         Args:
             image: (H, W, C) float in [0, 1], rounded to the nearest level.
             deep: whether it has more than 8 bits; the first such image changes the whole array to 16.
-            notes: what its reader said; warnings among it are kept.
+            notes: notes of its reader, of which warnings are kept.
         """
         if deep:
             self.widen()
@@ -79,7 +79,7 @@ class Pixels:
             self._notes[row] = said
 
     def widen(self) -> None:
-        """From 8 bits to 16, without loss: level v of 255 is level 257 v of 65535."""
+        """Converts 8 bits to 16 without loss: level v of 255 becomes level 257 v of 65535."""
         with self._lock:
             if self.deep:
                 return
@@ -93,18 +93,18 @@ class Pixels:
                 old_partial.unlink(missing_ok=True)
 
     def warnings(self) -> Warnings:
-        """Warnings that differ only in numbers count as one, in the words of the first image."""
+        """Returns warnings by text; those that differ only in numbers count as one, quoted from the first image."""
         return group_warnings(self._notes)
 
     def publish(self) -> None:
-        """Puts the file in its place; the array is no longer at hand."""
+        """Moves the file into place; the array is no longer available."""
         assert self.path is not None and self._partial is not None
         self.array = np.empty(0, np.uint8)
         replace_synced(self._partial, self.path)
 
     @property
     def notes(self) -> dict[int, tuple[str, ...]]:
-        """Warnings by row; forked processes hand theirs over."""
+        """Warnings by row; forked processes return theirs to the parent."""
         return self._notes
 
     def _allocate(self, kind: type) -> np.ndarray:
@@ -121,7 +121,7 @@ class Pixels:
 
 
 def group_warnings(notes: dict[int, tuple[str, ...]]) -> Warnings:
-    """Rows by warning; those that differ only in numbers are one, in the words of its first row."""
+    """Groups rows by warning; texts that differ only in numbers count as one, quoted from its first row."""
     words: dict[str, str] = {}
     rows: Warnings = {}
     for row in sorted(notes):
@@ -131,7 +131,7 @@ def group_warnings(notes: dict[int, tuple[str, ...]]) -> Warnings:
 
 
 def reserve(path: Path) -> None:
-    """Takes the space of a file that has holes. Writing to a hole through a map ends the process when the disk is full.
+    """Allocates the space of a sparse file; writing to a hole through a map kills the process on a full disk.
 
     Raises:
         OSError: there is not enough of it.

@@ -1,4 +1,4 @@
-"""The sixteen datasets of the MedMamba paper: classes in order, splits, licence, source and published figures.
+"""The sixteen datasets of the MedMamba paper: classes in order, splits, licence, source and published metrics.
 
 One file, `registry.json`, is read by training, evaluation, conversion, model cards, demo and documentation alike.
 Unknown facts are None; metrics are fractions in [0, 1], whatever the source printed.
@@ -64,7 +64,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class PublishedMetrics:
-    """Figures printed elsewhere, as fractions in [0, 1]; None where the source does not give them.
+    """Metrics published elsewhere, as fractions in [0, 1]; None where the source does not give them.
 
     Precision, sensitivity, specificity and F1 are macro averages over the classes, for two classes too.
     """
@@ -97,8 +97,8 @@ class DatasetEntry:
         other_splits: sizes of earlier releases of the same data.
         class_counts: images in each class, over all splits; None where unknown.
         group_pattern: regular expression whose group 1 is the patient (or `group_unit`) in a file name.
-        published: figures of the MedMamba paper by variant ("tiny", "small", "base").
-        elsewhere: figures of other models on the same dataset.
+        published: metrics of the MedMamba paper by variant ("tiny", "small", "base").
+        elsewhere: metrics of other models on the same dataset.
     """
 
     name: str
@@ -130,16 +130,16 @@ class DatasetEntry:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Label index to the name that people should read, as `MedMambaConfig.id2label` wants it."""
+        """Label index to display name, in the form of `MedMambaConfig.id2label`."""
         return dict(enumerate(self.display_names or self.classes))
 
     @property
     def best_elsewhere(self) -> PublishedMetrics | None:
-        """The most accurate other model that is quoted."""
+        """The most accurate model among those quoted from elsewhere."""
         return max(self.elsewhere, key=lambda row: row.accuracy or 0.0, default=None)
 
     def class_index(self, name: str) -> int | None:
-        """Label index of a class, by its name, display name, alias or index ("0", "1", ...); None if it is none.
+        """Returns the label index of a class given by name, display name, alias or index ("0", "1", ...), else None.
 
         An exact name goes first; else case, spaces and separators do not matter where that leaves one class:
         "normal_or_benign" is "normal or benign".
@@ -159,12 +159,12 @@ class DatasetEntry:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all datasets, in the order of the file."""
+    """Returns the names of all datasets, in the order of the file."""
     return tuple(_entries())
 
 
 def get(name: str) -> DatasetEntry:
-    """The entry of a dataset. Case, dashes and underscores do not matter.
+    """Returns the entry of a dataset. Case, dashes and underscores do not matter.
 
     Raises:
         RegistryError: no such dataset.

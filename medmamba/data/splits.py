@@ -1,4 +1,4 @@
-"""Making train, val and test: our own rule (grouped by patient, stratified) and the published random one."""
+"""Splits into train, val and test: grouped by patient and stratified, or the published random split."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VAL_SHARE = 0.125
 def make_splits(
     dataset: ImageDataset, fractions: Sequence[float] = (0.7, 0.1, 0.2), *, stratify: bool = True, seed: int = 0
 ) -> ImageDataset:
-    """Assign every image to train, val or test, replacing what was assigned before.
+    """Assigns every image to train, val or test, replacing what was assigned before.
 
-    All images of a patient (`Record.patient`) stay together; an image without one stands for itself. With `stratify`
+    All images of a patient (`Record.patient`) stay together; an image without one forms its own group. With `stratify`
     every class is divided as closely to `fractions` as whole patients allow (exactly, to one image, where every
     patient has one image and one label). The result depends on the records, `fractions` and `seed` alone.
 
@@ -54,9 +54,9 @@ def make_splits(
 
 
 def val_from_train(dataset: ImageDataset, share: float = VAL_SHARE, *, seed: int = 0) -> ImageDataset:
-    """Move a share of the training images to val, as `make_splits` would divide them; test stays as it is.
+    """Moves a share of the training images to val, as `make_splits` would divide them; test stays as it is.
 
-    For data that come with train and test alone. Patients stay together. `ImageDataset.notes` says what was done.
+    For data that come with train and test only. Patients stay together. `ImageDataset.notes` says what was done.
 
     Raises:
         DatasetError: there are images in val, none in train, or too few to divide.
@@ -77,7 +77,7 @@ def val_from_train(dataset: ImageDataset, share: float = VAL_SHARE, *, seed: int
 
 
 def random_split(dataset: ImageDataset, sizes: Sequence[int], seed: int) -> ImageDataset:
-    """The split that `torch.utils.data.random_split` makes after `torch.manual_seed(seed)` over an ImageFolder.
+    """Reproduces `torch.utils.data.random_split` after `torch.manual_seed(seed)` over an ImageFolder.
 
     By image, neither stratified nor grouped: for repeating published experiments, not for new ones. Images are counted
     by label, then by folder, then by file name: torchvision's order, where the classes are in alphabetical order.
@@ -98,7 +98,7 @@ def random_split(dataset: ImageDataset, sizes: Sequence[int], seed: int) -> Imag
 
 
 def published_split(dataset: ImageDataset, entry: DatasetEntry) -> ImageDataset:
-    """The split of the paper, as far as it is known.
+    """Returns the split of the paper, as far as it is known.
 
     Data that carry their split (MedMNIST) are returned as they are. For PAD-UFES-20, Fetal-Planes-DB, CPN X-ray and
     Kvasir it is `random_split` with the sizes and the seed of the registry; these come from another paper's code that
@@ -124,7 +124,7 @@ def published_split(dataset: ImageDataset, entry: DatasetEntry) -> ImageDataset:
 
 
 def _assign(counts: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """int64 `(groups,)`: index of the split of each group, from its counts `(groups, K)` and the shares `(3,)`."""
+    """Returns the split index of each group, int64 `(groups,)`, from counts `(groups, K)` and shares `(3,)`."""
     totals = counts.sum(axis=0)  # (K,)
     weights = 1 / np.maximum(totals, 1) ** 2
     present = np.where(counts > 0, totals, np.inf)
@@ -147,7 +147,7 @@ def _unfilled(part: np.ndarray, shares: np.ndarray) -> list[str]:
 
 
 def _why_empty(empty: list[str], dataset: ImageDataset, counts: np.ndarray, shares: np.ndarray, seed: int) -> str:
-    """Why a split stays empty, and fractions that would fill it where some do."""
+    """Returns why a split stays empty, with fractions that would fill it if there are any."""
     largest = counts.sum(axis=1).max()
     few = counts.sum() / len(counts) > 2 and largest > shares[SPLITS.index(empty[0])] * counts.sum()
     sizes = ", ".join(f"{name} {share * len(dataset):.3g}" for name, share in zip(SPLITS, shares, strict=True) if share)
@@ -167,14 +167,14 @@ def _why_empty(empty: list[str], dataset: ImageDataset, counts: np.ndarray, shar
 
 
 def _groups(dataset: ImageDataset) -> np.ndarray:
-    """int64 `(N,)`: number of the patient of each image, counted in the order of first appearance."""
+    """Returns the patient number of each image, int64 `(N,)`, in order of first appearance."""
     numbers: dict[object, int] = {}
     keys = [record.patient if record.patient is not None else (i,) for i, record in enumerate(dataset.records)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def _class_counts(dataset: ImageDataset, group_of: np.ndarray, n_groups: int) -> np.ndarray:
-    """float64 `(groups, K + 1)`: images of each class, and for multi-label sets of none, in every group."""
+    """Returns images per group and class, float64 `(groups, K + 1)`; the last column counts images without a class."""
     labels = dataset.labels
     k = len(dataset.classes)
     onehot = labels if labels.ndim == 2 else np.eye(k, dtype=np.int64)[labels]  # (N, K)

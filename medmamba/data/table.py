@@ -37,7 +37,7 @@ def open_csv(
     class_order: str = "auto",
     patient_pattern: str | None = None,
 ) -> ImageDataset:
-    """Index the images that a CSV file lists. The first line names the columns.
+    """Indexs the images that a CSV file lists. The first line names the columns.
 
     Columns: `path` (relative to `root`, by default the folder of the CSV file), `label`, and optionally `patient` and
     `split`. Several labels of one image are separated by `;`: if any row has them the task is multi-label, and an
@@ -84,7 +84,7 @@ def open_csv(
 
 
 def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[str]]:
-    """The column of each role, and what to say where several could be it."""
+    """Returns the column of each role, and notes where several columns qualify."""
     columns: dict[str, str] = {}
     notes = []
     by_name = {name.lower(): name for name in header}
@@ -100,7 +100,7 @@ def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[st
 
 
 def _known(entry: DatasetEntry | None, classes: Sequence[str] | None):
-    """Whether a text is a class that was given or that the registry knows."""
+    """Returns a predicate for texts that are a given class or one in the registry."""
 
     def is_class(text: str) -> bool:
         if classes is not None:
@@ -175,6 +175,6 @@ def _check_unique(
         several = f"decide for one, or separate several labels by {LABEL_SEPARATOR!r} in one row"
         advice = "remove one" if same else several
         raise DatasetError(
-            f"{path}, lines {table.rows[other][0]} and {table.rows[number][0]}: the same image, {image!r}, stands in "
-            f"it more than once, {says}; {advice}"
+            f"{path}, lines {table.rows[other][0]} and {table.rows[number][0]}: the same image, {image!r}, is "
+            f"listed more than once, {says}; {advice}"
         )

@@ -1,4 +1,4 @@
-"""From the paths of a tree of images to classes and splits: `root/<class>/image` or `root/<split>/<class>/image`."""
+"""Derives classes and splits from paths: `root/<class>/image` or `root/<split>/<class>/image`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .patients import patients_by_name
 from .registry import DatasetEntry
 
 Parts = tuple[str, ...]
-# What comes along with images and is no class: a folder that holds nothing else beside that of the images.
+# Suffixes of files that accompany images: a folder that holds nothing else is no class.
 _PAPERS = frozenset(
     ("", ".txt", ".md", ".rst", ".pdf", ".csv", ".tsv", ".json", ".xml", ".html", ".htm", ".yaml", ".yml", ".doc")
     + (".docx", ".xls", ".xlsx", ".py", ".ipynb", ".m", ".log", ".rtf")
@@ -35,7 +35,7 @@ class TreeOptions:
 
     @property
     def fixed(self) -> bool:
-        """Whether the classes are known from elsewhere, so that none can vanish."""
+        """Whether the classes are given, so that an empty folder cannot drop one."""
         return self.classes is not None or self.entry is not None or self.single_class
 
 
@@ -43,7 +43,7 @@ def index_tree(found: Found, reader: Reader, where: str, options: TreeOptions) -
     """Indexes the images found below a folder or in an archive.
 
     Raises:
-        DatasetError: no class folders, an empty one, names that cannot be told apart, folders that cannot be opened.
+        DatasetError: no class folders, an empty one, ambiguous names, folders that cannot be opened.
     """
     _check_complete(found, where)
     notes = [str(found.passed_over)] if found.passed_over else []
@@ -53,7 +53,7 @@ def index_tree(found: Found, reader: Reader, where: str, options: TreeOptions) -
     )
     if len(names) < 2 and not options.single_class:
         raise DatasetError(
-            f"{where}: only one class folder ({names[0]}), and there is nothing to tell apart. If the labels stand in "
+            f"{where}: only one class folder ({names[0]}), and a classifier needs at least two. If the labels are in "
             "a CSV file, give its path; if this is part of a larger set, name that (dataset=NAME (--dataset)) or, "
             "in Python, open it with open_dataset(..., classes=[...])"
         )
@@ -83,7 +83,7 @@ def _check_complete(found: Found, where: str) -> None:
 
 
 def _classify(found: Found, where: str, options: TreeOptions, notes: list[str]) -> list[tuple[str, str | None, str]]:
-    """Path, split and name of the class of every image; adds to the notes what was left out or seen through."""
+    """Returns path, split and class name of every image; appends notes on what was left out or skipped over."""
     parts = {path: PurePosixPath(path).parts for path in found.paths}
     depth = _wrapper_depth(list(parts.values()))
     outer = next(iter(parts.values()))[:depth] if parts else ()
@@ -124,7 +124,7 @@ def _classify(found: Found, where: str, options: TreeOptions, notes: list[str]) 
 
 
 def _split_folders(tops: Sequence[str], where: str) -> list[str]:
-    """The folders at the top if they are splits.
+    """Returns the top-level folders if they are splits, else [].
 
     Raises:
         DatasetError: some are and others are not, or two mean the same split.
@@ -211,7 +211,7 @@ def _check_empty(
 
 
 def _wrapper_depth(paths: Sequence[Parts]) -> int:
-    """How many outer folders hold everything and mean nothing, such as `kvasir-dataset/` in its download."""
+    """Returns the number of outer wrapper folders that carry no meaning, such as `kvasir-dataset/` in its download."""
     depth = 0
     while paths:
         firsts = {path[depth] if len(path) > depth + 2 else "" for path in paths}

@@ -1,6 +1,6 @@
 """Colour of 16 bits a channel with Pillow, whose colour modes have 8.
 
-Pillow unpacks either byte of a 16-bit channel, depending on the byte order it is told. The file is decoded twice, once
+Pillow unpacks either byte of a 16-bit channel, depending on the byte order given. The file is decoded twice, once
 for the upper and once for the lower bytes.
 """
 
@@ -19,10 +19,10 @@ _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 def is_deep_colour(image: Any) -> bool:
-    """Whether an image that is not decoded yet has 16-bit colour, or grey with alpha, that can be read in full."""
+    """Returns whether an undecoded image has 16-bit colour, or 16-bit grey with alpha, that can be read in full."""
     tiles = getattr(image, "tile", None) or []
     if getattr(image, "tag_v2", {}).get(_TIFF_PLANAR, 1) == 2:
-        return False  # Pillow takes the upper bytes of such channels, whatever it is told
+        return False  # Pillow takes the upper bytes of such channels, whatever byte order is given
     return bool(tiles) and len({_raw_mode(tile) for tile in tiles}) == 1 and _raw_mode(tiles[0]) in _KINDS
 
 
@@ -44,7 +44,7 @@ def read_deep_colour(stream: BinaryIO, kind: str, index: int, *, turn: bool) -> 
 
 
 def is_premultiplied(image: Any) -> bool:
-    """Whether the colours are multiplied by alpha already; they are what compositing on black gives."""
+    """Returns whether the colours are premultiplied by alpha, which equals compositing on black."""
     return _KINDS.get(_raw_mode(image.tile[0])) == "RGBa"
 
 

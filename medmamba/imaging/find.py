@@ -2,7 +2,7 @@
 
 One set of rules serves prediction, training, evaluation and archives: a known image suffix decides by itself; any other
 file is an image if its content says so, since scanners name files by UID ("1.3.6.1.4.1...", "CT.1.2.840...") or with
-suffixes of their own (".IMA"). Nothing is left out without being counted.
+suffixes of their own (".IMA"). Everything left out is counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PassedOver:
         return len(self.reasons)
 
     def __str__(self) -> str:
-        """Says it in words: "passed over 3 files: 2 .txt, 1 hidden"; empty where there is nothing to say."""
+        """Returns a summary such as "passed over 3 files: 2 .txt, 1 hidden"; "" if nothing was passed over."""
         rows = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         files = [(reason, count) for reason, count in rows if not reason.startswith(_FOLDER)]
         folders = [(reason.removeprefix(_FOLDER), count) for reason, count in rows if reason.startswith(_FOLDER)]
@@ -102,7 +102,7 @@ def reason_by_content(name: str, head: bytes) -> str | None:
 
 
 def has_image_suffix(name: str) -> bool:
-    """Tells whether the name alone says that this is an image."""
+    """Returns whether the name alone marks an image."""
     return suffix_of(name) in IMAGE_SUFFIXES
 
 

@@ -1,4 +1,4 @@
-"""Tells which format a file has from its first bytes, and what file names say about it."""
+"""Detects file formats from the first bytes, and classifies file names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ IMAGE_SUFFIXES = frozenset(
     (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif")
     + DICOM_SUFFIXES
 )
-"""Suffixes that say by themselves that a file is an image to read, in lower case."""
+"""Suffixes that identify a file as an image, in lower case."""
 
-# Suffixes of formats that begin like one of ours and mean something else: slides in pyramids, camera raw data, stereo
+# Suffixes of formats that begin like a supported one but differ: slides in pyramids, camera raw data, stereo
 # pairs and thumbnails. Read as plain images they would give a preview, or one eye.
 OTHER_FORMATS = frozenset(
     (".svs", ".ndpi", ".scn", ".bif", ".lsm", ".vms", ".dng", ".nef", ".nrw", ".cr2", ".arw", ".orf", ".pef", ".srw")
     + (".rw2", ".mpo", ".jps", ".thm")
 )
-# What editors, browsers and copying leave of a file that is not finished, or no longer used.
+# Suffixes of unfinished or obsolete files, left by editors, browsers and copying.
 LEFTOVERS = frozenset(
     (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".bak", ".old", ".orig", ".swp")
 )
@@ -60,7 +60,7 @@ _OTHER_MAGIC = (
 
 
 def sniff(head: bytes) -> str | None:
-    """Returns the format ("DICOM" or Pillow's name) of a file that somebody says is an image; None where unknown."""
+    """Returns the format ("DICOM" or Pillow's name) of a file assumed to be an image; None if unknown."""
     # DICOM first, because its preamble may hold the header of a TIFF.
     if head[128:132] == b"DICM":
         return "DICOM"
@@ -78,7 +78,7 @@ def sniff(head: bytes) -> str | None:
 
 
 def certain_format(head: bytes) -> str | None:
-    """Like `sniff` for a file about which nothing is known: two matching bytes are no evidence.
+    """Returns the format of a file of unknown origin; stricter than `sniff`, as two matching bytes are no evidence.
 
     A bitmap must have a header of a known size, and DICOM without preamble several well-formed elements in a row, a
     UID of the standard among them.
@@ -93,12 +93,12 @@ def certain_format(head: bytes) -> str | None:
 
 
 def is_dicomdir(name: str, head: bytes = b"") -> bool:
-    """Tells whether this is an index of a DICOM medium, which holds no image, by its name or the class it declares."""
+    """Returns whether this is an index of a DICOM medium, which holds no image, by name or declared class."""
     return name.split(";")[0].upper() == "DICOMDIR" or b"1.2.840.10008.1.3.10\x00" in head[132:]
 
 
 def describe(head: bytes) -> str:
-    """Says what a file is that is not a supported image, and what to do with it."""
+    """Returns what an unsupported file is, and what to do with it."""
     for magic, what, advice in _OTHER_MAGIC:
         if head.startswith(magic):
             return f"this is {what}, not an image file; {advice}"
@@ -124,7 +124,7 @@ def suffix_of(name: str) -> str:
 
 
 def _has_elements(head: bytes) -> bool:
-    """Whether the bytes are data elements of DICOM in ascending order, up to their end or for at least eight."""
+    """Returns whether the bytes are DICOM data elements in ascending order, up to the end or for at least eight."""
     order = "big" if head[0] == 0 else "little"
     explicit = head[4:6] in _EXPLICIT_VRS
     at, last, count, has_uid = 0, (0, 0), 0, False

@@ -1,4 +1,4 @@
-"""What the readers of `medmamba.imaging.load` share: the result, the errors, the limits, and how a source is opened."""
+"""Shared by all readers: the result, the errors, the limits, and how a source is opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Window = tuple[float, float]
 
 
 class ImageError(ValueError):
-    """An image that cannot be read as asked. The message says why and what to do."""
+    """An image that cannot be read as requested. The message says why and what to do."""
 
 
 class FrameNeeded(ImageError):
@@ -49,7 +49,7 @@ _WARNING = "warning: "
 
 
 def warning_note(kind: str, text: str) -> str:
-    """Returns a note that changes what an answer for the image is worth: "warning: KIND: TEXT".
+    """Returns a note that affects how far a result for the image can be trusted: "warning: KIND: TEXT".
 
     Args:
         kind: stable name for programs, in lower case with hyphens ("unused-range").
@@ -119,7 +119,7 @@ class MedicalImage:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The notes that change what an answer for this image is worth, each "warning: KIND: TEXT"."""
+        """The notes that affect how far a result for this image can be trusted, each "warning: KIND: TEXT"."""
         return tuple(note for note in self.notes if note.startswith(_WARNING))
 
     @property
@@ -133,17 +133,17 @@ class MedicalImage:
         return self.pixels.shape[0], self.pixels.shape[1]
 
     def to_uint8(self) -> np.ndarray:
-        """Pixels as uint8 `(H, W, C)`, rounded to the nearest of 256 levels."""
+        """Returns the pixels as uint8 `(H, W, C)`, rounded to the nearest of 256 levels."""
         return np.rint(self.pixels * 255).astype(np.uint8)
 
     def to_pil(self) -> Image.Image:
-        """8-bit Pillow image, mode "L" or "RGB"."""
+        """Returns an 8-bit Pillow image, mode "L" or "RGB"."""
         array = self.to_uint8()
         return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse empty and oversized images. Called before any pixel is decoded."""
+    """Rejects empty and oversized images, before any pixel is decoded."""
     if height < 1 or width < 1:
         raise ImageError(f"the image has no pixels ({width}×{height})")
     if height * width > MAX_PIXELS:
@@ -154,7 +154,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def check_frame(frame: int | None, n_frames: int) -> int:
-    """The index of the frame to read; raises `ImageError` where it is needed and absent, or does not exist."""
+    """Returns the index of the frame to read; raises `ImageError` if it is missing but required, or out of range."""
     if frame is None:
         if n_frames > 1:
             error = FrameNeeded(f"this image has {n_frames} frames; choose one with frame=0 ... frame={n_frames - 1}")
@@ -172,7 +172,7 @@ def check_frame(frame: int | None, n_frames: int) -> int:
 
 
 def check_window(window: Window | None) -> None:
-    """Refuse anything but two finite numbers with a positive width."""
+    """Rejects anything but two finite numbers with a positive width."""
     if window is None:
         return
     try:
@@ -184,7 +184,7 @@ def check_window(window: Window | None) -> None:
 
 
 def source_name(source: object) -> str:
-    """A name for `MedicalImage.source`. Never read from inside the image: that could be patient data."""
+    """Returns a name for `MedicalImage.source`; never taken from the image content, which may be patient data."""
     if isinstance(source, (str, os.PathLike)):
         return os.path.basename(os.fsdecode(source)) or os.fsdecode(source)
     if isinstance(source, np.ndarray):
@@ -200,7 +200,7 @@ def source_name(source: object) -> str:
 
 @contextmanager
 def naming_errors(source: object) -> Iterator[None]:
-    """Put the path, as the caller wrote it, or the kind of `source` in front of the text of an `ImageError`."""
+    """Prefixes an `ImageError` with the path as given, or the kind of `source`."""
     try:
         yield
     except ImageError as exc:
@@ -211,13 +211,13 @@ def naming_errors(source: object) -> Iterator[None]:
 
 
 def is_dataset(source: object) -> TypeGuard[Dataset]:
-    """Whether this is a pydicom Dataset, without importing pydicom."""
+    """Returns whether this is a pydicom Dataset, without importing pydicom."""
     return any(cls.__module__ == "pydicom.dataset" and cls.__name__ == "Dataset" for cls in type(source).__mro__)
 
 
 @contextmanager
 def open_binary(source: Any) -> Iterator[BinaryIO]:
-    """Yield a seekable binary stream over a path, bytes or file object; only files opened here are closed."""
+    """Yields a seekable binary stream over a path, bytes or file object; only files opened here are closed."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         yield io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):

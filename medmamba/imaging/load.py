@@ -1,8 +1,8 @@
-"""Read a medical image from a file, an object or an array into one plain form.
+"""Reads medical images from files, objects or arrays into one plain form.
 
 `load_image` takes anything and returns a `MedicalImage`: float32 pixels `(H, W, C)` in [0, 1], `C` = 1 for grey and
 3 for colour, plus a list of what was done on the way. It never resizes, never normalises by the content of the image,
-and raises `ImageError`, with a text that says how to fix it, rather than return something doubtful.
+and raises `ImageError`, with advice how to fix it, rather than return a doubtful image.
 
 How stored values become [0, 1]: by the range that the format declares (1 bit: 1, 8 bits: 255, 12-bit TIFF: 4095,
 16 bits: 65535), never by the largest value found; floating point must be in [0, 1] already. Integers without a declared
@@ -59,7 +59,7 @@ ImageSource: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.I
 
 
 def load_image(source: ImageSource, *, frame: int | None = None, window: Window | None = None) -> MedicalImage:
-    """Read one image.
+    """Reads one image.
 
     Args:
         source: path of a PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM file (recognised by content, not by name); the bytes
@@ -71,8 +71,8 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
             passing the file's own window changes nothing.
 
     Transparency is composited on black, except that an alpha channel that is zero everywhere is ignored. Pixel
-    padding of DICOM is drawn black. Colour profiles are not applied. All of it is said in `MedicalImage.notes`;
-    what changes the worth of an answer (most of a 16-bit range unused, a window that cannot be read, a picture that
+    padding of DICOM is drawn black. Colour profiles are not applied. All of it is listed in `MedicalImage.notes`;
+    what makes a result unreliable (most of a 16-bit range unused, a window that cannot be read, a picture that
     shows next to nothing) is in `MedicalImage.warnings`.
 
     Raises:
@@ -93,7 +93,7 @@ def load_image(source: ImageSource, *, frame: int | None = None, window: Window 
 
 
 def load_named(content: bytes, path: str, *, frame: int | None = None, window: Window | None = None) -> MedicalImage:
-    """Read one image from bytes that stand for a file called `path`, such as a member of an archive.
+    """Reads one image from bytes that stand for a file called `path`, such as a member of an archive.
 
     Raises:
         ImageError: as `load_image`, with the path.
@@ -120,7 +120,7 @@ class FoundImages:
 
 
 def expand_inputs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Turn files, folders and glob patterns into a sorted list of files without duplicates.
+    """Turns files, folders and glob patterns into a sorted list of files without duplicates.
 
     `find_images` gives the same list together with what was passed over.
     """
@@ -128,7 +128,7 @@ def expand_inputs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
 
 
 def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> FoundImages:
-    """Find the images that files, folders and glob patterns stand for.
+    """Finds the images that files, folders and glob patterns stand for.
 
     A file named outright is taken whatever it is called. Folders are searched recursively, links to folders included
     (each real folder once). There, and in the matches of a pattern, hidden files and folders and those of the operating
@@ -158,7 +158,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 def _matches(entry: str, passed: PassedOver) -> tuple[list[Path], str]:
-    """Files that `entry` stands for, and the reason in case there are none."""
+    """Returns the files that `entry` matches, and a reason for the case that there are none."""
     path = Path(entry)
     if entry and path.is_dir():
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -186,7 +186,7 @@ def _below(folder: Path, passed: PassedOver) -> list[Path]:
 
 
 def _place(path: Path) -> str:
-    """The path that counts a file once, however it was reached; links keep their own place."""
+    """Returns a path that identifies a file however it was reached; links keep their own location."""
     return os.path.join(os.path.realpath(path.parent), path.name)
 
 

@@ -1,4 +1,4 @@
-"""From an image to the tensor a model was trained on, and back to something to look at."""
+"""Converts images to model input, and back to images for display."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's convert("L")
 def preprocess(
     image: MedicalImage, config: PreprocessConfig, in_chans: int = 3, device: torch.device | None = None
 ) -> Tensor:
-    """Channels adapted, resized, normalised.
+    """Converts an image to the input of a model: adapts channels, resizes, normalises.
 
     Args:
         image: pixels (H, W, C) in [0, 1], C 1 or 3, or C = in_chans.
@@ -34,7 +34,7 @@ def preprocess(
 
 
 def adapt_channels(pixels: Tensor, in_chans: int) -> Tensor:
-    """(..., C, H, W) to (..., in_chans, H, W)."""
+    """Converts (..., C, H, W) to (..., in_chans, H, W)."""
     channels = pixels.shape[-3]
     if channels == in_chans:
         return pixels
@@ -46,15 +46,18 @@ def adapt_channels(pixels: Tensor, in_chans: int) -> Tensor:
 
 
 def resize(pixels: Tensor, config: PreprocessConfig) -> Tensor:
-    """(B, C, H, W) in [0, 1] to (B, C, *config.input_size), as `config.crop_mode` says; still in [0, 1]."""
+    """Resizes (B, C, H, W) in [0, 1] to (B, C, *config.input_size) by `config.crop_mode`; stays in [0, 1]."""
     inner, margins = placement((pixels.shape[-2], pixels.shape[-1]), config)
     pixels = _interpolate(pixels, inner, config.interpolation)
     return F.pad(pixels, margins) if any(margins) else pixels
 
 
 def placement(size: tuple[int, int], config: PreprocessConfig) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Where an image of this (height, width) lies in the network's input: its size there, and the margins around it
-    (left, right, top, bottom), which are negative where it is cropped."""
+    """Returns where an image of this (height, width) lies in the network's input.
+
+    Returns:
+        Its size there, and the margins (left, right, top, bottom), negative where it is cropped.
+    """
     height, width = config.input_size
     if config.crop_mode == "squash":
         return (height, width), (0, 0, 0, 0)
@@ -66,26 +69,26 @@ def placement(size: tuple[int, int], config: PreprocessConfig) -> tuple[tuple[in
 
 
 def normalise(pixels: Tensor, config: PreprocessConfig) -> Tensor:
-    """[0, 1] to what the network takes."""
+    """Normalises pixels in [0, 1] by the model's mean and std."""
     mean, std = _channelwise(config.mean, pixels), _channelwise(config.std, pixels)
     return (pixels - mean) / std
 
 
 def denormalise(tensor: Tensor, config: PreprocessConfig) -> Tensor:
-    """The inverse of `normalise`: pixels in [0, 1] as the model sees them."""
+    """Inverts `normalise`: returns pixels in [0, 1] as the model sees them."""
     mean, std = _channelwise(config.mean, tensor), _channelwise(config.std, tensor)
     return (tensor * std + mean).clamp(0, 1)
 
 
 def to_display(tensor: Tensor, config: PreprocessConfig) -> np.ndarray:
-    """(in_chans, H, W) network input to (H, W, 3) uint8, the image as the model sees it."""
+    """Converts network input (in_chans, H, W) to uint8 (H, W, 3), the image as the model sees it."""
     pixels = denormalise(tensor.detach().cpu().float(), config)
     pixels = pixels if pixels.shape[0] == 3 else pixels.mean(0, keepdim=True).expand(3, -1, -1)
     return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
 def _channelwise(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """(C, 1, 1) on the device of `like`, without waiting for it, as `new_tensor` would."""
+    """Returns (C, 1, 1) on the device of `like` without synchronising, unlike `new_tensor`."""
     return torch.tensor(values, dtype=like.dtype).view(-1, 1, 1).to(like.device, non_blocking=True)
 
 

@@ -66,7 +66,7 @@ def _grid(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _passes(pixels: np.ndarray) -> bool:
-    """Whether one channel on a coarse grid is so varied that none of the thresholds is near."""
+    """Returns whether one channel on a coarse grid varies so much that no threshold is near."""
     height, width, channels = pixels.shape
     values = pixels[:: -(-height // _COARSE_GRID), :: -(-width // _COARSE_GRID), channels // 2].ravel()
     values.sort()

@@ -19,7 +19,7 @@ _TIFF_COMPRESSION, _FAX = 259, (2, 3, 4)
 
 
 def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, window: Window | None) -> MedicalImage:
-    """Decode a file of the Pillow format `kind` ("PNG", "TIFF", ...) from a seekable stream."""
+    """Decodes a file of the Pillow format `kind` ("PNG", "TIFF", ...) from a seekable stream."""
     with _decoding(f"{kind} file"):
         if kind == "PNG":
             # Decoding alone does not notice every flipped bit; the checksums do.
@@ -32,7 +32,7 @@ def load_raster(stream: BinaryIO, name: str, kind: str, frame: int | None, windo
 
 
 def load_pil(image: Image.Image, name: str, frame: int | None, window: Window | None) -> MedicalImage:
-    """Convert a Pillow image, which stays at the frame it was at."""
+    """Converts a Pillow image, which stays at the frame it was at."""
     with _decoding("PIL image"):
         position = image.tell()
         try:
@@ -43,7 +43,7 @@ def load_pil(image: Image.Image, name: str, frame: int | None, window: Window | 
 
 
 def load_array(array: np.ndarray, name: str, frame: int | None, window: Window | None) -> MedicalImage:
-    """Convert `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or float in [0, 1]; with `window` of any real type."""
+    """Converts `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or float in [0, 1]; any real type with `window`."""
     check_frame(frame, 1)
     if isinstance(array, np.ma.MaskedArray):
         raise ImageError("masked arrays are ambiguous; pass array.filled(value)")
@@ -155,7 +155,7 @@ def _with_transparent_colour(array: np.ndarray, image: Image.Image) -> np.ndarra
 
 
 def _note_display(image: Image.Image, notes: list[str]) -> None:
-    """Note what a viewer would do to the picture, and what is not done here."""
+    """Notes display settings of the file that are not applied."""
     info = image.info
     if not info:
         return
@@ -170,7 +170,7 @@ def _note_display(image: Image.Image, notes: list[str]) -> None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How pixels are packed in the file ("RGB;16B", ...); empty once the image was decoded."""
+    """Returns how pixels are packed in the file ("RGB;16B", ...); "" once the image is decoded."""
     tile = getattr(image, "tile", None)
     args = tile[0][3] if tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
@@ -185,7 +185,7 @@ def _stored_bits(image: Image.Image, tags: Any) -> int:
 
 
 def _note_orientation(image: Image.Image, notes: list[str]) -> bool:
-    """Note a rotation that is due; returns whether one is, and False where the metadata is too damaged to tell."""
+    """Notes a rotation that is due; returns whether one is; False if the metadata is damaged."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata fails in any way, and the pixels may be good
@@ -204,7 +204,7 @@ def _note_profile(image: Image.Image, notes: list[str]) -> None:
 
 
 def _pil_array(image: Image.Image, bits: int, signed: bool | None, grey_alpha: bool, notes: list[str]) -> np.ndarray:
-    """Raw values `(H, W)` or `(H, W, C)`; 8 bits where Pillow expands or cuts the stored ones."""
+    """Returns raw values `(H, W)` or `(H, W, C)`; 8 bits where Pillow expands or truncates the stored ones."""
     mode = image.mode
     _note_profile(image, notes)
     if mode == "1":
@@ -239,7 +239,7 @@ def _pil_array(image: Image.Image, bits: int, signed: bool | None, grey_alpha: b
 def _finish(
     raw: np.ndarray, bits: int, window: Window | None, notes: list[str], *, inverted: bool = False, **info: Any
 ) -> MedicalImage:
-    """Raw values `(H, W)` or `(H, W, 1|2|3|4)` (grey, grey and alpha, RGB, RGBA) to `MedicalImage`."""
+    """Converts raw values `(H, W)` or `(H, W, 1|2|3|4)` (grey, grey and alpha, RGB, RGBA) to `MedicalImage`."""
     if raw.ndim == 2:
         raw = raw[..., None]
     if not raw.dtype.isnative:
@@ -282,7 +282,7 @@ def _finish(
 
 
 def _note_unused_range(colour: np.ndarray, bits: int, notes: list[str]) -> None:
-    """Warn of values that leave at least half of a 16-bit range unused: they were made with fewer bits."""
+    """Warns of values that leave at least half of a 16-bit range unused: they were made with fewer bits."""
     if bits != 16 or colour.dtype not in (np.uint8, np.uint16):
         return
     # Of some files only the upper bytes are read.
@@ -303,13 +303,13 @@ def _note_unused_range(colour: np.ndarray, bits: int, notes: list[str]) -> None:
 
 
 def _declared_window(raw: np.ndarray, bits: int) -> Window:
-    """The range that `_to_unit` scales by, as a window."""
+    """Returns the range that `_to_unit` scales by, as a window."""
     largest = 2**bits - 1 if raw.dtype == np.uint16 else 255 if raw.dtype == np.uint8 else 1
     return largest / 2, float(largest)
 
 
 def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
-    """Scale by the declared range of the type, never by the values found."""
+    """Scales by the declared range of the type, never by the values found."""
     if raw.dtype == np.uint8 or raw.dtype == np.uint16:
         return np.divide(raw, np.float32(255 if raw.dtype == np.uint8 else 2**bits - 1), dtype=np.float32)
     if raw.dtype == np.bool_:
@@ -333,7 +333,7 @@ def _to_unit(raw: np.ndarray, bits: int, notes: list[str]) -> np.ndarray:
 
 
 def _window_needed(raw: np.ndarray, text: str) -> ImageError:
-    """The error for values without a declared range; of colour, which takes no window, a plain one."""
+    """Returns the error for values without a declared range; a plain `ImageError` for colour, which takes no window."""
     if raw.shape[2] != 1:
         return ImageError(text)
     error = WindowNeeded(text)

@@ -1,1 +1,1 @@
-"""Small helpers that every part of the package shares."""
+"""Helpers shared by the whole package; they import nothing else of it."""

@@ -1,7 +1,7 @@
-"""Advice in messages, spelt as it can be followed where the message is read.
+"""Rewrites the advice in messages for the entry point in use: Python, command line or app.
 
-The library writes settings as arguments of Python functions, "choose one with frame=0", and so its messages can be
-followed in Python. An entry with other spellings passes messages through `spelled` with those that it has.
+The library writes settings as Python arguments, such as "choose one with frame=0". An entry point with other spellings
+passes messages through `spelled`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def spelled(text: str, settings: Mapping[str, Callable[[str], str]], phrases: Ma
 
 
 def as_option(option: str, metavar: str = "") -> Callable[[str], str]:
-    """Returns what spells a value for a command line: `frame=0` as `--frame 0`, `window=(-600, 1500)` as
+    """Returns a function that spells a value for a command line: `frame=0` as `--frame 0`, `window=(-600, 1500)` as
     `--window=-600,1500`.
 
     Args:

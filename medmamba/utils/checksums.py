@@ -1,4 +1,4 @@
-"""Whether the two files of a saved model are whole, and belong together."""
+"""Checks that the two files of a saved model are complete and belong together."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ class PretrainedError(OSError):
 
 
 class Damaged(Exception):
-    """A file that is not what its checksum says; downloading it again may help."""
+    """A file that does not match its checksum; downloading it again may help."""
 
 
 def verify(folder: Path, announced: dict[str, str | None] | None = None) -> Path:
@@ -37,7 +37,7 @@ def verify(folder: Path, announced: dict[str, str | None] | None = None) -> Path
 
 
 def checked(folder: Path) -> Path:
-    """`verify` for a folder that cannot be downloaded again."""
+    """Runs `verify` on a local folder, with errors that say how to repair it."""
     try:
         return verify(folder)
     except Damaged as error:
@@ -61,7 +61,7 @@ def _recorded_hash(folder: Path) -> str | None:
 
 
 def file_hash(path: Path, like: str = "") -> str:
-    """SHA-256 of a file; or, where `like` has 40 digits, the SHA-1 that git gives it."""
+    """Returns the SHA-256 of a file, or its git blob SHA-1 if `like` has 40 digits."""
     digest = hashlib.sha256()
     if len(like) == 40:
         digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)

@@ -1,7 +1,7 @@
-"""Checks of single values in a configuration, which may come from a file that somebody else wrote.
+"""Checks of single values in a configuration, which may come from an untrusted file.
 
-Each returns the value in its type, or raises `ConfigError` with the name of the field. Nothing is converted by guess:
-2.7 is no number of blocks, "0.5" no mean, True no integer.
+Each returns the value in its type, or raises `ConfigError` with the name of the field. Nothing is coerced: 2.7 is not a
+number of blocks, "0.5" not a mean, True not an integer.
 """
 
 import math
@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 
 def integer(value: Any, name: str, low: int, high: int) -> int:
-    """An integer within [low, high]; NumPy's and integral floats such as 4.0 count."""
+    """Returns an integer within [low, high]; accepts NumPy integers and integral floats such as 4.0."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -43,7 +43,7 @@ def integer(value: Any, name: str, low: int, high: int) -> int:
 
 
 def real(value: Any, name: str, low: float, high: float, open_high: bool = False) -> float:
-    """A finite number within [low, high], or [low, high) if `open_high`."""
+    """Returns a finite number within [low, high], or [low, high) if `open_high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigError(f"{name} must be a number, got {_shown(value)}")
     try:
@@ -58,7 +58,7 @@ def real(value: Any, name: str, low: float, high: float, open_high: bool = False
 
 
 def text(value: Any, name: str, most: int = MAX_TEXT) -> str:
-    """A text without control characters (which drive a terminal), at most so long."""
+    """Returns a text of at most `most` characters without control characters, which drive a terminal."""
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text, got {_shown(value)}")
     if len(value) > most:
@@ -70,7 +70,7 @@ def text(value: Any, name: str, most: int = MAX_TEXT) -> str:
 
 
 def several(values: Any, name: str, most: int) -> list[Any]:
-    """The values of a list or tuple (or another sequence of numbers, such as an array), at most so many."""
+    """Returns the values, at most `most`, of a list, tuple or another sequence of numbers such as an array."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ConfigError(f"{name} must be a list, got {_shown(values)}")
     found = []
@@ -82,7 +82,7 @@ def several(values: Any, name: str, most: int) -> list[Any]:
 
 
 def labels(found: Any, num_classes: int) -> dict[int, str]:
-    """Class names by number; JSON turns integer keys into strings.
+    """Returns class names by number; JSON turns integer keys into strings.
 
     Raises:
         ConfigError: not one name for each class, a name twice (also in another Unicode form), or an unreadable name.
@@ -125,7 +125,7 @@ def _label(name: Any, number: int) -> str:
 
 
 def calibration(found: Any) -> dict[str, Any]:
-    """A record as `Calibration.to_dict` makes it; {}: not calibrated. Single entries may be absent.
+    """Checks a record of `Calibration.to_dict`; {} if not calibrated. Single entries may be absent.
 
     Raises:
         ConfigError: a temperature that is not above 0, an unknown method, a threshold that is no number.
@@ -155,7 +155,7 @@ def calibration(found: Any) -> dict[str, Any]:
 
 
 def fingerprint(found: Any, name: str) -> dict[str, list[float]]:
-    """A record as `medmamba.inference.fingerprint.fingerprint` makes it: two numbers for each part of the network."""
+    """Checks a record of `medmamba.inference.fingerprint.fingerprint`: two numbers for each part of the network."""
     if not isinstance(found, Mapping) or not 0 < len(found) <= 100:
         raise ConfigError(f"{name} must be an object with two numbers for each part, got {_shown(found)}")
     parts = {text(part, f"a part in {name}", 200): several(pair, f"{name}.{part}", 2) for part, pair in found.items()}
@@ -169,7 +169,7 @@ _COUNTS = ("epochs", "best_epoch", "processes")
 
 
 def training(found: Any) -> dict[str, Any]:
-    """The record of a training run, free-form but for the entries that cards, licences and the app read.
+    """Checks the record of a training run; free-form except for entries read by cards, licences and the app.
 
     Raises:
         ConfigError: not plain JSON values, or one of those entries of another type.
@@ -210,7 +210,7 @@ def _origin(origin: dict[str, Any]) -> None:
 
 
 def plain(found: Any, name: str) -> dict[str, Any]:
-    """A copy of a record with only what JSON can hold, finite numbers, and within limits.
+    """Returns a copy of a record after checking that it is plain JSON with finite numbers and within size limits.
 
     Raises:
         ConfigError: another type somewhere; the message says where.

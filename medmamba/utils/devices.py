@@ -1,4 +1,4 @@
-"""Where and in what precision to compute, through accelerate, without touching what the caller set up with it."""
+"""Selects device and precision through accelerate, without changing the caller's own accelerate state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SWAPPING = threading.RLock()
 
 
 def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerator:
-    """Returns an `Accelerator` with a state of its own; it takes part in `accelerate launch` or `torchrun`.
+    """Returns an `Accelerator` with its own state, which also works under `accelerate launch` and `torchrun`.
 
     accelerate keeps one state per process, which all its objects share and which refuses another precision. This one is
     made aside: an `Accelerator` that the caller has, or makes later, keeps its precision, device and gradient

@@ -1,4 +1,4 @@
-"""Packages that only some parts need, and the extra that installs them."""
+"""Optional packages, and the extra that installs each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {
     "onnxscript": "export",
     "gradio": "demo",
 }
-"""Top-level modules, and the extra of `medmamba` that has them."""
+"""Top-level modules, and the extra of `medmamba` that installs them."""
 
 
 def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:

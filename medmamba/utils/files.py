@@ -1,4 +1,4 @@
-"""Files that are whole or absent: one atomic writer, folders put in place together, and locks between processes."""
+"""Atomic file writes, staged folders, and locks between processes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
         remove: delete the file in the end.
 
     Raises:
-        LockedError: another process holds it; the message names that process where it can be told.
+        LockedError: another process holds it; the message names that process if known.
         OSError: the file cannot be made.
     """
     import filelock
@@ -116,7 +116,7 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
         try:
             lock.acquire()
         except FileNotFoundError:
-            continue  # somebody has just removed the folder
+            continue  # the folder has just been removed
         except filelock.Timeout:
             raise LockedError(f"{taken} by another process{_holder(path)}") from None
         if path.exists():
@@ -129,14 +129,14 @@ def locked(path: str | os.PathLike, taken: str, timeout: float = -1, remove: boo
             path.write_text(f"{os.getpid()} {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        removed = remove and _removed(path)  # while it is ours: afterwards it may be the next holder's
+        removed = remove and _removed(path)  # while still locked: afterwards it may be the next holder's
         lock.release()
         if remove and not removed and os.name == "nt":
             _removed(path)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error that any library raised while it wrote means that there was no space."""
+    """Returns whether an error raised by any library while writing means that the disk is full."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     text = str(error).lower()
@@ -165,7 +165,7 @@ def clear_space_errors(path: Path) -> Iterator[None]:
 def _mode(path: Path, trial: Path) -> int:
     """Permissions of the file `path`, else those that a new file gets, for which `trial` is made and removed.
 
-    Some libraries write files that nobody else may read.
+    Some libraries write files that only their owner can read.
     """
     try:
         return path.stat().st_mode & 0o777

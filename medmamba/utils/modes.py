@@ -135,7 +135,7 @@ class _Hook:
 
 
 def _rebind_forward(module: nn.Module, new: nn.Module) -> None:
-    """A `forward` that was set on the instance is bound to the original, and would run with its modes."""
+    """Rebinds a `forward` set on the instance, which would otherwise run in the modes of the original."""
     state = new.__dict__
     forward = state["forward"]
     if "_original_forward" in state:  # accelerate's, which adds autocast

@@ -1,4 +1,4 @@
-"""Tells within seconds whether a server can be reached at all, before a client begins to try again and again."""
+"""Checks within seconds whether a server can be reached, before a client starts its retries."""
 
 import errno
 import socket
@@ -13,7 +13,7 @@ _NO_ROUTE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EN
 
 
 def unreachable(url: str) -> str | None:
-    """Returns why the server of an address cannot be reached; None where it can, or where only a request would tell.
+    """Returns why the server of an address cannot be reached; None if it can, or if only a request would show.
 
     Nothing is sent: its name is resolved and a connection opened. Where a proxy is set, that is left to the proxy.
     """
@@ -38,7 +38,7 @@ def unreachable(url: str) -> str | None:
 
 
 def _resolved(host: str, port: int) -> list[Any] | str:
-    """The addresses of a host, or why there are none. In a thread, since a resolver has no time limit of its own."""
+    """Resolves a host in a thread, as resolvers have no timeout; returns its addresses or the reason for failure."""
     found: list[Any] = []
 
     def ask() -> None:

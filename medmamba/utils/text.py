@@ -1,4 +1,4 @@
-"""Text that is safe to print and to hand on: names of files and classes come from strangers."""
+"""Escapes untrusted text, such as names of files and classes, for printing and JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def for_stream(text: str, stream: TextIO) -> str:
 def json_text(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
     """Returns JSON (RFC 8259) of plain data: NaN and infinity, for which it has no numbers, become null.
 
-    Characters that cannot be printed are escaped, so that a terminal that shows the text comes to no harm.
+    Characters that cannot be printed are escaped, so that the text is safe to show in a terminal.
     """
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     return re.sub(f"(?![\n]){_UNPRINTABLE.pattern}", lambda match: json.dumps(match[0])[1:-1], text)

@@ -559,7 +559,7 @@ def test_the_same_picture_in_other_files_is_found(tmp_path: Path) -> None:
     assert [{name[i] for i in group} for group in report.repeats] == [{"train/a/0.png", "train/b/twice.tif"}]
     assert len(report.conflicts) == 2
     with pytest.raises(
-        LeakageError, match=r"1 images stand in more than one split: train/a/grey.png \(train\) = test/b/rgb"
+        LeakageError, match=r"1 images are in more than one split: train/a/grey.png \(train\) = test/b/rgb"
     ):
         data.check_leakage(dataset)
     assert not data.check_leakage(dataset, allow={"duplicates"}).duplicates

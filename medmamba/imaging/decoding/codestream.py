@@ -1,4 +1,4 @@
-"""Parse the header inside a compressed DICOM frame, before anything decodes it.
+"""Parses the header inside a compressed DICOM frame, before anything decodes it.
 
 Decoders allocate and interpret by the header of the stream, whatever the DICOM header says. Only marker segments are
 read here, in plain Python: JPEG (ISO/IEC 10918-1 B.2), JPEG-LS (ISO/IEC 14495-1 C.2), JPEG 2000 and HTJ2K
@@ -22,16 +22,16 @@ class StreamError(ValueError):
 
 @dataclass(frozen=True)
 class StreamHeader:
-    """What a compressed stream says about the image in it.
+    """Properties of an image as declared by its compressed stream.
 
     Attributes:
         family: "JPEG" (lossy), "JPEG Lossless", "JPEG-LS" or "JPEG 2000" (also high-throughput).
         rows, columns: size of the image in pixels.
         components: number of samples per pixel.
         precision: bits of each component, one entry per component.
-        signed: whether the components are signed; None where the format cannot say.
-        color: "RGB" or "YBR" (luma and chroma, which the decoder leaves as they are) where the stream says so in so
-            many words; "MCT" where the decoder of JPEG 2000 undoes a transform of its own; None where it is silent.
+        signed: whether the components are signed; None for formats without a sign flag.
+        color: "RGB" or "YBR" (luma and chroma, which the decoder leaves as they are) where the stream declares it;
+            "MCT" where the JPEG 2000 decoder undoes the component transform; None if undeclared.
         adobe_transform: colour transform of an Adobe APP14 segment, None without one.
         subsampled: whether some components have fewer samples than others.
         complete: False where the stream ends before its own end marker, or before the end of a tile part.
@@ -50,10 +50,10 @@ class StreamHeader:
 
 
 def parse_stream(data: bytes) -> StreamHeader:
-    """Return the header of a JPEG, JPEG-LS or JPEG 2000 stream, recognised by its first bytes.
+    """Returns the header of a JPEG, JPEG-LS or JPEG 2000 stream, recognised by its first bytes.
 
     Raises:
-        StreamError: neither of them, or cut short.
+        StreamError: none of these, or truncated.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -68,7 +68,7 @@ def parse_stream(data: bytes) -> StreamHeader:
 
 
 def rle_segments(data: bytes) -> int:
-    """Return the number of segments of an RLE frame (PS3.5 G.5).
+    """Returns the number of segments of an RLE frame (PS3.5 G.5).
 
     Raises:
         StreamError: a header cut short, or offsets that do not increase or lie outside the frame.
@@ -136,7 +136,7 @@ def _parse_jpeg(data: bytes) -> StreamHeader:
 
 
 def _codestream_of_jp2(data: bytes) -> int:
-    """Return where the codestream begins in a JP2 file, which some writers put into DICOM."""
+    """Returns where the codestream begins in a JP2 file, which some writers put into DICOM."""
     position = 12
     while True:
         length, kind = struct.unpack_from(">L4s", data, position)
@@ -177,7 +177,7 @@ def _parse_j2k(data: bytes, start: int) -> StreamHeader:
 
 
 def _component_transform(data: bytes, position: int) -> bool:
-    """Return whether the COD segment of the main header switches the multiple component transform on."""
+    """Returns whether the COD segment of the main header switches the multiple component transform on."""
     while True:
         marker, length = struct.unpack_from(">HH", data, position)
         if marker == 0xFF52:
@@ -188,7 +188,7 @@ def _component_transform(data: bytes, position: int) -> bool:
 
 
 def _tile_parts_complete(data: bytes, position: int) -> bool:
-    """Return whether every tile part is as long as its SOT segment says; a missing end marker loses nothing."""
+    """Returns whether every tile part is as long as its SOT segment says; a missing end marker loses nothing."""
     while data[position : position + 2] != b"\xff\x90":  # segments of the main header
         (length,) = struct.unpack_from(">H", data, position + 2)
         position += 2 + length

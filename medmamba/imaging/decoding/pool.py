@@ -1,4 +1,4 @@
-"""Keep worker processes that decode compressed frames: start, reuse, replace and end them.
+"""A pool of worker processes that decode compressed frames.
 
 One pool per process, started by the first compressed frame. Workers hold no state between frames, so that they may be
 killed at any time. They get the compressed frame and the few numbers that describe it over a pipe; nothing is written
@@ -25,7 +25,7 @@ _TIMER_STATUS = (-signal.SIGALRM,) if hasattr(signal, "SIGALRM") else (1,)  # 1 
 _MAX_WORKERS = 8
 _MAX_HEADER = 1 << 16
 _PIPE_BYTES = 1 << 20
-# Of glibc: memory of one frame serves the next, without a page fault for each of its pages.
+# glibc: memory of one frame is reused for the next, without a page fault per page.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _F_SETPIPE_SZ = 1031  # Linux; in Python's fcntl from 3.10 on, but only there
 
@@ -39,13 +39,13 @@ class WorkerError(RuntimeError):
 
 
 def decode(job: dict[str, Any], data: bytes, max_bytes: int) -> tuple[dict[str, Any], bytearray]:
-    """Decode one frame in a worker.
+    """Decodes one frame in a worker.
 
     Args:
         job: see `decoding.worker`: "syntax", "plugins", "options", "adobe_transform", and the limits "seconds" and
             "bytes" (of memory).
         data: the compressed frame.
-        max_bytes: a larger answer is refused.
+        max_bytes: a larger answer is rejected.
 
     Returns:
         The header of the answer ("dtype", "shape", "photometric") and its pixels.
@@ -87,7 +87,7 @@ class _Worker:
             raise WorkerError("start") from None
 
     def decode(self, job: dict[str, Any], data: bytes, max_bytes: int) -> tuple[dict[str, Any], bytearray]:
-        """Send a job and return the answer.
+        """Sends a job and return the answer.
 
         Raises:
             EOFError, OSError: the worker died.
@@ -97,7 +97,7 @@ class _Worker:
         return self._receive(job["seconds"] + _GRACE_SECONDS, max_bytes)
 
     def get_ready(self) -> None:
-        """Wait until a new worker has imported its decoders.
+        """Waits until a new worker has imported its decoders.
 
         Raises:
             WorkerError: it cannot.
@@ -117,7 +117,7 @@ class _Worker:
         return json.loads(read_exactly(self.answers, header_size)), read_exactly(self.answers, size)
 
     def _wait(self, seconds: float) -> None:
-        # A second guard for the case that the worker's own timer does not run, as when somebody has stopped it.
+        # A second guard in case the worker's own timer does not run, for example because the process was stopped.
         if os.name == "nt":
             return
         import select
@@ -128,7 +128,7 @@ class _Worker:
             raise TimeoutError
 
     def end(self) -> int:
-        """Kill the process, collect it and close the pipes.
+        """Kills the process, collect it and close the pipes.
 
         Returns its exit status, negative for a signal; one that was ending already keeps its own.
         """
@@ -139,10 +139,10 @@ class _Worker:
         return self.process.wait()
 
     def abandon(self) -> None:
-        """Close the pipes in a forked process, whose parent owns the worker."""
+        """Closes the pipes in a forked process, whose parent owns the worker."""
         for stream in (self.jobs, self.answers):
             stream.close()
-        self.process.returncode = 0  # not ours to wait for
+        self.process.returncode = 0  # the parent waits for it
 
 
 class _Pool:
@@ -162,7 +162,7 @@ class _Pool:
             except WorkerError as error:
                 if fresh or error.reason != "crash":
                     raise
-            # An earlier frame may have damaged the worker, or somebody killed it: the answer must not depend on that.
+            # An earlier frame may have damaged the worker, or it was killed: the result must not depend on that.
             return self._run(self._start(), job, data, max_bytes)
 
     def _take(self) -> _Worker:
@@ -207,7 +207,7 @@ class _Pool:
         return header, pixels
 
     def close(self) -> None:
-        """End all workers, also those at work."""
+        """Ends all workers, also those at work."""
         self._closed = True
         while self._all:
             with contextlib.suppress(KeyError):
@@ -217,7 +217,7 @@ class _Pool:
         self._idle.clear()
 
     def abandon(self) -> None:
-        """Let go of the parent's workers in a forked process."""
+        """Lets go of the parent's workers in a forked process."""
         for worker in list(self._all):
             worker.abandon()
         self._all.clear()
@@ -249,7 +249,7 @@ def _the_pool() -> _Pool:
 
 
 def _after_fork() -> None:
-    """Forget the parent's pool; its lock may have been held by a thread that does not exist here."""
+    """Forgets the parent's pool; its lock may have been held by a thread that does not exist here."""
     global _pool, _pool_lock
     _pool_lock = threading.Lock()
     if _pool is not None and _pool.pid != os.getpid():
@@ -258,7 +258,7 @@ def _after_fork() -> None:
 
 
 def _widen(stream: BinaryIO) -> None:
-    """Let a whole frame into the pipe at once, where the system allows; spares switches between the processes."""
+    """Lets a whole frame into the pipe at once, where the system allows; spares switches between the processes."""
     if sys.platform.startswith("linux"):
         import fcntl
 

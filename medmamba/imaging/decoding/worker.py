@@ -1,7 +1,7 @@
-"""Decode compressed frames in a process of its own; started as a script by `decoding.pool`, never imported by users.
+"""Decodes compressed frames in a separate process; started as a script by `decoding.pool`.
 
-Native decoders abort, crash, hang or allocate without bound on damaged data, and nothing inside the same process can
-stop that. This script reads jobs from its standard input and writes pixels to its standard output. It imports pydicom
+Native decoders abort, crash, hang or allocate without bound on damaged data, which cannot be contained within one
+process. This script reads jobs from its standard input and writes pixels to its standard output. It imports pydicom
 and NumPy only. Each message is two lengths, a JSON object and raw bytes: no pickle, in either direction.
 """
 
@@ -24,7 +24,7 @@ _POLL_MS = 2000
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytearray:
-    """Return `size` bytes of an unbuffered stream.
+    """Returns `size` bytes of an unbuffered stream.
 
     Raises:
         EOFError: the other side is gone.
@@ -40,7 +40,7 @@ def read_exactly(stream: BinaryIO, size: int) -> bytearray:
 
 
 def write_all(stream: BinaryIO, *parts: "bytes | bytearray | memoryview") -> None:
-    """Write all of `parts` to an unbuffered stream, which takes as much at a time as its pipe holds."""
+    """Writes all of `parts` to an unbuffered stream, which takes as much at a time as its pipe holds."""
     for part in parts:
         view = memoryview(part).cast("B") if len(part) else memoryview(b"")
         while len(view):
@@ -48,13 +48,13 @@ def write_all(stream: BinaryIO, *parts: "bytes | bytearray | memoryview") -> Non
 
 
 def pack(header: dict, payload_size: int) -> bytes:
-    """Return the beginning of a message: both lengths and the header as JSON."""
+    """Returns the beginning of a message: both lengths and the header as JSON."""
     text = json.dumps(header, allow_nan=False).encode()
     return LENGTHS.pack(len(text), payload_size) + text
 
 
 def main() -> None:
-    """Serve jobs until the parent closes the pipe or is gone."""
+    """Serves jobs until the parent closes the pipe or is gone."""
     jobs, answers = _private_streams()
     with contextlib.suppress(EOFError, BrokenPipeError):
         start, _ = _receive(jobs, None)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _private_streams() -> "tuple[BinaryIO, BinaryIO]":
-    """Return the pipes, and point the standard streams elsewhere: some decoders print."""
+    """Returns the pipes, and point the standard streams elsewhere: some decoders print."""
     jobs, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
@@ -97,7 +97,7 @@ def _receive(stream: BinaryIO, parent: "int | None") -> "tuple[dict, bytearray]"
 
 
 def _wait(stream: BinaryIO, parent: "int | None") -> None:
-    """Wait for a job. A process that the parent forked may hold the pipe open, so its end alone is not enough."""
+    """Waits for a job. A process that the parent forked may hold the pipe open, so its end alone is not enough."""
     if parent is None or os.name == "nt":
         return
     import select
@@ -214,7 +214,7 @@ def _read_gdcm_buffers_directly() -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Allow `size` bytes of address space beyond what is in use, where the system has such a limit."""
+    """Allows `size` bytes of address space beyond what is in use, where the system has such a limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

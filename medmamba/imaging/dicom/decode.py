@@ -43,7 +43,7 @@ _MEMORY, _MEMORY_PER_SAMPLE = 512 << 20, 32
 
 
 def read_dataset(source: BinaryIO | Dataset) -> Dataset:
-    """The elements that describe pixels, from a seekable stream; a Dataset is returned as it is."""
+    """Reads the elements that describe pixels from a seekable stream; a Dataset is returned unchanged."""
     try:
         import pydicom
         import pydicom.pixels  # absent before pydicom 3
@@ -65,7 +65,7 @@ def _element_tags() -> list[Any]:
 
 
 def _check_inflated_size(stream: BinaryIO) -> None:
-    """Refuse a deflated file that would grow beyond all bounds: pydicom inflates it whole."""
+    """Rejects a deflated file whose inflated size exceeds the limit; pydicom would inflate all of it."""
     from pydicom import filereader
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -98,11 +98,11 @@ class DecodedFrame(NamedTuple):
 
 
 def decode_frame(ds: Dataset, index: int, n_frames: int) -> DecodedFrame:
-    """Decode one frame.
+    """Decodes one frame.
 
     Compressed frames are decoded in another process, with limits of time and memory. Before, their own header is
-    compared with the DICOM header; where the two differ, PS3.5 8.2.1 is followed (the stream controls) and said in
-    the notes, or the image is refused.
+    compared with the DICOM header; where the two differ, PS3.5 8.2.1 is followed (the stream controls) with a
+    note, or the image is rejected.
 
     Raises:
         ImageError: names the element that is wrong; `MissingDependencyError` where a plug-in is needed.
@@ -159,7 +159,7 @@ def _read_bits(ds: Dataset) -> _Bits | None:
 
 
 def _missing_notes(ds: Dataset) -> list[str]:
-    """Notes on elements that decoding needs and the standard requires; native pixels without them are refused."""
+    """Returns notes on missing elements that decoding needs; native pixels without them are rejected."""
     missing = [keyword for keyword in ("BitsStored", "PixelRepresentation") if ds.get(keyword) is None]
     text = f"{' and '.join(missing)} missing; taken as Bits Allocated and unsigned" if missing else ""
     return [warning_note("header-incomplete", text)] if missing else []
@@ -257,7 +257,7 @@ def _worker_message(reason: str, syntax: UID, seconds: float, memory: int) -> st
 
 
 def transfer_syntax(ds: Dataset) -> UID:
-    """The declared transfer syntax, or for files without one the native syntax that they were read as."""
+    """Returns the declared transfer syntax, or for files without one the native syntax they were read as."""
     from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     declared = getattr(ds, "file_meta", {}).get("TransferSyntaxUID")
@@ -289,5 +289,5 @@ def _better_plugins(syntax: UID) -> set[str]:
 
 
 def is_big_endian(ds: Dataset) -> bool:
-    """Whether 16-bit words in byte strings of the dataset are big-endian."""
+    """Returns whether 16-bit words in byte strings of the dataset are big-endian."""
     return not transfer_syntax(ds).is_little_endian

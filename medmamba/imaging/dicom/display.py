@@ -1,4 +1,4 @@
-"""Elements that say how a viewer draws a DICOM picture, and that are not acted on: shape of the pixels, shutters."""
+"""Display elements of DICOM that are noted but not applied: pixel aspect ratio, shutters."""
 
 from __future__ import annotations
 

@@ -78,22 +78,22 @@ class Frame:
         return self._voi_function
 
     def find(self, keyword: str) -> Any:
-        """Value of an element for this frame; None where it is absent, empty or not readable."""
+        """Returns the value of an element for this frame, or None if it is absent, empty or not readable."""
         values = (read_value(group, keyword) for group in (*self._macros(), self.ds))
         return next((value for value in values if value is not None), None)
 
     def numbers(self, keyword: str) -> list[float | None]:
-        """Values of a numeric element for this frame, as `read_numbers`."""
+        """Returns the values of a numeric element for this frame, as `read_numbers`."""
         return next((found for group in (*self._macros(), self.ds) if (found := read_numbers(group, keyword))), [])
 
     def _macros(self) -> Iterator[Dataset]:
-        """The functional group items that hold rescale, window and spacing, per frame before shared."""
+        """Yields the functional group items that hold rescale, window and spacing, per-frame before shared."""
         for group in self.groups:
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
                 yield from (group.get(macro) or [])[:1]
 
     def _allowed(self) -> tuple[float, float]:
-        """The range that the header allows stored values; of floating-point pixels, the one found."""
+        """Returns the range that the header allows for stored values; for floating-point pixels, the range found."""
         if not self.is_float:
             return stored_range(self.bits, self.signed)
         found = self.stored if self.padding is None else self.stored[~self.padding]
@@ -102,7 +102,7 @@ class Frame:
         return float(found.min()), float(found.max())
 
     def _supplemental(self) -> tuple[np.ndarray, Palette] | None:
-        """Mask of the values that a supplemental palette colours, and the palette (PS3.3 C.7.6.19)."""
+        """Returns the mask of values coloured by a supplemental palette, and the palette (PS3.3 C.7.6.19), or None."""
         presentation = pixel_presentation(self.ds, self.groups)
         if presentation not in ("COLOR", "MIXED"):
             return None
@@ -123,7 +123,7 @@ class Frame:
         return mask, palette
 
     def modality(self) -> tuple[np.ndarray, tuple[float, float]]:
-        """Raw values in float64 `(H, W)`, and the range that the header allows them; sets `value_range`."""
+        """Returns raw values, float64 `(H, W)`, and the range that the header allows them; sets `value_range`."""
         low, high = self._allowed()
         stored = self.stored
         if self.is_float and self.padding is not None:
@@ -141,7 +141,7 @@ class Frame:
             ends = sorted((low * slope + intercept, high * slope + intercept))
             allowed = (ends[0], ends[1])
             if not np.isfinite(ends).all():
-                raise ImageError("the rescaled values are beyond all bounds; export the image again")
+                raise ImageError("the rescaled values overflow; export the image again")
             if self.padding is None and self.colored is None:
                 found = sorted((self._extent[0] * slope + intercept, self._extent[1] * slope + intercept))
                 self.value_range = found[0], found[1]
@@ -161,7 +161,7 @@ class Frame:
         return found[0], found[1]
 
     def _range_of(self, raw: np.ndarray) -> tuple[float, float]:
-        """Smallest and largest raw value of what is drawn in grey."""
+        """Returns the smallest and largest raw value of the pixels drawn in grey."""
         if self.padding is None and self.colored is None:
             return float(raw.min()), float(raw.max())
         drawn = np.ones(raw.shape, bool) if self.padding is None else ~self.padding
@@ -171,7 +171,7 @@ class Frame:
         return (float(values.min()), float(values.max())) if values.size else (float(raw.min()), float(raw.max()))
 
     def grey(self, window: Window | None) -> np.ndarray:
-        """Pixels `(H, W, 1)` in [0, 1]; `(H, W, 3)` where a supplemental palette colours some."""
+        """Returns pixels `(H, W, 1)` in [0, 1], or `(H, W, 3)` if a supplemental palette colours some."""
         raw, allowed = self.modality()
         pixels = self._voi(raw, allowed, window)
         # Exporters write INVERSE together with MONOCHROME1, so the two are one inversion.
@@ -195,7 +195,7 @@ class Frame:
         return pixels
 
     def _voi(self, raw: np.ndarray, allowed: tuple[float, float], window: Window | None) -> np.ndarray:
-        """Raw values to [0, 1] by the window asked for, the file's VOI LUT, its window, or the range allowed."""
+        """Maps raw values to [0, 1] by the requested window, the file's VOI LUT, its window, or the allowed range."""
         if window is not None:
             self.notes.append(f"window {window[0]:g}/{window[1]:g} applied")
             self.applied = window, "argument"
@@ -241,7 +241,7 @@ class Frame:
         )
 
     def color(self, window: Window | None) -> np.ndarray:
-        """Pixels `(H, W, 3)` in [0, 1]."""
+        """Returns pixels `(H, W, 3)` in [0, 1]."""
         if window is not None:
             raise ImageError("window applies to grey images only; this one is in colour")
         if self.decoded_photometric == "PALETTE COLOR":
@@ -268,21 +268,21 @@ class Frame:
         )
 
     def used_bits(self) -> int | None:
-        """Bits that the stored values of the frame need; None for floating point."""
+        """Returns the bits that the stored values of the frame need; None for floating point."""
         if self.is_float:
             return None
         low, high = (int(value) for value in self._extent)
         return max(1, high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + int(self.signed)
 
     def presets(self, notes: list[str] | None = None) -> tuple[WindowPreset, ...]:
-        """Usable windows that the header declares."""
+        """Returns the usable windows that the header declares."""
         centers, widths = self.numbers("WindowCenter"), self.numbers("WindowWidth")
         explanation = self.find("WindowCenterWidthExplanation")
         return usable_windows(centers, widths, explanation, [] if notes is None else notes)
 
 
 def _functional_groups(ds: Dataset, index: int) -> list[Dataset]:
-    """The functional groups of a frame: its own before the shared ones."""
+    """Returns the functional groups of a frame: its own before the shared ones."""
     groups: list[Dataset] = []
     for keyword, position in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         items: Sequence[Dataset] = ds.get(keyword) or []

@@ -67,7 +67,7 @@ def load_dicom(source: BinaryIO | Dataset, name: str, frame: int | None, window:
 
 
 def dicom_window_presets(source: Any, *, frame: int | None = None) -> DicomWindows:
-    """Windows and range of values of a DICOM path, bytes, binary file object or Dataset.
+    """Returns windows and value range of a DICOM path, bytes, binary file object or Dataset.
 
     Raises:
         ImageError: as `load_image`.

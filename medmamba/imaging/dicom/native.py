@@ -8,7 +8,7 @@ from ..image import ImageError
 
 
 def check_native_length(actual: int, expected: int, frame_bytes: int, tail: bytes) -> list[str]:
-    """Compare the length of native pixel data with what the header asks for; returns notes.
+    """Compares the length of native pixel data with what the header asks for; returns notes.
 
     Args:
         actual: bytes of Pixel Data.
@@ -37,7 +37,7 @@ def check_native_length(actual: int, expected: int, frame_bytes: int, tail: byte
 
 
 def single_bits(data: bytes | bytearray, index: int, rows: int, columns: int, swapped: bool) -> np.ndarray:
-    """Return frame `index` of native pixels of one bit, `(rows, columns)` of uint8 0 or 1.
+    """Returns frame `index` of native pixels of one bit, `(rows, columns)` of uint8 0 or 1.
 
     Frames follow each other without padding, so that one may begin within a byte (PS3.5 8.1.1 and D.4), where
     pydicom 3.0 fails. `swapped`: the bits lie in big-endian words of 16 bits (VR OW of a big-endian file).

@@ -86,7 +86,7 @@ def _between(words: np.ndarray, stored: np.ndarray, ends: list[float], bits: int
 
 
 def _of_sign(value: int, bits: int, signed: bool) -> int:
-    """A value whose sign depends on how the element was read, US or SS, as the pixels have it."""
+    """Returns a value with the sign convention of the pixels; elements may be read as US or SS."""
     if signed:
         return value - 2**bits if value >= 2 ** (bits - 1) else value
     return value + 2**bits if value < 0 else value

@@ -69,7 +69,7 @@ class Palette:
 
 
 def has_palette(ds: Dataset) -> bool:
-    """Whether a palette is declared."""
+    """Returns whether a palette is declared."""
     return f"{COLORS[0]}PaletteColorLookupTableDescriptor" in ds
 
 
@@ -108,7 +108,7 @@ def expand_segments(data: Any, entries: int, bits: int, big_endian: bool) -> tup
 
 
 def _expand(codes: list[int], entries: int, width: int) -> list[int] | None:
-    """The entries of all segments; None where the codes do not make exactly `entries` of them."""
+    """Returns the entries of all segments, or None if the codes do not yield exactly `entries`."""
     out: list[int] = []
     position = 0
     while position + 1 < len(codes) and len(out) < entries:

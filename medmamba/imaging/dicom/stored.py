@@ -77,7 +77,7 @@ def _shift(words: np.ndarray, bits: int, high_bit: int, notes: list[str]) -> int
 
 
 def _goes_on(words: np.ndarray, values: np.ndarray, bits: int) -> bool:
-    """Whether the bits above the stored ones count on, judged by neighbours that differ in them."""
+    """Returns whether the bits above BitsStored continue the values, judged by neighbours that differ in them."""
     carry = (words - values) >> bits
     close = changing = 0
     for axis in (0, 1):

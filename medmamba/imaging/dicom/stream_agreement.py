@@ -28,14 +28,14 @@ _AGAIN = "export the image again"
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """What the decoder has to know of a stream that agrees with its header.
+    """Facts for the decoder about a stream that agrees with its header.
 
     Attributes:
         photometric: photometric interpretation of the stream, from which pydicom decides on conversion to RGB.
         container: bits of each sample that a decoder returns.
         precision: bits of each sample in the stream.
-        two_complement: whether the stream cannot say that it is signed, so that signed values take all its bits.
-        signed: what a stream that can say so says; None for all others.
+        two_complement: whether the format has no sign flag, so that signed values take all its bits.
+        signed: sign flag of the stream; None for formats without one.
         adobe_transform: as in `StreamHeader`.
         notes: contradictions that were settled.
     """
@@ -49,7 +49,7 @@ class StreamFacts:
     notes: list[str] = field(default_factory=list)
 
     def check_values(self, values: np.ndarray, bits_stored: int, signed: bool) -> list[str]:
-        """Look for decoded values whose sign the two headers do not settle; returns notes.
+        """Looks for decoded values whose sign the two headers do not settle; returns notes.
 
         Raises:
             ImageError: names Pixel Representation or Bits Stored.
@@ -73,7 +73,7 @@ class StreamFacts:
 
 
 def compressed_frame(ds: Dataset, syntax: UID, index: int, n_frames: int) -> bytes:
-    """Return the bytes of one compressed frame.
+    """Returns the bytes of one compressed frame.
 
     Raises:
         ImageError: items cut short, or fragments that contradict Number of Frames.
@@ -93,7 +93,7 @@ def compressed_frame(ds: Dataset, syntax: UID, index: int, n_frames: int) -> byt
 
 
 def _check_fragments(data: bytes | bytearray, n_frames: int, one_each: bool) -> None:
-    """Walk the items (PS3.5 A.4): each must be whole, and there must be one beginning of a stream per frame."""
+    """Walks the items (PS3.5 A.4): each must be whole, and there must be one beginning of a stream per frame."""
     position, count, begins = 0, -1, 0  # the first item is the offset table
     while data[position : position + 4] == _ITEM:
         (length,) = struct.unpack_from("<L", data, position + 4)
@@ -115,7 +115,7 @@ def _check_fragments(data: bytes | bytearray, n_frames: int, one_each: bool) -> 
 
 
 def compare_stream(ds: Dataset, syntax: UID, data: bytes, bits_allocated: int, bits_stored: int) -> StreamFacts:
-    """Return what a decoder has to know of the stream, after comparing it with the header.
+    """Compares the stream with the header; returns what the decoder needs to know.
 
     Raises:
         ImageError: names the element that the stream contradicts.
@@ -192,7 +192,7 @@ def _compare_layout(stream: StreamHeader, ds: Dataset, syntax: UID, samples: int
 
 
 def _family(syntax: UID) -> str:
-    """The coding that a transfer syntax promises (PS3.5 A.4)."""
+    """Returns the coding that a transfer syntax declares (PS3.5 A.4)."""
     name = syntax.name
     if "JPEG 2000" in name or "JPEG2000" in name:
         return "JPEG 2000"
@@ -202,7 +202,7 @@ def _family(syntax: UID) -> str:
 
 
 def _settle_color(stream: StreamHeader, photometric: str, samples: int) -> tuple[str, list[str]]:
-    """Return the photometric interpretation of the stream, and a note where the header says another."""
+    """Returns the photometric interpretation of the stream, and a note where the header says another."""
     if samples != 3:
         return photometric, []
     ybr = photometric.startswith("YBR")
