@@ -1,8 +1,8 @@
 """Identifies datasets by the content of their files: sizes, times and hashes, kept like git's index.
 
 A file whose size, times and inode are unchanged is assumed to be unchanged; any other is read and hashed. Programs can
-set mtime back (`cp -p`, `rsync -t`, `tar`), but not ctime, the last change of the inode on POSIX systems. Where there is
-no such time (Windows), every file is read.
+set mtime back (`cp -p`, `rsync -t`, `tar`), but not ctime, the last change of the inode on POSIX systems. Where there
+is no such time (Windows), every file is read.
 """
 
 from __future__ import annotations

@@ -6,13 +6,17 @@ compression that has one, 16-bit planes, subsampled raw YCbCr, strips that are m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import Any
 
+from .decoding.codestream import StreamError, StreamHeader, parse_stream
 from .image import ImageError
 
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339
+_STRIP_OFFSETS, _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS = 273, 278, 322, 323, 324
+_JPEG, _HEAD_BYTES, _MAX_HEAD_BYTES = 7, 1 << 12, 1 << 16  # the compression; bytes read to find its frame header
 _DESCRIPTION, _PLANAR, _PREDICTOR, _SUBSAMPLING, _STRIP_BYTES, _IJ_METADATA = 270, 284, 317, 530, 279, 50839
 _WITH_PREDICTOR = (5, 8, 32946, 34925, 50000)  # LZW, Deflate twice, LZMA, Zstandard
 # libtiff hands values over in the byte order of the machine, whatever that of the file; Pillow swaps these again.
@@ -38,10 +42,46 @@ def check_tiff(image: Any) -> None:
         raise ImageError("this TIFF holds its channels one after the other, 16 bits each; save it as PNG")
     if tags.get(PHOTOMETRIC) == 6 and codec == "raw" and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1):
         raise ImageError("this TIFF holds subsampled YCbCr without compression; save it as PNG")
+    if tags.get(COMPRESSION) == _JPEG:
+        _check_jpeg_segments(image)
     if codec == "libtiff":
         image.tile = [
             tile._replace(args=(_NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:])) for tile in image.tile
         ]
+
+
+def _check_jpeg_segments(image: Any) -> None:
+    """Rejects JPEG strips and tiles that are smaller than declared: libtiff leaves the rest of their pixels undefined.
+
+    Raises:
+        ImageError: such a segment, or one without a readable header.
+    """
+    tags = image.tag_v2
+    tiled = _TILE_OFFSETS in tags
+    width = tags.get(_TILE_WIDTH, 0) if tiled else image.width
+    height = tags.get(_TILE_LENGTH, 0) if tiled else min(tags.get(_ROWS_PER_STRIP, image.height), image.height)
+    per_plane = -(-image.height // height) if not tiled and height else 0
+    position = image.fp.tell()
+    try:
+        for number, offset in enumerate(tags.get(_TILE_OFFSETS if tiled else _STRIP_OFFSETS, ())):
+            if number and tags.get(_PLANAR, 1) == 2 and tags.get(PHOTOMETRIC) == 6:
+                break  # planes of chroma may be subsampled
+            stream = _parse_jpeg(image.fp, offset)
+            rows = height if tiled else min(height, image.height - number % per_plane * height)
+            if stream.columns < width or stream.rows < rows:
+                raise ImageError("damaged TIFF: a JPEG strip is smaller than declared. Copy or export it again")
+    except StreamError as error:
+        raise ImageError(f"damaged TIFF: {error}. Copy or export it again") from None
+    finally:
+        image.fp.seek(position)
+
+
+def _parse_jpeg(file: Any, offset: int) -> StreamHeader:
+    file.seek(offset)
+    with contextlib.suppress(StreamError):
+        return parse_stream(file.read(_HEAD_BYTES))
+    file.seek(offset)
+    return parse_stream(file.read(_MAX_HEAD_BYTES))
 
 
 def imagej_images(image: Any) -> int:

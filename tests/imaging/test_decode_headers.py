@@ -146,6 +146,14 @@ def test_header_of_rle():
 # ---- the stream against the header ----------------------------------------------------------------------------------
 
 
+def test_a_missing_planar_configuration_is_noted():
+    ds = compressed(jpeg(RGB), JPEGBaseline8Bit, RGB.shape, 8, photometric="YBR_FULL_422")
+    expected = load_image(ds).pixels
+    del ds.PlanarConfiguration
+    image = load_image(ds)
+    assert np.array_equal(image.pixels, expected) and any("Planar Configuration missing" in n for n in image.notes)
+
+
 def test_colour_stream_in_a_grey_header_is_refused():
     codec = codecs()
     streams = [

@@ -207,6 +207,20 @@ def test_predictor_without_its_compression_is_refused():
         load_image(tifffile_bytes(smooth, compression="packbits", predictor=2))
 
 
+@pytest.mark.parametrize("layout", [{}, {"rowsperstrip": 16}, {"tile": (32, 16)}])
+def test_jpeg_strips_smaller_than_declared_are_refused(layout):
+    """libtiff leaves the rest of such a strip as it finds it in memory."""
+    values = RNG.integers(0, 256, (40, 52)).astype(np.uint8)
+    data = tifffile_bytes(values, compression="jpeg", photometric="minisblack", **layout)
+    assert load_image(data).size == (40, 52)
+    header = data.rindex(b"\xff\xc0") + 5  # rows and columns of the last strip or tile
+    rows, columns = (int.from_bytes(data[header + i : header + i + 2], "big") for i in (0, 2))
+    for changed in (rows // 2, columns), (rows, columns - 1):
+        other = b"".join(value.to_bytes(2, "big") for value in changed)
+        with pytest.raises(ImageError, match="JPEG strip is smaller"):
+            load_image(data[:header] + other + data[header + 4 :])
+
+
 @pytest.mark.parametrize("photometric", ["miniswhite", "minisblack"])
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16])
 def test_white_or_black_is_zero(photometric, kind):

@@ -136,8 +136,9 @@ def compare_stream(ds: Dataset, syntax: UID, data: bytes, bits_allocated: int, b
     if precision < bits_stored:
         text = f"Bits Stored is {bits_stored}, but the compressed stream holds samples of {precision} bits"
         notes.append(warning_note("stream-precision", text))
-    if samples > 1 and ds.get("PlanarConfiguration") not in (None, 0):
-        notes.append("Planar Configuration ignored: the decoder of the compressed stream gives colour by pixel")
+    if samples > 1 and (planar := ds.get("PlanarConfiguration")) != 0:
+        what = "missing" if planar is None else "ignored"
+        notes.append(f"Planar Configuration {what}: the decoder of the compressed stream gives colour by pixel")
     photometric, more = _settle_color(stream, photometric, samples)
     if photometric.startswith("YBR_FULL") and precision > 8:
         raise ImageError(f"Photometric Interpretation {photometric} with {precision} bits is not supported; {_AGAIN}")
