@@ -13,13 +13,13 @@ import torch
 from medmamba import MedMamba
 from medmamba.cards.card import ModelFacts, read_facts
 from medmamba.cards.licences import LicenceError
-from medmamba.cli.main import pick_device
 from medmamba.config import MedMambaConfig
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
 from medmamba.kernels import resolve_backend
 from medmamba.metrics.calibration import Calibration
 from medmamba.pretrained import fetch
+from medmamba.utils.devices import pick_device
 
 MAX_LOADED = 6
 

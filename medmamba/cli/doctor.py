@@ -1,11 +1,15 @@
-"""`medmamba doctor`."""
+"""The subcommand `medmamba doctor`."""
 
 import argparse
 from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("doctor", help="what is available, what is used, and how to get what is missing")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show versions, devices and backends, and how to install what is missing",
+        description="Shows versions, devices, scan backends and optional packages, and how to install what is missing.",
+    )
     parser.set_defaults(run=run)
 
 

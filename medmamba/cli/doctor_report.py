@@ -1,4 +1,4 @@
-"""What of this machine medmamba can use, and the command that adds what is missing."""
+"""Report of versions, devices, backends and optional packages, for `medmamba doctor`."""
 
 import importlib.metadata
 import os
@@ -22,7 +22,7 @@ EXTRAS = {
 
 
 def report() -> list[tuple[str, str]]:
-    """(what, finding) pairs, in the order to read them."""
+    """Returns (item, finding) pairs in display order."""
     from .._version import __version__
     from ..pretrained import bundled_models
 

@@ -1,4 +1,4 @@
-"""`medmamba evaluate`."""
+"""The subcommand `medmamba evaluate`."""
 
 import argparse
 import sys
@@ -11,25 +11,31 @@ from .predict import add_reading
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
-        help="score a model on labelled images",
-        description="The published columns and more, with bootstrap intervals, by class, and figures: results.json, "
-        "results.md, confusion.png, roc.png, reliability.png.",
+        help="evaluate a model on labelled images",
+        description="Computes the published metrics and others, overall and by class, with bootstrap confidence "
+        "intervals. Writes results.json, results.md, confusion.png, roc.png and reliability.png.",
     )
     parser.add_argument("--model", required=True, metavar="MODEL", help="bundled name, org/name[@revision] or folder")
     parser.add_argument("--data", required=True, metavar="PATH", help="folder, .csv, .npz or .zip of images")
-    parser.add_argument("--split", default="test", help="train, val, test, or all (%(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="folder for the files; default: print the tables alone")
-    parser.add_argument("--dataset", metavar="NAME", help="name in the registry: classes, patients")
+    parser.add_argument("--split", default="test", help="train, val, test or all (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the files (default: only print the tables)")
+    parser.add_argument("--dataset", metavar="NAME", help="name in the registry, for classes and patients")
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="all names of classes, where the data have images of some alone"
+        "--classes", nargs="+", metavar="NAME", help="all class names, if the data contain only some of the classes"
     )
-    parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    parser.add_argument(
+        "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
+    )
     add_reading(parser)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(%(default)s)")
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="images per forward pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""`medmamba explain`: which pixels of an image speak for a class."""
+"""The subcommand `medmamba explain`."""
 
 import argparse
 import ast
@@ -10,7 +10,6 @@ from typing import Any
 
 from ..config import DEFAULT_MODEL
 from ..utils.text import json_text, printable
-from .main import pick_device
 from .messages import followable, say
 from .predict import add_reading
 
@@ -18,48 +17,61 @@ from .predict import add_reading
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "explain",
-        help="show which pixels of an image speak for a class",
-        description="Writes a heat map over the image, and optionally checks whether the map can be trusted.",
+        help="compute pixel attributions for a class",
+        description="Writes an attribution map over the image, and optionally checks how faithful it is to the model.",
         epilog="example: medmamba explain cell.png --method gradcam --layer stage3.scan --trust --out cell.map.png",
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file: PNG, JPEG, TIFF, DICOM, ...")
-    parser.add_argument("--list", action="store_true", help="list methods with their options, and layers, and stop")
+    parser.add_argument("--list", action="store_true", help="list methods, their options and layers, and exit")
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="bundled name, org/name[@revision] or folder (%(default)s)"
+        "--model", default=DEFAULT_MODEL, help="bundled name, org/name[@revision] or folder (default: %(default)s)"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--method", default="integrated_gradients", help="see --list (%(default)s)")
+    what.add_argument("--method", default="integrated_gradients", help="see --list (default: %(default)s)")
     what.add_argument(
         "--compare",
         nargs="?",
         const="",
         metavar="A,B:LAYER,...",
-        help="several methods in one figure and one table, such as occlusion,gradcam:stage3.scan; alone: all",
+        help="compare methods in one figure and table, such as occlusion,gradcam:stage3.scan (without a value: all)",
     )
     what.add_argument(
         "--scan",
         nargs="?",
         const="",
         metavar="ROW,COLUMN",
-        help="how far the four scans carry influence to a pixel of the image; alone: its centre",
+        help="show the effective receptive field of the scan at a pixel of the image (without a value: its centre)",
     )
-    parser.add_argument("--target", metavar="CLASS", help="class to explain, a label or an index (the predicted one)")
+    parser.add_argument(
+        "--target", metavar="CLASS", help="class to explain, as label or index (default: the predicted class)"
+    )
     parser.add_argument("--layer", help="for gradcam: stage1 to stage4, or a branch such as stage3.conv or stage3.scan")
-    parser.add_argument("--baseline", help="what stands for nothing: mean, black, grey, blur, or a level from 0 to 1")
+    parser.add_argument(
+        "--baseline", help="stands for absent evidence: mean, black, grey, blur, or a grey level from 0 to 1"
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any other option of the method; repeatable"
     )
-    parser.add_argument("--stage", type=int, metavar="N", help="for --scan: 1 to 4 (1)")
-    parser.add_argument("--block", type=int, metavar="N", help="for --scan: block of the stage, from 1 (the last)")
-    parser.add_argument("--trust", action="store_true", help="check the map: infidelity, sensitivity, deletion, ...")
+    parser.add_argument("--stage", type=int, metavar="N", help="for --scan: 1 to 4 (default: 1)")
     parser.add_argument(
-        "--out", nargs="+", metavar="FILE", help=".png, .npz or .json, one or several (IMAGE's name + .explain.png)"
+        "--block", type=int, metavar="N", help="for --scan: block of the stage, from 1 (default: the last)"
     )
-    parser.add_argument("--seed", type=int, help="of methods that draw random numbers (0)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images evaluated at once (8, on a GPU what its memory holds)"
+        "--trust",
+        action="store_true",
+        help="check the map: infidelity, sensitivity, deletion and insertion, random weights",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")
+    parser.add_argument(
+        "--out",
+        nargs="+",
+        metavar="FILE",
+        help="one or more .png, .npz or .json files (default: name of IMAGE + .explain.png)",
+    )
+    parser.add_argument("--seed", type=int, help="for methods that draw random numbers (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per forward pass (default: 8, more on a GPU)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
     add_reading(parser)
     parser.set_defaults(run=run)
 
@@ -69,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from ..explain.comparison import parse_method
     from ..imaging.load import load_image
     from ..model import MedMamba
+    from ..utils.devices import pick_device
 
     outputs = _outputs(args)
     if args.list:
@@ -106,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
-    """Refuses options that would have no effect."""
+    """Raises ValueError for options that would have no effect."""
     if args.trust and args.scan is not None:
         raise ValueError("--trust checks maps of a class; a scan field has none")
     mode = "--scan" if args.scan is not None else "--compare" if args.compare is not None else "--method"
@@ -132,7 +145,7 @@ def _check_combination(args: argparse.Namespace) -> None:
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:
-    """Checked before anything is computed."""
+    """Returns the paths of --out, checked before anything is computed."""
     paths = [Path(p) for p in args.out or [Path(args.image or "image").stem + ".explain.png"]]
     for path in paths:
         if path.suffix not in (".png", ".npz", ".json"):
@@ -210,7 +223,7 @@ def _listing(model_name: str) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal."""
+    """Shows a progress bar on a terminal."""
     from tqdm import tqdm
 
     bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"

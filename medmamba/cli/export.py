@@ -1,4 +1,4 @@
-"""`medmamba export`: a model for other runtimes."""
+"""The subcommand `medmamba export`."""
 
 import argparse
 import sys
@@ -12,37 +12,37 @@ FORMATS = ("onnx", "torch-export")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
-        help="write a model as ONNX or torch.export",
-        description="Writes a file for any batch and image size, and checks it against PyTorch. A file that does not "
-        "give the same outputs is not written.",
+        help="export a model to ONNX or torch.export",
+        description="Exports a model for any batch and image size. The file is written only if its outputs (fp16 and "
+        "int8: its accuracy) match those of PyTorch.",
         epilog="example: medmamba export medmamba/bloodmnist --to onnx --out bloodmnist.onnx",
     )
     parser.add_argument("model", metavar="MODEL", help="bundled name, org/name[@revision] or folder")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="output format")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write (.onnx or .pt2)")
     parser.add_argument(
         "--images",
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="files, folders or globs to check with (drawn pictures)",
+        help="files, folders or globs to compare outputs on (default: synthetic images)",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest difference of an output from PyTorch's (%(default)s)"
+        "--tolerance", type=float, default=1e-4, help="maximum difference from PyTorch's outputs (default: %(default)s)"
     )
     onnx = parser.add_argument_group("ONNX only")
     onnx.add_argument(
         "--precision",
         default="fp32",
         choices=("fp32", "fp16", "int8"),
-        help="fp16: half the size; int8: a quarter, with ranges taken from --images (%(default)s)",
+        help="fp16: half the size; int8: a quarter, calibrated on --images (default: %(default)s)",
     )
     onnx.add_argument(
         "--check-data",
         metavar="DIR",
-        help="labelled test images; fp16 and int8 may lose half a point of accuracy there",
+        help="labelled test images, on which fp16 and int8 may lose at most half a point of accuracy",
     )
-    onnx.add_argument("--check-limit", type=int, metavar="N", help="use N of these, spread evenly (all)")
+    onnx.add_argument("--check-limit", type=int, metavar="N", help="use N of these, evenly spaced (default: all)")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""The `medmamba` command."""
+"""Parser and exit codes of the `medmamba` command."""
 
 import argparse
 import importlib
@@ -11,19 +11,22 @@ import traceback
 from .._version import __version__
 from .messages import message, say
 
-# The subcommands, each a module with `add_parser(subparsers)` that imports what it needs only when it runs.
+# Each is a module with `add_parser(subparsers)`, which imports what it needs only when it runs.
 SUBCOMMANDS = ("predict", "doctor", "train", "evaluate", "explain", "export")
 
-INTERRUPTED = 130  # exit codes as shells have them for programs that a signal ended: SIGINT,
+INTERRUPTED = 130  # exit codes that shells use for SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
+    Args:
+        argv: arguments; None: those of the process.
+
     Returns:
-        The exit code: 0; 1 where some input failed; 2 for wrong usage or an error; 130 where it was interrupted; 141
-        where the program that read its output has gone, as `head` does.
+        The exit code: 0 on success, 1 if some inputs failed, 2 for wrong usage or an error, 130 if interrupted, 141 if
+        the reader of its output closed the pipe, as `head` does.
     """
     try:
         code = _main(argv)
@@ -45,7 +48,7 @@ def _main(argv: list[str] | None) -> int:
         description="MedMamba medical image classification. For research; not a medical device.",
     )
     parser.add_argument("--version", action="version", version=f"medmamba {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in SUBCOMMANDS:
         importlib.import_module(f"medmamba.cli.{module}").add_parser(subparsers)
@@ -78,37 +81,17 @@ def _failed(args: argparse.Namespace, error: Exception) -> int:
 
 
 def _output_broken() -> bool:
-    """Whether the reader of standard output has gone: a pipe to another process can break too."""
+    """Returns whether it is standard output that has lost its reader, rather than another pipe."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
-    except (AttributeError, OSError, ValueError):  # not on Windows, and not where there is no file
+    except (AttributeError, OSError, ValueError):  # Windows, or standard output is not a file
         return True
     return bool(poll.poll(0))
 
 
 def _reader_gone() -> int:
-    """Lets Python end without a word about the output that nobody reads."""
+    """Redirects standard output to nowhere, so that Python exits without an error message about it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     return BROKEN_PIPE
-
-
-def pick_device(name: str):
-    """The torch device by name; "auto" takes a GPU where there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"cannot use device {name!r}: {str(error).splitlines()[0]}; `medmamba doctor` shows what there is"
-        ) from error
-    return device

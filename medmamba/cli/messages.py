@@ -1,4 +1,4 @@
-"""What the command says where something fails: one line that names the fault and what to do at this command."""
+"""Error messages of the command: one line with the cause, and advice in terms of this command's options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..utils.extras import EXTRAS, missing_text
 from ..utils.text import for_stream
 
 EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
-"""Errors that are about the input or the machine; others are faults of the program."""
+"""Errors caused by the input or the machine; all others are bugs."""
 
-# What can be done in Python alone, and what a user of the command does instead.
+# Advice that only applies in Python, and its equivalent for users of the command.
 _PHRASES = {
     "give it one with model.reset_classifier(num_classes)": "train one: medmamba train --from MODEL --data PATH",
     "compute in float32, as model.float() does": "take a model with float32 weights",
@@ -25,17 +25,17 @@ _PHRASES = {
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints text to standard output, or to `stream`, with escapes for what cannot be printed."""
+    """Prints text to standard output or `stream`, with escapes for characters that it cannot encode."""
     stream = stream or sys.stdout
     print(for_stream(text, stream), file=stream)
 
 
 def followable(text: str, parser: argparse.ArgumentParser, source: str = "") -> str:
-    """Returns a message of the library with its advice as options of a command.
+    """Returns a message of the library with its advice phrased as options of a command.
 
     Args:
-        parser: of the command; settings for which it has no option stay as they are.
-        source: the name of a file that the message may begin with, which is left as it is.
+        parser: of the command; settings for which it has no option are not changed.
+        source: file name that the message may begin with, which is not changed.
     """
     settings = {}
     for action in parser._actions:
@@ -48,7 +48,7 @@ def followable(text: str, parser: argparse.ArgumentParser, source: str = "") -> 
 
 
 def message(error: BaseException, parser: argparse.ArgumentParser) -> str:
-    """Returns what to tell a user of the command about an error."""
+    """Returns the message to show for an error."""
     if (text := _out_of_memory(error, parser)) is not None:
         return text
     if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in EXTRAS:
@@ -61,7 +61,7 @@ def message(error: BaseException, parser: argparse.ArgumentParser) -> str:
         return "no space left to write a file; make room, or use a folder on another disk"
     text = str(error) or type(error).__name__
     if not isinstance(error, EXPECTED):
-        return f"a fault of the program, {type(error).__name__}: {text}. Run it with --debug for a report"
+        return f"unexpected error, {type(error).__name__}: {text}. Run the command with --debug for a traceback"
     return followable(text, parser)
 
 
@@ -79,7 +79,7 @@ def _out_of_memory(error: BaseException, parser: argparse.ArgumentParser) -> str
     wanted = re.search(r"(?:allocate|allocate memory: you tried to allocate) ([\d.]+ ?[KMGT]?i?B(?:ytes)?)", text, re.I)
     have = {option for action in parser._actions for option in action.option_strings}
     ways = [way for option, way in _LESS_MEMORY if option in have and (gpu or option != "--device")]
-    where = "the GPU has not enough memory" if gpu else "there is not enough memory"
+    where = "not enough GPU memory" if gpu else "not enough memory"
     amount = f" (another {wanted[1]} did not fit)" if wanted else ""
     return f"{where}{amount}: {', or '.join(ways) or 'close other programs'}"
 
@@ -93,7 +93,7 @@ _LESS_MEMORY = (
 
 
 def _system(error: OSError) -> str | None:
-    """What the operating system said; None for an error that says more than that."""
+    """Returns the operating system's message with advice; None for an error with a message of its own."""
     if error.strerror is None or (error.errno in _ADVICE and len(error.strerror) > 60):
         return error.strerror  # a message of this package
     if error.strerror != os.strerror(error.errno or 0):

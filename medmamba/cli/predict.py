@@ -1,4 +1,4 @@
-"""`medmamba predict`."""
+"""The subcommand `medmamba predict`."""
 
 import argparse
 import csv
@@ -10,7 +10,6 @@ from typing import Any
 from ..config import DEFAULT_MODEL
 from ..utils.tables import csv_row
 from ..utils.text import for_stream, json_text, printable
-from .main import pick_device
 from .messages import followable, say
 
 
@@ -19,35 +18,46 @@ def add_parser(subparsers: Any) -> None:
         "predict",
         help="classify images",
         description="Classifies files, folders (recursively) and globs. Files that cannot be read are reported and "
-        "skipped; the exit code is 1 if there were any.",
+        "skipped, and the exit code is then 1.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name, org/name[@revision] or folder (%(default)s)")
     parser.add_argument(
-        "--top-k", type=int, metavar="K", help="classes to report (3); not with --csv, which has all of them"
+        "--model", default=DEFAULT_MODEL, help="bundled name, org/name[@revision] or folder (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (%(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto (%(default)s)")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="number of classes to report (default: 3); not with --csv, which lists all",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
     add_reading(parser)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object per image and line")
-    output.add_argument("--csv", action="store_true", help="a table: source, label, probability, all classes, error")
+    output.add_argument("--json", action="store_true", help="print one JSON object per line and image")
+    output.add_argument("--csv", action="store_true", help="print CSV: source, label, probability, all classes, error")
     parser.set_defaults(run=run)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how files are read; `medmamba.imaging.load.load_image` has the same."""
-    parser.add_argument("--frame", type=int, metavar="N", help="of an image with several, from 0")
+    """Adds the options that control how files are read, the same as those of `medmamba.load_image`."""
+    parser.add_argument("--frame", type=int, metavar="N", help="frame to read from a multi-frame file, from 0")
     parser.add_argument(
         "--window",
         type=window,
         metavar="CENTER,WIDTH",
-        help="grey values from CENTER - WIDTH/2 to CENTER + WIDTH/2 become black to white, in the units of the file",
+        help="window of grey values shown from black to white, in the units of the file",
     )
 
 
 def window(text: str) -> tuple[float, float]:
-    """Two numbers from text such as "40,400"."""
+    """Parses (center, width) from text such as "40,400".
+
+    Raises:
+        ArgumentTypeError: not two numbers.
+    """
     try:
         center, width = (float(part) for part in text.split(","))
     except ValueError:
@@ -61,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from ..imaging.load import find_images
     from ..inference.predict import Failure, NotFinite, iter_predict
     from ..model import MedMamba
+    from ..utils.devices import pick_device
 
     if args.csv and args.top_k is not None:
         raise ValueError("--top-k has no effect on --csv, which has a column for every class: leave one of them out")
@@ -108,7 +119,7 @@ def _csv(labels: list[str]) -> Callable[..., None]:
 
 
 class _Printable:
-    """Standard output, with escapes for what its encoding lacks."""
+    """Standard output, with escapes for characters that its encoding lacks."""
 
     def write(self, text: str) -> int:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -126,7 +137,7 @@ def _lines(bar: Any, path: Path, result: Any, parser: argparse.ArgumentParser) -
 
 
 def _record(path: Path, result: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The result as plain data, its advice as options of the command."""
+    """Returns the result as plain data, with advice phrased as options of the command."""
     record = result.to_dict()
     if "error" in record:
         record["error"] = followable(record["error"], parser, str(path))

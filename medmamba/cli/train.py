@@ -1,63 +1,88 @@
-"""`medmamba train`."""
+"""The subcommand `medmamba train`."""
 
 import argparse
 from typing import Any
 
-STOPPED = 3  # exit code of a run that was stopped in good order and can be continued
+STOPPED = 3  # exit code of a run that stopped cleanly and can be resumed
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train or fine-tune a model",
-        description="Trains on the split train, chooses the best epoch on val, evaluates once on test, and writes a "
-        "model folder. The same command continues a run that was interrupted; it ends with exit code "
-        f"{STOPPED} where --max-seconds or SIGTERM stopped it. On several GPUs: "
+        description="Trains on the train split, selects the best epoch on val, evaluates once on test, and writes a "
+        "model folder. Rerun the same command to resume an interrupted run; the exit code is "
+        f"{STOPPED} if --max-seconds or SIGTERM stopped it. On several GPUs: "
         "accelerate launch -m medmamba train ...",
     )
     parser.add_argument("--data", required=True, metavar="PATH", help="folder, .csv, .npz or .zip of images")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, results and checkpoints")
-    parser.add_argument("--recipe", default="default", metavar="NAME", help="name or .json file (%(default)s)")
-    parser.add_argument("--variant", default="tiny", metavar="NAME", help="nano, tiny, small, base, ... (%(default)s)")
-    parser.add_argument("--from", dest="init", metavar="MODEL", help="start from this model: name, org/name or folder")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--recipe", default="default", metavar="NAME", help="name or .json file (default: %(default)s)")
+    parser.add_argument(
+        "--variant", default="tiny", metavar="NAME", help="nano, tiny, small, base, ... (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--from", dest="init", metavar="MODEL", help="start from this model: bundled name, org/name or folder"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", metavar="NAME", help="its name in the registry: classes, patients, licence")
-    data.add_argument("--split", metavar="A,B,C", help="make splits by these fractions, or 'published' with --dataset")
-    data.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    data.add_argument("--dataset", metavar="NAME", help="name in the registry, for classes, patients and licence")
+    data.add_argument("--split", metavar="A,B,C", help="fractions for new splits, or 'published' with --dataset")
+    data.add_argument(
+        "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
+    )
     data.add_argument(
         "--allow-leakage",
         nargs="+",
         default=(),
         choices=("patients", "duplicates", "conflicts"),
-        help="go on although patients or images are in several splits, or one image has contradicting labels",
+        help="continue although patients or images are in several splits, or an image has conflicting labels",
     )
-    data.add_argument("--in-chans", type=int, metavar="N", help="channels of the model (those of --from, or 3)")
-    data.add_argument("--cache", metavar="DIR", help="keep decoded images here, for a faster next start")
+    data.add_argument("--in-chans", type=int, metavar="N", help="input channels (default: those of --from, or 3)")
+    data.add_argument("--cache", metavar="DIR", help="cache decoded images in this folder, for faster starts")
 
-    recipe = parser.add_argument_group("settings of the recipe")
-    recipe.add_argument("--epochs", type=int, metavar="N")
-    recipe.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes")
-    recipe.add_argument("--size", type=int, metavar="N", help="side of the training images, in pixels")
-    recipe.add_argument("--lr", type=float, metavar="RATE")
-    recipe.add_argument("--freeze", type=int, metavar="N", help="do not train the first N stages; 4: classifier alone")
+    recipe = parser.add_argument_group("recipe settings")
+    recipe.add_argument("--epochs", type=int, metavar="N", help="number of epochs")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images per step, summed over processes")
+    recipe.add_argument("--size", type=int, metavar="N", help="size of the training images, in pixels")
+    recipe.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
     recipe.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other, such as augment.hflip=0"
+        "--freeze", type=int, metavar="N", help="freeze the first N stages; 4 trains only the classifier"
+    )
+    recipe.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting, such as augment.hflip=0",
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
-    machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(%(default)s)")
-    machine.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, for less memory")
-    machine.add_argument("--graphs", default="auto", choices=("auto", "off"), help="CUDA graphs (%(default)s)")
-    machine.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds, to be continued")
-    machine.add_argument("--finish-early", action="store_true", help="stopped, keep the best epoch so far as the model")
-    machine.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="(%(default)s)")
-    machine.add_argument("--restart", action="store_true", help="forget what is in --out")
-    machine.add_argument("--fp32-weights", action="store_true", help="store float32, not float16")
-    machine.add_argument("--tensorboard", action="store_true", help="write events to OUT/tensorboard")
-    machine.add_argument("--quiet", action="store_true", help="no progress bars")
+    machine.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s"
+    )
+    machine.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: %(default)s"
+    )
+    machine.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="process a batch in N parts, to save memory"
+    )
+    machine.add_argument(
+        "--graphs", default="auto", choices=("auto", "off"), help="use CUDA graphs (default: %(default)s)"
+    )
+    machine.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds; rerun to resume")
+    machine.add_argument(
+        "--finish-early", action="store_true", help="on --max-seconds, write the model of the best epoch so far"
+    )
+    machine.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, metavar="S", help="interval (default: %(default)s)"
+    )
+    machine.add_argument("--restart", action="store_true", help="discard the run in --out and start again")
+    machine.add_argument("--fp32-weights", action="store_true", help="save weights in float32 instead of float16")
+    machine.add_argument("--tensorboard", action="store_true", help="write event files to OUT/tensorboard")
+    machine.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run)
 
 
@@ -96,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         **settings,
     )
     if not result.finished:
-        print(f"stopped in epoch {result.epoch + 1}; the same command goes on from there")
+        print(f"stopped in epoch {result.epoch + 1}; rerun the same command to resume")
         return STOPPED
     print(f"best epoch {result.best_epoch} of {result.epoch}; model in {result.out}")
     for split, found in (("val", result.val), ("test", result.test)):

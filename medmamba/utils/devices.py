@@ -17,6 +17,24 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SWAPPING = threading.RLock()
 
 
+def pick_device(name: str) -> torch.device:
+    """Returns the torch device of that name; "auto" selects a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"cannot use device {name!r}: {str(error).splitlines()[0]}; `medmamba doctor` shows what there is"
+        ) from error
+    return device
+
+
 def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerator:
     """Returns an `Accelerator` with its own state, which also works under `accelerate launch` and `torchrun`.
 

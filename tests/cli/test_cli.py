@@ -95,6 +95,18 @@ def test_installed_command():
     assert result.stdout.strip() == f"medmamba {medmamba.__version__}"
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]])
+def test_version_and_help_import_no_torch(arguments):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['medmamba', *{arguments!r}]\n"
+        "try: runpy.run_module('medmamba', run_name='__main__')\n"
+        "except SystemExit as end: print('exit', end.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split()[-4:] == ["exit", "0", "False", "False"]
+
+
 def test_waiting_threads_sleep():
     """Which they must be told before PyTorch is loaded."""
     command = "import medmamba.__main__ as m\ntry: m.main(['--version'])\nexcept SystemExit: pass"

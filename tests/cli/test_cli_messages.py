@@ -317,7 +317,7 @@ def parser():
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone"), "^gone: no such file or directory"),
         (ModuleNotFoundError("No module named 'accelerate'", name="accelerate"), r'pip install "medmamba\[train\]"'),
         (ValueError("window=(1, 2) is x"), r"^window=\(1, 2\) is x$"),
-        (KeyError("oops"), "fault of the program, KeyError.*--debug"),
+        (KeyError("oops"), "unexpected error, KeyError.*--debug"),
     ],
 )
 def test_errors_of_others_in_plain_words(error, says, parser):

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medmamba import create_model
-from medmamba.cli import main as cli
+from medmamba import cli, create_model
 from medmamba.data import (
     SPLITS,
     DatasetError,

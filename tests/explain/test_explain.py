@@ -445,7 +445,7 @@ def test_cancelling(trained, method):
         (dict(baseline=2.0), r"in \[0, 1\]"),
         (dict(n_steps=0), "n_steps must be a whole number of at least 2"),
         (dict(batch_size=0), "batch_size"),
-        (dict(method="gradcam", layer="stage9"), "no layer 'stage9'; there are stage1.conv, stage1.scan, stage1,"),
+        (dict(method="gradcam", layer="stage9"), "no layer 'stage9'; choose from stage1.conv, stage1.scan, stage1,"),
         (dict(method="gradcam", layer="stage1.block2.scan"), "no layer"),
         (dict(method="occlusion", window=99), "stride <= window <= 32"),
         (dict(method="occlusion", window=4, stride=5), "stride <= window"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from test_explain import picture, squares, trained  # noqa: F401  the fixture
 
 import medmamba
-from medmamba.cli import main as cli
+from medmamba import cli
 from medmamba.explain import Assessor, ExplainCancelled, assess, explain, scan_field
 from medmamba.explain.conditions import controlled
 from medmamba.explain.randomisation import SIMILAR, random_states
@@ -416,7 +417,7 @@ def test_scan_field_refuses(trained):  # noqa: F811
 def on_disk(trained, tmp_path, monkeypatch):  # noqa: F811
     from PIL import Image
 
-    monkeypatch.setattr(cli, "SUBCOMMANDS", ("explain",))  # the others import what they need
+    monkeypatch.setattr(sys.modules["medmamba.cli.main"], "SUBCOMMANDS", ("explain",))
     trained.save_pretrained(tmp_path / "model")
     Image.fromarray((picture() * 255).astype(np.uint8)).save(tmp_path / "cell.png")
     monkeypatch.chdir(tmp_path)

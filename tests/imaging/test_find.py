@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medmamba import data
-from medmamba.cli import main as cli
+from medmamba import cli, data
 from medmamba.imaging.find import find_in
 from medmamba.imaging.formats import certain_format, sniff, suffix_of
 from medmamba.imaging.load import expand_inputs, find_images, load_image

@@ -883,7 +883,7 @@ def test_command_line(folder, tmp_path, capsys):
     args = parser.parse_args(command.split())
     assert args.run(args) == 0
     out = capsys.readouterr().out
-    assert "goes on from there" in out and "test: accuracy" in out
+    assert "rerun the same command" in out and "test: accuracy" in out
     assert MedMamba.from_pretrained(tmp_path).config.training["settings"]["augment"]["hflip"] == 0
 
 
