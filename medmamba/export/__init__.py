@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX and torch.export, checked against PyTorch before the file is handed over.
+"""Export to ONNX and torch.export, verified against PyTorch before the file is written.
 
 >>> from medmamba import MedMamba
 >>> from medmamba.export import onnx_session, to_onnx

@@ -1,4 +1,4 @@
-"""What an exported file has to prove before it gets its name."""
+"""Verification of an exported file against PyTorch, before it is moved into place."""
 
 import dataclasses
 import os
@@ -27,24 +27,25 @@ TOLERANCE = 1e-4
 MAX_ACCURACY_LOSS = 0.5  # points
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""Normalised images (B, in_chans, H, W) to outputs (B, num_classes), float32."""
+"""Maps normalised images (B, in_chans, H, W) to outputs (B, num_classes), float32."""
 
 
 class ExportError(RuntimeError):
-    """An export that is not possible, or whose result was wrong; no file was written."""
+    """The export is not possible or its outputs are wrong; no file was written."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what it was held against.
+    """What was written, and how it compares with PyTorch.
 
     Attributes:
-        path, bytes: the file.
+        path, bytes: of the file.
         precision: "fp32", "fp16" or "int8".
-        shapes: of the batches that went through both models, (B, in_chans, H, W).
-        max_difference: largest difference of an output from PyTorch's.
-        accuracy: on the check data, percent, or None; `accuracy_pytorch` is the original's on the same images.
-        images: number of them.
+        shapes: of the batches used for the comparison, (B, in_chans, H, W).
+        max_difference: maximum absolute difference from PyTorch's outputs.
+        accuracy: on the check data, in percent, or None.
+        accuracy_pytorch: of the original model on the same images.
+        images: number of check images.
     """
 
     path: Path
@@ -70,17 +71,17 @@ class ExportReport:
 
 
 def export_view(model: torch.nn.Module) -> MedMamba:
-    """Returns the model in eval mode, float32, on the CPU, sharing what it can; the model itself is not changed.
+    """Returns a view of the model in eval mode, float32 and on the CPU; the model itself is not changed.
 
     Raises:
-        ExportError: not a MedMamba, or its weights are NaN or infinite.
+        ExportError: not a MedMamba, or its weights contain NaN or infinity.
     """
     inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
     if not isinstance(inner, MedMamba):
         raise ExportError(f"only a MedMamba can be exported, got {type(inner).__name__}")
     for name, tensor in inner.state_dict().items():
         if not tensor.isfinite().all():
-            raise ExportError(f"{name} holds NaN or infinity: the model is damaged or its training diverged")
+            raise ExportError(f"{name} contains NaN or infinity: the model is damaged or its training diverged")
     view = frozen_view(inner, torch.float32, torch.device("cpu"))
     carry_over(inner, view)  # its classifier has parameters of its own, and stays the one that the labels name
     return view
@@ -88,7 +89,11 @@ def export_view(model: torch.nn.Module) -> MedMamba:
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends, and vanishes if it raises."""
+    """Yields a temporary path that is renamed to `path` when the block ends, and removed if it raises.
+
+    Raises:
+        ExportError: the folder does not exist, or `path` is a folder.
+    """
     target = Path(path)
     if not target.parent.is_dir():
         raise ExportError(f"there is no folder {target.parent}; create it, or write elsewhere")
@@ -101,10 +106,11 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_batches(config: MedMambaConfig, images: Sequence[Any] = ()) -> list[Tensor]:
-    """Batches of one to three images at the model's size, a larger odd and a smaller rectangular one.
+    """Returns normalised batches of one to three images, at the model's input size and at other sizes and shapes.
 
     Args:
-        images: what `load_image` reads; none: drawn pictures, the same every time.
+        config: of the model.
+        images: inputs of `load_image`; none: synthetic images, the same every time.
     """
     height, width = config.preprocess.input_size
     sizes = [
@@ -127,17 +133,17 @@ def check_batches(config: MedMambaConfig, images: Sequence[Any] = ()) -> list[Te
 
 
 def _draw(count: int, channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Smooth spots on noise, (B, C, H, W) in [0, 1]: outputs differ more between these than between noise alone."""
+    """Returns smooth blobs with noise, (B, C, H, W) in [0, 1]; outputs vary more than for noise alone."""
     coarse = torch.rand(count, channels, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
     return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
 
 
 def compare(run: Run, model: torch.nn.Module, batches: Sequence[Tensor], tolerance: float) -> float:
-    """The largest difference between the outputs of `run` and `model`.
+    """Returns the maximum absolute difference between the outputs of `run` and `model`.
 
     Raises:
-        ExportError: it is more than `tolerance` (times the largest output, where that is over 1), or not a number.
+        ExportError: it exceeds `tolerance` (times the largest output, if that is over 1), or is NaN.
     """
     worst = 0.0
     for batch in batches:
@@ -156,13 +162,16 @@ def compare(run: Run, model: torch.nn.Module, batches: Sequence[Tensor], toleran
 
 
 def open_check_data(path: str | os.PathLike[str], config: MedMambaConfig, limit: int | None = None) -> ImageDataset:
-    """Labelled images as the model takes them: a dataset as `open_dataset` reads them, its test split if it has one.
+    """Opens labelled images, preprocessed for the model: the test split, or all images of a dataset without one.
 
     Args:
-        limit: at most so many images, spread evenly over the set.
+        path: as in `open_dataset`.
+        config: of the model.
+        limit: maximum number of images, evenly spaced.
 
     Raises:
-        DatasetError: no such dataset, or classes that the model does not know. ExportError: a multilabel model.
+        DatasetError: no such dataset, or the model lacks some of its classes.
+        ExportError: the model is multilabel, or `limit` is below 1.
     """
     if config.task != "multiclass":
         raise ExportError("accuracy is defined for models with one class per image; this one is multilabel")
@@ -179,10 +188,10 @@ def open_check_data(path: str | os.PathLike[str], config: MedMambaConfig, limit:
 def check_accuracy(
     run: Run, model: torch.nn.Module, data: ImageDataset, precision: str, batch_size: int = 8
 ) -> tuple[float, float]:
-    """Accuracy of `run` and of `model`, percent.
+    """Returns the accuracies of `run` and of `model`, in percent.
 
     Raises:
-        ExportError: `run` loses more than half a point.
+        ExportError: `run` loses more than half a percentage point.
     """
     right = np.zeros(2)
     for start in range(0, len(data), batch_size):

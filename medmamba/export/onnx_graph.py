@@ -1,7 +1,7 @@
-"""The network as an ONNX graph: `model.py` layer by layer, in the same order and with the same names of weights.
+"""The network as an ONNX graph: the layers of `model/network.py`, in the same order and with the same weight names.
 
-Written out, not traced: the graph is then the same for every version of PyTorch, takes no time to make, and its sizes
-are free without exception. That it computes what `model.py` computes is checked at every export.
+Written by hand instead of traced: the graph does not depend on the version of PyTorch, is built at once, and has fully
+dynamic sizes. Every export is checked against the network.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ IR_VERSION = 8  # of ONNX 1.13, where this set of operators first was
 
 
 class Graph:
-    """Collects nodes and weights. Values are known by their names."""
+    """Collects nodes and weights; values are referred to by name."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -24,7 +24,7 @@ class Graph:
 
     def weight(self, name: str, values: Tensor | np.ndarray | list[int]) -> str:
         array = values.detach().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        # int64 is what ONNX takes for shapes and axes on every platform.
+        # ONNX requires int64 for shapes and axes.
         self.weights[name] = np.ascontiguousarray(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64)
         return name
 
@@ -32,7 +32,7 @@ class Graph:
         return self.weight("ints_" + "_".join(map(str, values)), list(values))
 
     def add(self, op: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Name of the node's output, or a tuple of them."""
+        """Adds a node and returns the name of its output, or a tuple of names."""
         from onnx import helper
 
         names = [f"{op.lower()}_{len(self.nodes)}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
@@ -44,7 +44,7 @@ class Graph:
         return y if bias is None else self.add("Add", y, self.weight(f"{name}.bias", bias))
 
     def conv(self, name: str, x: str, conv: nn.Conv2d) -> str:
-        """(B, C, H, W) to (B, C', H', W')."""
+        """Adds a convolution, (B, C, H, W) to (B, C', H', W')."""
         assert conv.bias is not None and not isinstance(conv.padding, str)
         return self.add(
             *("Conv", x, self.weight(f"{name}.weight", conv.weight), self.weight(f"{name}.bias", conv.bias)),
@@ -69,7 +69,7 @@ class Graph:
 
 
 def build(model: MedMamba) -> Any:
-    """A model in eval mode, float32, on the CPU, to a ModelProto without metadata."""
+    """Returns a ModelProto without metadata for a model in eval mode, float32 and on the CPU."""
     from onnx import TensorProto, helper, numpy_helper
 
     model = model.fuse()
@@ -115,7 +115,7 @@ def _block(g: Graph, name: str, x: str, block: SSConvSSM) -> str:
 
 
 def _conv_branch(g: Graph, name: str, x: str, branch: ConvBranch) -> str:
-    """(B, H, W, C) to (B, H, W, C), of a branch whose batch norms are folded away."""
+    """Adds a convolution branch with folded batch norms, (B, H, W, C) to (B, H, W, C)."""
     affine, conv1, _, conv2, _, pointwise, _ = branch
     x = g.add("Mul", x, g.weight(f"{name}.scale", affine.scale.flatten()))  # type: ignore[operator, union-attr]
     x = g.channels_first(g.add("Add", x, g.weight(f"{name}.shift", affine.shift.flatten())))  # type: ignore[operator, union-attr]
@@ -126,7 +126,7 @@ def _conv_branch(g: Graph, name: str, x: str, branch: ConvBranch) -> str:
 
 
 def _ss2d(g: Graph, name: str, x: str, ssm: SS2D) -> str:
-    """(B, H, W, C) to (B, H, W, C)."""
+    """Adds the scan branch, (B, H, W, C) to (B, H, W, C)."""
     x, gate = g.add("Split", g.linear(f"{name}.in_proj", x, ssm.in_proj.weight), outputs=2, axis=-1, num_outputs=2)
     x = g.silu(g.channels_last(g.conv(f"{name}.conv", g.channels_first(x), ssm.conv)))
     proj = g.linear(f"{name}.x_proj", x, ssm.x_proj.flatten(0, 1))
@@ -138,7 +138,7 @@ def _ss2d(g: Graph, name: str, x: str, ssm: SS2D) -> str:
 
 
 def _merge(g: Graph, name: str, x: str, merging: PatchMerging) -> str:
-    """(B, H, W, C) to (B, H/2, W/2, 2C); an odd last row or column is dropped."""
+    """Adds a 2x2 merge, (B, H, W, C) to (B, H/2, W/2, 2C); an odd last row or column is dropped."""
     size = g.add("Shape", x, start=1, end=3)
     half = g.add("Div", size, g.ints(2))
     x = g.add("Slice", x, g.ints(0, 0), g.add("Mul", half, g.ints(2)), g.ints(1, 2))

@@ -1,4 +1,4 @@
-"""MedMamba as one ONNX file."""
+"""Export to a single ONNX file."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MedMambaConfig
-from ..kernels.backends import cpu as native
+from ..kernels.backends import cpu
 from ..utils.text import json_text
 from .check import (
     TOLERANCE,
@@ -37,29 +37,32 @@ def to_onnx(
     check_limit: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> ExportReport:
-    """Writes an ONNX file for any batch size and any image of at least 32x32 pixels.
+    """Writes an ONNX file that accepts any batch size and any image of at least 32x32 pixels.
 
-    Input `image`: (B, in_chans, H, W) float32, normalised as the metadata says. Output `logits` (B, num_classes), or
-    `features` where the model has no classifier. Labels, preprocessing, calibration and version are in the metadata.
-    Batch norms are folded away. The scan is a function of standard operators, see `onnx_scan`; with the library of
-    `scan_library` ONNX Runtime runs it several times faster.
+    Input `image`: (B, in_chans, H, W) float32, normalised as described in the metadata. Output: `logits`
+    (B, num_classes), or `features` if the model has no classifier. The metadata hold labels, preprocessing, calibration
+    and version. Batch norms are folded. The scan is a function of standard operators, see `onnx_scan`; with the library
+    of `scan_library`, ONNX Runtime runs it several times faster.
 
-    The file only appears after it gave the outputs of PyTorch in ONNX Runtime, with the library and without.
+    The file is written only if its outputs in ONNX Runtime match PyTorch, with the library and without.
 
     Args:
-        model: a `MedMamba`, in any mode; it is not changed.
+        model: a `MedMamba` in any mode; it is not changed.
+        path: of the file.
         precision: "fp32"; "fp16", weights stored in half precision and computed in float32, half the size; "int8",
             convolutions and matrix products quantised, a quarter of the size. The scan is always float32.
-        images: for the comparison, what `load_image` reads; none: drawn pictures. int8 also takes its ranges from
-            these, so it needs a few dozen, of the kind the model is for, and not those of `check_data`.
-        check_data: labelled images as `open_dataset` reads them, which fp16 and int8 have to classify no more than half
-            a point worse than PyTorch.
-        check_limit: at most so many of these, spread evenly.
+        images: inputs of `load_image` for the comparison; none: synthetic images. int8 is calibrated on them, so it
+            needs a few dozen typical images, other than those of `check_data`.
+        check_data: labelled images as in `open_dataset`, on which fp16 and int8 may lose at most half a percentage
+            point of accuracy.
+        check_limit: maximum number of these, evenly spaced.
         tolerance: of the comparison, for fp32.
 
     Raises:
-        ImportError: onnx, onnxruntime or onnxscript is missing. ExportError: see there. ImageError: unreadable image.
-        DatasetError: unusable `check_data`.
+        ImportError: onnx, onnxruntime or onnxscript is missing.
+        ExportError: the export is not possible, or its outputs are wrong.
+        ImageError: an image cannot be read.
+        DatasetError: `check_data` cannot be used.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
@@ -74,7 +77,7 @@ def to_onnx(
     if precision == "int8" and not images:
         raise ExportError("int8 takes the ranges of its numbers from images: give a few dozen as `images`")
     model = export_view(model)
-    # Reduced precision may differ by what does not change the classes; the check data decide.
+    # Reduced precision is judged by its accuracy on the check data instead.
     tolerance = tolerance if precision == "fp32" else float("inf")
     data = open_check_data(check_data, model.config, check_limit) if check_data is not None else None
     batches = check_batches(model.config, images)
@@ -92,8 +95,8 @@ def to_onnx(
         onnx.save(proto, temporary)
         onnx.checker.check_model(os.fspath(temporary))
         difference = 0.0
-        # The library last: what it makes fast is what the accuracy is measured with, where there is one.
-        for library in (False, True) if native.BACKEND.available() else (False,):
+        # The library last, if there is one: the accuracy is then measured with it, which is faster.
+        for library in (False, True) if cpu.BACKEND.available() else (False,):
             run = _runner(temporary, library)
             difference = max(difference, compare(run, model, batches, tolerance))
         accuracy = check_accuracy(run, model, data, precision) if data is not None else (None, None)
@@ -120,7 +123,7 @@ def _runner(path: Path, library: bool) -> Run:
 
 
 def _describe(proto: Any, config: MedMambaConfig, precision: str) -> None:
-    """Everything that somebody with only the file needs; JSON in the values, for all but plain text."""
+    """Writes all metadata needed to use the file on its own; values other than text are JSON."""
     from .._version import __version__
 
     full = config.to_dict()

@@ -1,4 +1,4 @@
-"""Smaller ONNX files. The scan stays in float32: in half precision its recurrence drifts."""
+"""Half precision and int8 for ONNX files. The scan stays in float32: in half precision its recurrence drifts."""
 
 import logging
 import tempfile
@@ -16,8 +16,13 @@ from .check import ExportError
 
 
 def store_half(proto: Any) -> None:
-    """Stores the weights of convolutions and matrix products in float16. Each is cast back to float32, which a runtime
-    does once, when it loads the model."""
+    """Stores the weights of convolutions and matrix products in float16.
+
+    Each is cast back to float32, once, when the runtime loads the model.
+
+    Raises:
+        ExportError: a weight exceeds the range of float16.
+    """
     import onnx
     from onnx import TensorProto, numpy_helper
 
@@ -37,7 +42,7 @@ def store_half(proto: Any) -> None:
 
 
 def quantise(proto: Any, config: MedMambaConfig, images: Sequence[Any]) -> Any:
-    """Convolutions and matrix products in 8 bits, ranges of activations from `images`, of weights by channel."""
+    """Quantises convolutions and matrix products to 8 bits: activations calibrated on `images`, weights per channel."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -68,7 +73,7 @@ def quantise(proto: Any, config: MedMambaConfig, images: Sequence[Any]) -> Any:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """The quantiser asks for batch norms to be folded, which they are."""
+    """Silences logging: the quantiser recommends folding batch norms, which is already done."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""MedMamba as a torch.export program."""
+"""Export to a torch.export program."""
 
 import json
 import os
@@ -21,28 +21,29 @@ CONFIG_FILE = "config.json"  # in the file, beside the program
 def to_torch_export(
     model, path: str | os.PathLike[str], *, images: Sequence[Any] = (), tolerance: float = TOLERANCE
 ) -> ExportReport:
-    """Writes a `.pt2` file for any batch size and any image of at least 32x32 pixels, on the CPU or a GPU.
+    """Writes a `.pt2` file that accepts any batch size and any image of at least 32x32 pixels, on the CPU or a GPU.
 
-    The scan stays one operator, `torch.ops.medmamba.scan_2d`, which chooses its backend where the program runs: loading
-    needs `import medmamba`, and `load_torch_export` does that. Batch norms are folded away. The model's configuration
-    is in the file, as the extra file `config.json`.
+    The scan stays one operator, `torch.ops.medmamba.scan_2d`, which selects its backend at run time: loading the file
+    requires `import medmamba`, which `load_torch_export` does. Batch norms are folded. The file contains the model's
+    configuration as the extra file `config.json`.
 
-    The file only appears after it was loaded again and gave the outputs of the model.
+    The file is written only if the program, loaded again, gives the outputs of the model.
 
     Args:
-        model: a `MedMamba`, in any mode; it is not changed.
-        images: for the comparison, what `load_image` reads; none: drawn pictures.
+        model: a `MedMamba` in any mode; it is not changed.
+        path: of the file; ends in .pt2.
+        images: inputs of `load_image` for the comparison; none: synthetic images.
         tolerance: of the comparison.
 
     Raises:
-        ExportError: the program's outputs are not the model's, or there is no such folder. ImageError: an image
-            cannot be read.
+        ExportError: the outputs differ from the model's, or the folder does not exist.
+        ImageError: an image cannot be read.
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"the name of a torch.export program ends in .pt2, not {os.fspath(path)}")
     model = export_view(model)
     batches = check_batches(model.config, images)
-    # Neither 1 nor equal to each other: torch.export takes such sizes for fixed ones.
+    # torch.export would treat sizes that are 1 or equal to each other as fixed.
     example = torch.zeros(2, model.config.in_chans, 64, 96)
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad():
@@ -64,8 +65,10 @@ def to_torch_export(
 
 
 def _allow_all_sizes(program: torch.export.ExportedProgram, least_size: int) -> None:
-    """Tracing notes every comparison of sizes that PyTorch makes to pick a memory layout, as if the program were wrong
-    for sizes that compare otherwise, such as a last feature map of one pixel. It is not, as the check shows."""
+    """Removes the guards on sizes that tracing records where PyTorch picks a memory layout.
+
+    The program is valid for other sizes too, such as a last feature map of one pixel, as the check confirms.
+    """
     (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     for size, least in zip(image.meta["val"].shape, (1, None, least_size, least_size), strict=True):
         if least is not None:
@@ -75,9 +78,9 @@ def _allow_all_sizes(program: torch.export.ExportedProgram, least_size: int) -> 
 
 
 def load_torch_export(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The program as a module, and the configuration of the model, as in its `config.json`.
+    """Loads a program; returns it as a module, and the configuration of the model, as in its `config.json`.
 
-    A program is code: load files that you made or trust.
+    A program is code: load only files that you trust.
     """
     extra = {CONFIG_FILE: ""}
     program = torch.export.load(os.fspath(path), extra_files=extra)
