@@ -122,9 +122,7 @@ def check_section(results: Sequence[dict[str, Any]]) -> str:
 
 def speed_section(results: Sequence[dict[str, Any]]) -> str:
     """Times of `tiny`, a pair of columns per machine."""
-    lines = [
-        "### Speed\n\n`tiny` at 224 pixels, 8 classes; integrated gradients with 50 points. Median; in brackets"
-    ]
+    lines = ["### Speed\n\n`tiny` at 224 pixels, 8 classes; integrated gradients with 50 points. Median; in brackets"]
     lines[0] += " minimum and maximum; and the equivalent number of forward passes of one image.\n"
     lines += [f"- {chr(65 + i)}: {r['machine']}; {r['rounds'] - 1} rounds." for i, r in enumerate(results)]
     lines.append("\n| | " + " | ".join(f"{chr(65 + i)}: seconds | passes" for i in range(len(results))) + " |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,6 +19,7 @@ from ..imaging.preprocess import normalise
 from ..model import MedMamba
 from ..utils.devices import autocast
 from ..utils.modes import eval_view
+from ..utils.precision import FullPrecision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,7 +62,8 @@ def predict_logits(
     visible = progress and accelerator.process_index == 0
     for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
         images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
-        with autocast(accelerator, enabled=not full_precision):
+        exact = FullPrecision() if full_precision and accelerator.device.type == "cuda" else contextlib.nullcontext()
+        with exact, autocast(accelerator, enabled=not full_precision):
             found.append(view(images.contiguous(memory_format=torch.channels_last)).float())
     logits = torch.cat(found)
     return (logits if processes == 1 else accelerator.gather(logits))[:count].cpu()

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..imaging.image import Window
 from ..imaging.load import ImageError, MedicalImage, load_image
 from ..imaging.preprocess import preprocess
 from ..utils.modes import eval_view, unwrap
+from ..utils.precision import FullPrecision
 from .fitted import in_force
 
 UNUSUAL = "warning: this does not look like the images the model was trained on; its answer may mean nothing"
@@ -189,7 +191,9 @@ def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
         table = view.head.__dict__["_forward_pre_hooks"].copy()  # the view's own, from here on
         view.head.__dict__["_forward_pre_hooks"] = table
         view.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
-    logits = view(batch.to(weight.device, weight.dtype))
+    # Else an explanation in another thread, which turns TF32 off for the process, would change the answer.
+    with FullPrecision() if weight.is_cuda and weight.dtype == torch.float32 else nullcontext():
+        logits = view(batch.to(weight.device, weight.dtype))
     classes = view.config.num_classes
     if classes and (not isinstance(logits, Tensor) or logits.shape != (len(batch), classes)):
         found = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -13,7 +13,7 @@ from PIL import Image
 
 import medmamba
 from medmamba.explain import ExplainCancelled, compare, explain, layers, methods
-from medmamba.explain.conditions import FullPrecision
+from medmamba.utils.precision import FullPrecision
 from medmamba.explain.explanation import to_image_size
 from medmamba.explain.regions import grid, make_baseline, superpixels
 from medmamba.explain.subject import default_batch_size, frozen_view, resolve_target
