@@ -179,16 +179,14 @@ def _exporting() -> bool:
     Raises:
         RuntimeError: the export is that of torch.onnx, which cannot translate the scan.
     """
-    if torch.compiler.is_dynamo_compiling():  # torch.compile, which PyTorch 2.11 reports as an export too
-        return False
-    if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
-        return False
-    if _exporting_onnx():
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if exporting and _exporting_onnx():
         raise RuntimeError(
             "torch.onnx.export does not know the selective scan: use medmamba.export.to_onnx(model, 'model.onnx'), "
             "or `medmamba export MODEL --to onnx --out model.onnx`"
         )
-    return True
+    # PyTorch 2.11 reports torch.compile as an export too.
+    return exporting and not torch.compiler.is_dynamo_compiling()
 
 
 @torch.compiler.assume_constant_result  # otherwise torch.export traces it to False
