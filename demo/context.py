@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from medmamba.cards.card import ModelFacts, read_facts
-from medmamba.cards.licences import LicenceError
+from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.inference.ood import Unusual, load_unusual
 from medmamba.pretrained import fetch
 from medmamba.utils.checksums import WEIGHTS_NAME

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from medmamba import MedMamba
-from medmamba.cards.card import ModelFacts, read_facts
-from medmamba.cards.licences import LicenceError
+from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.config import MedMambaConfig
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits

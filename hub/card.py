@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.cards.card import EXAMPLE_NAME, write_card
+from medmamba.cards import EXAMPLE_NAME, write_card
 
 from .golden import GOLDEN_NAME, write_golden
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from medmamba import ConversionError, MedMamba, load_upstream
-from medmamba.cards.card import default_repo, write_card
+from medmamba.cards import default_repo, write_card
 from medmamba.cards.licences import UPSTREAM_URL
 from medmamba.data import DatasetError, alphabetical_permutation, open_dataset, registry
 from medmamba.data.registry import DatasetEntry

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba import MedMamba, __version__
-from medmamba.cards.card import CARD_NAME, default_repo
+from medmamba.cards import CARD_NAME, default_repo
 from medmamba.config import ORGANISATION
 from medmamba.pretrained import PretrainedError, bundled_models
 
@@ -63,7 +63,7 @@ def publish(
         repo: "org/name"; created if it does not exist.
         private: create a private repository. An existing one keeps its visibility.
         revision: branch; created from main if missing.
-        licence, permission: see `medmamba.cards.card.read_facts`.
+        licence, permission: see `medmamba.cards.read_facts`.
         dry_run: stop before the first request to the Hub and return None.
         say: called with progress messages.
 
@@ -240,7 +240,7 @@ def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, 
 
 def _note(folder: Path) -> str:
     """Summarises the test results of a model in one line."""
-    from medmamba.cards.card import read_facts
+    from medmamba.cards import read_facts
 
     facts = read_facts(folder)
     if not facts.split:

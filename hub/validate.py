@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.cards.card import (
+from medmamba.cards import (
     CARD_NAME,
     CardError,
+    LicenceError,
     ModelFacts,
     check_card,
     default_repo,
@@ -16,7 +17,6 @@ from medmamba.cards.card import (
     render_card,
     write_card,
 )
-from medmamba.cards.licences import LicenceError
 from medmamba.config import ConfigError
 from medmamba.inference.fitted import FINGERPRINT
 from medmamba.pretrained import PretrainedError
@@ -62,7 +62,7 @@ def validate(
     """Checks a folder and reports all problems at once. Writes README.md and golden.json if they are missing.
 
     Args:
-        licence, permission: see `medmamba.cards.card.read_facts`.
+        licence, permission: see `medmamba.cards.read_facts`.
         private: the target repository is private, where weights without a licence are allowed.
     """
     report = Report(folder)

@@ -14,7 +14,7 @@ MODULES = {  # under medmamba: old name -> new name
     "_image": "imaging.image",
     "archives": "pretrained.archives",
     "calibrate": "metrics.calibration",
-    "card": "cards.card",
+    "card": "cards",
     "card_text": "cards.sections",
     "checksums": "utils.checksums",
     "cli_doctor": "cli.doctor",

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from medmamba.cards.card import read_facts
+from medmamba.cards import read_facts
 from medmamba.config import ConfigError
 from medmamba.data import DatasetError
 from medmamba.imaging.load import ImageError

@@ -1,4 +1,4 @@
-"""The sections of a model card, as Markdown; see `medmamba.cards.card`."""
+"""The sections of a model card, as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data.registry import DatasetEntry
 from ..metrics import PAPER_COLUMNS, TITLES
 
 if TYPE_CHECKING:
-    from .card import ModelFacts
+    from .facts import ModelFacts
 
 PAPER = """@article{yue2024medmamba,
   title   = {MedMamba: Vision Mamba for Medical Image Classification},
@@ -21,12 +21,12 @@ PAPER = """@article{yue2024medmamba,
   journal = {arXiv preprint arXiv:2403.03849},
   year    = {2024}
 }"""
-# Settings that a run takes from flags of its own, or that only describe a recipe.
+# Settings with command-line flags of their own, or that only describe a recipe.
 _NOT_SETTINGS = ("name", "description")
 
 
 def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
-    """Title and text of every section, in order; a text is empty where there is nothing to say."""
+    """Returns title and text of every section, in order; the text is empty where a section does not apply."""
     return [
         ("Model", _model(facts)),
         ("How to use", _use(facts, repo_id)),
@@ -55,7 +55,7 @@ def _model(facts: ModelFacts) -> str:
         f"{modality}. {task}\n\n"
         f"Input: {_channels(c.in_chans)}, {p.input_size[1]}x{p.input_size[0]} pixels, {_crop(p.crop_mode)}, "
         f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}. `model.predict` does this "
-        f"itself.\n\nClasses, numbered from 0:\n\n{classes}"
+        f"for you.\n\nClasses, numbered from 0:\n\n{classes}"
     )
 
 
@@ -80,8 +80,8 @@ def _intended(facts: ModelFacts) -> str:
         f"Research and teaching: as a baseline, as a start for fine-tuning, and for studying attribution, on images of "
         f"{of}.\n\n"
         "Not for clinical use: not for diagnosis, triage, screening or treatment, and not as a second opinion. It is "
-        "no medical device, has no regulatory clearance, and was never tested prospectively or on another site's "
-        "images. Images of another kind still get a class; the probabilities then mean nothing."
+        "not a medical device, has no regulatory clearance, and was never tested prospectively or on images of another "
+        "site. Images of another kind are still assigned a class; the probabilities are then meaningless."
     )
 
 
@@ -91,7 +91,7 @@ def _origin(facts: ModelFacts) -> str:
         return ""
     check = origin["check"]
     moved = origin.get("class_order")
-    order = f" Its outputs were put into the official class order; output k was class {moved}." if moved else ""
+    order = f" Its outputs were reordered to the official class order; output k was class {moved}." if moved else ""
     return (
         f"Converted from a checkpoint of the published code, `{origin['file']}` (SHA-256 `{origin['sha256']}`), by "
         f"`python -m hub.convert`. The weights were trained and are owned by their authors: {origin['url']}. Nobody "
@@ -105,7 +105,7 @@ def _origin(facts: ModelFacts) -> str:
 def _data(facts: ModelFacts) -> str:
     t, entry = facts.config.training, facts.entry
     name = f"[{entry.title}]({entry.source.url})" if entry else f"{facts.dataset}"
-    lines = [f"{name}." if entry else f"{name}, not in the registry of medmamba."]
+    lines = [f"{name}." if entry else f"{name}, which is not in the registry of medmamba."]
     if entry and entry.source.doi:
         lines[0] = f"{name}, doi:{entry.source.doi}."
     if t.get("origin"):
@@ -114,9 +114,9 @@ def _data(facts: ModelFacts) -> str:
         lines.append(f"Images: {', '.join(f'{n} {split}' for split, n in sizes.items())}. Split: {t.get('split')}.")
         if entry and entry.splits and dict(entry.splits) != sizes:
             official = ", ".join(f"{n} {split}" for split, n in entry.splits.items())
-            lines.append(f"This is not the published split ({official}): compare figures with care.")
+            lines.append(f"This is not the published split ({official}): compare metrics with care.")
     if entry:
-        lines.append(f"Of the published split it is known: {entry.split_rule.note}")
+        lines.append(f"About the published split: {entry.split_rule.note}")
         if not entry.group_pattern and entry.n_patients is None:
             lines.append("Patients are not identified in these data, so the split may not separate them.")
     if t.get("note"):
@@ -131,13 +131,13 @@ def _data(facts: ModelFacts) -> str:
 def _evaluation(facts: ModelFacts) -> str:
     if not facts.split:
         quoted = _published_row(facts)
-        said = "Nothing was measured for this card: the checkpoint comes without predictions or its test images."
-        return f"{said}\n\n{quoted}" if facts.config.training.get("origin") else "Nothing was measured for this card."
+        said = "Not evaluated for this card: the checkpoint comes without predictions and without its test images."
+        return f"{said}\n\n{quoted}" if facts.config.training.get("origin") else "Not evaluated."
     evaluation = facts.evaluations[facts.split]
-    by = "images" if evaluation.resampled_by == "image" else "patients"
+    by = "images" if evaluation.resampled_by == "image" else f"{evaluation.unit}s"
     text = [
-        f"On the {facts.split} split, in float32. The figures vary by the interval if other {by} of the same kind had "
-        "been drawn; they vary more between hospitals and devices, which nothing here measures.",
+        f"On the {facts.split} split, in float32. The intervals say how much the metrics would vary with other {by} of "
+        "the same kind; they vary more between hospitals and devices, which was not measured.",
         "{figures}",
     ]
     if "confusion.png" in facts.pictures:
@@ -166,7 +166,7 @@ def _published_row(facts: ModelFacts) -> str:
 def _calibration(facts: ModelFacts) -> str:
     calibration = facts.config.calibration
     if not calibration.get("temperature"):
-        return "Not calibrated: the probabilities are a softmax of the logits, and as a rule too sure of themselves."
+        return "Not calibrated: the probabilities are a softmax of the logits, which is usually overconfident."
     text = f"Logits are divided by {calibration['temperature']:.3f}, fitted on the validation split"
     before = facts.results.get("splits", {}).get(facts.split, {}).get("uncalibrated", {}).get("ece")
     if facts.split and before is not None:
@@ -177,7 +177,7 @@ def _calibration(facts: ModelFacts) -> str:
         ood = calibration["ood"]
         text += (
             f" Images whose {ood['score']} score is above {ood['threshold']:.3g} ({1 - ood['coverage']:.0%} of the "
-            "validation images) are reported as unusual: a heuristic, not a guarantee."
+            "validation images) are reported as unusual (out of distribution): a heuristic, not a guarantee."
         )
     return text + ("\n\n![Reliability diagram](reliability.png)" if "reliability.png" in facts.pictures else "")
 
@@ -186,18 +186,19 @@ def _unusual(facts: ModelFacts) -> str:
     if facts.unusual is None:
         return ""
     rule = (
-        "`predict` and the web app call an image unusual if its features lie further from those of every class than "
-        f"those of {facts.unusual.coverage:.0%} of the validation images do (`unusual.json`, `medmamba.inference.ood`)"
+        "Out-of-distribution (OOD) detection: `predict` and the web app flag an image as unusual if its features lie "
+        f"further from those of every class than those of {facts.unusual.coverage:.0%} of the validation images do "
+        "(`unusual.json`, `medmamba.inference`)"
     )
-    limit = "An image that is not called unusual may still be of no class the model knows."
+    limit = "An image that is not flagged may still belong to none of the classes."
     if not _others(facts):
-        return f"{rule}. What this catches was not measured. {limit}"
+        return f"{rule}. Its detection rate was not measured. {limit}"
     own = facts.unusual.measured["own"]
     rows = [[f"{facts.dataset}, its own test images", own["n"], f"{own['called_unusual']:.1%}", ""]]
     rows += [
         [name, row["n"], f"{row['called_unusual']:.1%}", f"{row['auroc']:.3f}"] for name, row in _others(facts).items()
     ]
-    lines = [["Images of", "Number", "Called unusual", "AUROC against its own"], ["---"] * 4, *rows]
+    lines = [["Images", "Number", "Flagged as unusual", "AUROC against its own test images"], ["---"] * 4, *rows]
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
     return f"{rule}. Measured:\n\n{table}\n\n{_energy(facts)}{limit}"
 
@@ -207,13 +208,13 @@ def _energy(facts: ModelFacts) -> str:
     if not found or min(found) >= 0.7:
         return ""
     return (
-        "The usual score of the logits, their energy, would fail where it is needed most: against these images its "
-        f"AUROC is {min(found):.2f} to {max(found):.2f}.\n\n"
+        "The common energy score of the logits is unreliable on these images: its AUROC is "
+        f"{min(found):.2f} to {max(found):.2f}.\n\n"
     )
 
 
 def _others(facts: ModelFacts) -> dict[str, Any]:
-    """Dataset to what was measured on its images; {} where nothing was."""
+    """Returns OOD metrics by dataset; {} where none were measured."""
     return dict(facts.unusual.measured.get("auroc", {})) if facts.unusual else {}
 
 
@@ -229,27 +230,27 @@ def _attribution(facts: ModelFacts) -> str:
         return ""
     return (
         "![Attribution example](attribution.png)\n\n"
-        "One image by several methods of `medmamba.explain`. A map says what moved this model's output, not where a "
-        f"disease is.{f' Image: {facts.example}.' if facts.example else ''}"
+        "One image, explained by several methods of `medmamba.explain`. An attribution map shows what influenced the "
+        f"output of this model, not where a disease is.{f' Image: {facts.example}.' if facts.example else ''}"
     )
 
 
 def _limits(facts: ModelFacts) -> str:
     entry = facts.entry
     limits = [
-        "Trained on one collection: expect lower figures on other devices, sites, protocols and populations.",
-        "Groups of patients (age, sex, skin tone, ...) were not analysed separately.",
+        "Trained on one collection: expect lower performance on other devices, sites, protocols and populations.",
+        "Performance was not analysed by subgroup (age, sex, skin tone, ...).",
     ]
     if entry and entry.group_unit and entry.group_pattern:
         limits.append(
-            f"Images of one {entry.group_unit} resemble each other; where a split mixes them, figures flatter."
+            f"Images of one {entry.group_unit} resemble each other; a split that mixes them inflates the metrics."
         )
     if facts.split:
         limits += list(facts.evaluations[facts.split].notes)
         if facts.config.training.get("seed") is not None:
-            limits.append("The figures are those of one training run; other seeds give others.")
+            limits.append("The metrics are from one training run; other seeds give other results.")
     if facts.terms.non_commercial:
-        limits.append("The data exclude commercial use.")
+        limits.append("The data may not be used commercially.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 
@@ -275,13 +276,13 @@ def _reproduce(facts: ModelFacts) -> str:
         f"```bash\n{lines}\n```\n\n"
         f"It was run on {t.get('device', 'an unrecorded device')} in {precision} precision, "
         f"{t.get('seconds', 0) / 60:.0f} minutes, with {versions or 'unrecorded versions'}. Of "
-        f"{t.get('epochs')} epochs, number {t.get('best_epoch')} was the best on validation, by "
+        f"{t.get('epochs')} epochs, epoch {t.get('best_epoch')} was best on validation, by "
         f"{' then '.join(t.get('selected_by', []))}. All settings are in `results.json`."
     )
 
 
 def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
-    """Those of `hub.zoo`, for a model whose record names one of its recipes and a start that no --from could name."""
+    """Returns the commands of `hub.zoo` that train a model of one of its recipes; [] for other models."""
     t = facts.config.training
     if not facts.entry or not str(t.get("recipe")).startswith("zoo-"):
         return []
@@ -299,7 +300,7 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
 
 
 def _changed_settings(training: dict[str, Any]) -> list[str]:
-    """`key=value` for every setting that differs from the named recipe."""
+    """Returns `key=value` for every setting that differs from the named recipe."""
     from ..training.recipe import RecipeError, load_recipe
 
     settings = training.get("settings", {})
@@ -334,7 +335,7 @@ def _licence(facts: ModelFacts) -> str:
     text = f"Weights: [{name}]({terms.link})" if terms.link else f"Weights: {name}"
     text += f" ({terms.reason})." if terms.reason else "."
     if terms.needs_permission:
-        text += " Without their permission you may not pass these weights on."
+        text += " You may not redistribute these weights without their permission."
     return f"{text} Code: Apache-2.0."
 
 

@@ -68,7 +68,7 @@ class Evaluation:
         task: "multiclass" or "multilabel".
         classes: names in the order of the label indices.
         n_images: number of images.
-        n_patients: number of patients; None where unknown.
+        n_patients: number of patients, or of other groups (see `unit`); None where unknown.
         overall: metrics by name. Precision, sensitivity, specificity, F1, AUROC and AUPRC are macro averages over the
             classes that occur.
         per_class: one row per class.
@@ -81,6 +81,7 @@ class Evaluation:
         ece_bins: bins of the ECE.
         notes: caveats, such as classes without images.
         context: further information on the evaluation: model, dataset, split, date.
+        unit: what `n_patients` counts: "patient", "lesion", "group".
     """
 
     task: str
@@ -98,6 +99,7 @@ class Evaluation:
     ece_bins: int
     notes: tuple[str, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "patient"
 
     def __getitem__(self, name: str) -> float:
         """Returns the value of an overall metric: `evaluation["auroc"]`."""
@@ -139,7 +141,7 @@ class Evaluation:
 
     def to_markdown(self) -> str:
         """Returns tables of overall metrics, classes and the confusion matrix, for a model card or a terminal."""
-        who = f"{self.n_images} images" + (f" of {self.n_patients} patients" if self.n_patients is not None else "")
+        who = f"{self.n_images} images" + (f" of {self.n_patients} {self.unit}s" if self.n_patients is not None else "")
         lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
         lines += _table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])
         columns = list(self.per_class[0].scores) if self.per_class else []
@@ -158,7 +160,8 @@ class Evaluation:
     def _interval_text(self) -> str:
         if not self.resamples:
             return "No intervals."
-        by = f"by {self.resampled_by}" + (", stratified by class" if self.task == "multiclass" else "")
+        unit = "image" if self.resampled_by == "image" else self.unit
+        by = f"by {unit}" + (", stratified by class" if self.task == "multiclass" else "")
         return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
 
 

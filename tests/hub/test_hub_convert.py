@@ -142,7 +142,7 @@ def test_the_card_says_whose_the_weights_are(saved, tmp_path):
     assert card.data.license_link == "https://github.com/YubiaoYue/MedMamba"
     assert card.data.eval_results is None  # the authors' figures are quoted, not claimed
     assert "owned by their authors" in card.text and "all rights are theirs" in card.text
-    assert "Without their permission you may not pass these weights on" in card.text
+    assert "You may not redistribute these weights without their permission" in card.text
     assert "MedMamba_kvasir.pth" in card.text and "Not for clinical use" in card.text
 
 

@@ -12,7 +12,7 @@ from hub.golden import GOLDEN_NAME, check_golden
 from hub.publish import model_folders
 from hub.validate import validate
 from medmamba import MedMamba
-from medmamba.cards.card import EXAMPLE_NAME, read_facts, render_card
+from medmamba.cards import EXAMPLE_NAME, read_facts, render_card
 from medmamba.inference.ood import load_unusual
 
 FOLDERS = model_folders()
