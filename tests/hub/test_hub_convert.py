@@ -178,7 +178,7 @@ def test_folders_named_by_numbers_are_sorted_as_text(saved, tmp_path):
     images = torch.randn(1, 3, 32, 32)
     raw, fixed = as_is.model(images)[0], MedMamba.from_pretrained(moved.folder)(images)[0]
     torch.testing.assert_close(fixed[list(moved.order)], raw)
-    assert "put into the official class order" in (moved.folder / "README.md").read_text()
+    assert "reordered to the official class order" in (moved.folder / "README.md").read_text()
 
 
 def test_class_indices_of_numbers_tell_the_order(saved, tmp_path):

@@ -48,8 +48,9 @@ def test_the_wheel_holds_the_package_and_one_model(wheel):
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "medmamba").rglob("*")
-        if path.is_file() and path.suffix in (".py", ".json") and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in (".py", ".json", ".typed") and "__pycache__" not in path.parts
     }
+    assert "medmamba/py.typed" in package
     assert package <= set(names)
     assert "medmamba/kernels/lib/linux-x86_64.so" in names and "medmamba/kernels/lib/windows-x86_64.dll" in names
     assert wheel.stat().st_size < LARGEST
