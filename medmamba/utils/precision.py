@@ -14,10 +14,10 @@ import torch
 class FullPrecision:
     """Turns TF32 off for float32 matrix products and convolutions on NVIDIA GPUs while any thread is inside.
 
-    PyTorch has this setting per process only. Prediction, evaluation and explanation all run inside, so their answers do
-    not depend on what other threads do; float32 layers that a caller runs itself at the same time also run in full
-    float32, and their results change within rounding. bfloat16 and float16 are not affected. The last thread to leave
-    restores the settings.
+    PyTorch has this setting per process only. Prediction, evaluation and explanation all run inside, so their answers
+    do not depend on other threads. float32 layers that a caller runs itself at the same time also run in full float32,
+    and their results change within rounding. bfloat16 and float16 are not affected. The last thread to leave restores
+    the settings.
     """
 
     _lock: ClassVar = threading.Lock()

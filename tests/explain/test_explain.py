@@ -13,12 +13,12 @@ from PIL import Image
 
 import medmamba
 from medmamba.explain import ExplainCancelled, compare, explain, layers, methods
-from medmamba.utils.precision import FullPrecision
 from medmamba.explain.explanation import to_image_size
 from medmamba.explain.regions import grid, make_baseline, superpixels
 from medmamba.explain.subject import default_batch_size, frozen_view, resolve_target
 from medmamba.imaging.load import load_image
 from medmamba.imaging.preprocess import normalise, preprocess
+from medmamba.utils.precision import FullPrecision
 
 METHODS = list(methods())
 
