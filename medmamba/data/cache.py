@@ -30,7 +30,7 @@ from .dataset import DatasetError, ImageDataset, to_tensor
 from .identity import FileIndex, contents, files_of, reading_code
 from .pixels import Pixels, Warnings
 
-FORMAT = 2
+FORMAT = 3
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _TOO_DEEP = 17  # exit code of a process that found an image of more than 8 bits
@@ -199,7 +199,7 @@ def _from_file(
             said = pixels.warnings()
             _sidecar_path(path).unlink(missing_ok=True)  # until it is written again, there is nothing to use
             pixels.publish()
-        record = {"format": FORMAT, **key, "images": index.hashes([path])[0], "warnings": said}
+        record = {"format": FORMAT, **key, "images": index.hashes([path], digest=_checksum)[0], "warnings": said}
         _write_sidecar(path, record, [*sources, path], index)
     return _map(path, shape), said
 
@@ -220,7 +220,7 @@ def _load(
     for name, reason in _REASONS.items():
         if record.get(name) != key[name]:
             raise _Stale(reason)
-    if index.hashes([path]) != [record["images"]]:
+    if index.hashes([path], digest=_checksum) != [record["images"]]:
         raise _Stale("damaged")
     try:
         images = _map(path, shape)
@@ -256,6 +256,23 @@ def _digest(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _checksum(file: Any) -> str:
+    """Returns a checksum of an open file of decoded images, which detects damage and takes a sixth of SHA-256's time.
+
+    SHA-256 of the sums of the 64-bit words of each 4 KiB: blind only to words exchanged within 4 KiB and to changes
+    that cancel out.
+    """
+    digest, block, size = hashlib.sha256(), memoryview(bytearray(2**18)), 0
+    words = np.frombuffer(block, np.uint64).reshape(-1, 512)
+    while count := file.readinto(block[size:]):
+        size += count
+        if size == len(block):
+            digest.update(words.sum(1, dtype=np.uint64))
+            size = 0
+    digest.update(block[:size])
     return digest.hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,17 @@ class FileIndex:
         paths = {os.path.abspath(file) for file in files}
         return {path: self._known[path] for path in sorted(paths) if path in self._known}
 
-    def hashes(self, files: Sequence[Path], workers: int | None = None) -> list[str]:
+    def hashes(
+        self, files: Sequence[Path], workers: int | None = None, digest: Callable[[Any], str] | None = None
+    ) -> list[str]:
         """Returns the SHA-256 (its first 32 hex digits) of each file, reading only files that may have changed.
 
         A file that cannot be read has the hash "unreadable"; reading it later raises the reason.
+
+        Args:
+            files: paths of the files.
+            workers: threads that read.
+            digest: returns the hash of an open file; None: SHA-256.
         """
         paths = [os.path.abspath(file) for file in files]
         found: dict[str, str] = {}
@@ -69,8 +76,9 @@ class FileIndex:
             else:
                 unknown.append(path)
         if unknown:
+            look = functools.partial(_look, digest=digest or _hash)
             with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-                for path, row in zip(unknown, pool.map(_look, unknown), strict=True):
+                for path, row in zip(unknown, pool.map(look, unknown), strict=True):
                     self._known.pop(path, None)
                     if row is not None:
                         self._known[path] = row
@@ -119,13 +127,13 @@ def reading_code() -> str:
     return digest.hexdigest()[:32]
 
 
-def _look(path: str) -> list[Any] | None:
+def _look(path: str, digest: Callable[[Any], str]) -> list[Any] | None:
     """Returns a row of the index, or None for a file that cannot be read."""
     now = time.time_ns()
     try:
         with open(path, "rb", buffering=0) as file:
             signature = _row(os.fstat(file.fileno()))  # of before: what changes meanwhile is seen next time
-            return [*signature, _hash(file), now]
+            return [*signature, digest(file), now]
     except OSError:
         return None
 

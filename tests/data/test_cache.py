@@ -1,5 +1,6 @@
 """The cache of decoded images: used again for the same content alone, as deep as the files, and whole or absent."""
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 
 from medmamba.config import PreprocessConfig
 from medmamba.data import DatasetError, ImageDataset, Record, cache_images, identity, open_dataset
+from medmamba.data.cache import _checksum
 from medmamba.data.identity import FileIndex, contents
 from medmamba.data.pixels import Pixels, group_warnings
 from medmamba.imaging.load import MedicalImage, load_image
@@ -207,6 +209,29 @@ def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, damage):
         warnings.simplefilter("error")
         cache_images(dataset, SIZE, file=file)
     assert sorted(path.name for path in file.parent.iterdir()) == ["c.npy", "c.npy.json"]
+
+
+def test_the_checksum_of_a_cache_sees_every_kind_of_damage():
+    class Trickle(io.BytesIO):
+        def readinto(self, buffer):  # as a network file system may
+            return super().readinto(buffer[:100_000])
+
+    whole = np.random.default_rng(0).integers(0, 256, 3 * 2**18 + 100, np.uint8).tobytes()
+    half = len(whole) // 2
+    damaged = [
+        whole[:-1],
+        whole[: 2**18],
+        whole + b"\0",
+        whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :],  # one bit
+        whole[: 2**18] + bytes(4096) + whole[2**18 + 4096 :],  # a block of zeros
+        whole[2**18 : 2**19] + whole[: 2**18] + whole[2**19 :],  # exchanged
+        whole[4096:8192] + whole[:4096] + whole[8192:],
+        whole[:-100] + bytes(100),
+        b"",
+    ]
+    assert _checksum(Trickle(whole)) == _checksum(io.BytesIO(whole))
+    found = {_checksum(io.BytesIO(data)) for data in [whole, *damaged]}
+    assert len(found) == 1 + len(damaged)
 
 
 def test_of_two_that_want_one_cache_one_makes_it(tmp_path, monkeypatch):
