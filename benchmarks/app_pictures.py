@@ -56,7 +56,7 @@ def _classify(page: Any) -> Any:
 
 def _explain(page: Any) -> Any:
     _classify(page)
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
     page.get_by_label("Check the maps").check()
     page.locator("#mm-run-explain").click()

@@ -1,7 +1,7 @@
-"""The web app."""
+"""The medmamba web app: classify, explain and fine-tune in the browser, plus an HTTP API."""
 
 import os
 
-# Before PyTorch is loaded, and for the training processes: threads that wait for each other sleep instead of spinning.
-# A server shares its cores, with its own training for one; there, spinning made two epochs take 80 s instead of 10.
+# Must precede the import of PyTorch; training processes inherit it. Waiting threads sleep instead of spinning: with
+# spinning, two epochs of fine-tuning beside the server took 80 s instead of 10.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,4 +1,4 @@
-"""Messages of the package for people who sit before the app, and for programs that call it: what *they* can do."""
+"""Rewording of the package's messages for visitors of the app and for clients of its API."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from medmamba.utils.advice import spelled
 WARNING = "warning: "
 _KIND = re.compile(r"^[a-z][a-z0-9-]*: ")
 _FOR_PYTHON = re.compile(r"\b(?:frame|window|classes)=|numpy\.|\bpass \w|medmamba \w+ --|--(?:frame|window)\b")
-"""What only somebody who writes Python, or a command, can follow."""
+"""Advice that applies only to Python code or the command line."""
 
 
 def in_app(text: object) -> str:
-    """A note, warning or error without its prefix, its kind and clauses that only a programmer can follow."""
+    """Strips the prefix, the kind and programmer-only clauses from a note, warning or error."""
     said = str(text).removeprefix(WARNING)
     said = _KIND.sub("", said, count=1) if str(text).startswith(WARNING) else said
     clauses = re.split(r"(; |(?<=[^.])\. (?=[A-Z])| \((?=frame=))", said)
@@ -27,7 +27,7 @@ def in_app(text: object) -> str:
 
 
 def for_programs(text: object) -> str:
-    """A note, warning or error in the words of the endpoints, whose fields are called differently."""
+    """Rewrites a note, warning or error with the field names of the API."""
     return spelled(str(text), {"window": _window_fields})
 
 
@@ -39,25 +39,25 @@ def _window_fields(value: str) -> str:
 
 
 def of_problem(problem: Exception, program: bool = False, alone: bool = True) -> str:
-    """What to do about an image that could not be read.
+    """Returns advice for an image that could not be read.
 
     Args:
-        program: for one that calls the endpoints, which have fields instead of controls.
-        alone: whether it is the only image, so that controls are shown for it.
+        program: whether the reader is an API client, with fields instead of controls.
+        alone: whether it is the only image, so that its controls are visible.
     """
     if isinstance(problem, FrameNeeded):
-        how = f"give frame, 0 to {problem.n_frames - 1}" if program else "open it alone to choose one under Frame"
-        return f"this file holds {problem.n_frames} frames; {how}"
+        how = f"set frame, 0 to {problem.n_frames - 1}" if program else "open it on its own and choose one under Frame"
+        return f"this file has {problem.n_frames} frames; {how}"
     if isinstance(problem, WindowNeeded):
         low, high = problem.value_range
-        how = "set level and width, or take the range of its values"
-        how = "give window_center and window_width" if program else how if alone else f"open it alone to {how}"
-        return f"its values, {low:g} to {high:g}, declare no range of brightness; {how}"
+        how = "set level and width, or use its full value range"
+        how = "set window_center and window_width" if program else how if alone else f"open it on its own to {how}"
+        return f"its values run from {low:g} to {high:g}, and the file declares no display window; {how}"
     return str(problem)
 
 
 def plain(message: object, *paths: Path) -> str:
-    """An error text without the server's own paths."""
+    """Returns an error text without paths of the server."""
     text = str(message)
     for path in paths:
         text = text.replace(str(path), path.name)

@@ -1,7 +1,7 @@
-"""Endpoints for programs, named and stable: `/models`, `/classify`, `/classify_batch`, `/explain`.
+"""Stable API endpoints: `/models`, `/classify`, `/classify_batch`, `/explain`.
 
-They share nothing with the pages but the models: each call brings its file, which is deleted some minutes later. What
-they take is checked, field by field; every refusal says which field and why, and no number in an answer is NaN.
+They share only the models with the pages: each call uploads its own file, which is deleted some minutes later. Every
+field is validated, errors name the field and the reason, and responses contain no NaN.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ ENDPOINTS = {
     "classify_batch": ("files", "model"),
     "explain": ("file", "model", "method", "target", "check", *_VIEW),
 }
-"""Names of the parameters of each endpoint, in order."""
+"""Parameter names of each endpoint, in order."""
 
 
 def build(context: Context) -> None:
-    """Adds the endpoints; to be called inside `gr.Blocks`. Their components are never shown."""
+    """Adds the endpoints, with invisible components. Call inside `gr.Blocks`."""
     limits = context.options.limits
 
     def accept(files: list[str]) -> None:
@@ -49,11 +49,11 @@ def build(context: Context) -> None:
             raise ValueError(problem)
 
     def list_models() -> list[dict[str, Any]]:
-        """The models on offer.
+        """List the available models.
 
         Returns:
-            One record per model: name, architecture, dataset, classes, licence, test figures with intervals, and how
-            well it notices unusual images, where these are on record.
+            One record per model: name, architecture, dataset, classes, licence, test results with intervals, and
+            out-of-distribution detection results, where available.
         """
         return finite([_model_record(title, context.known.get(title)) for title in context.titles(None)])
 
@@ -67,34 +67,34 @@ def build(context: Context) -> None:
         """Classify one medical image. For research only; not a medical device.
 
         Args:
-            file: PNG, JPEG, WebP, TIFF, BMP or DICOM image, 8 or 16 bit, recognised by its content.
+            file: PNG, JPEG, WebP, TIFF, BMP or DICOM image, 8 or 16 bit, detected by content.
             model: a name from /models; default: the first.
-            frame: of an image with several, a whole number counted from 0.
+            frame: frame of a multi-frame image, counted from 0.
             window_center: for grey images, in the units of the file (Hounsfield for CT).
             window_width: with window_center.
 
         Returns:
-            label, probability, probabilities by class, calibrated, unsure, unusual, window (center and width that were
-            applied), better_window (where the one applied hides most of the image), warnings (what changes the worth of
-            the answer), notes on the file, model, backend, milliseconds and the notice.
+            label, probability, probabilities by class, calibrated, unsure, unusual (out of distribution), window (level
+            and width as used), better_window (if that hides most of the image), warnings (that affect how reliable
+            the answer is), notes on the file, model, backend, milliseconds and the notice.
         """
-        with told(file):
+        with client_errors(file):
             accept([file])
             view = _view(frame, window_center, window_width)
             loaded = context.load(None, model)
             return _record(context.service.classify(loaded.source, Path(file), view), loaded)
 
     def classify_batch(files: list[str], model: str | None = None) -> tuple[list[dict[str, Any]], str]:
-        """Classify several images, each as /classify does; a file that cannot be read gets an error instead.
+        """Classify several images like /classify; files that cannot be read get an error instead.
 
         Args:
             files: images.
             model: a name from /models; default: the first.
 
         Returns:
-            One record per file in order, and a table as CSV text.
+            One record per file, in order, and a table as CSV text.
         """
-        with told(*(files or [])):
+        with client_errors(*(files or [])):
             accept(files)
             loaded = context.load(None, model)
             paths = [Path(name) for name in files or []]
@@ -118,22 +118,22 @@ def build(context: Context) -> None:
         window_center: float | None = None,
         window_width: float | None = None,
     ) -> tuple[dict[str, Any], str, str]:
-        """Which pixels speak for a class. For research only; not a medical device.
+        """Compute pixel attributions for a class. For research only; not a medical device.
 
         Args:
             file: an image, as for /classify.
             model: a name from /models; default: the first.
             method: one of {methods}, or "gradcam:stage3.scan" for a layer.
-            target: name of the class; default: the model's answer.
-            check: also test whether the map says what the model does; several times slower.
+            target: class name; default: the predicted class.
+            check: also test whether the map is faithful to the model; several times slower.
             frame: as for /classify.
             window_center: as for /classify.
             window_width: with window_center.
 
         Returns:
-            The record (settings, diagnostics, checks), the overlay as PNG, the maps as NumPy archive.
+            The record (settings, diagnostics, checks), the overlay as PNG, the maps as NumPy archive (.npz).
         """
-        with told(file):
+        with client_errors(file):
             accept([file])
             view = _view(frame, window_center, window_width)
             loaded = context.load(None, model)
@@ -168,10 +168,10 @@ def build(context: Context) -> None:
 
 
 def checked(component: Any, name: str, kind: type | None = None) -> Any:
-    """The component, whose input must be of one type or absent; else an error that names it.
+    """Makes a component reject input of another type with an error that names the field; returns it.
 
     Args:
-        kind: str, bool or float; None: whatever the component takes.
+        kind: str, bool or float; None: whatever the component accepts.
     """
     preprocess = component.preprocess
 
@@ -187,7 +187,7 @@ def checked(component: Any, name: str, kind: type | None = None) -> Any:
         except gr.Error:
             raise
         except Exception:
-            raise gr.Error(f"{name} is not what this field takes", print_exception=False) from None
+            raise gr.Error(f"{name} is not a valid value for this field", print_exception=False) from None
 
     component.preprocess = strict
     return component
@@ -201,7 +201,7 @@ def _is_finite(value: float) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """Plain data with None in the place of numbers that JSON has no word for."""
+    """Replaces NaN and infinity, which JSON cannot represent, with None in plain data."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -210,12 +210,12 @@ def finite(value: Any) -> Any:
 
 
 @contextmanager
-def told(*uploads: str | None) -> Iterator[None]:
-    """Errors become those that a client shows, without the server's paths; none is without a text."""
+def client_errors(*uploads: str | None) -> Iterator[None]:
+    """Converts errors to `gr.Error` with a message for API clients, without paths of the server."""
     paths = [Path(name) for name in uploads if name]
     try:
         if not uploads or not all(uploads):
-            raise ValueError("give a file")
+            raise ValueError("file is required")
         yield
     except gr.Error:
         raise
@@ -223,14 +223,14 @@ def told(*uploads: str | None) -> Iterator[None]:
         message = for_programs(plain(of_problem(error, program=True), *paths))
         raise gr.Error(message or type(error).__name__, print_exception=False) from None
     except Exception as error:
-        logging.getLogger(__name__).exception("a call failed")
-        message = f"the server failed ({type(error).__name__}); the file, or the server, is at fault"
+        logging.getLogger(__name__).exception("API call failed")
+        message = f"internal error ({type(error).__name__}), caused by the file or the server"
         raise gr.Error(message, print_exception=False) from None
 
 
 def _view(frame: float | None, center: float | None, width: float | None) -> View:
     if (center is None) != (width is None):
-        raise ValueError("give window_center and window_width, or neither")
+        raise ValueError("set both window_center and window_width, or neither")
     if width is not None and not width > 0:
         raise ValueError(f"window_width must be above 0, not {width:g}")
     if frame is not None and (frame != int(frame) or frame < 0):
@@ -266,15 +266,15 @@ def _record(found: Answer, loaded: Loaded) -> dict[str, Any]:
 
 
 def _warnings(found: Answer) -> list[str]:
-    """What changes the worth of an answer, for programs."""
+    """Returns the warnings that affect how reliable an answer is, for API clients."""
     warnings = [for_programs(text.removeprefix(WARNING)) for text in found.warnings]
     if found.better_window is not None:
         center, width = found.better_window
-        warnings.append(f"window_center={center:g} and window_width={width:g} show the whole range of the values")
+        warnings.append(f"window_center={center:g} and window_width={width:g} cover the full value range")
     if found.unusual:
-        warnings.append("this does not look like what the model was trained on")
+        warnings.append("this image does not look like the training images (out of distribution)")
     if found.n_frames > 1:
-        warnings.append(f"this is the answer for frame {found.frame} of {found.n_frames} alone")
+        warnings.append(f"this answer is for frame {found.frame} of {found.n_frames} only")
     return warnings
 
 

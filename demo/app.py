@@ -1,6 +1,6 @@
-"""The medmamba web app: `python -m demo.app`, or `make demo`.
+"""Entry point of the medmamba web app: `python -m demo.app`, or `make demo`.
 
-The package does the work; this shows it. One module per tab in `tabs/`, endpoints for programs in `api.py`.
+A Gradio front end for the package: one module per tab in `tabs/`, the API endpoints in `api.py`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ HERE = Path(__file__).parent
 
 
 def build_demo(options: Options, root: Path) -> gr.Blocks:
-    """The app, its default model loaded.
+    """Builds the app and loads the default model.
 
     Args:
-        root: folder for uploads and sessions, as `prepare` gives it.
+        root: folder for uploads and sessions, from `prepare`.
 
     Raises:
-        PretrainedError, ConfigError, ValueError: the default model cannot be loaded, or there is no such device.
+        PretrainedError, ConfigError, ValueError: the default model cannot be loaded, or the device does not exist.
     """
     sessions = Sessions(options.limits, root)
     context = Context(options, ModelStore(options.models, options.device), sessions)
@@ -65,7 +65,7 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
 
 
 def launch_options(limits: Limits) -> dict[str, Any]:
-    """What `launch` is called with, wherever the app runs."""
+    """Returns the keyword arguments of `launch`, locally and on a Space."""
     from starlette.middleware import Middleware
 
     on_space = "SPACE_ID" in os.environ
@@ -77,7 +77,7 @@ def launch_options(limits: Limits) -> dict[str, Any]:
         "js": (HERE / "page.js").read_text(encoding="utf-8"),
         "favicon_path": HERE / "favicon.png",
         "footer_links": ["api"],
-        "run_history": False,  # would keep what was uploaded in the browser
+        "run_history": False,  # would store uploads in the browser
         "max_file_size": f"{max(limits.image_mb, limits.zip_mb)}mb",
         "state_session_capacity": limits.sessions,
         "share": False,
@@ -87,18 +87,18 @@ def launch_options(limits: Limits) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Starts the server and waits; returns the exit code."""
+    """Starts the server and blocks; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo.app", description="The medmamba web app.")
     parser.add_argument(
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"models on offer, the default first: name, org/name[@revision] or folder ({DEFAULT_MODEL} and all others "
-        "that come with medmamba)",
+        help=f"models to offer, the default first: name, org/name[@revision] or folder (default: {DEFAULT_MODEL} and "
+        "all other bundled models)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: local only)")
+    parser.add_argument("--port", type=int, default=None, help="port (default: first free port from 7860)")
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
     root = prepare()
@@ -111,30 +111,30 @@ def main(argv: list[str] | None = None) -> int:
     listen = {"server_name": args.host, "server_port": args.port, "prevent_thread_lock": True}
     demo.launch(**listen, **launch_options(options.limits))
     if args.open:
-        webbrowser.open(f"{demo.local_url}?example")  # page.js picks the first one: there is an answer to look at
+        webbrowser.open(f"{demo.local_url}?example")  # page.js then classifies the first example
     demo.block_thread()
     return 0
 
 
 def default_models() -> list[str]:
-    """The default model, then whatever else comes with this copy of medmamba."""
+    """Returns the default model followed by all other bundled models."""
     return [DEFAULT_MODEL, *(name for name in medmamba.bundled_models() if name != DEFAULT_MODEL)]
 
 
 def prepare() -> Path:
-    """Sets this process up for the app and returns a new folder for everything that visitors bring.
+    """Configures the process for the app; returns a new folder for all visitor data.
 
-    No reports to anybody, and no warnings of pydicom's, which quote values of patients' headers.
+    Disables telemetry, and the warnings of pydicom, which quote values from patient headers.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Gradio's own statistics would keep ten thousand requests and summarise all of them after each.
+    # By default Gradio keeps statistics of 10,000 requests and summarises them after each one.
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     root = Path(tempfile.mkdtemp(prefix="medmamba-"))
-    # Gradio reads this whenever a component is made and whenever a file arrives.
+    # Gradio reads this when a component is created and when a file arrives.
     os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
     return root
 

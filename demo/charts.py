@@ -1,4 +1,4 @@
-"""Line charts as SVG in the colours of the page, so that they are sharp, small and right in light and dark."""
+"""Line charts as inline SVG: styled by the page in light and dark, without a chart library in the browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chart(
     y_range: tuple[float, float] | None = None,
     width: int = WIDTH,
 ) -> Markup:
-    """A figure with legend. Lines of one name share one entry; `width` is in the units of the text's size."""
+    """Draws a figure with legend. Lines with the same name share an entry; `width` is in SVG units, like the font."""
     xs = [float(v) for line in lines for v in line.x] or [0.0, 1.0]
     ys = [float(v) for line in lines for v in line.y if math.isfinite(v)] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
@@ -60,7 +60,9 @@ def chart(
         parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>', x, y, tick))
     end = width - _RIGHT
     parts.append(tag('<text x="{}" y="{}" text-anchor="end" class="axis">{}</text>', end, HEIGHT - 4, x_label))
-    for line in sorted(lines, key=lambda line: ("faint", "dash", "b", "a").index(line.style)):  # the main one on top
+    for line in sorted(
+        lines, key=lambda line: ("faint", "dash", "b", "a").index(line.style)
+    ):  # draws the main line on top
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(tag('<polyline class="line-{}" points="{}"/>', line.style, path))
@@ -86,7 +88,7 @@ def chart(
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers between two values."""
+    """Returns about `about` round numbers between two values."""
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= about + 0.5)
     first = math.ceil(low / step - 1e-9)

@@ -1,4 +1,4 @@
-"""What every tab works with."""
+"""The context shared by all tabs: options, models, sessions and the prediction service."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .store import Loaded, ModelStore, display_name
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A model that lies on this machine.
+    """A model that is present on this machine.
 
     Attributes:
-        title: its name here.
-        facts: what its folder says of it.
-        unusual: its warning for unusual images, where it has one.
+        title: displayed name.
+        facts: configuration, results and licence from its folder.
+        unusual: its out-of-distribution detector, if any.
         bytes: size of the weights.
     """
 
@@ -34,10 +34,10 @@ class Known:
 
 @dataclass
 class Context:
-    """One running app.
+    """State of a running app.
 
     Raises:
-        ValueError: two models would have the same name.
+        ValueError: two models have the same name.
     """
 
     options: Options
@@ -51,7 +51,7 @@ class Context:
         self._sources: dict[str, str] = {}
         for name in self.store.names:
             if self._sources.setdefault(display_name(name), name) != name:
-                raise ValueError(f"two models are called {display_name(name)!r}; rename the folder of one")
+                raise ValueError(f"two models are called {display_name(name)!r}; rename one of the folders")
         self.known = {found.title: found for found in known_models(self.store.names)}
 
     @property
@@ -60,15 +60,15 @@ class Context:
 
     @property
     def lightest_title(self) -> str:
-        """The smallest model, which is the one that a CPU trains in minutes."""
+        """Name of the smallest model, which fine-tunes in minutes on a CPU."""
         return min(self.known.values(), key=lambda known: known.bytes).title if self.known else self.default_title
 
     def titles(self, session: Session | None) -> list[str]:
-        """Names of the models on offer, a visitor's own first. Never the server's paths."""
+        """Returns the names of the available models, the visitor's own first; never paths of the server."""
         return [*(session.models if session else ()), *self._sources]
 
     def choices(self, session: Session | None) -> list[tuple[str, str]]:
-        """(what people read, name) for a menu of models."""
+        """Returns (label, name) pairs for a model menu."""
         return [(self._label(title), title) for title in self.titles(session)]
 
     def _label(self, title: str) -> str:
@@ -79,39 +79,39 @@ class Context:
         return f"{modality[:1].upper()}{modality[1:]} · {title}"
 
     def source(self, session: Session | None, title: str | None) -> str:
-        """What `ModelStore.get` takes.
+        """Resolves a name to the source that `ModelStore.get` takes.
 
         Raises:
-            ValueError: no such model is on offer to this visitor.
+            ValueError: no such model is available to this visitor.
         """
         title = title or self.default_title
         if session and title in session.models:
             return str(session.models[title])
         if title not in self._sources:
-            raise ValueError(f"no model {title!r} here; there are {', '.join(self.titles(session))}")
+            raise ValueError(f"no model {title!r} here; available: {', '.join(self.titles(session))}")
         return self._sources[title]
 
     def load(self, session: Session | None, title: str | None) -> Loaded:
-        """The model of that name.
+        """Loads a model by name.
 
         Raises:
-            ValueError: as `source`, or it cannot be loaded.
+            ValueError: no such model, or it cannot be loaded.
         """
         return self.store.get(self.source(session, title), title or self.default_title)
 
 
 def known_models(names: tuple[str, ...]) -> list[Known]:
-    """Those of the models that are on this machine already; nothing is asked of a network."""
+    """Returns the models that are already on this machine, without network access."""
     found = []
     for name in names:
         try:
             folder = fetch(name, local_files_only=True, sidecars=True)
             try:
                 facts = read_facts(folder)
-            except LicenceError:  # nobody stated one, which the page says where it shows the model
+            except LicenceError:  # no licence stated; the page says so
                 facts = read_facts(folder, licence="other")
             size = (folder / WEIGHTS_NAME).stat().st_size
             found.append(Known(display_name(name), facts, load_unusual(folder), size))
-        except (OSError, ValueError):  # not here, or damaged: using it says so
+        except (OSError, ValueError):  # missing or damaged: reported when it is used
             continue
     return found

@@ -1,4 +1,4 @@
-"""The example images that come with the app, and which of them are of the kind that a model knows."""
+"""The bundled example images, grouped by whether they match the training data of a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ KINDS = {
     "breast": ("breastmnist", "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863"),
     "chest": ("pneumoniamnist", "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2"),
 }
-"""First word of a file name: the dataset in whose test split the image is, what to call it, and its source."""
+"""First word of a file name to (dataset whose test split it comes from, kind of image, source)."""
 LICENCE = "CC BY 4.0"
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
 FOREIGN = 1
-"""So many images of each other kind are offered, to see what the app says of them."""
+"""Number of examples per other kind of image, which demonstrate out-of-distribution detection."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image; `what` is its true class, `kind` the kind of image, `dataset` where it is from."""
+    """An example image; `what` is its true class, `kind` the kind of image, `dataset` its origin."""
 
     path: Path
     what: str
@@ -35,7 +35,7 @@ class Example:
 
 
 def load_examples() -> list[Example]:
-    """All of them, by name."""
+    """Loads all examples, sorted by name."""
     found = []
     for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES):
         first, _, what = path.stem.partition("_")
@@ -49,10 +49,10 @@ def load_examples() -> list[Example]:
 
 
 def examples_html(examples: list[Example], dataset: str | None) -> Markup:
-    """Thumbnails that are buttons: what the model knows, then what it does not know.
+    """Renders thumbnails as buttons: examples of the model's own kind first, then others.
 
     Args:
-        dataset: that the model was trained on.
+        dataset: training dataset of the model.
     """
     numbered = list(enumerate(examples))
     own = [(i, e) for i, e in numbered if e.dataset == dataset]
@@ -60,11 +60,11 @@ def examples_html(examples: list[Example], dataset: str | None) -> Markup:
     for kind in dict.fromkeys(e.kind for e in examples if e.dataset != dataset):
         others += [(i, e) for i, e in numbered if e.kind == kind][: FOREIGN if own else 4]
     if not own:
-        lead = "No example comes with the app that is of this model’s kind. Of other kinds:"
+        lead = "There are no examples for this model. Examples of other kinds:"
         groups = _group("Or try an example", others, lead)
     else:
-        first = _group("Or try an example", own, "Test images, with their true class.")
-        groups = first + _group("Or something it was not made for", others)
+        first = _group("Or try an example", own, "Test images, labelled with their true class.")
+        groups = first + _group("Or an image the model was not trained for", others)
     return tag('<div class="mm-examples">{}{}</div>', groups, _sources())
 
 
@@ -74,7 +74,7 @@ def _sources() -> Markup:
 
 
 def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> Markup:
-    """A heading and its images; without a lead, by the kind of image instead of the class."""
+    """Renders a heading and its images; without a lead, captioned by kind of image instead of class."""
     cells = join(
         tag(
             '<li><button type="button" data-mm-example="{}" aria-label="{}, {}">'

@@ -1,4 +1,4 @@
-"""ZeroGPU: on such a Space, a function gets a GPU for as long as it runs and asks for."""
+"""ZeroGPU support: on such a Space, a function holds a GPU only while it runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def on_gpu(seconds: Callable[..., int] | int) -> Callable[[Function], Function]:
-    """Decorates a function, or generator function, that needs the GPU; elsewhere it is left as it is.
+    """Decorates a (generator) function that needs the GPU; a no-op outside ZeroGPU.
 
-    On ZeroGPU the function runs in a process forked for it: arguments and results are pickled, and nothing that it
-    sets remains.
+    On ZeroGPU the function runs in a forked process: arguments and results are pickled, and side effects are lost.
 
     Args:
-        seconds: the most it takes, or a function of the same arguments that says so.
+        seconds: maximum duration, or a function of the same arguments that returns it.
     """
     if not ZERO_GPU:
         return lambda function: function

@@ -1,5 +1,4 @@
-"""Between the network and the app: headers that keep pages to this server and run no code that is not the app's own,
-what a body of a request may hold, and a limit on requests."""
+"""ASGI middleware with security headers (content security policy), request validation and a rate limit."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 _RULES = {
-    # Pages may load from and talk to this server alone, whatever ends up in them.
+    # Pages may only load from and connect to this server, whatever ends up in them.
     "default-src": "'self'",
-    # Code in a page runs if it is in a file of the server or one of the inline scripts that Gradio's template has,
-    # by their hashes: nothing that gets into a page later, no handler in an attribute, no javascript: address.
-    # 'unsafe-eval' lets no such thing run; Gradio's HTML component and its `js=` are made by `Function`.
+    # Only script files of this server and the inline scripts of Gradio's template, by their hashes, may run: no
+    # injected script, no event handler attribute, no javascript: URL. 'unsafe-eval' allows none of these; Gradio's HTML
+    # component and its `js=` need it for `Function`.
     "script-src": "'self' 'unsafe-eval'",
     "script-src-attr": "'none'",
     "style-src": "'self' 'unsafe-inline'",
@@ -33,7 +32,7 @@ _RULES = {
     "form-action": "'self'",
 }
 FILES = "default-src 'none'; sandbox"
-"""Of files of visitors: whatever they hold, opened in a tab they are no page of this server's."""
+"""Policy for uploaded files: opened in a tab, they cannot act as pages of this server."""
 HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -41,21 +40,21 @@ HEADERS = {
 }
 _INLINE = re.compile(rb"<script(?![^>]*\ssrc\s*=)[^>]*>(.*?)</script", re.DOTALL | re.IGNORECASE)
 BODY_MB = 8
-"""Of a request for work, which names files that were uploaded before."""
+"""Maximum request body, in MB; files are uploaded separately."""
 WORK = ("/queue/join", "/call/", "/upload", "/api/", "/run/")
-"""Requests that cost something; the rest are pages and streams."""
+"""Requests that count against the rate limit; the rest are pages and streams."""
 CALLS = ("/queue/join", "/call/", "/api/", "/run/")
-"""Requests whose bodies are JSON: calls of functions."""
+"""Requests with a JSON body: function calls."""
 ADDRESSES = 4096
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that validates and rate-limits requests and adds security headers.
 
     Args:
-        per_minute: requests for work that one address may make in a minute; 0: any number.
-        endpoints: names of the parameters of each endpoint for programs; the first must be given.
-        behind_proxy: take the address that the proxy in front saw. Only there: anybody can write that header.
+        per_minute: requests per minute and address; 0: unlimited.
+        endpoints: parameter names of each API endpoint; the first is required.
+        behind_proxy: trust the client address in X-Forwarded-For. Only behind a proxy: clients can forge that header.
     """
 
     def __init__(
@@ -90,14 +89,14 @@ class Guard:
     def _address(self, scope: dict[str, Any]) -> str:
         if self.behind_proxy:
             headers = dict(scope["headers"])
-            # The last entry is the one that the proxy itself wrote.
+            # The proxy appends its entry last.
             forwarded = headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",")[-1].strip()
             if forwarded:
                 return forwarded
         return (scope.get("client") or ("unknown",))[0]
 
     def _wait(self, address: str) -> float:
-        """Seconds until this address may ask again; 0 if it may now, which is then counted."""
+        """Returns the seconds until this address may send again; if 0, counts the request."""
         now = time.monotonic()
         times = self._recent.setdefault(address, deque())
         self._recent.move_to_end(address)
@@ -112,10 +111,10 @@ class Guard:
 
 
 def policy(page: bytes = b"") -> str:
-    """The content security policy of a page, which allows the inline scripts that the server put into it.
+    """Builds the content security policy of a page, allowing its inline scripts by hash.
 
     Args:
-        page: its HTML.
+        page: HTML as rendered by the server.
     """
     bodies = [match.replace(b"\r\n", b"\n") for match in _INLINE.findall(page)]
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in dict.fromkeys(bodies)]
@@ -124,7 +123,7 @@ def policy(page: bytes = b"") -> str:
 
 
 class _WithHeaders:
-    """Sends a response with the headers above; a page only when it is complete, as its policy holds its hashes."""
+    """Adds the headers to a response; buffers HTML pages, because their policy contains hashes of the content."""
 
     def __init__(self, path: str, send: Any):
         self.path, self.send = path, send
@@ -150,15 +149,15 @@ class _WithHeaders:
         return "/file=" in self.path or "/file/" in self.path
 
     def _with(self, message: dict[str, Any], rules: str) -> dict[str, Any]:
-        ours = {**HEADERS, "content-security-policy": rules}
-        kept = [(name, value) for name, value in message["headers"] if name.lower().decode() not in ours]
-        return {**message, "headers": [*kept, *((name.encode(), value.encode()) for name, value in ours.items())]}
+        added = {**HEADERS, "content-security-policy": rules}
+        kept = [(name, value) for name, value in message["headers"] if name.lower().decode() not in added]
+        return {**message, "headers": [*kept, *((name.encode(), value.encode()) for name, value in added.items())]}
 
 
 def refused(path: str, body: bytes, endpoints: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> str:
-    """Why the body of a call is not taken; empty if it is.
+    """Returns why the body of a call is rejected, or "" if it is valid.
 
-    JSON by its standard: no NaN, no Infinity, no number that overflows to one, and no field twice or unknown.
+    Strict JSON: no NaN, Infinity, overflowing numbers, duplicate or unknown fields.
     """
     if len(body) > BODY_MB * 2**20:
         return f"the request is larger than {BODY_MB} MB; upload files first and name them"
@@ -183,7 +182,7 @@ def refused(path: str, body: bytes, endpoints: Mapping[str, tuple[str, ...]] = M
         return f"unknown field {unknown[0]!r}; a call has {', '.join(sorted(known))}"
     given = data.get("data")
     if parameters is not None and (not isinstance(given, list) or len(given) != len(parameters)):
-        return f"{name} needs {len(parameters)} values in data, null for those left out: {', '.join(parameters)}"
+        return f"{name} needs {len(parameters)} values in data, null for omitted ones: {', '.join(parameters)}"
     return ""
 
 
@@ -195,7 +194,7 @@ FIELDS = FIELDS_SIMPLE | {
 
 
 class _Refused(ValueError):
-    """Valid for Python's parser, and still not taken."""
+    """JSON that Python's parser accepts but the app rejects."""
 
 
 def _number(text: str) -> float:
@@ -206,7 +205,7 @@ def _number(text: str) -> float:
 
 
 def _no_constant(text: str) -> float:
-    raise _Refused(f"{text} is not a number in JSON; leave the field out, or give null")
+    raise _Refused(f"{text} is not a JSON number; omit the field or pass null")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,7 +216,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 async def _body(receive: Any) -> bytes:
-    """The body of a request, or as much of it as is refused."""
+    """Reads the body of a request, up to just beyond the size limit."""
     body = bytearray()
     while True:
         message = await receive()
@@ -227,7 +226,7 @@ async def _body(receive: Any) -> bytes:
 
 
 def _replay(body: bytes, receive: Any) -> Any:
-    """A `receive` that gives the body, and then whatever comes after it."""
+    """Returns a `receive` that replays the body, then continues with the original."""
     given = False
 
     async def again() -> dict[str, Any]:
@@ -247,7 +246,7 @@ async def _refuse(send: Any, wait: float) -> None:
 
 
 async def _answer(send: Any, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    """A refusal in the form that Gradio's own have, which its clients show."""
+    """Sends an error in the format of Gradio, which its clients display."""
     body = json.dumps({"detail": text}).encode()
     headers = [(b"content-type", b"application/json"), *(headers or [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})

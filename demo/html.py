@@ -1,9 +1,8 @@
-"""Small pieces of HTML, which escape whatever is put into them.
+"""HTML building blocks that escape their values.
 
-Names of classes, models and files, notes and errors come from strangers. They are never concatenated with HTML: `tag`
-fills a template that is a literal of this program and escapes every value that is not a `Markup` of another `tag`, and
-`demo.theme.Html`, the only component that shows HTML, escapes what is not `Markup` either. A test checks that the
-templates are literals.
+Class, model and file names, notes and errors are untrusted and never concatenated with HTML. `tag` fills a literal
+template and escapes every value that is not `Markup` from another `tag`; `demo.theme.Html`, the only component that
+shows HTML, also escapes anything that is not `Markup`. A test checks that all templates are literals.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ __all__ = ["Markup", "escape", "join", "tag"]
 
 
 def tag(template: str, /, *values: object, **named: object) -> Markup:
-    """Fills a template with escaped values; those that are `Markup` already are taken as they are.
+    """Fills a template with escaped values; `Markup` values are inserted unchanged.
 
     Args:
-        template: HTML in the syntax of `str.format`, a literal. Attributes must be quoted.
+        template: literal HTML in `str.format` syntax. Attributes must be quoted.
     """
     return Markup(template).format(*values, **named)
 
 
 def join(parts: Iterable[object], by: str = "") -> Markup:
-    """Concatenates pieces of HTML; plain strings among them are escaped, `by` included."""
+    """Joins pieces of HTML; plain strings, including `by`, are escaped."""
     return escape(by).join(escape(part) for part in parts)
 
 
 NOTHING = Markup("")
 
-# The mark: the path of a scan over an image.
+# Logo: the path of a scan over an image.
 MARK = Markup(
     '<svg viewBox="0 0 32 32" width="30" height="30" aria-hidden="true" focusable="false">'
     '<rect x="1.5" y="1.5" width="29" height="29" rx="8" fill="none" stroke="currentColor" stroke-width="2"/>'
@@ -56,10 +55,10 @@ _ICONS = {
 
 
 def data_uri(pixels: np.ndarray, exact: bool = True) -> str:
-    """uint8 (H, W), (H, W, 3) or (H, W, 4) as a data URI: nothing to serve, nothing to delete.
+    """Encodes a uint8 image (H, W), (H, W, 3) or (H, W, 4) as a data URI, so that no file is served or deleted.
 
     Args:
-        exact: as a PNG; else as a WebP a tenth of the size, for thumbnails.
+        exact: encode as PNG; else as lossy WebP at a tenth of the size, for thumbnails.
     """
     buffer = io.BytesIO()
     kind = "png" if exact else "webp"
@@ -68,6 +67,7 @@ def data_uri(pixels: np.ndarray, exact: bool = True) -> str:
 
 
 def icon(kind: str) -> Markup:
+    """Renders the icon "good", "warn", "error" or "info"."""
     return tag(
         '<svg class="mm-icon" viewBox="0 0 20 20" width="18" height="18" fill="none" stroke="currentColor" '
         'stroke-width="1.7" stroke-linecap="round" aria-hidden="true" focusable="false">{}</svg>',
@@ -76,7 +76,7 @@ def icon(kind: str) -> Markup:
 
 
 def header(version: str) -> Markup:
-    """Name, what it is, and the switch between light and dark."""
+    """Renders the page header: name, tagline, version and the light/dark switch."""
     return tag(
         '<header class="mm-header"><div class="mm-brand">{mark}<div><h1>medmamba</h1>'
         "<p>Medical image classification with MedMamba</p></div></div>"
@@ -91,11 +91,12 @@ def header(version: str) -> Markup:
 
 
 def notice() -> Markup:
+    """Renders the notice that this is not a medical device."""
     return tag('<p class="mm-notice" role="note">{}<span>{}</span></p>', icon("info"), NOTICE)
 
 
 def callout(kind: str, title: object, text: object = "", action: Markup = NOTHING) -> Markup:
-    """A remark: kind "good", "warn", "error" or "info"; `action` is a button that mends what it says."""
+    """Renders a callout of kind "good", "warn", "error" or "info"; `action` is a button that resolves it."""
     role = "alert" if kind == "error" else "note"
     body = tag("<p>{}</p>", text) if text else NOTHING
     return tag(
@@ -110,19 +111,19 @@ def callout(kind: str, title: object, text: object = "", action: Markup = NOTHIN
 
 
 def card(body: Markup, title: object = "", text: object = "", css: str = "", attributes: Markup = NOTHING) -> Markup:
-    """A box around `body` with a heading and a line of text."""
+    """Renders a box with a heading, a line of text and `body`."""
     lead = tag("<p>{}</p>", text) if text else NOTHING
     head = tag('<div class="mm-card-head"><h2>{}</h2>{}</div>', title, lead) if title else NOTHING
     return tag('<section class="mm-card {}" {}>{}{}</section>', css, attributes, head, body)
 
 
 def error(title: object, text: object) -> Markup:
-    """A result that could not be had, and what to do."""
+    """Renders an error in place of a result, with advice."""
     return card(callout("error", title, text))
 
 
 def empty(title: object, text: object) -> Markup:
-    """What stands where a result will be."""
+    """Renders the placeholder of a result."""
     return tag(
         '<section class="mm-empty"><div class="mm-empty-art" aria-hidden="true"></div><h2>{}</h2><p>{}</p></section>',
         title,
@@ -131,35 +132,35 @@ def empty(title: object, text: object) -> Markup:
 
 
 def with_detail(value: object, detail: object) -> Markup:
-    """A value and, smaller, what else is to be said of it."""
+    """Renders a value with a detail in smaller type."""
     return tag("{}<span>{}</span>", value, detail)
 
 
 def licence_name(identifier: str | None) -> str:
-    """A licence as people write it: "CC BY-NC 4.0"."""
+    """Formats a licence identifier for display: "CC BY-NC 4.0"."""
     if not identifier:
         return "not stated"
     head, *middle = identifier.upper().split("-")
     if head == "LICENSEREF":
-        return "terms of its own"
+        return "custom terms"
     if head == "CC" and len(middle) > 1:
         return f"CC {'-'.join(middle[:-1])} {middle[-1]}"
     return identifier
 
 
 def facts(rows: Iterable[tuple[object, object]]) -> Markup:
-    """Pairs of name and value; pairs without a value are left out."""
+    """Renders name/value pairs; pairs without a value are omitted."""
     cells = join(tag("<div><dt>{}</dt><dd>{}</dd></div>", name, value) for name, value in rows if value)
     return tag('<dl class="mm-facts">{}</dl>', cells)
 
 
 def bullets(items: Iterable[object], css: str = "") -> Markup:
-    """A list without order."""
+    """Renders an unordered list."""
     return tag('<ul class="{}">{}</ul>', css, join(tag("<li>{}</li>", item) for item in items))
 
 
 def bars(pairs: list[tuple[str, float]], caption: str, limit: int = 12) -> Markup:
-    """Probabilities as bars, best first; beyond `limit` folded away."""
+    """Renders probabilities as bars, highest first; those beyond `limit` are collapsed."""
 
     def row(label: str, value: float, first: bool) -> Markup:
         return tag(
@@ -190,7 +191,7 @@ def bars(pairs: list[tuple[str, float]], caption: str, limit: int = 12) -> Marku
 
 
 def percent(value: float) -> str:
-    """With as many digits as mean something: >99.9%, 93.0%, 0.4%."""
+    """Formats a share with meaningful digits: >99.9%, 93.0%, 0.4%."""
     if 0 < value < 0.0005:
         return "<0.1%"
     if value > 0.9995:
@@ -199,16 +200,16 @@ def percent(value: float) -> str:
 
 
 def interval_text(estimate: Estimate) -> str:
-    """ "0.912 – 0.953", or nothing where there is no interval."""
+    """Formats an interval as "0.912 – 0.953", or "" if there is none."""
     return "" if math.isnan(estimate.low) else f"{estimate.low:.3f} – {estimate.high:.3f}"
 
 
 def table(
     header_cells: list[str], rows: Sequence[Sequence[object]], caption: str, sort: bool = False, css: str = ""
 ) -> Markup:
-    """Rows of cells under headers; with `sort`, headers are buttons that page.js sorts by.
+    """Renders a table; with `sort`, headers are buttons handled by page.js.
 
-    On narrow screens each row becomes a card, which names its cells by `data-label`.
+    On narrow screens each row becomes a card with its cells labelled by `data-label`.
     """
 
     def head(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""A fine-tuning run: `medmamba train` in a process of its own, which can be watched and ended at any time."""
+"""Fine-tuning jobs: `medmamba train` in a subprocess, with progress and cancellation."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _LOSS = re.compile(rb"epoch (\d+) loss (\d+\.\d+)")
 
 @dataclass(frozen=True)
 class Plan:
-    """An uploaded set that was looked through and may be trained on.
+    """An uploaded dataset that has passed validation.
 
     Attributes:
         data: the zip file.
-        index: with its splits, as they will be used.
-        made: whether the splits are made here rather than in the file.
-        val_taken: whether the file has train and test alone, so that val is a part of its train.
+        index: the dataset with the splits that will be used.
+        made: whether the splits were created here rather than given by the file.
+        val_taken: whether val was taken from train, because the file has only train and test.
     """
 
     data: Path
@@ -45,19 +45,20 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """Small sets need small batches: about ten steps an epoch."""
+        """Batch size for about ten steps per epoch on small datasets."""
         return min(32, max(4, self.index.split_sizes.get("train", 0) // 10))
 
 
 @dataclass
 class Progress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
-        share: of the whole, 0 to 1.
+        share: completed fraction, 0 to 1.
         history: one row per epoch, as in `history.csv`.
-        losses: (epochs passed, running loss of the epoch) as last shown.
-        seconds: since the start. left: estimate, None before there is one.
+        losses: (epochs passed, running training loss).
+        seconds: elapsed time.
+        left: estimated remaining seconds, or None if unknown.
     """
 
     share: float = 0.0
@@ -68,50 +69,50 @@ class Progress:
 
 
 class JobError(RuntimeError):
-    """Training ended with this message."""
+    """Training failed; the message says why."""
 
 
 def plan(path: Path, limits: Limits) -> Plan:
-    """Looks through a zip of class folders without unpacking it.
+    """Validates a zip of class folders without unpacking it.
 
     Raises:
-        DatasetError: too large, unsafe (paths out of it, links, archives in it, bombs) or not a set of images.
+        DatasetError: too large, unsafe (path traversal, links, nested archives, zip bombs) or not an image dataset.
     """
     if path.stat().st_size > limits.zip_mb * 2**20:
-        raise DatasetError(f"{path.name} is larger than {limits.zip_mb} MB; reduce the images or take fewer")
+        raise DatasetError(f"{path.name} is larger than {limits.zip_mb} MB; resize the images or use fewer")
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
             count = len(archive.infolist())
     except zipfile.BadZipFile as error:
-        raise DatasetError(f"{path.name} is not a complete zip file; pack the folder again") from error
+        raise DatasetError(f"{path.name} is not a complete zip file; create it again") from error
     if unpacked > limits.zip_unpacked_mb * 2**20:
-        raise DatasetError(f"{path.name} unpacks to more than {limits.zip_unpacked_mb} MB; reduce the images")
+        raise DatasetError(
+            f"{path.name} unpacks to more than {limits.zip_unpacked_mb} MB; resize the images or use fewer"
+        )
     if count > 4 * limits.zip_images:
         raise DatasetError(f"{path.name} holds {count} files; the limit is {limits.zip_images} images")
     index = open_dataset(path)
     if len(index) > limits.zip_images:
-        raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has none")
+        raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has no limit")
     if len(index.classes) > limits.zip_classes:
         raise DatasetError(f"{len(index.classes)} classes; the limit here is {limits.zip_classes}")
     made, val_taken = not any(index.splits), False
     if made:
         rarest = min(index.class_counts)
         if rarest < 5:
-            raise DatasetError(f"a class has only {rarest} images; five of each are the least that can be divided")
+            raise DatasetError(f"a class has only {rarest} images; at least five per class are needed for a split")
         index = make_splits(index, FRACTIONS)
     elif val_taken := set(index.split_sizes) == {"train", "test"}:
-        index = val_from_train(index)  # as the command does by itself
+        index = val_from_train(index)  # as `medmamba train` does
     for split in ("train", "val"):
         if not index.split_sizes.get(split):
-            raise DatasetError(
-                f"there are split folders, but none called {split!r}; add it, or use class folders alone"
-            )
+            raise DatasetError(f"there are split folders, but none called {split!r}; add it, or use class folders only")
     return Plan(path, index, made, val_taken)
 
 
 class Job:
-    """One run. Ends by itself, by `stop`, or with the app."""
+    """A running fine-tuning process. Ends on its own, by `stop`, or with the app."""
 
     def __init__(self, plan: Plan, base: str, epochs: int, folder: Path, limits: Limits, device: str):
         self.out = folder / "model"
@@ -128,29 +129,30 @@ class Job:
         command += ["--checkpoint-seconds", "3600"]
         if plan.made:
             command += ["--split", ",".join(map(str, FRACTIONS))]
-        # Its input is closed and its output kept: nothing of a visitor's data reaches the server's log.
+        # Output goes to a file of the session: no visitor data reaches the log of the server.
         with open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
             )
         if hasattr(os, "setpriority"):
-            with contextlib.suppress(OSError):  # it may have ended already
-                os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)  # pages answer first
+            with contextlib.suppress(OSError):  # the process may have ended already
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)  # keep pages responsive
         atexit.register(self.stop)
 
     @property
     def running(self) -> bool:
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def progress(self) -> Progress:
-        """What can be known now."""
+        """Returns the current progress."""
         found = self._progress
         found.seconds = time.monotonic() - self._started
         path = self.out / "history.jsonl"
         if path.is_file():
             found.history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         tail = self._tail()
-        if found.history or _LOSS.search(tail):  # before, the bars are those of reading the images
+        if found.history or _LOSS.search(tail):  # earlier progress bars show the reading of images
             if percent := _PERCENT.findall(tail):
                 found.share = max(found.share, int(percent[-1]) / 100)
             if loss := _LOSS.findall(tail):
@@ -162,7 +164,7 @@ class Job:
         return found
 
     def result(self) -> dict[str, Evaluation]:
-        """Scores of "val" and, where there is such a split, "test".
+        """Waits for the end; returns the results on "val" and, if that split exists, "test".
 
         Raises:
             JobError: training failed; the message says why.
@@ -172,13 +174,13 @@ class Job:
             return evaluations(json.loads((self.out / RESULTS_NAME).read_text(encoding="utf-8")))
         if code == STOPPED:
             raise JobError(
-                f"the first epoch did not end within the {self._minutes:g} minutes there are; take fewer images "
+                f"the first epoch did not finish within the limit of {self._minutes:g} minutes; use fewer images "
                 "or a smaller model"
             )
         raise JobError(self._message())
 
     def stop(self) -> None:
-        """Ends the process, if it still runs."""
+        """Kills the process if it is still running."""
         if self.running:
             self._process.kill()
             self._process.wait()
@@ -190,8 +192,8 @@ class Job:
             return stream.read()
 
     def _message(self) -> str:
-        """The last line that the command wrote as its reason, without paths."""
+        """Returns the last error message of the command, without paths."""
         lines = self._tail().decode("utf-8", "replace").replace("\r", "\n").splitlines()
         reasons = [line.removeprefix("medmamba train: ") for line in lines if line.startswith("medmamba train: ")]
-        text = reasons[-1] if reasons else "the training process ended without a reason; is there memory enough?"
+        text = reasons[-1] if reasons else "the training process ended without an error message, possibly out of memory"
         return text.replace(str(self.plan.data), self.plan.data.name).replace(str(self.out.parent), "")

@@ -1,4 +1,4 @@
-"""What the app is started with: which models, where, and how much of everything it takes."""
+"""Options of the app: models, device and limits."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +10,12 @@ NOTICE = (
     "upload images that identify a person."
 )
 
-BUSY = "Too many are waiting, or the server had a problem. Try again in a minute."
+BUSY = "Too many requests are waiting, or the server had a problem. Try again in a minute."
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one visitor may ask for. Sizes are of the uploaded file unless it says otherwise."""
+    """Limits per visitor. Sizes are of the uploaded file unless stated otherwise."""
 
     image_mb: int = 64
     batch_files: int = 64
@@ -25,18 +25,19 @@ class Limits:
     zip_classes: int = 50
     epochs: int = 30
     train_minutes: float = 15
-    sessions: int = 200  # visitors at once; beyond, the one idle for longest is forgotten
+    sessions: int = 200  # concurrent visitors; beyond that, the longest idle session is closed
     idle_minutes: float = 60  # after which a visitor's files are deleted
-    upload_minutes: float = 15  # after which an upload goes that belongs to no visitor, such as a program's
-    queue: int = 64  # requests that may wait; further ones are told to come back
-    requests_per_minute: int = 0  # of one address; 0: no limit
+    upload_minutes: float = 15  # after which uploads without a session, such as those of API clients, are deleted
+    queue: int = 64  # waiting requests; further ones are rejected
+    requests_per_minute: int = 0  # per address; 0: no limit
 
 
 @dataclass(frozen=True)
 class Options:
-    """
+    """Start-up options of the app.
+
     Attributes:
-        models: names, "org/name[@revision]" or folders on offer, the default first.
+        models: names, "org/name[@revision]" or folders to offer, the default first.
         device: "cpu", "cuda", "mps" or "auto".
     """
 
@@ -58,4 +59,4 @@ PUBLIC = Limits(
     upload_minutes=5,
     requests_per_minute=120,
 )
-"""Of a server that anybody can reach."""
+"""Limits of a public server."""

@@ -1,4 +1,4 @@
-// What a page needs beyond Gradio: pasted files, sortable tables, the strength of an overlay, light and dark.
+// Page behaviour beyond Gradio: pasted files, sortable tables, overlay opacity, light and dark mode.
 () => {
   const later = (search, then, tries = 40) => {
     const found = document.querySelector(search);
@@ -6,7 +6,7 @@
     else if (tries) setTimeout(() => later(search, then, tries - 1), 100);
   };
 
-  // Pasted images go where dropped ones go.
+  // Pasted images are handled like dropped ones.
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
     const input = document.querySelector("#mm-drop input[type=file]");
@@ -21,7 +21,7 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest("[data-mm-theme]")) {
       const dark = document.body.classList.toggle("dark");
-      try { localStorage.setItem("mm-theme", dark ? "dark" : "light"); } catch { /* private windows */ }
+      try { localStorage.setItem("mm-theme", dark ? "dark" : "light"); } catch { /* unavailable in private windows */ }
     }
     const sorter = event.target.closest("[data-mm-sort]");
     if (sorter) sort(sorter.closest("th"));
@@ -29,7 +29,7 @@
   try {
     const kept = localStorage.getItem("mm-theme");
     if (kept) document.body.classList.toggle("dark", kept === "dark");
-  } catch { /* private windows */ }
+  } catch { /* unavailable in private windows */ }
 
   const sort = (head) => {
     const table = head.closest("table");
@@ -51,7 +51,7 @@
     [...body.rows].sort(compare).forEach((row) => body.append(row));
   };
 
-  // The strength of the overlays is a matter of style: nothing is asked of the server.
+  // Overlay opacity is a CSS variable: no server request.
   document.addEventListener("input", (event) => {
     if (!event.target.matches("[data-mm-opacity]")) return;
     const root = event.target.closest(".mm-maps");
@@ -59,7 +59,7 @@
     event.target.nextElementSibling.value = `${event.target.value} %`;
   });
 
-  // On a phone the answer is below what was touched.
+  // On a phone, scroll to the answer, which is below the controls.
   window.mmShowAnswer = () => {
     if (window.innerWidth > 760) return;
     document.querySelector("#mm-result, #mm-batch")?.scrollIntoView({ behavior: "smooth", block: "start" });
@@ -67,11 +67,11 @@
 
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
 
-  // `?example` in the address: the first example is classified without a click, as `--open` wants it.
+  // `?example` in the URL (set by `--open`) classifies the first example without a click.
   const pickFirst = (button, tries = 10) => {
     if (!tries || document.querySelector("#mm-result .mm-answer")) return;
     button.click();
-    setTimeout(() => pickFirst(button, tries - 1), 2000);  // Gradio may not listen yet
+    setTimeout(() => pickFirst(button, tries - 1), 2000);  // Gradio may not have attached its listener yet
   };
   if (new URLSearchParams(location.search).has("example")) later("#mm-examples [data-mm-example]", pickFirst);
 }

@@ -1,4 +1,4 @@
-"""From a file to an answer: the package does the work, this puts its parts together for the pages and the API."""
+"""Prediction and explanation for the pages and the API, on top of the package."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
 
 UNSURE = 0.7
-"""Below this calibrated probability of the best class, wrong in three of ten cases, the model is called unsure."""
+"""A top-class probability below this, wrong in three of ten cases, is reported as unsure."""
 THUMBNAIL = 48
 MAPS_SHARE = 0.3
-"""Of an explanation with checks, how much of the time the maps themselves take."""
+"""Fraction of the time of an explanation with checks that the maps themselves take."""
 LARGEST_SHOWN = 1024
-"""Longest side in pixels of an image in a page."""
+"""Longest side, in pixels, of a displayed image."""
 
 Window = tuple[float, float]
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class View:
-    """How to read a file: which frame, and which window (center, width) instead of its own."""
+    """Options for reading a file: frame, and a window (center, width) that overrides its own."""
 
     frame: int | None = None
     window: Window | None = None
@@ -47,12 +47,12 @@ class View:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a window control and a preview need.
+    """Data for the preview and the window controls.
 
     Attributes:
-        image: read under the view asked for; without a window of its own or one asked for, by the range of its values.
-        windows: declared in the file; None where no window applies (8 bits, colour).
-        lacks_window: the file declares no range, and no window was asked for: it can be shown, not classified.
+        image: as read with the requested view; with neither a declared nor a requested window, by its value range.
+        windows: windows declared in the file, or None if no window applies (8 bit, colour).
+        lacks_window: whether a window is missing, so that the image can be shown but not classified.
     """
 
     image: MedicalImage
@@ -61,23 +61,26 @@ class FileFacts:
 
     @property
     def windowed(self) -> bool:
-        """Whether a window can be chosen."""
+        """Whether the window is adjustable."""
         return self.windows is not None and self.windows.value_range is not None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of one image.
+    """A model's prediction for one image, with its context.
 
     Attributes:
-        unsure: the best class is below `UNSURE`; for several labels, none reaches a half.
-        unusual: unlike what the model was trained on; None where it has no threshold for that.
-        seen: (H, W, 3) uint8, the image as the model sees it; of several files, a thumbnail of each.
-        milliseconds: from the file to the answer.
-        window: that was applied, and `window_from`, by whom: see `MedicalImage`.
-        better_window: by the range of values, where the one applied hides most of the image.
-        values: smallest and largest value of a grey image.
-        frame, n_frames: which of how many.
+        prediction: labels and probabilities.
+        unsure: whether the top probability is below `UNSURE` (multilabel: no label reaches 0.5).
+        unusual: whether the image is out of distribution, or None if the model has no threshold.
+        seen: (H, W, 3) uint8, the image as preprocessed for the model; for several files, a thumbnail.
+        milliseconds: total time from file to prediction.
+        window: applied window, or None.
+        window_from: origin of the window, see `MedicalImage`.
+        better_window: full-range window, if the applied one hides most of the image.
+        values: minimum and maximum of a greyscale image.
+        frame: frame index.
+        n_frames: number of frames.
     """
 
     prediction: Prediction
@@ -94,7 +97,7 @@ class Answer:
 
     @property
     def warnings(self) -> list[str]:
-        """Notes that change what the answer is worth; the remark on unusual images has a place of its own."""
+        """Notes that affect how reliable the answer is, apart from the out-of-distribution warning."""
         found = [note for note in self.prediction.image_notes if note.startswith(WARNING)]
         if self.better_window is not None and not any(is_of_contrast(note) for note in found):
             found.append(f"{WARNING}unused-range: another window would show far more of this image")
@@ -102,28 +105,28 @@ class Answer:
 
     @property
     def notes(self) -> list[str]:
-        """The other notes: what was done to the file."""
+        """The remaining notes: how the file was processed."""
         return [note for note in self.prediction.image_notes if not note.startswith(WARNING)]
 
 
 CONTRAST = frozenset(("unused-range", "saturated", "two-valued", "almost-constant", "constant"))
-"""Kinds of warnings, see `MedicalImage.warnings`, of images that another window may show better."""
+"""Kinds of `MedicalImage.warnings` that another window may resolve."""
 
 
 def is_of_contrast(note: str) -> bool:
-    """Whether a warning is of one of those kinds."""
+    """Returns whether another window may resolve a warning."""
     return note.removeprefix(WARNING).partition(": ")[0] in CONTRAST
 
 
 class AnswerError(ValueError):
-    """The image was read, and the model gave no answer; the message says why."""
+    """The image was read but could not be classified; the message says why."""
 
 
 def inspect(path: Path, view: View | None = None) -> FileFacts:
-    """Reads a file as a view asks for; of several frames the first where none is chosen.
+    """Reads a file with the given view; the first frame of a multi-frame file by default.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the file cannot be read.
     """
     view = view or View()
     lacking = False
@@ -145,22 +148,22 @@ def inspect(path: Path, view: View | None = None) -> FileFacts:
 
 
 class Service:
-    """Answers for the pages and the API."""
+    """Classifies and explains images for the pages and the API."""
 
     def __init__(self, store: ModelStore):
         self.store = store
         self._forward = on_gpu(20)(self._predict)
-        # Always the same thread: libraries below PyTorch keep buffers for each thread that ever used them, and the
-        # server's own threads come and go.
+        # A single thread: libraries below PyTorch keep buffers per thread, and server threads come and go.
         self._thread = ThreadPoolExecutor(1, "predict")
         self._explain = on_gpu(_explain_seconds)(self._explained)
 
     def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """The result of the function; it knows whose request it works for, as ZeroGPU asks."""
+        """Runs a function in the prediction thread, in the context of the request, which ZeroGPU needs."""
         return self._thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
-    def classify(self, source: str, path: Path, view: View | None = None, title: str | None = None) -> Answer:
-        """
+    def classify(self, source: str, path: Path, view: View | None = None) -> Answer:
+        """Classifies one file.
+
         Args:
             source: name or folder of the model.
 
@@ -168,10 +171,10 @@ class Service:
             ImageError: the file cannot be read.
             PretrainedError, ConfigError: the model cannot be loaded.
         """
-        return self._in_thread(self._classify, source, path, view or View(), title)
+        return self._in_thread(self._classify, source, path, view or View())
 
-    def _classify(self, source: str, path: Path, view: View, title: str | None) -> Answer:
-        loaded = self.store.get(source, title)
+    def _classify(self, source: str, path: Path, view: View) -> Answer:
+        loaded = self.store.get(source)
         began = time.perf_counter()
         image = load_image(path, frame=view.frame, window=view.window)
         ((result, _),) = self._forward(source, [image])
@@ -180,20 +183,16 @@ class Service:
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
         return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began), applied(image))
 
-    def classify_files(
-        self, source: str, paths: list[Path], title: str | None = None, program: bool = False
-    ) -> list[Answer | Failure]:
-        """One entry per file, in order; files with several frames are failures that say so.
+    def classify_files(self, source: str, paths: list[Path], program: bool = False) -> list[Answer | Failure]:
+        """Classifies several files; returns one entry per file, in order. Multi-frame files are failures.
 
         Args:
-            program: whether failures advise one that calls the endpoints.
+            program: whether failures are worded for API clients.
         """
-        return self._in_thread(self._classify_files, source, paths, title, program)
+        return self._in_thread(self._classify_files, source, paths, program)
 
-    def _classify_files(
-        self, source: str, paths: list[Path], title: str | None, program: bool
-    ) -> list[Answer | Failure]:
-        loaded = self.store.get(source, title)
+    def _classify_files(self, source: str, paths: list[Path], program: bool) -> list[Answer | Failure]:
+        loaded = self.store.get(source)
         began = time.perf_counter()
         results = self._forward(source, paths, program)
         each = 1e3 * (time.perf_counter() - began) / max(len(paths), 1)
@@ -211,30 +210,29 @@ class Service:
         target: str | None,
         checks: bool,
         report: Callable[[float], object] | None = None,
-        title: str | None = None,
     ) -> Iterator[Comparison]:
-        """All maps, then, with `checks`, the same with the trust of one more method at a time.
+        """Yields all maps, then, with `checks`, again after the checks of each further method.
 
         Args:
-            target: label; None: the model's answer.
-            report: called with the share done; returns False to stop.
+            target: label to explain; None: the predicted one.
+            report: called with the completed fraction; returns False to cancel.
 
         Raises:
             ImageError, PretrainedError, ConfigError, ValueError; ExplainCancelled.
         """
-        self.store.get(source, title)
-        # A function cannot travel to the process that has the GPU.
+        self.store.get(source)
+        # A callback cannot be sent to the process that holds the GPU.
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
 
     def _predict(
         self, source: str, images: Sequence[MedicalImage | Path], program: bool = False
     ) -> list[tuple[Prediction | Failure, Seen]]:
-        """Predictions, and what is kept of each image."""
+        """Returns a prediction, and the data kept for display, per image."""
         loaded = self.store.get(source)
         kept: list[Seen] = []
         failed: dict[int, Failure] = {}
 
-        def read() -> Iterator[MedicalImage]:  # one at a time: files can be large
+        def read() -> Iterator[MedicalImage]:  # lazily: files can be large
             for number, item in enumerate(images):
                 try:
                     image = item if isinstance(item, MedicalImage) else load_image(item)
@@ -275,17 +273,17 @@ class Service:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is kept of an image when it has been predicted: a thumbnail, and fields of its `Answer`."""
+    """Display data of an image, kept after prediction: a thumbnail, and fields of its `Answer`."""
 
     thumbnail: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
     applied: dict[str, Any] = field(default_factory=dict)
 
 
 def applied(image: MedicalImage) -> dict[str, Any]:
-    """How an image was read, as fields of `Answer`."""
+    """Returns how an image was read, as fields of `Answer`."""
     doubtful = image.low_contrast or not CONTRAST.isdisjoint(image.warning_kinds)
     better = image.range_window if doubtful and image.range_window != image.window else None
-    chosen = image.bit_depth > 8 or image.window_from != "range"  # else it is 0 to 255, as everybody expects
+    chosen = image.bit_depth > 8 or image.window_from != "range"  # else the usual 0 to 255
     return {
         "window": image.window if chosen else None,
         "window_from": image.window_from if chosen else "",
@@ -299,7 +297,7 @@ def applied(image: MedicalImage) -> dict[str, Any]:
 def answer(
     loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float, how: dict[str, Any] | None = None
 ) -> Answer:
-    """A prediction, and how far to believe it. The page has a place of its own for the remark on unusual images."""
+    """Builds an `Answer`; the out-of-distribution note is removed, because pages show it separately."""
     notes = [note for note in prediction.image_notes if note != UNUSUAL]
     prediction = dataclasses.replace(prediction, image_notes=notes)
     limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
@@ -308,14 +306,14 @@ def answer(
 
 
 def small(comparison: Comparison) -> Comparison:
-    """The same with the image no larger than a page shows it: drawing a map over 60 million pixels takes gigabytes."""
+    """Reduces the image to display size: drawing maps over 60 million pixels takes gigabytes."""
     image = reduced(comparison.explanations[0].image)
     explanations = tuple(dataclasses.replace(e, image=image) for e in comparison.explanations)
     return dataclasses.replace(comparison, explanations=explanations)
 
 
 def reduced(image: MedicalImage, longest: int = LARGEST_SHOWN) -> MedicalImage:
-    """The image, made smaller if its longest side is above this many pixels."""
+    """Returns the image, downscaled if its longest side exceeds `longest` pixels."""
     if max(image.size) <= longest:
         return image
     picture = image.to_pil()
@@ -325,6 +323,6 @@ def reduced(image: MedicalImage, longest: int = LARGEST_SHOWN) -> MedicalImage:
 
 
 def _explain_seconds(source: str, path: Path, view: View, methods: list[str], *rest: object) -> int:
-    """The GPU time to ask a ZeroGPU Space for."""
+    """Returns the GPU seconds to request on a ZeroGPU Space."""
     checks = len(rest) > 1 and bool(rest[1])
     return min(20 + len(methods) * (30 if checks else 8), 180)

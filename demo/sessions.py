@@ -1,4 +1,4 @@
-"""What a visitor has on the server: a folder of their own, deleted when they leave or stay idle."""
+"""Visitor sessions: a private folder per visitor, deleted when they leave or become idle."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class Session:
     """One browser tab.
 
     Attributes:
-        folder: holds everything kept for this visitor; no address leads there.
-        outbox: holds what this visitor may download, under an address that cannot be guessed.
-        uploads: the server's copies of what this visitor brought.
-        images: the current images, in the order they were given. current: index of the one that is shown.
-        models: folders of the models that were fine-tuned here, by the name shown.
-        data: the set to fine-tune on.
-        stop_explaining, stop_training: set to end what is running.
+        folder: private files of this visitor, not reachable by any URL.
+        outbox: downloads of this visitor, under unguessable URLs.
+        uploads: the server's copies of the uploaded files.
+        images: the current images, in upload order.
+        current: index of the displayed image.
+        models: folders of the models fine-tuned in this session, by displayed name.
+        data: the dataset to fine-tune on.
+        stop_explaining: set to cancel a running explanation.
+        stop_training: set to cancel a running training.
     """
 
     def __init__(self, folder: Path, outbox: Path):
@@ -45,21 +47,21 @@ class Session:
         self.used = time.monotonic()
 
     def new_folder(self) -> Path:
-        """An empty folder that goes with the session."""
+        """Creates an empty folder that is deleted with the session."""
         path = self.folder / secrets.token_urlsafe(12)
         path.mkdir(parents=True)
         return path
 
     def new_download(self, name: str) -> Path:
-        """Where to write a file that the visitor may download; it goes with the session."""
+        """Returns a path for a download, deleted with the session."""
         folder = self.outbox / secrets.token_urlsafe(12)
         folder.mkdir(parents=True)
         return folder / name
 
     def keep_images(self, uploads: list[str]) -> None:
-        """Makes these files the current images and deletes the ones before.
+        """Sets the current images and deletes the previous ones.
 
-        Copies, because the server's upload folder is shared: the same file uploaded by two people is one file there.
+        Links or copies the files, because the upload folder is shared: identical uploads of two visitors are one file.
         """
         before = {path.parent for path in self.images}
         kept = []
@@ -76,23 +78,25 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)
 
     def stop(self) -> None:
+        """Cancels whatever is running for this visitor."""
         self.stop_explaining.set()
         self.stop_training.set()
 
     def close(self) -> None:
+        """Cancels running work and deletes the files of this visitor."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.outbox, ignore_errors=True)
 
 
 class Sessions:
-    """All visitors, by the session identifier that the browser or API client chose at random.
+    """All sessions, by the random identifier that the browser or API client chose.
 
-    A thread looks every minute for what was left behind, so that files go even when nobody comes any more.
+    A background thread deletes idle sessions and stale uploads every minute.
 
     Args:
-        root: everything lies below this folder, which is deleted at the end; Gradio's uploads in `root / "uploads"`.
-        sweep_seconds: between two looks.
+        root: parent of all files, deleted at exit; Gradio's uploads are in `root / "uploads"`.
+        sweep_seconds: interval between clean-ups.
     """
 
     def __init__(self, limits: Limits, root: Path, sweep_seconds: float = 60):
@@ -110,28 +114,28 @@ class Sessions:
         return len(self._sessions)
 
     def of(self, request: Any) -> Session:
-        """The session that a `gradio.Request` belongs to; a new one for a new visitor."""
-        # Requests without an identifier have nothing in common: each gets a session of its own.
+        """Returns the session of a `gradio.Request`, creating it for a new visitor."""
+        # Each request without an identifier gets its own session.
         key = str(getattr(request, "session_hash", None) or secrets.token_urlsafe(16))
         with self._lock:
             session = self._sessions.pop(key, None)
             if session is None:
                 names = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
                 session = Session(self.root / names[0], self.uploads / names[1])
-            self._sessions[key] = session  # the one used last is last
+            self._sessions[key] = session  # most recently used last
             session.used = time.monotonic()
             dropped = [self._sessions.pop(k) for k in list(self._sessions)[: -self.limits.sessions]]
         self._end(dropped)
         return session
 
     def close(self, request: Any) -> None:
-        """Forgets a visitor who left."""
+        """Closes the session of a visitor who left."""
         with self._lock:
             session = self._sessions.pop(str(getattr(request, "session_hash", None) or ""), None)
         self._end([session] if session else [])
 
     def sweep(self) -> None:
-        """Forgets visitors who were idle for long, and deletes uploads that are older than anything needs them."""
+        """Closes idle sessions and deletes stale uploads."""
         with self._lock:
             idle = time.monotonic() - 60 * self.limits.idle_minutes
             dropped = [self._sessions.pop(k) for k, s in list(self._sessions.items()) if s.used < idle]
@@ -140,6 +144,7 @@ class Sessions:
         delete_older(self.uploads, 60 * self.limits.upload_minutes, outboxes)
 
     def close_all(self) -> None:
+        """Ends the clean-up thread and all sessions, and deletes all files."""
         self._ended.set()
         with self._lock:
             sessions, self._sessions = list(self._sessions.values()), {}
@@ -148,13 +153,13 @@ class Sessions:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _end(self, sessions: list[Session]) -> None:
-        """Deletes all that these visitors brought, but not what another brought as well: equal files are one file."""
+        """Deletes the files of these sessions, except uploads shared with another session."""
         with self._lock:
             shared = {path for s in self._sessions.values() for path in s.uploads}
         for session in sessions:
             session.close()
             for path in session.uploads - shared:
-                if path.is_relative_to(self.uploads):  # not an example of the app's own
+                if path.is_relative_to(self.uploads):  # not a bundled example
                     with contextlib.suppress(OSError):
                         path.unlink()
                         path.parent.rmdir()
@@ -165,10 +170,10 @@ class Sessions:
 
 
 def delete_older(folder: Path, seconds: float, keep: Collection[Path] = ()) -> None:
-    """Deletes files that were last changed longer ago than this, and the folders that become empty.
+    """Deletes files last modified more than `seconds` ago, and folders left empty.
 
     Args:
-        keep: folders directly below `folder` in which nothing is deleted.
+        keep: folders directly below `folder` to leave untouched.
     """
     limit = time.time() - seconds
     for where, _, names in os.walk(folder, topdown=False):
@@ -177,9 +182,9 @@ def delete_older(folder: Path, seconds: float, keep: Collection[Path] = ()) -> N
         changed = Path(where).stat().st_mtime if Path(where).is_dir() else limit
         for name in names:
             path = Path(where, name)
-            with contextlib.suppress(OSError):  # another thread was faster
+            with contextlib.suppress(OSError):  # deleted by another thread meanwhile
                 if path.stat().st_mtime < limit:
                     path.unlink()
         with contextlib.suppress(OSError):  # not empty
-            if Path(where) != folder and changed < limit:  # else an upload may be on its way there
+            if Path(where) != folder and changed < limit:  # recent: an upload may be in progress
                 Path(where).rmdir()

@@ -1,4 +1,4 @@
-"""The models on offer, loaded when first asked for."""
+"""Loads the models of the app on first use and caches them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class Loaded:
 
     Attributes:
         source: name or folder it was loaded from.
-        title: what people read.
-        folder: where its files are.
-        model: as loaded, for explaining. fused: for predicting.
-        facts: what its folder says of it.
-        licence_known: False where nobody stated a licence.
+        title: displayed name.
+        folder: location of its files.
+        model: as loaded, for explanations.
+        fused: fused for faster prediction.
+        facts: configuration, results and licence from its folder.
+        licence_known: False if no licence was stated.
     """
 
     source: str
@@ -46,7 +47,7 @@ class Loaded:
 
     @property
     def unusual(self) -> Unusual | None:
-        """The warning for images unlike the training images; None where the model has none by its features."""
+        """Out-of-distribution detector on features, or None if the model has none."""
         return self.model.unusual
 
     @property
@@ -59,25 +60,25 @@ class Loaded:
 
     @property
     def backend(self) -> str:
-        """The scan backend that answers."""
+        """Name of the scan backend in use."""
         return resolve_backend(self.device, self.model.patch_embed.proj.weight.dtype)
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """None where the model was not calibrated."""
+        """Calibration, or None if the model was not calibrated."""
         return Calibration.from_dict(self.config.calibration, self.config.task) if self.config.calibration else None
 
     @property
     def calibrated(self) -> bool:
-        """Whether a temperature was fitted, so that scores may be called probabilities."""
+        """Whether a temperature was fitted, so that scores can be shown as probabilities."""
         return self.calibration is not None and self.calibration.method == "temperature"
 
 
 class ModelStore:
-    """Loads by name or folder and keeps the models used last.
+    """Loads models by name or folder and keeps the most recently used ones in memory.
 
     Args:
-        names: on offer to everybody, the default first.
+        names: models available to all visitors, the default first.
         device: "auto" or a torch device.
 
     Raises:
@@ -91,17 +92,17 @@ class ModelStore:
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = threading.Lock()
         self.default = self.get(names[0])
-        if self.device.type == "cpu":  # the first run of a model takes several times as long as the next
+        if self.device.type == "cpu":  # warm-up: the first run takes several times as long
             config = self.default.config
             predict_logits(self.default.fused, torch.zeros(1, config.in_chans, *config.preprocess.input_size))
 
     def get(self, source: str, title: str | None = None) -> Loaded:
-        """The model, from memory where it is there.
+        """Returns the model, loading it unless it is in memory.
 
         Raises:
             PretrainedError, ConfigError: it cannot be loaded.
         """
-        with self._lock:  # two visitors who ask for the same model wait for one load
+        with self._lock:  # concurrent requests for one model share a single load
             if source in self._loaded:
                 self._loaded.move_to_end(source)
                 return self._loaded[source]
@@ -110,11 +111,6 @@ class ModelStore:
             while len(self._loaded) > MAX_LOADED:
                 self._loaded.popitem(last=False)
             return loaded
-
-    def forget(self, source: str) -> None:
-        """Frees a model that will not be asked for again."""
-        with self._lock:
-            self._loaded.pop(source, None)
 
     def _load(self, source: str, title: str) -> Loaded:
         folder = fetch(source, sidecars=True)
@@ -127,5 +123,5 @@ class ModelStore:
 
 
 def display_name(source: str) -> str:
-    """The name of a model as people read it: without the path of a folder."""
+    """Returns the displayed name of a model: a folder without its path."""
     return Path(source).name if Path(source).is_dir() else source

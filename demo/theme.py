@@ -1,4 +1,4 @@
-"""How the app looks: one accent on cool neutrals, in light and dark. The rest is in style.css and page.js."""
+"""Gradio theme: one accent colour on cool neutrals, in light and dark. See also style.css and page.js."""
 
 from __future__ import annotations
 
@@ -24,30 +24,28 @@ NEUTRAL = colors.Color(
 
 
 def escaped(value: Any) -> str | None:
-    """HTML as a plain `str`, for the page: text that is not `Markup` is escaped."""
+    """Returns HTML as a plain `str`, escaping text that is not `Markup`."""
     return None if value is None else str(escape(value))
 
 
-# Not a `class` statement: with that, Gradio writes a .pyi file beside this one. Its name chooses the part of the page.
-# And not a method set on an object: Gradio makes new objects of the class, one for each visitor.
+# Not a `class` statement, for which Gradio would write a .pyi file beside this one; its name selects the front-end
+# component. Not a method patched on an instance either: Gradio creates new instances per visitor.
 _Html: Any = ABCMeta.__new__(
     ComponentMeta, "HTML", (gr.HTML,), {"postprocess": lambda _, value: escaped(value), "__module__": __name__}
 )
 
 
 def Html(value: str = "", **options: Any) -> gr.HTML:
-    """A `gr.HTML` without Gradio's styles for prose, which shows plain text as text.
-
-    Whatever is sent to it, first or later, is escaped unless `demo.html.tag` made it.
+    """Creates a `gr.HTML` without Gradio's prose styles that escapes every value not built by `demo.html.tag`.
 
     Args:
-        options: of `gr.HTML`.
+        options: passed to `gr.HTML`.
     """
     return _Html(value, apply_default_css=False, padding=False, **options)
 
 
 def theme() -> gr.themes.Base:
-    """The theme; its fonts come with Gradio, so nothing is fetched from elsewhere."""
+    """Returns the theme; its fonts are bundled with Gradio, so nothing is fetched from other servers."""
     return gr.themes.Base(
         primary_hue=ACCENT,
         secondary_hue=ACCENT,
@@ -55,7 +53,7 @@ def theme() -> gr.themes.Base:
         radius_size=sizes.radius_md,
         spacing_size=sizes.spacing_md,
         text_size=sizes.text_md,
-        # Not the weight 600, of which Gradio ships a few letters only.
+        # Not weight 600, of which Gradio ships only a few glyphs.
         font=(gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"),
         font_mono=(gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"),
     ).set(

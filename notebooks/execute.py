@@ -1,9 +1,8 @@
-"""Runs the notebooks and keeps their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
+"""Executes the notebooks and stores their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
 
-Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size. With the outputs is stored which
-code and weights they are of, and which cell has which; `problems` compares, so that outputs cannot go missing or grow
-stale unnoticed. `--address` runs nothing and only writes the address of the repository, Repository of [project.urls] in
-pyproject.toml, into the badges and the first cell.
+Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size. Hashes of the code and weights and
+the output types per cell are stored too; `problems` compares them to detect stale or missing outputs. `--address` runs
+nothing and only writes the repository URL ([project.urls] in pyproject.toml) into the badges and the first cell.
 """
 
 from __future__ import annotations
@@ -27,38 +26,40 @@ MAX_WIDTH = 800
 SOURCE, WEIGHTS, OUTPUTS = "medmamba_source_sha256", "medmamba_weights_sha256", "medmamba_outputs"
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB = "https://colab.research.google.com/github/"
-# Drawn at once, not in a function for later.
+# Code that draws when the cell runs, not inside a function definition.
 DRAWS = re.compile(r"^\S.*(subplots|[._]figure\(|\.overlay\(|\.plot\.|display\()|^draw\(", re.MULTILINE)
 PRIVATE = re.compile(r"/(home|root|tmp|Users|work|usr|var|opt)/|site-packages|[A-Z]:\\")
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Returns the code cells of a notebook."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
-    """Of all code cells, in order, but for the first: where medmamba comes from changes no output."""
+    """Hashes all code cells in order, except the set-up cell, which does not affect outputs."""
     code = [cell.source for cell in code_cells(notebook) if "setup" not in cell.metadata.get("tags", [])]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
 def weights_hash() -> str:
-    """Of the model that the notebooks use, as its configuration records it."""
+    """Returns the weights hash of the default model, from its configuration."""
     folder = medmamba.bundled_models()[medmamba.DEFAULT_MODEL]
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["weights_sha256"]
 
 
 def output_types(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
+    """Returns the output types of each code cell that has outputs, by cell id."""
     return {cell.id: [output.output_type for output in cell.outputs] for cell in code_cells(notebook) if cell.outputs}
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
-    """What is wrong with stored outputs: stale, missing, errors, noise, too large, or telling of this machine."""
+    """Lists problems of stored outputs: stale, missing, errors, warnings, oversized figures, or local paths."""
     found, cells = [], code_cells(notebook)
     if notebook.metadata.get(SOURCE) != source_hash(notebook):
-        found.append("the outputs are of other code")
+        found.append("the outputs are from different code")
     if notebook.metadata.get(WEIGHTS) != weights_hash():
-        found.append(f"the outputs are of other weights than those of {medmamba.DEFAULT_MODEL}")
+        found.append(f"the outputs are from different weights than those of {medmamba.DEFAULT_MODEL}")
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
         found.append("the cells were not run once each, in order")
     if notebook.metadata.get(OUTPUTS) != output_types(notebook):
@@ -69,9 +70,9 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
         wrong = {
             "an error": any(o.output_type == "error" for o in cell.outputs),
             "warnings": any(o.get("name") == "stderr" for o in cell.outputs) or "Warning" in texts,
-            "no picture": bool(DRAWS.search(cell.source)) and not pictures,
-            "a picture that is too large": any(max(_open(png).size) > MAX_WIDTH for png in pictures),
-            "a path of somebody's machine": bool(PRIVATE.search(texts)),
+            "no figure": bool(DRAWS.search(cell.source)) and not pictures,
+            "an oversized figure": any(max(_open(png).size) > MAX_WIDTH for png in pictures),
+            "a local path": bool(PRIVATE.search(texts)),
             "a progress bar": "it/s" in texts,
         }
         found += [f"cell {number} has {what}" for what, is_so in wrong.items() if is_so]
@@ -79,7 +80,7 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
-    """The notebook, run from the top in a fresh kernel in its own folder.
+    """Runs a notebook from the top in a fresh kernel in its own folder, and returns it.
 
     Raises:
         CellExecutionError: a cell raised.
@@ -92,7 +93,7 @@ def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
         language_info={"name": "python"},
     )
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day
+        cell.metadata.pop("execution", None)  # timestamps
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
@@ -105,15 +106,17 @@ def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
 
 
 def repository() -> str:
-    """The address of the repository, from pyproject.toml; "" where it is not known yet."""
+    """Returns the repository URL from pyproject.toml, or "" if unset."""
     text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^\[project\.urls\]\n(?:[^\[]*\n)?Repository = "([^"]+)"', text, re.MULTILINE)
     return found[1].rstrip("/") if found else ""
 
 
 def set_address(notebook: nbformat.NotebookNode, name: str, address: str) -> None:
-    """Writes the address into the badge and the first cell. Without one, the badge opens Colab's own dialogue for
-    repositories: a link to a repository that somebody guessed would lead nowhere, or to somebody else."""
+    """Writes the repository URL into the badge and the first cell.
+
+    Without a URL, the badge opens Colab's repository dialogue, since a guessed link could be a stranger's.
+    """
     badge = f"{BADGE}({COLAB}) and enter the address of this repository there."
     if address:
         badge = f"{BADGE}({COLAB}{address.removeprefix('https://github.com/')}/blob/main/notebooks/{name})"
@@ -137,13 +140,14 @@ def _smaller(png: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Executes the given or all notebooks; returns 1 if any has problems."""
     names = [name for name in arguments if name != "--address"]
     only_address, failures = "--address" in arguments, 0
     for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4) if only_address else execute(path)
         set_address(notebook, path.name, repository())
         nbformat.write(notebook, path)
-        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, from {repository() or 'an address to be entered'}")
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, from {repository() or 'a URL to be entered'}")
         for problem in [] if only_address else problems(notebook):
             failures += 1
             print(f"  {problem}")

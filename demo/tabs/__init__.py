@@ -1,1 +1,1 @@
-"""The tabs of the app."""
+"""The tabs of the app, one module each, with helpers that render their HTML."""

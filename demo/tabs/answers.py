@@ -1,4 +1,4 @@
-"""What the Classify tab shows, as HTML: an answer, a table of answers, the card of a model."""
+"""HTML of the Classify tab: a prediction, a table of predictions, the model card."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from ..store import Loaded
 from .remarks import WINDOW_BUTTON, remarks_of
 
 EMPTY_TITLE = "No image yet"
-EMPTY_TEXT = "Drop one in, paste it, or pick an example. The answer appears here in a second."
+EMPTY_TEXT = "Drop, paste or choose an image, or pick an example. The prediction appears here."
 
 
 def answer_html(found: Answer, loaded: Loaded) -> Markup:
-    """One image: what the model saw, how probable each class is, how far to believe it, how it came about."""
+    """Renders a prediction: the image as the model sees it, probabilities, remarks on reliability, and details."""
     prediction, config = found.prediction, loaded.config
     if config.task == "multilabel":
         above = [label for label, p in prediction.top if p >= 0.5]
-        kicker, title = "The model sees", ", ".join(above) or "none of the labels"
-        caption = "Calibrated probability of each label" if loaded.calibrated else "Score of each label, not calibrated"
+        kicker, title = "Labels predicted", ", ".join(above) or "none"
+        caption = "Calibrated probability per label" if loaded.calibrated else "Score per label (not calibrated)"
     else:
-        kicker, title = "The model’s answer", prediction.label
-        caption = "Calibrated probability" if loaded.calibrated else "Score, not calibrated"
+        kicker, title = "Prediction", prediction.label
+        caption = "Calibrated probability" if loaded.calibrated else "Score (not calibrated)"
     before, after = remarks_of(found, loaded)
     made = facts(
         [
@@ -59,14 +59,14 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
     )
     height, width = config.preprocess.input_size
     return tag(
-        '<section class="mm-card mm-answer {doubt}" aria-live="polite" aria-label="Answer">{first}'
+        '<section class="mm-card mm-answer {doubt}" aria-live="polite" aria-label="Prediction">{first}'
         '<div class="mm-answer-top"><figure class="mm-seen"><img src="{seen}" '
-        'alt="The image at the size and contrast that the model sees"><figcaption>As the model sees it, '
+        'alt="The image as the model sees it, resized and windowed"><figcaption>Model input, '
         '{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
         '<h2>{title}</h2>{bars}</div></div><div class="mm-remarks">{rest}</div>{made}'
-        '<details class="mm-notes"><summary>What was done to the file</summary>{notes}</details></section>',
+        '<details class="mm-notes"><summary>How the file was processed</summary>{notes}</details></section>',
         doubt="mm-doubt" if before else "",
-        first=join(callout(*remark) for remark in before),  # before anything that looks like an answer
+        first=join(callout(*remark) for remark in before),  # before anything that looks like a prediction
         seen=data_uri(found.seen),
         width=width,
         height=height,
@@ -80,14 +80,14 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
 
 
 WINDOW_ORIGINS = {
-    "argument": "chosen here",
-    "file": "the file’s own",
-    "range": "all that its bits can hold",
+    "argument": "set here",
+    "file": "from the file",
+    "range": "full bit depth",
 }
 
 
 def window_fact(found: Answer) -> Markup:
-    """Level and width that were applied, and whose they are; nothing where no window was."""
+    """Renders the applied level and width with their origin; nothing if there is no window."""
     if found.window is None:
         return NOTHING
     center, width = found.window
@@ -95,14 +95,14 @@ def window_fact(found: Answer) -> Markup:
 
 
 def preview_html(path: Path, found: FileFacts) -> Markup:
-    """The current file: what it looks like, under the window that is applied, and what it is."""
+    """Renders the current file with the applied window, and its format."""
     image = found.image
     height, width = image.size
     kind = f"{image.format}, {image.bit_depth} bit, {width}×{height}"
     if image.n_frames > 1:
         kind += f", frame {image.frame + 1} of {image.n_frames}"
     return tag(
-        '<figure class="mm-current {}"><img src="{}" alt="The image as it is read from the file">'
+        '<figure class="mm-current {}"><img src="{}" alt="The uploaded image">'
         "<figcaption><strong>{}</strong><span>{}</span></figcaption></figure>",
         "mm-large" if found.windowed else "",
         data_uri(squeeze(reduced(image, 384).to_uint8())),
@@ -112,18 +112,18 @@ def preview_html(path: Path, found: FileFacts) -> Markup:
 
 
 def squeeze(pixels):
-    """(H, W, 1) to (H, W)."""
+    """Drops the channel axis of a greyscale image: (H, W, 1) to (H, W)."""
     return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 
 
-BATCH_COLUMNS = ["Image", "Answer", "Probability", "Remarks"]
+BATCH_COLUMNS = ["Image", "Prediction", "Probability", "Remarks"]
 
 
 def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: bool = True) -> Markup:
-    """A table that sorts; each image opens by a button.
+    """Renders a sortable table with a button per image to open it.
 
     Args:
-        calibrated: whether the numbers may be called probabilities.
+        calibrated: whether scores are shown as probabilities.
     """
     rows: list[list[object]] = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
@@ -148,13 +148,13 @@ def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: b
         rows.append([name, prediction.label, number, join(tags, " ")])
     failed = sum(isinstance(result, Failure) for result in results)
     done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
-    text = "Select an image for the full answer. Headers sort."
+    text = "Select an image for details. Click a column header to sort."
     columns = [name if calibrated or name != "Probability" else "Score" for name in BATCH_COLUMNS]
-    return card(table(columns, rows, "Answers", sort=True, css="mm-batch"), done, text)
+    return card(table(columns, rows, "Predictions", sort=True, css="mm-batch"), done, text)
 
 
 def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str]) -> str:
-    """The table with every class, safe to open in a spreadsheet."""
+    """Returns the table with all classes as CSV, safe to open in a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(csv_row(["image", "label", "probability", "unsure", "unusual", *labels, "warnings", "error"]))
@@ -172,19 +172,19 @@ def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[s
 
 
 def reason(message: object, path: Path) -> str:
-    """Why a file could not be read, as a sentence that does not name it again."""
+    """Formats why a file could not be read, without repeating its name."""
     text = in_app(plain(message, path).removeprefix(f"{path.name}: "))
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def failure_html(message: object, path: Path, windowed: bool = False) -> Markup:
-    """An image that could not be classified; with `windowed`, a button that gives it the window it lacks."""
+    """Renders a failure; with `windowed`, with a button that applies the full-range window."""
     text = reason(message, path)
     return card(callout("error", f"{path.name} could not be read", text, WINDOW_BUTTON if windowed else NOTHING))
 
 
 def card_html(loaded: Loaded) -> Markup:
-    """What a model is, from its folder: data, classes, licence, figures with intervals, calibration."""
+    """Renders the model card: training data, classes, licence, results with intervals, calibration."""
     entry, config, terms = loaded.facts.entry, loaded.config, loaded.facts.terms
     dataset: object = str(config.training.get("dataset") or "not stated")
     if entry:
@@ -192,12 +192,12 @@ def card_html(loaded: Loaded) -> Markup:
     named = terms.name if terms.name else licence_name(terms.licence)
     licence = with_detail(named, terms.reason[:1].upper() + terms.reason[1:])
     if not loaded.licence_known:
-        licence = with_detail("Not stated", "Ask whoever made the model before you use it elsewhere")
+        licence = with_detail("Not stated", "Ask the authors of the model before you use it elsewhere")
     rows: list[tuple[object, object]] = [
         ("Trained on", dataset),
         ("Licence of the weights", licence),
         ("Calibration", _calibration(loaded)),
-        ("Unusual images", _unusual(loaded)),
+        ("Out-of-distribution warning", _unusual(loaded)),
     ]
     classes = facts([(f"{config.num_classes} classes", bullets(config.labels, "mm-classes"))])
     height, width = config.preprocess.input_size
@@ -208,7 +208,7 @@ def card_html(loaded: Loaded) -> Markup:
 def _figures(loaded: Loaded) -> Markup:
     split = loaded.facts.split
     if not split:
-        return callout("info", "No test figures come with this model", "Nothing is known of how often it is right.")
+        return callout("info", "This model has no test results", "Its accuracy is unknown.")
     evaluation = loaded.facts.evaluations[split]
     names = ["accuracy", "balanced_accuracy", *(n for n in PAPER_COLUMNS if n != "accuracy"), "ece"]
     rows = []
@@ -225,18 +225,18 @@ def _figures(loaded: Loaded) -> Markup:
     if intervals:
         said.append(f"with {evaluation.level:.0%} intervals")
     if split != "test":
-        said.append("not test images: these may have chosen the weights")
+        said.append("not a test set: the weights may have been selected on these images")
     head = tag("<h3>On the {} split <span>{}</span></h3>", split, ", ".join(said))
     return tag('<div class="mm-figures">{}{}</div>', head, facts(rows))
 
 
 def counted(images: int, groups: int | None, unit: str) -> str:
-    """How many images, and of how many patients, lesions or other groups."""
+    """Formats the number of images, and of patients, lesions or other groups."""
     return f"{images:,} images" + (f" of {groups:,} {unit}" if groups else "")
 
 
 def group_unit(loaded: Loaded) -> str:
-    """What the groups of a dataset are: patients only where the dataset says so."""
+    """Returns what the groups of a dataset are called: patients only if the registry says so."""
     entry = loaded.facts.entry
     unit = entry.group_unit if entry and entry.group_pattern else None
     return f"{unit}s" if unit else "groups"
@@ -245,11 +245,11 @@ def group_unit(loaded: Loaded) -> str:
 def _calibration(loaded: Loaded) -> Markup:
     found = loaded.calibration
     if found is None:
-        return with_detail("None", "Scores are not probabilities")
+        return with_detail("None", "Scores are not calibrated probabilities")
     if not loaded.calibrated:
-        text = f"No temperature improved them on {found.n:,} validation images; error {found.ece_after:.3f}"
-        return with_detail("None", f"Scores are not probabilities. {text}")
-    change = f"Calibration error {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n:,} images"
+        text = f"Temperature scaling did not help on {found.n:,} validation images; ECE {found.ece_after:.3f}"
+        return with_detail("None", f"Scores are not calibrated probabilities. {text}")
+    change = f"ECE {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n:,} validation images"
     return with_detail(f"Temperature {found.temperature:.2f}", change)
 
 
@@ -258,13 +258,13 @@ def _unusual(loaded: Loaded) -> Markup:
         measured = loaded.unusual.measured
         each = ", ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.get("auroc", {}).items())
         text = f"{loaded.unusual.coverage:.0%} of validation images pass. "
-        text += f"AUROC against {each}" if each else "How well it works was not measured"
-        return with_detail("Warned by the distance of features", text)
+        text += f"AUROC against {each}" if each else "Its performance was not measured"
+        return with_detail("By feature distance", text)
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:
-        return with_detail("No warning", "The model has no threshold for it")
-    text = f"{ood.coverage:.0%} of validation images pass. How well it works was not measured for this model"
-    return with_detail(f"Warned by the {ood.score.replace('_', ' ')} score", text)
+        return with_detail("None", "The model has no threshold for it")
+    text = f"{ood.coverage:.0%} of validation images pass. Its performance was not measured for this model"
+    return with_detail(f"By {ood.score.replace('_', ' ')} score", text)
 
 
 def _parameters(loaded: Loaded) -> str:

@@ -1,4 +1,4 @@
-"""Classify: images in, calibrated probabilities out."""
+"""The Classify tab: upload images, get calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ..store import Loaded
 from ..theme import Html
 from . import answers
 
-AS_FILE = "As the file says"
-CUSTOM = "Set by hand"
-RANGE = "Range of the values"
+AS_FILE = "From the file"
+CUSTOM = "Manual"
+RANGE = "Full value range"
 CT_WINDOWS = [("Soft tissue", (40, 400)), ("Lung", (-600, 1500)), ("Bone", (400, 1800)), ("Brain", (40, 80))]
-"""Level and width in Hounsfield units that readers of CT use."""
+"""Common CT windows: level and width in Hounsfield units."""
 WINDOW_WORDS = (
     "abdomen angio body bone brain chest contrast default harder head liver low lung lungs medium mediastinum normal "
     "pelvis sharp smooth soft softer spine standard stroke tissue tissues window"
@@ -40,7 +40,7 @@ Updates = dict[Any, Any]
 
 @dataclass
 class ClassifyTab:
-    """The components that other tabs use."""
+    """Components that other tabs use."""
 
     model: gr.Dropdown
     view: list[Any]
@@ -50,7 +50,7 @@ class ClassifyTab:
 
 
 def build(context: Context) -> ClassifyTab:
-    """Lays the tab out and connects it; to be called inside `gr.Blocks`."""
+    """Builds the tab and its events. Call inside `gr.Blocks`."""
     limits, store = context.options.limits, context.store
     with gr.Row(elem_classes="mm-columns"):
         with gr.Column(scale=5, min_width=320):
@@ -71,8 +71,8 @@ def build(context: Context) -> ClassifyTab:
             )
             Html(
                 tag(
-                    '<p class="mm-hint">PNG, JPEG, WebP, TIFF, BMP or DICOM, whatever the file is called, 8 or 16 bit, '
-                    "up to {} MB each and {} at once. Paste works too.</p>",
+                    '<p class="mm-hint">PNG, JPEG, WebP, TIFF, BMP or DICOM with any file name, 8 or 16 bit, '
+                    "up to {} MB each and {} at a time. You can also paste an image.</p>",
                     limits.image_mb,
                     limits.batch_files,
                 )
@@ -99,7 +99,7 @@ def build(context: Context) -> ClassifyTab:
                 elem_id="mm-result",
                 js_on_load=pick_js("mm-window", "click"),
             )
-            explain = gr.Button("Explain this answer", visible=False, elem_id="mm-explain-this")
+            explain = gr.Button("Explain this prediction", visible=False, elem_id="mm-explain-this")
             with gr.Accordion("About this model", open=True, elem_id="mm-about"):
                 card = Html(answers.card_html(store.default))
 
@@ -107,7 +107,7 @@ def build(context: Context) -> ClassifyTab:
     shown = [current, reading, *view, batch, table_file, result, explain, card]
 
     def controls(session: Session) -> Updates:
-        """Preview and window control of a new image; of several, none."""
+        """Returns the preview and window controls for a new image; none for several images."""
         hidden: Updates = {
             current: gr.update(visible=False),
             reading: gr.update(visible=False),
@@ -120,14 +120,14 @@ def build(context: Context) -> ClassifyTab:
         try:
             found = inspect(path)
         except (ImageError, ValueError):
-            return hidden  # classifying it says why
+            return hidden  # classification reports why
         updates = {**hidden, current: gr.update(value=answers.preview_html(path, found), visible=True)}
         if found.image.n_frames > 1:
             updates[frame] = gr.update(visible=True, maximum=found.image.n_frames, value=1)
         return {**updates, **window_controls(found)}
 
     def window_controls(found: FileFacts) -> Updates:
-        """The controls of a new image. They show the window that was applied; where that was a table, none."""
+        """Returns the window controls for a new image, set to the applied window; hidden for a lookup table."""
         if found.windows is None or found.windows.value_range is None:
             return {}
         unit = f" ({found.windows.unit})" if found.windows.unit else ""
@@ -139,7 +139,7 @@ def build(context: Context) -> ClassifyTab:
         }
 
     def sliders(found: FileFacts, unit: str | None = None) -> Updates:
-        """Level and width as they were applied to the image."""
+        """Returns the level and width sliders, set to the applied window."""
         assert found.windows is not None and found.windows.value_range is not None
         low, high = found.windows.value_range
         window = found.image.window
@@ -149,14 +149,14 @@ def build(context: Context) -> ClassifyTab:
         if unit is not None:
             labels = [{"label": f"{name}{unit}"} for name in ("Level (centre)", "Window width")]
         shown: Updates = {"visible": window is not None, "step": step}
-        # The window of a file may lie outside the values that this image has.
+        # The window of a file may exceed the value range of the image.
         return {
             center: gr.update(minimum=min(low, c), maximum=max(high, c), value=c, **shown, **labels[0]),
             width: gr.update(minimum=min(step, w), maximum=max(high - low, w), value=w, **shown, **labels[1]),
         }
 
     def answer(session: Session, title: str, view: View) -> Updates:
-        """The result side, for whatever the session holds now."""
+        """Returns the results for the current images of the session."""
         nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False)}
         try:
             loaded = context.load(session, title)
@@ -186,7 +186,7 @@ def build(context: Context) -> ClassifyTab:
         try:
             found = context.service.classify(loaded.source, path, view)
         except AnswerError as problem:
-            return {result: error("The model gave no answer", answers.reason(problem, path)), explain: hidden}
+            return {result: error("The image could not be classified", answers.reason(problem, path)), explain: hidden}
         except (ImageError, OSError, ValueError) as problem:
             lacking = isinstance(problem, WindowNeeded) and len(session.images) == 1
             return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), explain: hidden}
@@ -195,10 +195,10 @@ def build(context: Context) -> ClassifyTab:
     def take(files: list[str], title: str, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
         if problem := refuse(files or [], limits.batch_files, limits.image_mb):
-            return {file: None, result: error("Too much at once", problem)}
+            return {file: None, result: error("Upload rejected", problem)}
         try:
             session.keep_images(list(files or []))
-        except OSError:  # another visitor left who had brought an equal file a moment ago
+        except OSError:  # another visitor with an identical file left meanwhile
             return {file: None, result: error("The upload was lost", "Choose the file again.")}
         return {file: None, **controls(session), **answer(session, title, FIRST)}
 
@@ -216,11 +216,11 @@ def build(context: Context) -> ClassifyTab:
         return answer(session, title, view_of(preset_, c, w, f))
 
     def look(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
-        """After a change of the window: preview, level and width as they are applied, and answer."""
+        """Updates preview, window controls and prediction after a change of the window."""
         session = context.sessions.of(request)
         view = view_of(preset_, c, w, f)
         updates = answer(session, title, view)
-        with contextlib.suppress(ImageError, OSError):  # the answer has said why
+        with contextlib.suppress(ImageError, OSError):  # reported with the prediction
             if len(session.images) == 1:
                 found = inspect(session.images[0], view)
                 updates[current] = answers.preview_html(session.images[0], found)
@@ -231,18 +231,18 @@ def build(context: Context) -> ClassifyTab:
     def use_preset(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
         if preset_ not in (AS_FILE, CUSTOM) and len(session.images) == 1:
-            with contextlib.suppress(ImageError, OSError):  # the answer says why
+            with contextlib.suppress(ImageError, OSError):  # reported with the prediction
                 found = inspect(session.images[0], view_of(AS_FILE, c, w, f))
                 c, w = dict(presets(found)).get(preset_, (c, w))
         return look(title, preset_, c, w, f, request)
 
     def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         updates = look(title, CUSTOM, c, w, f, request)
-        # They are where a hand has put them, and may have been moved on since.
+        # Do not overwrite the sliders: the visitor may have moved them further.
         return {preset: CUSTOM, **{part: value for part, value in updates.items() if part not in (center, width)}}
 
     def by_range(title: str, f: float, request: gr.Request) -> Updates:
-        """The button beside an answer that the window spoils; of several images, for the one that is shown."""
+        """Applies the full-range window to the displayed image."""
         session = context.sessions.of(request)
         if not session.images:
             return {result: gr.skip()}
@@ -262,7 +262,7 @@ def build(context: Context) -> ClassifyTab:
     def examples_of(title: str, request: gr.Request) -> Markup:
         try:
             return examples_html(examples, dataset_of(context.load(context.sessions.of(request), title)))
-        except (PretrainedError, ConfigError, OSError, ValueError):  # answering says why
+        except (PretrainedError, ConfigError, OSError, ValueError):  # reported with the prediction
             return examples_html(examples, None)
 
     shared: dict[str, Any] = dict(
@@ -286,22 +286,22 @@ def build(context: Context) -> ClassifyTab:
 
 
 def dataset_of(loaded: Loaded) -> str | None:
-    """The name in the registry of what a model was trained on."""
+    """Returns the registry name of a model's training dataset."""
     return loaded.facts.entry.name if loaded.facts.entry else None
 
 
 FIRST = View(0)
-"""Of a new file: the first frame, with the window that the file declares."""
+"""View of a new file: the first frame, with the window declared in the file."""
 
 
 def view_of(preset: str | None, center: float, width: float, frame: float | None) -> View:
-    """From the controls; frames are counted from 1 there. Without a preset, as the file says."""
+    """Builds a view from the controls, which count frames from 1. No preset means the window of the file."""
     window = None if preset in (AS_FILE, None) else (float(center), float(width))
     return View(max(int(frame or 1) - 1, 0), window)
 
 
 def presets(found: FileFacts) -> list[tuple[str, Window]]:
-    """Windows that the file declares, for CT those in common use, and the range of the values; with names."""
+    """Returns named windows: those declared in the file, common CT windows, and the full value range."""
     if found.windows is None:
         return []
     windows = [(_words(p.explanation), (p.center, p.width)) for p in found.windows.presets]
@@ -313,20 +313,20 @@ def presets(found: FileFacts) -> list[tuple[str, Window]]:
 
 
 def slider_step(low: float, high: float, center: float, width: float) -> float:
-    """The step of level and width: whole units where the range is large and the window has whole numbers."""
+    """Returns the slider step: whole units for large ranges and integer windows."""
     if high - low > 64:
         return 1 if float(center).is_integer() and float(width).is_integer() else 0.5
     return (high - low) / 256
 
 
 def _words(explanation: str) -> str:
-    """A file's own name for a window, if it is one that is known: free text of a header can hold anything."""
+    """Returns the window name in a file if it consists of known words: free header text may identify a patient."""
     known = set(re.findall(r"[a-z]+", explanation.lower())) <= set(WINDOW_WORDS.split())
     return explanation.strip().capitalize() if explanation.strip() and known else "Window"
 
 
 def default_window(found: FileFacts) -> Window:
-    """Where the controls start where no window was applied: the file's first, else the range of its values."""
+    """Returns the initial window of the controls: the first in the file, else the full value range."""
     assert found.windows is not None
     if found.windows.presets:
         return found.windows.presets[0].center, found.windows.presets[0].width
@@ -334,17 +334,17 @@ def default_window(found: FileFacts) -> Window:
 
 
 def refuse(files: list[str], most: int, megabytes: int) -> str:
-    """Why these files are not taken; empty if they are."""
+    """Returns why these files are rejected, or "" if they are accepted."""
     if len(files) > most:
-        return f"{len(files)} images were chosen and {most} are taken at once. Choose fewer, or use `medmamba predict`."
+        return f"{len(files)} images selected; the limit is {most} at a time. Choose fewer, or use `medmamba predict`."
     for name in files:
         if Path(name).stat().st_size > megabytes * 2**20:
-            return f"{Path(name).name} is larger than {megabytes} MB. Crop it or save a smaller version first."
+            return f"{Path(name).name} is larger than {megabytes} MB. Crop or downscale it first."
     return ""
 
 
 def pick_js(attribute: str, event: str) -> str:
-    """JavaScript for a `gr.HTML`: a click on a button with `data-<attribute>` sends its value as `index`."""
+    """Returns JavaScript for a `gr.HTML` that sends the `data-<attribute>` of a clicked button as `index`."""
     return (
         f"element.addEventListener('click', (e) => {{ const b = e.target.closest('[data-{attribute}]');"
         f" if (b) trigger('{event}', {{index: b.dataset.{camel(attribute)}}}); }});"
@@ -352,6 +352,6 @@ def pick_js(attribute: str, event: str) -> str:
 
 
 def camel(attribute: str) -> str:
-    """mm-example to mmExample, as `dataset` spells it."""
+    """Converts mm-example to mmExample, as in `HTMLElement.dataset`."""
     first, *rest = attribute.split("-")
     return first + "".join(word.capitalize() for word in rest)

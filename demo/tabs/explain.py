@@ -1,4 +1,4 @@
-"""Explain: which pixels speak for the answer, and whether the maps can be trusted."""
+"""The Explain tab: pixel attributions for a prediction, and checks of their reliability."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ..theme import Html
 from . import answers, maps
 from .classify import ClassifyTab, view_of
 
-BEST = "The model’s answer"
+BEST = "Predicted class"
 DEFAULT = ["gradcam", "integrated_gradients", "occlusion"]
-NO_IMAGE = empty("Nothing to explain yet", "Choose an image in Classify, then come back for the maps.")
-READY = empty("Ready", "Choose methods on the left and press Explain. Maps of several methods appear side by side.")
+NO_IMAGE = empty("Nothing to explain yet", "Choose an image in the Classify tab first.")
+READY = empty("Ready", "Choose one or more methods and press Explain. Their attribution maps appear side by side.")
 Updates = dict[Any, Any]
 
 
 def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -> None:
-    """Lays the tab out and connects it; to be called inside `tab`."""
+    """Builds the tab and its events. Call inside `tab`."""
     with gr.Row(elem_classes="mm-columns"):
         with gr.Column(scale=4, min_width=300):
             current = Html(_no_current(), elem_id="mm-explain-current")
-            target = gr.Dropdown([BEST], value=BEST, label="Explain which class", filterable=False)
+            target = gr.Dropdown([BEST], value=BEST, label="Class to explain", filterable=False)
             chosen = gr.CheckboxGroup(
                 [(maps.method_title(name), name) for name in methods()],
                 value=DEFAULT,
@@ -42,12 +42,14 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             )
             checks = gr.Checkbox(
                 label="Check the maps",
-                info="Four tests of whether a map says what the model does. Takes several times as long.",
+                info="Tests whether each map is faithful to the model. Takes several times as long.",
             )
             run = gr.Button("Explain", variant="primary", size="lg", elem_id="mm-run-explain")
             stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-explain")
         with gr.Column(scale=8, min_width=320):
-            status = Html("", visible=False, elem_id="mm-status")  # Gradio draws its bar over it, not over the maps
+            status = Html(
+                "", visible=False, elem_id="mm-status"
+            )  # Gradio draws its progress bar over this, not over the maps
             picture = Html(NO_IMAGE, elem_id="mm-maps")
             with gr.Row(visible=False, elem_id="mm-downloads") as downloads:
                 files = [
@@ -57,7 +59,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
     panel = [picture, trust, downloads, *files, run, stop, status]
 
     def enter(title: str, preset: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
-        """The image and the classes, when the tab is opened."""
+        """Shows the image and the classes when the tab is opened."""
         session = context.sessions.of(request)
         if not session.images:
             return {current: _no_current(), picture: NO_IMAGE, trust: gr.update(visible=False)}
@@ -67,7 +69,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             shown = answers.preview_html(path, inspect(path, view_of(preset, c, w, f)))
         except (ImageError, PretrainedError, ConfigError, OSError, ValueError) as problem:
             text = answers.reason(of_problem(problem), session.images[session.current])
-            return {current: _no_current(), picture: error("This cannot be explained", text)}
+            return {current: _no_current(), picture: error("This image cannot be explained", text)}
         return {
             current: shown,
             target: gr.update(choices=[BEST, *loaded.config.labels], value=BEST),
@@ -80,11 +82,11 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         return {run: gr.update(visible=True), stop: gr.update(visible=False), status: gr.update(visible=False)}
 
     def refused() -> Updates:
-        """There was no place in the queue."""
-        return {picture: error("This was not explained", BUSY), **idle()}
+        """Reports that the queue is full."""
+        return {picture: error("No explanation was computed", BUSY), **idle()}
 
     def begin(names: list[str], request: gr.Request) -> Updates:
-        """At once, whoever else is served first."""
+        """Shows the waiting state immediately, before the queue."""
         context.sessions.of(request).stop_explaining.clear()
         return {
             run: gr.update(visible=False),
@@ -105,19 +107,19 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         names: list[str],
         check: bool,
         request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008  how Gradio finds out that progress is shown
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  how Gradio detects progress tracking
     ) -> Iterator[Updates]:
         session = context.sessions.of(request)
         if not session.images:
             yield {picture: NO_IMAGE, **idle()}
             return
         if not names:
-            yield {picture: error("No method chosen", "Tick at least one of the methods."), **idle()}
+            yield {picture: error("No method selected", "Select at least one method."), **idle()}
             return
         path = session.images[session.current]
 
         def report(share: float) -> bool:
-            progress(share, desc="Drawing the maps" if not check or share < MAPS_SHARE else "Checking the maps")
+            progress(share, desc="Computing the maps" if not check or share < MAPS_SHARE else "Checking the maps")
             return not session.stop_explaining.is_set()
 
         found: Comparison | None = None
@@ -135,10 +137,10 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
                 yield update
         except ExplainCancelled:
             if found is None:
-                yield {picture: empty("Cancelled", "Nothing was changed. Press Explain to start again."), **idle()}
+                yield {picture: empty("Cancelled", "Press Explain to start again."), **idle()}
                 return
         except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
-            yield {picture: error("This could not be explained", answers.reason(of_problem(problem), path)), **idle()}
+            yield {picture: error("The explanation failed", answers.reason(of_problem(problem), path)), **idle()}
             return
         assert found is not None
         target_file = session.new_download("explanation.png")
@@ -174,11 +176,11 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
 
 
 def _no_current() -> Markup:
-    return Markup('<p class="mm-hint">The image chosen in Classify is explained here.</p>')
+    return Markup('<p class="mm-hint">The image selected in the Classify tab is explained here.</p>')
 
 
 def _working(names: list[str]) -> Markup:
-    """Placeholders in the shape of what comes."""
+    """Renders placeholders for the maps."""
     cells = join(
         tag(
             '<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>{}</strong>'
@@ -193,4 +195,4 @@ def _working(names: list[str]) -> Markup:
 
 def _checking(count: int) -> Markup:
     wait = tag('<p class="mm-wait" role="status">Checking 1 of {}…</p>', count)
-    return card(wait, "Can these maps be trusted?")
+    return card(wait, "Reliability checks")

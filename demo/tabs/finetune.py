@@ -1,4 +1,4 @@
-"""Fine-tune: a zip of class folders becomes a model, watched while it learns."""
+"""The Fine-tune tab: trains a model on a zip of class folders, with live progress."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from ..theme import Html
 from .classify import ClassifyTab
 
 EMPTY = empty(
-    "A model for your own classes",
-    "Zip a folder that holds one folder of images per class, or take the sample set, and watch the model learn it.",
+    "Train a model on your own classes",
+    "Upload a zip with one folder of images per class, or use the sample dataset, and follow the training here.",
 )
-CANCELLED = empty("Cancelled", "Nothing was kept. Press Fine-tune to start again.")
+CANCELLED = empty("Cancelled", "Nothing was saved. Press Fine-tune to start again.")
 POLL_SECONDS = 0.7
 FEW_IMAGES = 100
-"""Below, the figures of a test split come with a warning."""
+"""Below this number of test images, results are shown with a warning."""
 CHOSEN_BY_VAL = (
-    "These images chose the best epoch and fitted the calibration, so the figures are too good. Add a test folder to "
-    "know how good the model is."
+    "These images were used to select the best epoch and to fit the calibration, so the results are optimistic. Add a "
+    "test folder for an unbiased estimate."
 )
 Updates = dict[Any, Any]
 
 
 def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
-    """Lays the tab out and connects it; to be called inside `gr.Tab`."""
+    """Builds the tab and its events. Call inside `gr.Tab`."""
     limits = context.options.limits
     with gr.Row(elem_classes="mm-columns"):
         with gr.Column(scale=4, min_width=300):
@@ -69,13 +69,13 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             )  # fmt: skip
             Html(
                 tag(
-                    '<p class="mm-hint">A .zip with one folder per class, or with train, val and test folders around '
-                    "those. Up to {} MB and {:,} images. Deleted when you leave.</p>",
+                    '<p class="mm-hint">A .zip with one folder per class, or with train, val and test folders '
+                    "that contain them. Up to {} MB and {:,} images. Deleted when you leave the page.</p>",
                     limits.zip_mb,
                     limits.zip_images,
                 )
             )
-            sample = gr.Button("Use the sample set: 64 chest X-rays", size="sm", elem_id="mm-sample")
+            sample = gr.Button("Use the sample dataset: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")
             base = gr.Dropdown(
                 context.choices(None),
@@ -86,7 +86,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             )
             epochs = gr.Slider(
                 1, limits.epochs, min(10, limits.epochs), step=1, label="Epochs", buttons=[],
-                info=f"Ends after {limits.train_minutes:g} minutes at the latest, with the best epoch so far.",
+                info=f"Stops after {limits.train_minutes:g} minutes at the latest and keeps the best epoch so far.",
             )  # fmt: skip
             run = gr.Button("Fine-tune", variant="primary", size="lg", interactive=False, elem_id="mm-run-train")
             stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-train")
@@ -110,7 +110,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         except (DatasetError, ImageError, OSError, ValueError) as problem:
             shutil.rmtree(target.parent, ignore_errors=True)
             text = str(problem).replace(str(target), target.name)
-            return {**hidden, picture: error("This set cannot be used", text), done: gr.update(visible=False)}
+            return {**hidden, picture: error("This dataset cannot be used", text), done: gr.update(visible=False)}
         session.data = found
         return {
             seen: gr.update(value=set_html(found), visible=True),
@@ -126,14 +126,14 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         return {run: gr.update(visible=True), stop: gr.update(visible=False)}
 
     def refused() -> Updates:
-        """There was no place in the queue."""
+        """Reports that the queue is full."""
         return {picture: error("Training did not start", BUSY), **idle()}
 
     def begin(count: float, request: gr.Request) -> Updates:
-        """At once, whoever else trains."""
+        """Shows the waiting state immediately, before the queue."""
         context.sessions.of(request).stop_training.clear()
         return {
-            picture: progress_html(Progress(), int(count), "Waiting for a free place"),
+            picture: progress_html(Progress(), int(count), "Waiting for another training to finish"),
             run: gr.update(visible=False),
             stop: gr.update(visible=True, interactive=True, value="Cancel"),
             done: gr.update(visible=False),
@@ -142,9 +142,9 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
     def train(title: str, count: float, request: gr.Request) -> Iterator[Updates]:
         session = context.sessions.of(request)
         if session.data is None:
-            yield {picture: error("No set yet", "Upload a zip file or take the sample set first."), **idle()}
+            yield {picture: error("No dataset yet", "Upload a zip file or use the sample dataset first."), **idle()}
             return
-        if session.stop_training.is_set():  # cancelled while others were served
+        if session.stop_training.is_set():  # cancelled while waiting
             yield {picture: CANCELLED, **idle()}
             return
         folder = session.new_folder()
@@ -157,7 +157,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                 if session.stop_training.wait(POLL_SECONDS):
                     yield {picture: CANCELLED, **idle()}
                     return
-                session.used = time.monotonic()  # watching is not idling
+                session.used = time.monotonic()  # keeps the session alive
                 yield {picture: progress_html(job.progress(), int(count))}
             found = job.result()
             name = own_name(session)
@@ -169,8 +169,8 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                 **idle(),
             }
         except (JobError, DatasetError, PretrainedError, ConfigError, OSError, ValueError) as problem:
-            yield {picture: error("Training ended early", str(problem)), **idle()}
-        finally:  # also when the visitor leaves
+            yield {picture: error("Training failed", str(problem)), **idle()}
+        finally:  # also if the visitor leaves
             if job:
                 job.stop()
 
@@ -201,17 +201,17 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
 
 
 def first_base(context: Context) -> str:
-    """On a CPU the lightest model, which trains in minutes."""
+    """Returns the default base model: on a CPU the smallest, which trains in minutes."""
     return context.lightest_title if training_device(context) == "cpu" else context.default_title
 
 
 def training_device(context: Context) -> str:
-    """On ZeroGPU the CPU: a process of its own gets no GPU there."""
+    """Returns the training device: on ZeroGPU the CPU, because subprocesses get no GPU there."""
     return "cpu" if ZERO_GPU else context.store.device.type
 
 
 def own_name(session: Session) -> str:
-    """The name under which a visitor's new model is offered."""
+    """Returns an unused display name for a visitor's new model."""
     assert session.data is not None
     name = f"Yours: {session.data.data.stem[:40]}"
     number = 2
@@ -222,12 +222,12 @@ def own_name(session: Session) -> str:
 
 
 def packed(model: Path, target: Path) -> str:
-    """The model folder as a zip, which `MedMamba.from_pretrained` loads as it is."""
+    """Packs the model folder as a zip, which `MedMamba.from_pretrained` loads directly."""
     return shutil.make_archive(str(target.with_suffix("")), "zip", model.parent, model.name)
 
 
 def set_html(found: Plan) -> Markup:
-    """What is in the set and how it will be divided."""
+    """Renders the contents and the split of a dataset."""
     index = found.index
     counts = zip(index.classes, index.class_counts, strict=True)
     classes = bullets((f"{name} · {count}" for name, count in counts), "mm-classes")
@@ -237,42 +237,42 @@ def set_html(found: Plan) -> Markup:
         ("Split", with_detail(sizes, how_divided(found))),
     ]
     if index.notes:
-        rows.append(("Noted", bullets(index.notes)))
+        rows.append(("Notes", bullets(index.notes)))
     return card(facts(rows), found.data.name, css="mm-tight")
 
 
 def how_divided(found: Plan) -> str:
-    """How the splits come about, and what that is worth."""
+    """Describes the origin of the splits."""
     if found.val_taken:
-        return "val taken from train, the rest as the folders say"
+        return "val taken from train, the rest as in the folders"
     if not found.made:
-        return "as the folders say"
+        return "as in the folders"
     if any(found.index.patients):
-        return "divided at random, each group of images (patient, lesion) kept together"
-    return "divided at random within each class; which images are of one patient is not known"
+        return "random, with each group of images (patient, lesion) kept together"
+    return "random within each class; images of one patient may be in several splits, as patients are unknown"
 
 
 def progress_html(found: Progress, epochs: int, stage: str = "") -> Markup:
-    """The curves so far, and how long it will take; `stage` says what is going on instead of the epoch."""
+    """Renders the curves so far and the remaining time; `stage` replaces the epoch as the title."""
     if stage:
         title = stage
     elif found.history or found.losses:
         title = f"Epoch {min(len(found.history) + 1, epochs)} of {epochs}"
     else:
         title = "Reading the images"
-    left = f"about {duration(found.left)} left" if found.left is not None else "estimating the time"
+    left = f"about {duration(found.left)} left" if found.left is not None else "estimating time left"
     share = 100 * found.share
     bar = tag(
         '<div class="mm-progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
         'aria-valuenow="{share:.0f}"><span style="width:{share:.1f}%"></span></div>',
         share=share,
     )
-    text = f"{duration(found.seconds)} so far, {left}" if found.seconds else "One model is trained at a time here."
+    text = f"{duration(found.seconds)} elapsed, {left}" if found.seconds else "This server trains one model at a time."
     return card(bar + curves_html(found, epochs), title, text, attributes=Markup('aria-live="off"'))
 
 
 def curves_html(found: Progress, epochs: int) -> Markup:
-    """Loss and accuracy over epochs."""
+    """Renders loss and accuracy over epochs."""
 
     def column(name: str) -> list[float]:
         return [math.nan if row[name] is None else row[name] for row in found.history]
@@ -286,12 +286,12 @@ def curves_html(found: Progress, epochs: int) -> Markup:
         Line("balanced accuracy", x, column("val_balanced_accuracy"), "b"),
     ]
     limit = (0.0, float(epochs))
-    drawn = chart(scores, "On validation images", "epoch", "share right, higher is better", limit, (0, 1))
+    drawn = chart(scores, "Validation accuracy", "epoch", "higher is better", limit, (0, 1))
     return tag('<div class="mm-chart-grid">{}{}</div>', chart(loss, "Loss", "epoch", "lower is better", limit), drawn)
 
 
 def result_html(found: dict[str, Evaluation], job: Job, name: str, minutes: float) -> Markup:
-    """Scores, confusion matrix and curves of the finished model."""
+    """Renders the metrics, confusion matrix and curves of the finished model."""
     split = "test" if "test" in found else "val"
     evaluation = found[split]
     progress = job.progress()
@@ -304,24 +304,24 @@ def result_html(found: dict[str, Evaluation], job: Job, name: str, minutes: floa
     few = NOTHING
     if evaluation.n_images < FEW_IMAGES:
         wide = any(interval_text(estimate) for estimate in known.values())
-        text = f"These figures come from {evaluation.n_images} images"
-        few = callout("warn", "Few images", text + (": the intervals say how little that is." if wide else "."))
+        text = f"These results are based on {evaluation.n_images} images"
+        few = callout("warn", "Few images", text + (", hence the wide intervals." if wide else "."))
     chosen = callout("warn", "No test images", CHOSEN_BY_VAL) if split != "test" else NOTHING
-    figures = table(["Figure", "Value", f"{evaluation.level:.0%} interval"], rows, f"On the {split} images")
+    metrics = table(["Metric", "Value", f"{evaluation.level:.0%} interval"], rows, f"On the {split} images")
     epochs = len(progress.history)
     ended = f"Epoch {best} of {epochs} was best on validation." if best else f"{epochs} epochs."
-    text = f"{ended} {duration(progress.seconds)} in all. {kept_until(minutes)}"
-    both = tag('<div class="mm-result-grid"><div>{}</div><div>{}</div></div>', figures, confusion_html(evaluation))
+    text = f"{ended} Total time {duration(progress.seconds)}. {kept_until(minutes)}"
+    both = tag('<div class="mm-result-grid"><div>{}</div><div>{}</div></div>', metrics, confusion_html(evaluation))
     return card(both + few + chosen, f"{name} is ready", text) + card(curves_html(progress, epochs))
 
 
 def kept_until(minutes: float) -> str:
-    """When a visitor's model goes."""
-    return f"It stays here until you leave the page or do nothing for {minutes:g} minutes."
+    """Says when a visitor's model is deleted."""
+    return f"It is deleted when you leave the page or after {minutes:g} minutes of inactivity."
 
 
 def confusion_html(evaluation: Evaluation) -> Markup:
-    """Counts, shaded by their share of the true class."""
+    """Renders the confusion matrix, shaded by fraction of the true class."""
     if evaluation.task != "multiclass":
         return NOTHING
     head = join(tag('<th scope="col">{}</th>', name) for name in evaluation.classes)
@@ -332,7 +332,7 @@ def confusion_html(evaluation: Evaluation) -> Markup:
         rows.append(tag('<tr><th scope="row">{}</th>{}</tr>', name, cells))
     return tag(
         '<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'
-        "<caption>Rows: true class. Columns: what the model says.</caption>"
+        "<caption>Rows: true class. Columns: predicted class.</caption>"
         "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>",
         head,
         join(rows),
@@ -340,6 +340,6 @@ def confusion_html(evaluation: Evaluation) -> Markup:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 3 min 20 s."""
+    """Formats seconds as "45 s" or "3 min 20 s"."""
     whole = max(round(seconds), 0)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

@@ -1,4 +1,4 @@
-"""Models: the sixteen datasets of the paper, published figures beside ours, and which weights are here."""
+"""The Models tab: the sixteen datasets of the paper, published and measured results, and available weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..html import NOTHING, Markup, card, interval_text, join, licence_name, tab
 from ..theme import Html
 from .classify import ClassifyTab, pick_js
 
-HEADER = ["Dataset", "Images", "Licence", "Accuracy, paper", "Accuracy, ours", "AUC, paper", "AUC, ours", "Weights"]
+HEADER = ["Dataset", "Images", "Licence", "Accuracy, paper", "Accuracy, here", "AUC, paper", "AUC, here", "Weights"]
 VARIANTS = ("tiny", "small", "base")
 NONE = Markup('<span class="mm-none">–</span>')
 
 
 def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
-    """Lays the tab out and connects it; to be called inside `gr.Tab`. Nothing is asked of a network."""
+    """Builds the tab and its events, without network access. Call inside `gr.Tab`."""
     known = list(context.known.values())
     page = Html(models_html(known) + warnings_html(known), js_on_load=pick_js("mm-use", "click"), elem_id="mm-zoo")
 
     def use(event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:
         session = context.sessions.of(request)
         title = str(event.index)
-        if title not in context.titles(session):  # not what the page sends
+        if title not in context.titles(session):  # not sent by the page
             return gr.skip(), gr.skip()
         return gr.update(choices=context.choices(session), value=title), gr.Tabs(selected="classify")
 
@@ -39,28 +39,32 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
 
 
 def models_html(known: list[Known]) -> Markup:
-    """The table, those with weights first, and what must be known to read it."""
-    ours = {name: [k for k in known if k.facts.entry and k.facts.entry.name == name] for name in registry.names()}
-    rows = [_row(registry.get(name), ours[name]) for name in sorted(registry.names(), key=lambda n: not ours[n])]
+    """Renders the table of datasets, those with weights first, and its legend."""
+    by_dataset = {name: [k for k in known if k.facts.entry and k.facts.entry.name == name] for name in registry.names()}
+    rows = [
+        _row(registry.get(name), by_dataset[name]) for name in sorted(registry.names(), key=lambda n: not by_dataset[n])
+    ]
     lead = [
-        "Published figures are as the paper’s authors printed them, for its variants T, S and B; nobody here has "
-        "verified them."
+        "“Paper” columns are as published, for the variants T (tiny), S (small) and B (base); they were not verified "
+        "here."
     ]
     measured = [k for k in known if k.facts.entry and k.facts.split]
     if measured:
         levels = {k.facts.evaluations[k.facts.split].level for k in measured if k.facts.split}
         intervals = f", with {levels.pop():.0%} bootstrap intervals" if len(levels) == 1 else ""
-        lead.append(f"Ours are from the test split of each model{intervals}; N is nano, the variant for CPUs.")
+        lead.append(
+            f"“Here” columns were measured on the test split of each model{intervals}; N is nano, a variant for CPUs."
+        )
     if any(_other_split(model) for model in measured):
-        lead.append("* Measured on another split than the published figure: compare with care.")
+        lead.append("* Measured on a different split than the published result: compare with care.")
     if any(model.facts.split != "test" for model in measured):
-        lead.append("† Measured on the split that the weights were chosen by, as there is no test split: too good.")
+        lead.append("† Measured on the split used for model selection, as there is no test split: optimistic.")
     text = " ".join(lead)
-    return card(table(HEADER, rows, "Datasets and figures", css="mm-zoo"), "The sixteen datasets of the paper", text)
+    return card(table(HEADER, rows, "Datasets and results", css="mm-zoo"), "The sixteen datasets of the paper", text)
 
 
 def warnings_html(known: list[Known]) -> Markup:
-    """How well each model tells images of other datasets from its own test images."""
+    """Renders how well each model detects images of other datasets as out of distribution."""
     measured = {k.title: k.unusual.measured for k in known if k.unusual and k.unusual.measured}
     if not measured:
         return NOTHING
@@ -68,25 +72,27 @@ def warnings_html(known: list[Known]) -> Markup:
     rows = []
     for title, record in measured.items():
         cells = [
-            tag("<strong>{:.3f}</strong><small>{:.0%} marked</small>", row["auroc"], row["called_unusual"])
+            tag("<strong>{:.3f}</strong><small>{:.0%} flagged</small>", row["auroc"], row["called_unusual"])
             if (row := record["auroc"].get(name))
             else NONE
             for name in others
         ]
         marked, images = record["own"]["called_unusual"], record["own"]["n"]
-        own = tag("<strong>{:.0%}</strong><small>of {:,} marked</small>", marked, images)
+        own = tag("<strong>{:.0%}</strong><small>of {:,} flagged</small>", marked, images)
         rows.append([tag("<strong>{}</strong>", title), own, *cells])
     lead = (
-        "How well each model’s warning tells images of another dataset from its own test images: AUROC, where 1 is "
-        "always and 0.5 is chance, and the share that is marked as unusual. The threshold was set on validation images "
-        "of the model’s own dataset; the others had no part in it."
+        "How well each model recognises images unlike its training data (out-of-distribution detection): AUROC between "
+        "its own test images and those of another dataset (1 is perfect, 0.5 is chance), and the share flagged. "
+        "Thresholds were set on validation images of the model’s own dataset only."
     )
     return card(
-        table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo"), "Unusual images", lead
+        table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo"),
+        "Out-of-distribution warning",
+        lead,
     )
 
 
-def _row(entry: DatasetEntry, ours: list[Known]) -> list[object]:
+def _row(entry: DatasetEntry, models: list[Known]) -> list[object]:
     images = f"{entry.n_images:,}" if entry.n_images else "unknown"
     licence = tag("{}", licence_name(entry.licence.id))
     if entry.licence.non_commercial:
@@ -95,16 +101,16 @@ def _row(entry: DatasetEntry, ours: list[Known]) -> list[object]:
         licence += Markup("<small>images not public</small>")
     weights = join(
         tag('<button type="button" class="mm-tag mm-have" data-mm-use="{title}">{title}</button>', title=k.title)
-        for k in ours
+        for k in models
     )
     return [
         tag("<strong>{}</strong><small>{}</small>", entry.title, entry.modality),
         tag("{}<small>{} classes</small>", images, entry.num_classes),
         licence,
         _published(entry, "accuracy"),
-        _ours(ours, "accuracy"),
+        _measured(models, "accuracy"),
         _published(entry, "auc"),
-        _ours(ours, "auroc"),
+        _measured(models, "auroc"),
         weights or Markup('<span class="mm-none">not yet</span>'),
     ]
 
@@ -115,9 +121,9 @@ def _published(entry: DatasetEntry, score: str) -> Markup:
     return tag('<span class="mm-tsb">{}</span>', join(shown)) if shown else NONE
 
 
-def _ours(ours: list[Known], score: str) -> Markup:
+def _measured(models: list[Known], score: str) -> Markup:
     shown = []
-    for model in ours:
+    for model in models:
         facts = model.facts
         estimate = facts.evaluations[facts.split].overall.get(score) if facts.split else None
         if estimate is None or math.isnan(estimate.value):
@@ -135,7 +141,7 @@ def _ours(ours: list[Known], score: str) -> Markup:
 
 
 def _marks(model: Known) -> str:
-    """Signs at a figure that the text above the table explains."""
+    """Returns footnote marks, which the legend explains."""
     return ("*" if _other_split(model) else "") + ("" if model.facts.split == "test" else "†")
 
 

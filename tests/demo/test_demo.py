@@ -55,11 +55,6 @@ SECRET = "DOE^JANE-4711"
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "blood")
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("app")
 
@@ -211,7 +206,7 @@ def test_batch(client, tmp_path, model_folder):
     rows = text.splitlines()
     assert len(rows) == 4 and rows[0].startswith("image,label,probability,unsure,unusual,basophil")
     assert not any(row.startswith(("=", "+", "-", "@")) for row in rows), "spreadsheets would run these"
-    with pytest.raises(Exception, match="4 are taken"):
+    with pytest.raises(Exception, match="the limit is 4"):
         client.predict(files[:1] * 5, api_name="/classify_batch")
 
 
@@ -373,7 +368,7 @@ def test_images_unlike_the_training_images_are_marked(tmp_path):
     assert all(UNUSUAL not in f.prediction.image_notes for f in (found[0], found[2])), "the page says it elsewhere"
     assert found[2].seen.shape == (48, 48, 3) and found[2].prediction.unusual is True
     page = answers.answer_html(answers_.classify(str(folder), noise), answers_.store.default)
-    assert "does not look like what the model was trained on" in page and "0.900" in page
+    assert "does not look like the training images" in page and "0.900" in page
     assert "AUROC against Other 0.900" in answers.card_html(answers_.store.default)
 
 
@@ -574,7 +569,7 @@ def test_a_job_keeps_to_its_time_and_still_ends_in_a_model(tmp_path, model_folde
 def test_a_job_without_time_for_an_epoch_says_so(tmp_path, model_folder):
     limits = Limits(train_minutes=0.001)
     job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 30, tmp_path, limits, "cpu")
-    with pytest.raises(jobs.JobError, match=r"within the 0\.001 minutes there are; take fewer images"):
+    with pytest.raises(jobs.JobError, match=r"within the limit of 0\.001 minutes; use fewer images"):
         job.result()
     assert not job.progress().history
 
@@ -616,7 +611,7 @@ def test_inspect_and_reduce(tmp_path, dicom_with_patient):
 def test_licences_as_people_write_them():
     names = ["cc-by-4.0", "CC-BY-NC-4.0", "apache-2.0", "LicenseRef-Kvasir", None]
     assert [html.licence_name(n) for n in names] == [
-        "CC BY 4.0", "CC BY-NC 4.0", "apache-2.0", "terms of its own", "not stated",
+        "CC BY 4.0", "CC BY-NC 4.0", "apache-2.0", "custom terms", "not stated",
     ]  # fmt: skip
 
 
@@ -698,7 +693,7 @@ def test_the_datasets_and_the_models_for_them(zoo, tmp_path):
     assert "BreastMNIST" in rows[2] and "BloodMNIST" in rows[3], "what has weights comes first"
     assert [rows[3].count(f'data-mm-use="{name}"') for name in ("blood-large", "blood-small", "breast")] == [1, 1, 0]
     warnings = models.warnings_html(known)
-    assert "0.912" in warnings and "80% marked" in warnings and "1,234" in warnings
+    assert "0.912" in warnings and "80% flagged" in warnings and "1,234" in warnings
     assert models.warnings_html(known[:2]) == ""
 
 
@@ -726,11 +721,11 @@ def test_programs_choose_among_models(zoo, tmp_path):
 def test_examples_are_those_that_a_model_knows():
     found = examples.load_examples()
     assert {e.dataset for e in found} == {"bloodmnist", "breastmnist", "pneumoniamnist"}, "CC BY images alone"
-    blood, other = examples.examples_html(found, "bloodmnist").split("Or something it was not made for")
+    blood, other = examples.examples_html(found, "bloodmnist").split("Or an image the model was not trained for")
     assert blood.count("<button") == 8 and other.count("<button") == 2 and "breast ultrasound" in other
-    breast = examples.examples_html(found, "breastmnist").split("Or something")[0]
+    breast = examples.examples_html(found, "breastmnist").split("Or an image")[0]
     assert "malignant" in breast and "benign" in breast and "neutrophil" not in breast
-    assert "No example comes with the app" in examples.examples_html(found, "dermamnist")
+    assert "There are no examples for this model" in examples.examples_html(found, "dermamnist")
     numbers = sorted(int(n) for n in re.findall(r'data-mm-example="(\d+)"', blood + other))
     assert len(set(numbers)) == 10 and all(0 <= n < len(found) for n in numbers)
     assert blood.count("CC BY 4.0") + other.count("CC BY 4.0") == 1 and "doi:10.17632/snkd93bnjr.1" in other

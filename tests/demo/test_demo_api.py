@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_helpers import CALIBRATION, save_model, serving
+from demo_helpers import CALIBRATION, save_model
 from PIL import Image
 
 import medmamba
@@ -26,19 +26,8 @@ NEUTROPHIL = EXAMPLES / "blood_neutrophil.webp"
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "blood")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("app")
-
-
-@pytest.fixture(scope="module")
-def url(model_folder, root):
-    with serving([model_folder], root) as address:
-        yield address
+def url(app_url) -> str:
+    return app_url
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_numbers_that_are_none(url, frame, says):
     [
         (('""', "null", "40", "0"), "window_width must be above 0"),
         (('""', "null", "40", "-5"), "window_width must be above 0"),
-        (('""', "null", "40", "null"), "give window_center and window_width, or neither"),
+        (('""', "null", "40", "null"), "set both window_center and window_width, or neither"),
         (("7", "null", "null", "null"), "model must be text"),
         (('""', "null", "40", "400"), "window applies to grey images only"),
     ],

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_helpers import CHROMIUM, FLAGS, save_model, serving
+from demo_helpers import CHROMIUM, serving
 from PIL import Image
 
 import medmamba
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from demo.options import EXAMPLES  # noqa: E402
+from demo.options import EXAMPLES
 
 pytestmark = [
     pytest.mark.browser,
@@ -27,25 +27,8 @@ TABS = ("Classify", "Explain", "Fine-tune", "Models")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("app")
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory, root):
-    models = tmp_path_factory.mktemp("models")
-    folders = [save_model(models / name) for name in ("blood", "other")]
-    folders.append(save_model(models / "breast", dataset="breastmnist"))
-    with serving(folders, root) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
+def url(app_url) -> str:
+    return app_url
 
 
 @pytest.fixture
@@ -148,7 +131,7 @@ def test_models_for_other_images(open_page):
     page.locator("#mm-run-explain").click()
     page.locator("#mm-downloads button").first.wait_for()
     assert page.locator(".mm-map").count() == 3
-    page.get_by_label("Explain which class").click()
+    page.get_by_label("Class to explain").click()
     assert page.get_by_role("option", name="normal, benign").is_visible()
 
 
@@ -165,7 +148,7 @@ def test_a_patient_is_never_shown(open_page, tmp_path, capfd):
     page.locator("#mm-reading").get_by_label("Window", exact=True).click()
     assert page.get_by_role("option", name="Window (40 / 400)").is_visible()
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
     page.locator("#mm-run-explain").click()
     with page.expect_download() as download:
@@ -187,16 +170,16 @@ def test_a_window_that_hides_an_image_is_mended_by_a_button(open_page, tmp_path)
     width = page.get_by_label("number input for Window width")
     preset = page.locator("#mm-reading").get_by_label("Window", exact=True)
     assert [level.input_value(), width.input_value()] == ["32767.5", "65535"]
-    assert preset.input_value() == "As the file says"
-    page.get_by_role("button", name="Window by the range of values").click()
+    assert preset.input_value() == "From the file"
+    page.get_by_role("button", name="Use the full value range").click()
     page.locator(".mm-answer", has_text="1776 / 2856").wait_for()
     assert [level.input_value(), width.input_value()] == ["1776", "2856"]
-    assert preset.input_value() == "Range of the values (1776 / 2856)"
-    assert page.get_by_role("button", name="Window by the range of values").count() == 0
+    assert preset.input_value() == "Full value range (1776 / 2856)"
+    assert page.get_by_role("button", name="Use the full value range").count() == 0
     level.fill("2000")
     level.press("Enter")
     page.locator(".mm-answer", has_text="2000 / 2856").wait_for()
-    assert preset.input_value() == "Set by hand"
+    assert preset.input_value() == "Manual"
 
 
 def test_a_window_by_hand(open_page):
@@ -204,7 +187,7 @@ def test_a_window_by_hand(open_page):
     page = open_page()
     answer_of(page, pydicom.data.get_testdata_file("CT_small.dcm", download=False))
     before = page.locator(".mm-current img").get_attribute("src")
-    assert "Window by the range of values" in page.locator(".mm-answer").inner_text()
+    assert "Use the full value range" in page.locator(".mm-answer").inner_text()
     level = page.get_by_label("number input for Level (centre) (HU)")
     level.fill("40")
     level.press("Enter")
@@ -250,12 +233,12 @@ def test_explaining_an_answer(open_page):
     page.get_by_text("Nothing to explain yet").wait_for()
     to_tab(page, "Classify")
     answer_of(page, NEUTROPHIL)
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
     page.get_by_label("Occlusion").uncheck()
     page.get_by_label("Check the maps").check()
     page.locator("#mm-run-explain").click()
-    page.get_by_text("Can these maps be trusted?").wait_for()
+    page.get_by_text("Reliability checks").wait_for()
     page.locator("#mm-downloads button").first.wait_for()
     assert page.locator(".mm-map").count() == 2 and page.locator("#mm-trust .mm-chart").count() == 2
     trust = page.locator(".mm-trust").inner_text()
@@ -269,13 +252,13 @@ def test_explaining_an_answer(open_page):
     for method in page.locator("#mm-methods input").all():
         method.uncheck()
     page.locator("#mm-run-explain").click()
-    page.get_by_text("No method chosen").wait_for()
+    page.get_by_text("No method selected").wait_for()
 
 
 def test_an_explanation_can_be_cancelled(open_page):
     page = open_page()
     answer_of(page, NEUTROPHIL)
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
     for method in page.locator("#mm-methods input").all():
         method.check()
@@ -324,7 +307,7 @@ def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_
     page.locator("#mm-set .mm-card").wait_for()
     page.locator("#mm-run-train").click()
     page.locator("#mm-stop-train").click()
-    page.get_by_text("Nothing was kept").wait_for()
+    page.get_by_text("Nothing was saved").wait_for()
 
 
 @pytest.mark.slow
@@ -337,25 +320,27 @@ def test_one_model_is_trained_at_a_time_and_others_are_told(open_page):
         page.locator("#mm-run-train").click()
         if page is first:
             first.locator("#mm-training h2", has_text="Reading the images").wait_for()
-    second.get_by_text("Waiting for a free place").wait_for()
+    second.get_by_text("Waiting for another training to finish").wait_for()
     second.locator("#mm-stop-train").click()  # must not end the other
     first.locator("#mm-training h2", has_text="Epoch").wait_for()
     assert "Waiting" in second.locator("#mm-training").inner_text()
     first.locator("#mm-stop-train").click()
     for page in (first, second):
-        page.get_by_text("Nothing was kept").wait_for()
+        page.get_by_text("Nothing was saved").wait_for()
         assert page.locator("#mm-run-train").is_visible()
 
 
 # --- everywhere ---
 
 
-def test_what_was_uploaded_is_gone_with_the_page(open_page, root):
+def test_what_was_uploaded_is_gone_with_the_page(open_page, app_root, tmp_path):
+    image = tmp_path / "leaving.webp"
+    image.write_bytes(NEUTROPHIL.read_bytes() + b"\0")  # equal uploads of other tests are one file
     page = open_page()
-    answer_of(page, NEUTROPHIL)
+    answer_of(page, image)
 
     def copies():
-        return [where for where, _, names in os.walk(root) if NEUTROPHIL.name in names]
+        return [where for where, _, names in os.walk(app_root) if image.name in names]
 
     assert len(copies()) == 2, "what the server received, and what the visitor works with"
     page.goto("about:blank")
@@ -410,7 +395,7 @@ def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
 def test_axe_finds_nothing_serious_in_what_takes_longer(open_page, dark):
     page = open_page(dark=dark, width=390 if dark else 1280)
     answer_of(page, NEUTROPHIL)
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
     page.get_by_label("Occlusion").uncheck()
     page.get_by_label("Check the maps").check()
@@ -448,8 +433,8 @@ def test_the_bundled_model_knows_its_examples(open_page, tmp_path):
             page = open_page(address)  # a fresh one: the answer of the image before would be read at once
             text = answer_of(page, EXAMPLES / f"blood_{name}.webp")
             page.close()
-            assert text.split("answer")[1].split()[0].lower() == name
+            assert text.split("Prediction")[1].split()[0].lower() == name
         page = open_page(address)
         page.get_by_role("button", name="normal, chest X-ray").click()
-        page.get_by_text("This does not look like what the model was trained on").wait_for()
+        page.get_by_text("This image does not look like the training images").wait_for()
         page.close()

@@ -75,17 +75,17 @@ def said(found: Answer, loaded: store.Loaded) -> str:
 @pytest.mark.parametrize(
     ("which", "says"),
     [
-        ("good", "right in about 56 of 100 such cases"),
-        ("few", "rests on 14 images, too few to say"),
+        ("good", "correct in about 56 of 100 cases"),
+        ("few", "only 14 images, too few to say"),
         ("bad", "off by 35 points"),
         ("none", "could not be calibrated"),
-        ("absent", "never calibrated"),
+        ("absent", "is not calibrated"),
     ],
 )
 @pytest.mark.parametrize("probability", [0.56, 0.92])
 def test_shares_of_right_answers_are_told_only_where_they_are_known(by_calibration, which, says, probability):
     text = said(answer(probability), by_calibration[which])
-    assert says.replace("56", str(round(100 * probability))).split(" such cases")[0] in text
+    assert says.replace("56", str(round(100 * probability))).split(" cases")[0] in text
     assert ("of 100" in text) == (which == "good")
 
 
@@ -99,20 +99,20 @@ def test_a_share_needs_enough_images_and_a_small_error(loaded_with):
 def test_scores_are_called_probabilities_where_a_temperature_was_fitted(by_calibration, which):
     page = answers.answer_html(answer(), by_calibration[which])
     fitted = which in ("good", "few", "bad")
-    assert ("Calibrated probability" in page) is fitted and ("Score, not calibrated" in page) is not fitted
+    assert ("Calibrated probability" in page) is fitted and ("Score (not calibrated)" in page) is not fitted
     assert ("Score" in answers.batch_html([Path("a.png")], [answer()], fitted)) is not fitted
 
 
 def test_the_card_does_not_call_a_calibration_unneeded(by_calibration):
     page = answers.card_html(by_calibration["none"])
-    assert "Not needed" not in page and "0.348" in page and "not probabilities" in page
+    assert "Not needed" not in page and "0.348" in page and "not calibrated probabilities" in page
     assert "Temperature 0.10" in answers.card_html(by_calibration["good"])
 
 
 def test_whether_unusual_images_are_noticed_does_not_follow_from_the_calibration(by_calibration, loaded_with):
     without = loaded_with("blind", calibration={k: v for k, v in GOOD.items() if k != "ood"})
     for loaded, blind in ((by_calibration["none"], False), (by_calibration["absent"], True), (without, True)):
-        assert ("cannot tell unusual images" in said(answer(), loaded)) is blind
+        assert ("does not detect out-of-distribution images" in said(answer(), loaded)) is blind
 
 
 def test_a_warning_takes_the_tick_away(by_calibration):
@@ -123,7 +123,7 @@ def test_a_warning_takes_the_tick_away(by_calibration):
         before, after = remarks.remarks_of(found, loaded)
         assert before and not any(kind == "good" for kind, *_ in after) and "of 100" not in said(found, loaded)
         page = answers.answer_html(found, loaded)
-        assert page.index("mm-warn") < page.index("The model’s answer"), "above the answer"
+        assert page.index("mm-warn") < page.index("mm-kicker"), "above the answer"
 
 
 # --- counts ---
@@ -159,8 +159,8 @@ def test_the_split_of_figures_is_named_and_what_it_is_worth(loaded_with, split):
     )
     page = answers.card_html(loaded)
     assert f"On the {split} split" in page and "40 images, with 95% intervals" in page
-    assert ("may have chosen the weights" in page) is (split == "val")
-    assert "No test figures" in answers.card_html(dataclasses.replace(
+    assert ("may have been selected on these images" in page) is (split == "val")
+    assert "has no test results" in answers.card_html(dataclasses.replace(
         loaded, facts=dataclasses.replace(loaded.facts, evaluations={})))  # fmt: skip
 
 
@@ -180,12 +180,12 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
     import demo.jobs as jobs
 
     found = jobs.plan(jobs.Path(str(classify.__file__)).parents[1] / "examples" / "chest_xray_sample.zip", Limits())
-    assert "which images are of one patient is not known" in finetune.set_html(found)
+    assert "as patients are unknown" in finetune.set_html(found)
     index = found.index
     records = [dataclasses.replace(record, patient="p") for record in index.records]
     grouped = dataclasses.replace(found, index=index.with_records(records))
     assert "kept together" in finetune.how_divided(grouped)
-    assert finetune.how_divided(dataclasses.replace(found, made=False)) == "as the folders say"
+    assert finetune.how_divided(dataclasses.replace(found, made=False)) == "as in the folders"
     assert "20 minutes" in finetune.kept_until(20)
 
 
@@ -207,11 +207,11 @@ def test_the_window_that_hides_an_image_is_a_warning_with_a_button(deep, loaded_
     first = answering.classify(loaded.source, deep, classify.FIRST)
     page = answers.answer_html(first, loaded)
     assert first.better_window == (1776, 2856) and "mm-doubt" in page
-    assert page.index("data-mm-window") < page.index("The model’s answer")
-    assert "32767.5 / 65535" in page and "all that its bits can hold" in page and "348 and 3204" in page
+    assert page.index("data-mm-window") < page.index("mm-kicker")
+    assert "32767.5 / 65535" in page and "full bit depth" in page and "348 to 3204" in page
     mended = answering.classify(loaded.source, deep, View(0, first.better_window))
     page = answers.answer_html(mended, loaded)
-    assert "data-mm-window" not in page and "1776 / 2856" in page and "chosen here" in page
+    assert "data-mm-window" not in page and "1776 / 2856" in page and "set here" in page
     model = medmamba.MedMamba.from_pretrained(loaded.source)
     expected = model.predict(load_image(deep, window=(1776, 2856)))
     assert dict(mended.prediction.top) == pytest.approx(dict(expected.top), abs=1e-5)
@@ -226,7 +226,7 @@ def test_maps_say_what_the_answer_says(deep, loaded_with):
     *_, found = answering.explain(loaded.source, deep, classify.FIRST, ["gradcam"], None, False)
     page = maps.maps_html(found, loaded.calibrated)
     assert "more contrast than the model sees" in page and page.index("mm-warn") < page.index("mm-map-grid")
-    assert "Calibrated probability" in page and "Score, not calibrated" in maps.maps_html(found, False)
+    assert "Calibrated probability" in page and "Score (not calibrated)" in maps.maps_html(found, False)
     *_, found = answering.explain(loaded.source, deep, View(0, (1776, 2856)), ["gradcam"], None, False)
     assert "mm-warn" not in maps.maps_html(found, True)
 
@@ -266,14 +266,14 @@ def test_files_that_need_a_choice_say_what_the_app_offers(tmp_path, loaded_with)
     signed = np.random.default_rng(0).integers(-900, 900, (40, 40)).astype(np.int32)
     Image.fromarray(signed, "I").save(tmp_path / "signed.tif")
     stack, depth = answering.classify_files(loaded.source, [tmp_path / "stack.tif", tmp_path / "signed.tif"])
-    assert "2 frames; open it alone to choose one under Frame" in stack.error
-    assert "declare no range" in depth.error and "open it alone to set level and width" in depth.error
+    assert "2 frames; open it on its own and choose one under Frame" in stack.error
+    assert "declares no display window" in depth.error and "open it on its own to set level and width" in depth.error
     stack, depth = answering.classify_files(
         loaded.source, [tmp_path / "stack.tif", tmp_path / "signed.tif"], program=True
     )
-    assert "give frame, 0 to 1" in stack.error and "window_center and window_width" in depth.error
+    assert "set frame, 0 to 1" in stack.error and "window_center and window_width" in depth.error
     first = answering.classify(loaded.source, tmp_path / "stack.tif", classify.FIRST)
-    assert (first.frame, first.n_frames) == (0, 2) and "frame 1 of 2 alone" in said(first, loaded)
+    assert (first.frame, first.n_frames) == (0, 2) and "frame 1 of 2 only" in said(first, loaded)
     found = inspect(tmp_path / "signed.tif", classify.FIRST)
     assert found.lacks_window and found.windowed and found.image.range_window
     assert answering.classify(loaded.source, tmp_path / "signed.tif", View(0, found.image.range_window)).prediction

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_helpers import CHROMIUM, FLAGS, save_model, serving
+from demo_helpers import CHROMIUM, save_model, serving
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
@@ -125,13 +125,12 @@ def test_the_component_escapes_what_is_not_html_first_and_later():
 # --- the server ---
 
 
-def test_the_policy_allows_no_inline_code_but_the_templates_own(url, tmp_path):
+def test_the_policy_allows_no_inline_code_but_the_templates_own(url, app_url):
     response = httpx.get(url)
     rules = dict(rule.strip().split(" ", 1) for rule in response.headers["content-security-policy"].split(";"))
     assert "unsafe-inline" not in rules["script-src"] and "data:" not in rules["script-src"]
     assert rules["script-src-attr"] == "'none'" and rules["object-src"] == "'none'"
-    with serving([save_model(tmp_path / "plain")], tmp_path / "app") as other:
-        plain = httpx.get(other)
+    plain = httpx.get(app_url)
     count = [page.headers["content-security-policy"].count("'sha256-") for page in (response, plain)]
     assert count[0] == count[1] > 0, "what a model says adds no script"
     for text in MARKUP:
@@ -170,15 +169,6 @@ def test_a_table_starts_no_formula(url, tmp_path):
 # --- in a browser ---
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM")
 def test_nothing_of_a_model_or_file_runs_on_any_tab(browser, url, tmp_path):
@@ -203,9 +193,9 @@ def test_nothing_of_a_model_or_file_runs_on_any_tab(browser, url, tmp_path):
     page.locator(".mm-answer").wait_for()
     clean("answer")
     assert "<img src=x onerror" in page.locator(".mm-answer, .mm-model").all_inner_texts()[0] + page.inner_text("body")
-    page.get_by_role("button", name="Explain this answer").click()
+    page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
-    page.get_by_label("Explain which class").click()
+    page.get_by_label("Class to explain").click()
     clean("menu of classes")
     page.keyboard.press("Escape")
     page.locator("#mm-run-explain").click()
@@ -226,7 +216,7 @@ def test_nothing_of_a_model_or_file_runs_on_any_tab(browser, url, tmp_path):
         target.writestr("../<img src=x onerror=window.__xss=10>.png", b"x")
     page.locator("#mm-zip").get_by_role("button").first.click()
     page.locator("#mm-zip input[type=file]").set_input_files(bad)
-    page.get_by_text("This set cannot be used").wait_for()
+    page.get_by_text("This dataset cannot be used").wait_for()
     clean("refused set")
     page.get_by_role("tab", name="Models").click()
     clean("models")

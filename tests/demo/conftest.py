@@ -1,0 +1,47 @@
+"""One server and one browser for all tests of the app in a process; tests that need other limits start their own.
+
+Package scope, not session: while a browser of Playwright is open, its thread has a running event loop, which tests of
+other folders must not find.
+"""
+
+from pathlib import Path
+
+import pytest
+from demo_helpers import CHROMIUM, FLAGS, save_model, serving
+
+
+@pytest.fixture(scope="package")
+def model_folders(tmp_path_factory) -> list[Path]:
+    """Random models: two for blood cells and one for breast ultrasound."""
+    root = tmp_path_factory.mktemp("models")
+    folders = [save_model(root / name) for name in ("blood", "other")]
+    return [*folders, save_model(root / "breast", dataset="breastmnist")]
+
+
+@pytest.fixture(scope="package")
+def model_folder(model_folders) -> Path:
+    """The default model of the shared server."""
+    return model_folders[0]
+
+
+@pytest.fixture(scope="package")
+def app_root(tmp_path_factory) -> Path:
+    """Folder of uploads and sessions of the shared server."""
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="package")
+def app_url(model_folders, app_root):
+    """Address of the shared server."""
+    with serving(model_folders, app_root) as address:
+        yield address
+
+
+@pytest.fixture(scope="package")
+def browser():
+    """A headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
