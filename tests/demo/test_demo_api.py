@@ -135,7 +135,7 @@ def test_requests_that_are_none(url, name, text, says):
 def test_an_error_is_never_without_a_text_nor_with_a_path(problem):
     import gradio
 
-    with pytest.raises(gradio.Error) as error, api.told("/tmp/a.png"):
+    with pytest.raises(gradio.Error) as error, api.client_errors("/tmp/a.png"):
         raise problem
     assert error.value.message and "/secret" not in error.value.message
 
