@@ -77,8 +77,8 @@ def body(url: str, *rest: str) -> str:
         ("1.7", "frame must be a whole number from 0, not 1.7"),
         ("-1", "frame must be a whole number from 0, not -1"),
         ("1e400", "the number 1e400 is too large"),
-        ("NaN", "NaN is not a number in JSON"),
-        ("-Infinity", "-Infinity is not a number in JSON"),
+        ("NaN", "NaN is not a JSON number"),
+        ("-Infinity", "-Infinity is not a JSON number"),
         ("1" + "0" * 400, "frame must be a finite number"),
         ('"one"', "frame must be a finite number"),
         ("true", "frame must be a finite number"),
@@ -117,7 +117,7 @@ def test_arguments_that_do_not_fit(url, rest, says):
         ("classify", "[" * 100_000, "not valid JSON"),
         ("classify", '{"data": []}', "needs 5 values"),
         ("classify", '{"data": [null, "", null, null, null, 1, 2]}', "needs 5 values"),
-        ("classify", '{"data": [null, "", null, null, null]}', "give a file"),
+        ("classify", '{"data": [null, "", null, null, null]}', "file is required"),
         ("v2/classify", '{"file": null, "fram": 1}', "unknown field 'fram'"),
         ("v2/classify", '{"model": "x"}', "classify needs file"),
         ("classify", json.dumps({"data": ["x" * 9_000_000]}), "larger than 8 MB"),
@@ -146,7 +146,7 @@ def test_an_error_is_never_without_a_text_nor_with_a_path(problem):
 def test_frame_and_window_are_those_of_the_package(client, frames, model_folder):
     model = medmamba.MedMamba.from_pretrained(model_folder)
     handle = gradio_client.handle_file(str(frames))
-    with pytest.raises(Exception, match="give frame, 0 to 1"):
+    with pytest.raises(Exception, match="set frame, 0 to 1"):
         client.predict(handle, api_name="/classify")
     for frame in (0, 1):
         image = load_image(frames, frame=frame, window=(1776, 2856))
