@@ -249,7 +249,8 @@ def _calibration(loaded: Loaded) -> Markup:
     if not loaded.calibrated:
         text = f"Temperature scaling did not help on {found.n:,} validation images; ECE {found.ece_after:.3f}"
         return with_detail("None", f"Scores are not calibrated probabilities. {text}")
-    change = f"ECE {found.ece_before:.3f} before, {found.ece_after:.3f} after, on {found.n:,} validation images"
+    change = f"Calibration error (ECE) {found.ece_before:.3f} before, {found.ece_after:.3f} after, "
+    change += f"on {found.n:,} validation images"
     return with_detail(f"Temperature {found.temperature:.2f}", change)
 
 

@@ -23,8 +23,8 @@ def remarks_of(found: Answer, loaded: Loaded) -> tuple[list[Remark], list[Remark
     before: list[Remark] = []
     if found.unusual:
         text = (
-            f"Only {1 - _coverage(loaded):.0%} of its validation images were this unusual (out of distribution). Do "
-            f"not rely on the probabilities below.{_auroc_text(loaded)}"
+            f"Only {1 - _coverage(loaded):.0%} of the model’s validation images were this unusual (out of distribution). "
+            f"Do not rely on the probabilities below.{_auroc_text(loaded)}"
         )
         before.append(("warn", "This image does not look like the training images", text, NOTHING))
     before += _warnings(found)
@@ -65,7 +65,7 @@ def how_often_right(found: Answer, loaded: Loaded) -> str:
         return (
             f"On validation images, its probabilities were off by {100 * calibration.ece_after:.0f} points on average."
         )
-    return f"Calibrated on {calibration.n:,} validation images: such predictions are correct in {_rate(found)} cases."
+    return f"Calibrated on {calibration.n:,} validation images: such predictions were correct in {_rate(found)} cases."
 
 
 def _rate(found: Answer) -> str:
@@ -84,8 +84,8 @@ def _sure(found: Answer, loaded: Loaded) -> Remark:
         )
     assert loaded.calibration is not None
     kind = "good" if found.prediction.probability >= SURE else "info"
-    title = f"Predictions this confident are correct in {_rate(found)} cases"
-    return kind, title, f"Based on calibration with {loaded.calibration.n:,} validation images. {change}", NOTHING
+    title = f"Predictions this confident were correct in {_rate(found)} cases"
+    return kind, title, f"Based on its calibration on {loaded.calibration.n:,} validation images. {change}", NOTHING
 
 
 def _warnings(found: Answer) -> list[Remark]:
