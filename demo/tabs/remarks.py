@@ -22,9 +22,10 @@ def remarks_of(found: Answer, loaded: Loaded) -> tuple[list[Remark], list[Remark
     """Returns the remarks shown before the prediction (they affect how reliable it is), and those after it."""
     before: list[Remark] = []
     if found.unusual:
+        share = f"{1 - _coverage(loaded):.0%}"
         text = (
-            f"Only {1 - _coverage(loaded):.0%} of the model’s validation images were this unusual (out of distribution). "
-            f"Do not rely on the probabilities below.{_auroc_text(loaded)}"
+            f"Only {share} of the model’s validation images were this unusual (out of distribution). Do not rely on "
+            f"the probabilities below.{_auroc_text(loaded)}"
         )
         before.append(("warn", "This image does not look like the training images", text, NOTHING))
     before += _warnings(found)
