@@ -77,7 +77,10 @@ def large_picture(notebook):
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda n: code_cells(n)[-1].update(source=code_cells(n)[-1].source + "\n"), "the outputs are from different code"),
+        (
+            lambda n: code_cells(n)[-1].update(source=code_cells(n)[-1].source + "\n"),
+            "the outputs are from different code",
+        ),
         (lambda n: n.cells.remove(code_cells(n)[-1]), "the outputs are from different code"),
         (lambda n: n.metadata.pop(execute.SOURCE), "the outputs are from different code"),
         (lambda n: n.metadata.update({execute.WEIGHTS: "0" * 64}), "the outputs are from different weights"),
