@@ -19,6 +19,7 @@ import gradio as gr
 
 import medmamba
 from medmamba import DEFAULT_MODEL
+from medmamba.pretrained import has_classes
 
 from . import api, html, theme
 from .context import Context
@@ -117,8 +118,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_models() -> list[str]:
-    """Returns the default model followed by all other bundled models."""
-    return [DEFAULT_MODEL, *(name for name in medmamba.bundled_models() if name != DEFAULT_MODEL)]
+    """Returns the names of the bundled classifiers, the default model first."""
+    others = [name for name, folder in medmamba.bundled_models().items() if has_classes(folder)]
+    return [DEFAULT_MODEL, *(name for name in others if name != DEFAULT_MODEL)]
 
 
 def prepare() -> Path:

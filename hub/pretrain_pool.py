@@ -1,9 +1,9 @@
-"""python -m hub.pretrain_pool: the images that a general backbone learns from, in one file.
+"""python -m hub.pretrain_pool: the training images of a general backbone, in one file.
 
     python -m hub.pretrain_pool --data DATA --out pool.npz
 
-Only training images are taken, and none that looks like an image of any validation or test set: each is compared with
-all of them, across data sets, as a thumbnail. What is left out is counted in the file and printed.
+Takes training images only, and leaves out those that look like a validation or test image of any dataset: each is
+compared with all of them as a thumbnail. The images left out are counted in the file and in the output.
 """
 
 from __future__ import annotations
@@ -26,16 +26,50 @@ from medmamba import load_image
 
 SIDE = 224  # pixels of the stored squares
 THUMBNAIL = 32
-SAME = 0.985  # correlation of two thumbnails from which on they count as one picture
+SAME = 0.985  # correlation from which two thumbnails count as near-duplicates
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
-FOLDERS = {"bloodmnist": True, "pneumoniamnist": True, "breastmnist": True, "pad_ufes_20": True, "dermamnist": False}
-"""Data sets as SPLIT/CLASS/IMAGE; whether commercial use is allowed."""
+FOLDERS = ("bloodmnist", "pneumoniamnist", "breastmnist", "pad_ufes_20", "dermamnist")  # as SPLIT/CLASS/IMAGE
+HELD_OUT = ("cpn_xray_external", "busi_masks")  # no training images
+
+
+@dataclass(frozen=True)
+class Source:
+    """A collection of images: its title, its licence, and whether that allows commercial use."""
+
+    title: str
+    licence: str
+    free: bool = True
+
+
+SOURCES = {
+    "bloodmnist": Source(
+        "PBC blood cells (BloodMNIST), Acevedo et al. 2020, doi:10.1016/j.dib.2020.105474", "CC BY 4.0"
+    ),
+    "pneumoniamnist": Source(
+        "paediatric chest X-rays (PneumoniaMNIST), Kermany et al. 2018, doi:10.1016/j.cell.2018.02.010", "CC BY 4.0"
+    ),
+    "breastmnist": Source(
+        "BUSI breast ultrasound (BreastMNIST), Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863", "CC BY 4.0"
+    ),
+    "pad_ufes_20": Source(
+        "PAD-UFES-20 smartphone photographs of skin, a part, Pacheco et al. 2020, doi:10.1016/j.dib.2020.106221",
+        "CC BY 4.0",
+    ),
+    "cpn_xray": Source(
+        "COVID-19 Radiography Database, COVID and normal adults, Chowdhury et al. 2020, "
+        "doi:10.1109/ACCESS.2020.3010287, and Rahman et al. 2021, doi:10.1016/j.compbiomed.2021.104319",
+        "no standard licence: its authors ask for both papers to be cited",
+    ),
+    "bccd": Source("BCCD blood smears", "MIT"),
+    "dermamnist": Source("HAM10000 dermatoscopy (DermaMNIST), Tschandl et al. 2018", "CC BY-NC 4.0", False),
+    "kvasir_seg": Source("Kvasir-SEG polyps, Jha et al. 2020", "research and education only", False),
+}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is, what it is called, whether it is a training image (or must be kept away from), and
-    whether its licence allows commercial use."""
+    """One image: its path, its label, whether it is a training image (or held out), and whether its licence allows
+    commercial use."""
 
     path: Path
     label: str | None
@@ -44,26 +78,32 @@ class Item:
 
 
 def items(data: Path) -> Iterator[Item]:
-    """All images in DATA, of all splits."""
-    for name, free in FOLDERS.items():
+    """Yields all images in DATA, of all splits; collections that are not there are passed over."""
+    for name in FOLDERS:
         for path in _images(data / name):
             split, label = path.relative_to(data / name).parts[:2]
-            yield Item(path, f"{name}: {label}", split == "train", free)
+            yield Item(path, f"{name}: {label}", split == "train", SOURCES[name].free)
+    if (data / "cpn_xray").is_dir():
+        yield from _chest_xrays(data)
+    for path in _images(data / "kvasir_seg"):
+        if "images" in path.parts:
+            yield Item(path, None, path.relative_to(data / "kvasir_seg").parts[0] == "train", free=False)
+    if (data / "bccd").is_dir():
+        training = set((data / "bccd" / "ImageSets" / "Main" / "train.txt").read_text(encoding="utf-8").split())
+        for path in _images(data / "bccd"):
+            yield Item(path, None, path.stem in training)
+    for name in HELD_OUT:
+        for path in _images(data / name):
+            if "masks" not in path.parts:
+                yield Item(path, None, False)
+
+
+def _chest_xrays(data: Path) -> Iterator[Item]:
     with open(data / "cpn_xray" / "index.csv", newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             path = data / "cpn_xray" / row["path"]
             if "pneumoniamnist" not in row["path"]:  # those are read above, with the split of that set
                 yield Item(path, f"cpn_xray: {row['label']}", row["split"] == "train")
-    for path in _images(data / "kvasir_seg"):
-        if "images" in path.parts:
-            yield Item(path, None, path.relative_to(data / "kvasir_seg").parts[0] == "train", free=False)
-    training = set((data / "bccd" / "ImageSets" / "Main" / "train.txt").read_text(encoding="utf-8").split())
-    for path in _images(data / "bccd"):
-        yield Item(path, None, path.stem in training)
-    for name in ("cpn_xray_external", "busi_masks"):
-        for path in _images(data / name):
-            if "masks" not in path.parts:
-                yield Item(path, None, False)
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.float32]:
@@ -83,9 +123,9 @@ def read(path: Path) -> tuple[bytes, NDArray[np.float32]]:
 
 
 def build(data: Path, out: Path, threads: int = 2) -> dict[str, int]:
-    """Writes the pool and returns how many images of each source it holds, and how many were too much like others.
+    """Writes the pool; returns the numbers of images of each source in it, and of those left out as near-duplicates.
 
-    The file holds `data` (uint8, all images one after the other), `ends` (int64, where each ends), `labels` (int32, -1:
+    The file holds `data` (uint8, all images concatenated), `ends` (int64, where each ends), `labels` (int32, -1:
     none), `free` (bool: commercial use is allowed) and `meta` (JSON: classes, counts).
     """
     every = sorted(items(data), key=lambda item: str(item.path))
@@ -126,10 +166,10 @@ def build(data: Path, out: Path, threads: int = 2) -> dict[str, int]:
 def load(
     path: Path, non_commercial: bool = False, threads: int = 16
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], dict]:
-    """The images of a pool (n, 224, 224, 3), their labels (n,) and what is known of them.
+    """Loads a pool: images (n, 224, 224, 3), labels (n,) and metadata.
 
     Args:
-        non_commercial: with the images whose licence excludes commercial use.
+        non_commercial: include images whose licence excludes commercial use.
     """
     with np.load(path, allow_pickle=False) as pool:
         data, ends, labels, free = pool["data"], pool["ends"], pool["labels"], pool["free"]
@@ -152,7 +192,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="hub.pretrain_pool", description="The images a general backbone learns from.")
+    parser = argparse.ArgumentParser(prog="hub.pretrain_pool", description="The training images of a general backbone.")
     parser.add_argument("--data", type=Path, required=True, metavar="DATA")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
     args = parser.parse_args()

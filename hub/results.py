@@ -225,11 +225,25 @@ def readme(runs: Sequence[Run], text: str) -> str:
             cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
             cells += [entry.licence.id or ""]
             rows.append("| " + " | ".join(cells) + " |")
+    rows += _backbones()
     before, first, rest = text.partition(MARKERS[0])
     _, last, after = rest.partition(MARKERS[1])
     if not (first and last):
         raise SystemExit(f"{README} lacks the markers {MARKERS}")
     return "\n".join([before + first, "", *rows, "", last + after])
+
+
+def _backbones() -> list[str]:
+    """Rows of the models without a classifier."""
+    rows = []
+    for path in sorted(MODELS.glob("*/config.json"), reverse=True):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not config.get("num_classes", 1):
+            size = f"{config['variant']}, {config['preprocess']['input_size'][0]} px"
+            what = "nothing: a general start for `train --from`"
+            link = f"[`medmamba/{path.parent.name}`](hub/models/{path.parent.name})"
+            rows.append(f"| {link} | {what} | {size} | | | | {config['training']['licence'].upper()} |")
+    return rows
 
 
 def _summary(name: str, runs: Sequence[Run]) -> list[str]:

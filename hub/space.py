@@ -17,7 +17,7 @@ from typing import Any
 
 import medmamba
 from medmamba.config import DEFAULT_MODEL, ORGANISATION
-from medmamba.pretrained import PretrainedError, bundled_models
+from medmamba.pretrained import PretrainedError, bundled_models, has_classes
 from medmamba.pretrained.sources import SIDECARS
 from medmamba.utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 
@@ -53,7 +53,7 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
 
     Args:
         folder: new or empty, or an earlier build, whose files are replaced.
-        models: names to offer, the default first; None: all bundled models.
+        models: names to offer, the default first; None: all bundled classifiers.
         from_hub: download the models, "org/name" or "org/name@revision", when the Space is built.
 
     Returns:
@@ -62,7 +62,8 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
     Raises:
         SpaceError: no models, an unknown model, or a folder that holds something else.
     """
-    names = models or sorted(bundled_models(), key=lambda name: name != DEFAULT_MODEL)
+    classifiers = [name for name, path in bundled_models().items() if has_classes(path)]
+    names = models or sorted(classifiers, key=lambda name: name != DEFAULT_MODEL)
     if not names:
         raise SpaceError("this copy of medmamba has no bundled models; name some with --models, or train one first")
     _clear(folder)

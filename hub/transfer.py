@@ -1,48 +1,64 @@
-"""python -m hub.transfer: how well starting points transfer to other data sets.
+"""python -m hub.transfer: how well starting points transfer to other datasets.
 
-    python -m hub.transfer --data DATA --out transfer --sets breastmnist pad_ufes_20 \
-        --starts scratch medmamba/bloodmnist runs/tiny-medical
+    python -m hub.transfer measure --data DATA --out transfer --sets breastmnist pad_ufes_20 \
+        --starts scratch medmamba/bloodmnist medmamba/tiny-medical
+    python -m hub.transfer table transfer
 
-For each start, set and seed: a linear probe on frozen features (regularisation chosen on val), fine-tuning on ten
-images a class, and fine-tuning on the whole training split, the last two with the recipe `finetune`. Only the
-epoch or regularisation chosen on val is evaluated on test, once. Each result is a JSON file and is not repeated.
+`measure` runs, for each start, dataset and seed: a linear probe on frozen features (regularisation chosen on val),
+fine-tuning on ten images per class, and fine-tuning on all training images, the last two with the recipe `finetune`.
+Only the epoch or regularisation chosen on val is evaluated on test, once. Each result is a JSON file and is not
+measured again. `table` copies results into hub/results/transfer and writes the tables of docs/backbones.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from medmamba import MedMamba
+from medmamba import MedMamba, PreprocessConfig
+from medmamba.config import ORGANISATION
 from medmamba.data import ImageDataset, open_dataset
 from medmamba.imaging.preprocess import preprocess
 from medmamba.inference.predict import predict_features
 from medmamba.metrics import evaluate
+from medmamba.pretrained import fetch, read_config
 from medmamba.training import train
+
+from . import transfer_table
 
 WAYS = ("probe", "ten", "full")
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the linear probe
-ALLOWED = {"breastmnist": ("duplicates",), "pneumoniamnist": ("duplicates",)}  # known, see docs/results.md
 
 
-def probe(start: MedMamba, index: ImageDataset, device: str, seed: int) -> dict[str, float]:
-    """A logistic regression on the pooled features of a frozen backbone."""
+def own_size(start: str) -> int:
+    """Returns the side in pixels of the images that a start was made for; its own name may stand for its folder."""
+    if start == "scratch":
+        return PreprocessConfig().input_size[0]
+    name = start if Path(start).is_dir() else f"{ORGANISATION}/{Path(start).name}"
+    return read_config(fetch(name)).preprocess.input_size[0]
+
+
+def probe(start: MedMamba, index: ImageDataset, device: str, seed: int, size: int) -> dict[str, float]:
+    """A logistic regression on the pooled features of a frozen backbone, of images of `size` pixels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
     start = start.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")).eval()
+    settings = dataclasses.replace(start.config.preprocess, input_size=(size, size))
     features, labels = {}, {}
     for split in ("train", "val", "test"):
         part = index.split(split)
         rows = []
         for first in range(0, len(part), 64):
             batch = [
-                preprocess(part.image(i), start.config.preprocess, start.config.in_chans)
+                preprocess(part.image(i), settings, start.config.in_chans)
                 for i in range(first, min(first + 64, len(part)))
             ]
             rows.append(predict_features(start, torch.stack(batch))[0])
@@ -59,9 +75,13 @@ def probe(start: MedMamba, index: ImageDataset, device: str, seed: int) -> dict[
     return _scores(best[2].predict_proba(scaled["test"]), labels["test"], index) | {"strength": -best[1]}
 
 
-def fine_tune(start: str, index: ImageDataset, out: Path, device: str, seed: int, variant: str) -> dict[str, float]:
+def fine_tune(
+    start: str, index: ImageDataset, out: Path, device: str, seed: int, variant: str, size: int
+) -> dict[str, float]:
     """The documented command, `medmamba train --recipe finetune --from START`."""
-    options: dict[str, Any] = dict(seed=seed, device=device, check_duplicates=False, progress=False, half=True)
+    options: dict[str, Any] = dict(
+        seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size
+    )
     if start == "scratch":  # the first layers must learn as fast as the last
         result = train(index, out, "finetune", variant, allow_leakage=("duplicates",), layer_decay=1.0, **options)
     else:
@@ -83,6 +103,28 @@ def ten_per_class(index: ImageDataset, seed: int) -> ImageDataset:
     return index.subset([i for i, split in enumerate(index.splits) if split != "train" or i in chosen])
 
 
+def limit_training(index: ImageDataset, count: int, seed: int = 0) -> ImageDataset:
+    """Returns the dataset with `count` training images, stratified by class; val and test are unchanged.
+
+    Each class keeps its share of the training images, but at least one. The draw depends on `seed` and on the order of
+    the records alone. A dataset with no more than `count` training images is returned as it is.
+    """
+    training = np.array([i for i, split in enumerate(index.splits) if split == "train"])
+    if len(training) <= count:
+        return index
+    rng = np.random.default_rng(seed)
+    labels = index.labels[training]
+    shares = np.bincount(labels, minlength=len(index.classes)) * count / len(training)
+    takes = np.floor(shares).astype(int)
+    remainders = np.argsort(takes - shares, kind="stable")
+    takes[remainders[: count - takes.sum()]] += 1
+    takes = np.where(shares > 0, np.maximum(takes, 1), 0)
+    chosen: set[int] = set()
+    for label, take in enumerate(takes):
+        chosen |= set(rng.permutation(training[labels == label])[:take].tolist())
+    return index.subset([i for i, split in enumerate(index.splits) if split != "train" or i in chosen])
+
+
 def measure(
     data: Path,
     out: Path,
@@ -92,26 +134,38 @@ def measure(
     seeds: list[int],
     device: str,
     variant: str,
+    train_images: int | None = None,
+    size: int | None = None,
 ) -> None:
-    """Writes one JSON per start, set, way and seed into `out`."""
+    """Writes one JSON per start, dataset, way and seed into `out`.
+
+    Args:
+        variant: of "scratch".
+        train_images: use this many training images of each dataset, see `limit_training`; None: all.
+        size: side of the images in pixels; None: that of each start.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for name in sets:
             index = open_dataset(data / name)
-            for start in starts:
-                for way in ways:
+            if train_images:
+                index = limit_training(index, train_images)
+            for way in ways:
+                for start in starts:
                     if way == "probe" and (start == "scratch" or seed):
-                        continue  # nothing learnt to probe; nothing random in it
+                        continue  # scratch has nothing to probe; the probe does not depend on the seed
                     tag = f"{Path(start).name}-{name}-{way}-{seed}"
                     file = out / f"{tag}.json"
                     if file.is_file():
                         continue
+                    part = ten_per_class(index, seed) if way == "ten" else index
+                    side = size or own_size(start)
                     if way == "probe":
-                        scores = probe(MedMamba.from_pretrained(start), index, device, seed)
+                        scores = probe(MedMamba.from_pretrained(start), part, device, seed, side)
                     else:
-                        part = ten_per_class(index, seed) if way == "ten" else index
-                        scores = fine_tune(start, part, out / "runs" / tag, device, seed, variant)
-                    record = dict(start=start, set=name, way=way, seed=seed, variant=variant, **scores)
+                        scores = fine_tune(start, part, out / "runs" / tag, device, seed, variant, side)
+                    record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
+                    record |= scores | {"images": part.split_sizes, "size": side}
                     file.write_text(json.dumps(record, indent=1), encoding="utf-8")
                     print(json.dumps(record), flush=True)
 
@@ -121,18 +175,45 @@ def _scores(probabilities: np.ndarray, labels: np.ndarray, index: ImageDataset) 
     return {name: overall[name].value for name in ("accuracy", "balanced_accuracy", "auroc")}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hub.transfer", description="How well starting points transfer.")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", required=True)
-    parser.add_argument("--starts", nargs="+", required=True, help="'scratch', names or folders of models")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--variant", default="tiny", help="of 'scratch'")
-    measure(**vars(parser.parse_args()))
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="measure starts on datasets; one JSON per result")
+    measuring.add_argument("--data", type=Path, required=True)
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--sets", nargs="+", required=True)
+    measuring.add_argument("--starts", nargs="+", required=True, help="'scratch', names or folders of models")
+    measuring.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    measuring.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    measuring.add_argument("--device", default="auto")
+    measuring.add_argument("--variant", default="tiny", help="of 'scratch'")
+    measuring.add_argument("--train-images", type=int, metavar="N", help="draw N training images, stratified by class")
+    measuring.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (that of each start)")
+    table = commands.add_parser("table", help="write the tables of docs/backbones.md")
+    table.add_argument("results", nargs="*", type=Path, metavar="DIR", help="results of `measure` to add first")
+    table.add_argument("--data", type=Path, help="datasets, to count images where a result lacks the counts")
+    table.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")
+    args = vars(parser.parse_args(argv))
+    if args.pop("command") == "measure":
+        measure(**args)
+        return 0
+    if args["data"]:
+        for folder in args["results"]:
+            add_counts(folder, args["data"])
+    transfer_table.keep(args["results"])
+    return transfer_table.write(check=args["check"])
+
+
+def add_counts(folder: Path, data: Path) -> None:
+    """Adds the numbers and the size of images to results that were measured without them."""
+    for file in folder.glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if "images" not in record:
+            index = open_dataset(data / record["set"])
+            index = ten_per_class(index, record["seed"]) if record["way"] == "ten" else index
+            record |= {"images": index.split_sizes, "size": own_size(record["start"])}
+            file.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

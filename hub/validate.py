@@ -8,6 +8,7 @@ from pathlib import Path
 from medmamba import MedMamba
 from medmamba.cards import (
     CARD_NAME,
+    TRANSFER_NAME,
     CardError,
     LicenceError,
     ModelFacts,
@@ -136,6 +137,8 @@ def _check_config(report: Report) -> None:
         report.problems.append("the classes have no names: set id2label in config.json")
     if not config.num_classes:
         report.warnings.append("the model has no classifier")
+        if not report.facts or not report.facts.transfer:
+            report.warnings.append(f"{TRANSFER_NAME} is missing: measure the backbone with python -m hub.transfer")
     if not config.training.get("dataset"):
         report.problems.append("config.json does not say what the model was trained on: set training.dataset")
     if CHECKSUM_KEY not in json.loads((report.folder / CONFIG_NAME).read_text(encoding="utf-8")):
@@ -158,7 +161,7 @@ def _check_results(report: Report) -> None:
     facts = report.facts
     assert facts is not None
     if not facts.split:
-        if not facts.config.training.get("origin"):
+        if not facts.is_backbone and not facts.config.training.get("origin"):
             report.problems.append(f"results.json is missing: medmamba evaluate {report.folder} --data ... --out ...")
         return
     if list(facts.evaluations[facts.split].classes) != facts.config.labels:

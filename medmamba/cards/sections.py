@@ -39,23 +39,35 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),
         ("How to reproduce", _reproduce(facts)),
-        ("Licence", _licence(facts)),
-        ("Citation", _citation(facts)),
+        ("Licence", licence(facts)),
+        ("Citation", citation(facts)),
     ]
 
 
 def _model(facts: ModelFacts) -> str:
-    c, p = facts.config, facts.config.preprocess
+    c = facts.config
     modality = f" of {facts.entry.modality}" if facts.entry else ""
     classes = "\n".join(f"{i}. {label}" for i, label in enumerate(c.labels))
     task = "Several labels can apply to one image." if c.task == "multilabel" else "One class applies to an image."
     return (
-        f"MedMamba-{c.architecture}, {_parameters(facts) / 1e6:.1f}M parameters: convolutions and a four-direction "
+        f"MedMamba-{c.architecture}, {parameters(facts) / 1e6:.1f}M parameters: convolutions and a four-direction "
         f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation. It classifies images"
         f"{modality}. {task}\n\n"
+        f"{input_text(facts)} `model.predict` does this itself.\n\nClasses, numbered from 0:\n\n{classes}"
+    )
+
+
+def input_text(facts: ModelFacts) -> str:
+    """What the network expects: channels, size, cropping, normalisation."""
+    c, p = facts.config, facts.config.preprocess
+    return (
         f"Input: {_channels(c.in_chans)}, {p.input_size[1]}x{p.input_size[0]} pixels, {_crop(p.crop_mode)}, "
+<<<<<<< HEAD
         f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}. `model.predict` does this "
         f"for you.\n\nClasses, numbered from 0:\n\n{classes}"
+=======
+        f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}."
+>>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
     )
 
 
@@ -65,7 +77,12 @@ def _use(facts: ModelFacts, repo_id: str) -> str:
         "from medmamba import MedMamba  # pip install medmamba\n\n"
         f'model = MedMamba.from_pretrained("{repo_id}")\n'
         'print(model.predict("image.png"))\n'
-        "```\n\n"
+        "```\n\n" + usage_in_timm(repo_id)
+    )
+
+
+def usage_in_timm(repo_id: str) -> str:
+    return (
         "As a backbone in timm, with a pyramid of four feature maps:\n\n"
         "```python\n"
         "import medmamba, timm\n\n"
@@ -329,7 +346,7 @@ def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _licence(facts: ModelFacts) -> str:
+def licence(facts: ModelFacts) -> str:
     terms = facts.terms
     name = terms.name or terms.licence
     text = f"Weights: [{name}]({terms.link})" if terms.link else f"Weights: {name}"
@@ -339,13 +356,13 @@ def _licence(facts: ModelFacts) -> str:
     return f"{text} Code: Apache-2.0."
 
 
-def _citation(facts: ModelFacts) -> str:
+def citation(facts: ModelFacts) -> str:
     data: DatasetEntry | None = facts.entry
     cited = "\n".join(f"- {source}" for source in data.citation) if data else ""
     return f"The architecture:\n\n```bibtex\n{PAPER}\n```" + (f"\n\nThe images:\n\n{cited}" if cited else "")
 
 
-def _parameters(facts: ModelFacts) -> int:
+def parameters(facts: ModelFacts) -> int:
     from ..model import MedMamba
 
     with torch.device("meta"):

@@ -5,7 +5,7 @@ from ..utils.checksums import PretrainedError
 from ..utils.weights import read_weights
 from .config_file import read_config
 from .mixin import PretrainedMixin
-from .sources import bundled_models, fetch, hub_name
+from .sources import bundled_models, fetch, has_classes, hub_name
 from .weights_file import load_strict
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PretrainedMixin",
     "bundled_models",
     "fetch",
+    "has_classes",
     "hub_name",
     "load_strict",
     "read_config",

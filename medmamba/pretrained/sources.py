@@ -7,6 +7,7 @@ URL that fsspec reads ("s3://...", "file://...", "https://....zip").
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -38,6 +39,14 @@ def bundled_models() -> dict[str, Path]:
             if (config.parent / WEIGHTS_NAME).is_file():
                 found.setdefault(f"{ORGANISATION}/{config.parent.name}", config.parent)
     return found
+
+
+def has_classes(folder: Path) -> bool:
+    """Returns whether the model in a folder is a classifier; True where config.json does not say (loading will)."""
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("num_classes") != 0
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def fetch(

@@ -12,10 +12,17 @@ from hub.golden import GOLDEN_NAME, check_golden
 from hub.publish import model_folders
 from hub.validate import validate
 from medmamba import MedMamba
+<<<<<<< HEAD
 from medmamba.cards import EXAMPLE_NAME, read_facts, render_card
+=======
+from medmamba.cards.card import EXAMPLE_NAME, read_facts, render_card
+from medmamba.cli.main import main
+>>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
 from medmamba.inference.ood import load_unusual
+from medmamba.pretrained import has_classes
 
-FOLDERS = model_folders()
+BACKBONES = [folder for folder in model_folders() if not has_classes(folder)]
+FOLDERS = [folder for folder in model_folders() if folder not in BACKBONES]
 WHOLE_ZOO = 160 * 2**20  # bytes, of a clone
 
 
@@ -72,10 +79,42 @@ def test_its_card_tells_everything(folder):
     assert load_unusual(folder) is not None and "## Images of another kind" in text
 
 
+@pytest.fixture(params=BACKBONES, ids=lambda folder: folder.name)
+def backbone(request) -> Path:
+    return request.param
+
+
+def test_a_backbone_may_be_published_as_it_is(backbone, tmp_path):
+    copy = shutil.copytree(backbone, tmp_path / backbone.name)
+    report = validate(copy, f"medmamba/{backbone.name}")
+    assert not report.problems and report.warnings == ["the model has no classifier"]
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in backbone.iterdir()}
+    text = (backbone / "README.md").read_text(encoding="utf-8")
+    assert text == render_card(read_facts(backbone), f"medmamba/{backbone.name}")  # python -m hub.card hub/models/*
+
+
+def test_a_backbone_loads_by_name_and_is_no_classifier(backbone, capsys):
+    model = MedMamba.from_pretrained(f"medmamba/{backbone.name}")
+    assert model.config.num_classes == 0 and model.config.architecture in backbone.name
+    image = Path(__file__).parents[2] / "demo" / "examples" / "blood_neutrophil.webp"
+    with pytest.raises(ValueError, match=r"no classifier.*reset_classifier"):
+        model.predict(image)
+    assert main(["predict", str(image), "--model", f"medmamba/{backbone.name}"]) == 2
+    assert "no classifier: train one: medmamba train --from" in capsys.readouterr().err
+    assert f"medmamba/{backbone.name}" in medmamba.bundled_models()
+
+
+def test_the_app_and_its_space_leave_backbones_out():
+    from demo.app import default_models
+
+    offered = default_models()
+    assert set(offered) == {f"medmamba/{folder.name}" for folder in FOLDERS} and BACKBONES
+
+
 def test_together_they_fit_a_clone():
-    sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in FOLDERS}
+    sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in FOLDERS + BACKBONES}
     assert sum(sizes.values()) < WHOLE_ZOO, sizes
-    for folder in FOLDERS:
+    for folder in FOLDERS + BACKBONES:
         weights = (folder / "model.safetensors").stat().st_size
         parameters = sum(p.numel() for p in MedMamba.from_pretrained(folder).parameters())
         assert weights < 2.3 * parameters, f"{folder.name}: save it in half precision"

@@ -44,7 +44,7 @@ def test_every_kept_run_is_complete_and_says_nothing_of_a_machine():
 
 
 def test_every_model_that_ships_has_its_figures_kept():
-    for folder in sorted(path.parent for path in results.MODELS.glob("*/config.json")):
+    for folder in sorted(path.parent for path in results.MODELS.glob("*/results.json")):
         kept = results.Run.of_folder(folder)
         assert results.Run(json.loads(kept.path.read_text(encoding="utf-8"))).data["test"] == kept.data["test"]
 
@@ -125,7 +125,7 @@ def test_a_table_has_mean_spread_published_figures_and_caveat():
 
 
 def test_figures_are_taken_from_the_folder_of_a_run(tmp_path, monkeypatch):
-    source = next(results.MODELS.glob("*/config.json")).parent
+    source = next(results.MODELS.glob("*/results.json")).parent
     folder = shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "*.png"))
     monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
     monkeypatch.setattr(results, "DOCUMENT", tmp_path / "results.md")

@@ -1,0 +1,171 @@
+"""The sections of the card of a backbone, a model without a classifier; see `medmamba.cards.card`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .sections import citation, input_text, licence, parameters, usage_in_timm
+
+if TYPE_CHECKING:
+    from .card import ModelFacts
+
+WAYS = {"probe": "linear probe", "ten": "ten images per class", "full": "all training images"}
+METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
+    """Title and text of every section, in order; a text is empty where there is nothing to say."""
+    return [
+        ("Model", _model(facts)),
+        ("How to use", _use(facts, repo_id)),
+        ("Intended use", _intended()),
+        ("Training data", _data(facts)),
+        ("Evaluation", _evaluation(facts)),
+        ("Limits", _limits(facts)),
+        ("How to reproduce", _reproduce(facts)),
+        ("Licence", _licence(facts)),
+        ("Citation", citation(facts)),
+    ]
+
+
+def transfer_tables(rows: Sequence[dict[str, Any]], level: int) -> str:
+    """Returns one Markdown table for each variant and dataset, under headings of `level`.
+
+    Args:
+        rows: as `transfer.json` holds them, see `hub.transfer_table.summary`.
+    """
+    texts = []
+    for variant, name in dict.fromkeys((row["variant"], row["set"]) for row in rows):
+        found = [row for row in rows if (row["variant"], row["set"]) == (variant, name)]
+        lines = [["way", "training images", "start", "pixels", "seeds", *METRICS.values()]]
+        lines.append(["---"] * len(lines[0]))
+        for row in found:
+            scores = [_score(row[metric]) for metric in METRICS]
+            start = [f"`{row['start']}`", str(row["size"]), str(row["seeds"])]
+            lines.append([WAYS[row["way"]], str(row["train"]), *start, *scores])
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        pool = "training images and labels are in the pool" if found[0]["in_pool"] else "not in the pool"
+        title = f"{'#' * level} {name}, {variant}"
+        texts.append(f"{title}\n\n{found[0]['test']} test images; {pool}.\n\n{table}")
+    return "\n\n".join(texts)
+
+
+def _score(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if value.get("std") is not None else "")
+
+
+def _model(facts: ModelFacts) -> str:
+    return (
+        f"MedMamba-{facts.config.architecture}, {parameters(facts) / 1e6:.1f}M parameters, without a classifier: a "
+        "start for training on your own images, and an extractor of features. Convolutions and a four-direction "
+        f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation.\n\n{input_text(facts)}"
+    )
+
+
+def _use(facts: ModelFacts, repo_id: str) -> str:
+    return (
+        "```bash\n"
+        f"medmamba train --data FOLDER --out OUT --recipe finetune --from {repo_id}\n"
+        "```\n\n"
+        "```python\n"
+        "from medmamba import MedMamba  # pip install medmamba\n\n"
+        f'model = MedMamba.from_pretrained("{repo_id}")\n'
+        "maps = model.forward_pyramid(images)  # four feature maps\n"
+        "model.reset_classifier(5)  # then train\n"
+        "```\n\n"
+        "It classifies nothing as it is: `predict` refuses.\n\n" + usage_in_timm(repo_id)
+    )
+
+
+def _intended() -> str:
+    return (
+        "Research and teaching: as a start for fine-tuning, most of all where labelled images are few, and as frozen "
+        "features.\n\n"
+        "Not for clinical use: not for diagnosis, triage, screening or treatment. It is no medical device and has no "
+        "regulatory clearance. What is trained from it needs an evaluation of its own."
+    )
+
+
+def _data(facts: ModelFacts) -> str:
+    t = facts.config.training
+    sources: dict[str, dict[str, Any]] = t.get("sources") or {}
+    if not sources:
+        return f"{facts.dataset}."
+    lines = [["Dataset", "Source", "Licence of the images", "Training images", "Left out as near-duplicates"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, s in sources.items():
+        labels = "" if name in t["labels_of"] else " (no labels)"
+        lines.append([f"`{name}`{labels}", s["title"], s["licence"], f"{s['images']:,}", f"{s['excluded']:,}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    labelled = ", ".join(f"`{name}`" for name in t["labels_of"])
+    return (
+        f"{t['images']:,} training images:\n\n{table}\n\n"
+        f"Near-duplicates were left out: images with a {t['near_duplicates']} of any dataset, also of "
+        "datasets outside the pool. No validation or test image was trained on. An image that is turned, mirrored or "
+        "cut differently is not found that way.\n\n"
+        f"Teacher: {t['teacher']}, from the package {t['teacher_wheel']}. The backbone learnt to predict the teacher's "
+        f"last feature maps. The labels of the training images of {labelled} were used too, with weight "
+        f"{t['label_weight']:g}: results on those datasets are **not** transfer to unseen data."
+    )
+
+
+def _evaluation(facts: ModelFacts) -> str:
+    if not facts.transfer:
+        return "Nothing was measured for this card."
+    unseen = [row for row in facts.transfer if not row["in_pool"]]
+    names = ", ".join(dict.fromkeys(f"`{row['set']}`" for row in unseen))
+    seen = ", ".join(dict.fromkeys(f"`{row['set']}`" for row in facts.transfer if row["in_pool"]))
+    honest = f"Transfer to a dataset that was not in the pool was measured on {names}." if names else (
+        "Transfer to a dataset that was not in the pool has not been measured."
+    )  # fmt: skip
+    caveat = f" The backbone has seen the training images and labels of {seen}; read those tables with that in mind."
+    return (
+        f"{honest}{caveat if seen else ''} Means and standard deviations over seeds, on test images, of models trained "
+        "from each start: a linear probe on frozen features, fine-tuning on ten images per class, and fine-tuning on "
+        f"all training images. `scratch` is random weights.\n\n{transfer_tables(facts.transfer, 3)}"
+    )
+
+
+def _limits(facts: ModelFacts) -> str:
+    sources = facts.config.training.get("sources") or {}
+    limits = [f"{len(sources)} collections of images: of other kinds of images it may know little."] if sources else []
+    if sources and (most := max(sources.values(), key=lambda s: s["images"])):
+        share = most["images"] / sum(s["images"] for s in sources.values())
+        limits.append(f"{share:.0%} of the images are of one collection: {most['title'].partition(',')[0]}.")
+    if "cpn_xray" in sources:
+        limits.append(
+            "In `cpn_xray`, sources are confounded with classes: every COVID image is of an adult from other hospitals "
+            "than the children with pneumonia. The features may carry traits of the source instead of the disease."
+        )
+    limits.append("One training run; other seeds were not tried.")
+    limits.append("Groups of patients (age, sex, skin tone, ...) were not analysed separately.")
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _licence(facts: ModelFacts) -> str:
+    sources = facts.config.training.get("sources") or {}
+    other = [f"`{name}` ({s['licence']})" for name, s in sources.items() if not s["licence"].startswith(("CC", "MIT"))]
+    text = licence(facts)
+    if other:
+        text += (
+            f" Images without a standard licence are among those it was trained on: {', '.join(other)}. No image is "
+            "part of the weights; whether that matters for your use is yours to judge."
+        )
+    return text
+
+
+def _reproduce(facts: ModelFacts) -> str:
+    t = facts.config.training
+    if t.get("recipe") != "hub.pretrain":
+        return ""
+    return (
+        "```bash\n"
+        "python -m hub.pretrain_pool --data DATA --out pool.npz\n"
+        f"python -m hub.pretrain train --pool pool.npz --variant {facts.config.architecture} --out OUT "
+        f"--epochs {t['views'] / t['images']:.0f} --size {t['size']} --label-weight {t['label_weight']:g} "
+        f"--seed {t['seed']}\n"
+        "```\n\n"
+        f"It saw {t['views']:,} augmented views of {t['size']} pixels in {t['seconds']} s on one GPU. The course of "
+        "the loss is in `pretrain.json`."
+    )

@@ -1,0 +1,180 @@
+"""General backbones: the pool without near-duplicates, the distillation, the record of the training, the transfer."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hub import pretrain, pretrain_pool, transfer, transfer_table
+from medmamba import MedMamba
+from medmamba.cards.card import read_facts, render_card
+from medmamba.data import ImageDataset
+from medmamba.data.dataset import Record
+
+
+def picture(path, rng, base=None):
+    """A smooth random picture, or `base` with a little noise; returns its pixels."""
+    if base is None:
+        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        base = np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+    else:
+        base = np.clip(base.astype(int) + rng.integers(-4, 5, base.shape), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(base).save(path)
+    return base
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small datasets, one of them non-commercial. One training image is almost a test image of the other."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, classes in (("breastmnist", ("benign", "malignant")), ("dermamnist", ("nevus",))):
+        for label in classes:
+            for split, count in (("train", 4), ("val", 1), ("test", 2)):
+                for number in range(count):
+                    picture(root / name / split / label / f"{number}.png", rng)
+    held_out = np.asarray(Image.open(root / "dermamnist" / "test" / "nevus" / "0.png"))
+    picture(root / "breastmnist" / "train" / "benign" / "copy.png", rng, held_out)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pool(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pool") / "pool.npz"
+    return path, pretrain_pool.build(data, path)
+
+
+def test_a_near_duplicate_of_a_held_out_image_is_left_out(pool):
+    path, counts = pool
+    assert counts == {"breastmnist": 8, "breastmnist: like a held-out image": 1, "dermamnist": 4}
+    images, labels, meta = pretrain_pool.load(path)
+    assert images.shape == (8, 224, 224, 3) and labels.tolist().count(0) == 4
+    assert meta["classes"] == ["breastmnist: benign", "breastmnist: malignant", "dermamnist: nevus"]
+    assert len(pretrain_pool.load(path, non_commercial=True)[0]) == 12
+
+
+class StandIn(nn.Module):
+    """A teacher with maps at 1/16 and 1/32 of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 16, 16), nn.Conv2d(5, 7, 2, 2)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        middle = self.first(x)
+        return [middle, self.second(middle)]
+
+
+@pytest.fixture(scope="module")
+def backbone(pool, tmp_path_factory):
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("models") / "test-medical"
+    pretrain.pretrain(
+        pool[0], out, "test", epochs=12, size=64, device="cpu", progress=0, batch_size=4, teacher=StandIn()
+    )
+    return out
+
+
+def test_a_backbone_learns_and_is_saved_without_a_classifier(backbone):
+    model = MedMamba.from_pretrained(backbone)
+    assert model.config.num_classes == 0
+    log = json.loads((backbone / "pretrain.json").read_text())["log"]
+    losses = [row["loss"] for row in log]
+    assert len(log) >= 24 and log[-1]["done"] == 1 and np.mean(losses[-8:]) < np.mean(losses[:4])
+    assert [maps.shape[1] for maps in model.forward_pyramid(torch.zeros(1, 3, 64, 64))] == list(model.config.dims)
+    with pytest.raises(ValueError, match=r"no classifier.*reset_classifier"):
+        model.predict(np.zeros((32, 32, 3), np.uint8))
+
+
+def test_its_record_and_card_state_what_it_learnt_from(backbone):
+    training = MedMamba.from_pretrained(backbone).config.training
+    assert training["sources"] == {
+        "breastmnist": {
+            "title": pretrain_pool.SOURCES["breastmnist"].title,
+            "licence": "CC BY 4.0",
+            "images": 8,
+            "excluded": 1,
+        }
+    }
+    assert training["labels_of"] == ["breastmnist"] and training["images"] == 8 and training["licence"] == "cc-by-4.0"
+    before = (backbone / "config.json").read_text()
+    assert pretrain.main(["describe", str(backbone)]) == 0
+    assert json.loads((backbone / "config.json").read_text()) == json.loads(before)
+    text = render_card(read_facts(backbone), "medmamba/test-medical")
+    for said in ("Apache-2.0", "metadata name no licence", "CC BY 4.0 | 8 | 1 |", "**not** transfer to unseen data"):
+        assert said in text
+    assert "pipeline_tag: image-feature-extraction" in text and "--from medmamba/test-medical" in text
+
+
+def result(start, seed, accuracy, way="full", name="breastmnist", variant="tiny"):
+    scores = dict.fromkeys(("accuracy", "balanced_accuracy", "auroc"), accuracy)
+    images = {"train": 546, "val": 78, "test": 156}
+    return dict(start=start, set=name, way=way, seed=seed, variant=variant, images=images, size=224, **scores)
+
+
+def test_the_table_has_mean_spread_and_number_of_seeds(tmp_path, monkeypatch, capsys):
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, value in (("KEPT", tmp_path / "kept"), ("MODELS", models), ("DOCUMENT", tmp_path / "backbones.md")):
+        monkeypatch.setattr(transfer_table, name, value)
+    transfer_table.DOCUMENT.write_text("before\n" + "\n".join(transfer_table.MARKERS) + "\nafter\n")
+    (tmp_path / "new").mkdir()
+    records = [result("/somewhere/tiny-medical", seed, value) for seed, value in enumerate((0.8, 0.84, 0.88))]
+    records += [result("scratch", 0, 0.5), result("scratch", 0, 0.7, name="dermamnist")]
+    for number, record in enumerate(records):
+        (tmp_path / "new" / f"{number}.json").write_text(json.dumps(record))
+    assert transfer.main(["table", "--check"]) == 1
+    assert transfer.main(["table", str(tmp_path / "new")]) == 0 and transfer.main(["table", "--check"]) == 0
+    page = transfer_table.DOCUMENT.read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and "somewhere" not in page
+    row = "| all training images | 546 | `tiny-medical` | 224 | 3 |" + " 0.840 ± 0.040 |" * 3
+    assert row in page and page.index("`scratch` | 224 | 1 | 0.500 |") < page.index(row)
+    assert page.index("### dermamnist, tiny\n\n156 test images; not in the pool") < page.index("### breastmnist, tiny")
+    (tmp_path / "new" / "0.json").write_text(json.dumps(records[0] | {"images": {"train": 20, "test": 156}}))
+    with pytest.raises(ValueError, match="different images"):
+        transfer.main(["table", str(tmp_path / "new")])
+
+
+def test_the_committed_tables_are_those_of_the_kept_results():
+    assert transfer.main(["table", "--check"]) == 0, "run: python -m hub.transfer table"
+    paths = sorted(transfer_table.KEPT.glob("*/*.json"))
+    assert paths
+    for path in paths:
+        assert not re.search(r"/(work|tmp|home|root|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def test_training_images_are_drawn_by_class_and_seed():
+    splits = ["train"] * 100 + ["test"] * 10
+    labels = [0] * 88 + [1] * 10 + [2] * 2 + [0] * 10
+    index = ImageDataset([Record(i, labels[i], splits[i]) for i in range(110)], ("a", "b", "c"), reader=None)
+    part = transfer.limit_training(index, 20)
+    assert part.split("train").class_counts.tolist() == [18, 2, 1] and part.split_sizes["test"] == 10
+    assert part.records == transfer.limit_training(index, 20).records
+    assert part.records != transfer.limit_training(index, 20, seed=1).records
+    assert transfer.limit_training(part, 21) is part
+    assert transfer.ten_per_class(index, 0).split("train").class_counts.tolist() == [10, 10, 2]
+
+
+def test_a_start_is_measured_once_by_every_way(backbone, data, tmp_path, monkeypatch, capsys):
+    root, rng = tmp_path / "data", np.random.default_rng(1)
+    for split, count in (("train", 5), ("val", 2), ("test", 2)):
+        for label in ("a", "b"):
+            for number in range(count):
+                picture(root / "cells" / split / label / f"{number}.png", rng)
+    monkeypatch.setattr(
+        transfer, "fine_tune", lambda *args: dict.fromkeys(("accuracy", "balanced_accuracy", "auroc"), 1)
+    )
+    words = ["measure", "--data", str(root), "--out", str(tmp_path / "out"), "--sets", "cells", "--variant", "test"]
+    words += ["--starts", "scratch", str(backbone), "--seeds", "0", "1", "--device", "cpu", "--train-images", "8"]
+    assert transfer.main(words) == 0
+    files = sorted((tmp_path / "out").glob("*.json"))
+    assert len(files) == 9  # two seeds of two starts and two ways, and one probe
+    found = json.loads((tmp_path / "out" / "test-medical-cells-probe-0.json").read_text())
+    assert found["images"] == {"train": 8, "val": 4, "test": 4} and 0 <= found["auroc"] <= 1 and found["size"] == 32
+    capsys.readouterr()
+    assert transfer.main(words) == 0 and not capsys.readouterr().out
