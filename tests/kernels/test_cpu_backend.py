@@ -307,7 +307,7 @@ def test_works_in_forked_processes():
 def test_process_ends_while_threads_work():
     program = """
 import threading, torch
-from medmamba.kernels import native
+from medmamba.kernels.backends import cpu as native
 torch.set_num_threads(3)
 x, proj = torch.randn(2, 20, 20, 64), torch.randn(2, 20, 20, 4, 35)
 weight, bias, A, D = torch.randn(4, 64, 3), torch.randn(4, 64), -torch.rand(4, 64, 16), torch.randn(4, 64)
