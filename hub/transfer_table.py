@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medmamba.cards import TRANSFER_NAME, write_card
 from medmamba.cards.backbone import METRICS, WAYS, transfer_tables
-from medmamba.cards.card import TRANSFER_NAME, write_card
 from medmamba.pretrained import read_config
 from medmamba.utils.files import write_text
 
@@ -94,7 +94,7 @@ def write(check: bool = False) -> int:
     folders = sorted(path.parent for path in MODELS.glob("*/pretrain.json"))
     for folder in folders:
         mine = [row for row in rows if row["variant"] == read_config(folder).architecture]
-        texts[folder / TRANSFER_NAME] = json.dumps(mine, indent=1) + "\n"
+        texts[folder / TRANSFER_NAME] = json.dumps({"rows": mine}, indent=1) + "\n"
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if check:
         for path in stale:

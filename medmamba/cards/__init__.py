@@ -2,7 +2,7 @@
 
 from .card import CARD_NAME, METRICS, NOTICE, card_data, default_repo, render_card, write_card
 from .check import TOLERANCE, check_card
-from .facts import EXAMPLE_NAME, PICTURES, RESULTS_NAME, CardError, ModelFacts, read_facts
+from .facts import EXAMPLE_NAME, PICTURES, RESULTS_NAME, TRANSFER_NAME, CardError, ModelFacts, read_facts
 from .licences import HUB_LICENCES, LicenceError, Terms, hub_licence, terms_of
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PICTURES",
     "RESULTS_NAME",
     "TOLERANCE",
+    "TRANSFER_NAME",
     "CardError",
     "LicenceError",
     "ModelFacts",

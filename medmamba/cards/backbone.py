@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .sections import citation, input_text, licence, parameters, usage_in_timm
 
 if TYPE_CHECKING:
-    from .card import ModelFacts
+    from .facts import ModelFacts
 
 WAYS = {"probe": "linear probe", "ten": "ten images per class", "full": "all training images"}
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}

@@ -14,31 +14,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
 from ..config import ORGANISATION
-from .facts import ModelFacts, read_facts
-=======
-from ..config import ORGANISATION, MedMambaConfig
-from ..data import registry
-from ..evaluation import RESULTS_NAME, evaluations
-from ..inference.ood import Unusual, UnusualError, load_unusual
-from ..metrics import Evaluation
-from ..pretrained import read_config
-from ..utils.checksums import WEIGHTS_NAME
 from . import backbone
-from .licences import HUB_LICENCES, Terms, terms_of
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
+from .facts import ModelFacts, read_facts
 from .sections import sections
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD_NAME = "README.md"
-<<<<<<< HEAD
-=======
-EXAMPLE_NAME = "attribution.json"
-TRANSFER_NAME = "transfer.json"
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
 NOTICE = "For research only. Not a medical device; not for diagnosis or treatment."
 # Score in results.json: its metric type on the Hub, and its name for people.
 METRICS = {
@@ -51,112 +35,8 @@ METRICS = {
     "specificity": ("specificity", "Specificity, macro"),
     "ece": ("ece", "Expected calibration error"),
 }
-<<<<<<< HEAD
 START, END = "<!-- figures: generated from results.json, do not edit -->", "<!-- end of figures -->"
 MARK = "{figures}"  # where a section has the tables of metrics
-=======
-TOLERANCE = 5e-5  # figures are stored with four decimals in the card
-_START, _END = "<!-- figures: generated from results.json, do not edit -->", "<!-- end of figures -->"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a card is written from.
-
-    Attributes:
-        config: of the model.
-        terms: under which the weights may be used.
-        entry: the dataset in the registry, None if it is not there.
-        results: results.json, {} where there is none.
-        evaluations: by split, of results.json.
-        pictures: file names of the pictures in the folder.
-        example: where the image in attribution.png is from.
-        unusual: the warning for images of another kind.
-        transfer: what was measured of a backbone, see `hub.transfer_table.summary`.
-    """
-
-    config: MedMambaConfig
-    terms: Terms
-    entry: registry.DatasetEntry | None = None
-    results: dict[str, Any] = field(default_factory=dict)
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    pictures: tuple[str, ...] = ()
-    example: str = ""
-    unusual: Unusual | None = None
-    transfer: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def is_backbone(self) -> bool:
-        """Whether the model has no classifier."""
-        return not self.config.num_classes
-
-    @property
-    def split(self) -> str | None:
-        """The split whose figures count: test, else whatever there is."""
-        return "test" if "test" in self.evaluations else next(iter(self.evaluations), None)
-
-    @property
-    def dataset(self) -> str:
-        return self.entry.title if self.entry else str(self.config.training.get("dataset") or "own data")
-
-
-class CardError(ValueError):
-    """A model folder that lacks what a card must say; the message says what to add."""
-
-
-def read_facts(folder: str | os.PathLike, licence: str | None = None, permission: str = "") -> ModelFacts:
-    """Reads a model folder.
-
-    Args:
-        licence: Hub identifier of the licence of the weights; default: that of the data, from the registry.
-        permission: who allowed weights to be published that carry no licence, and when.
-
-    Raises:
-        CardError: unreadable results, or a licence that the data do not allow.
-        ConfigError: no configuration that can be read.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    results: dict[str, Any] = {}
-    if (folder / RESULTS_NAME).is_file():
-        try:
-            results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CardError(f"{folder / RESULTS_NAME} is not valid JSON ({error}); evaluate again") from error
-    try:
-        by_split = evaluations(results)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CardError(f"{folder / RESULTS_NAME} was not written by medmamba ({error!r}); evaluate again") from error
-    try:
-        entry = registry.get(str(config.training.get("dataset", "")))
-    except registry.RegistryError:
-        entry = None
-    try:
-        unusual = load_unusual(folder) if (folder / WEIGHTS_NAME).is_file() else None
-    except UnusualError as error:
-        raise CardError(str(error)) from error
-    return ModelFacts(
-        config,
-        terms_of(config, entry, licence, permission),
-        entry,
-        results,
-        by_split,
-        tuple(name for name in PICTURES if (folder / name).is_file()),
-        _read_example(folder),
-        unusual,
-        _read_transfer(folder),
-    )
-
-
-def _read_example(folder: Path) -> str:
-    path = folder / EXAMPLE_NAME
-    return str(json.loads(path.read_text(encoding="utf-8")).get("credit", "")) if path.is_file() else ""
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
-
-
-def _read_transfer(folder: Path) -> tuple[dict[str, Any], ...]:
-    path = folder / TRANSFER_NAME
-    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
 
 
 def write_card(
@@ -179,26 +59,20 @@ def default_repo(folder: Path) -> str:
 
 
 def render_card(facts: ModelFacts, repo_id: str) -> str:
-<<<<<<< HEAD
     """Returns the text of a card, front matter included."""
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections(facts, repo_id) if text)
-    title = f"# {repo_id.split('/')[-1]}: MedMamba-{facts.config.architecture} for {facts.dataset}"
-    return f"---\n{card_data(facts, repo_id).to_yaml()}\n---\n\n{title}\n\n> {NOTICE}\n\n{with_metrics(facts, body)}\n"
-=======
-    """Front matter and text."""
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in _sections(facts, repo_id) if text)
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in card_sections(facts, repo_id) if text)
     purpose = f", a {facts.dataset}" if facts.is_backbone else f" for {facts.dataset}"
     title = f"# {repo_id.split('/')[-1]}: MedMamba-{facts.config.architecture}{purpose}"
-    return f"---\n{card_data(facts, repo_id).to_yaml()}\n---\n\n{title}\n\n> {NOTICE}\n\n{_figures(facts, body)}\n"
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
+    return f"---\n{card_data(facts, repo_id).to_yaml()}\n---\n\n{title}\n\n> {NOTICE}\n\n{with_metrics(facts, body)}\n"
 
 
-def _sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
+def card_sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
+    """Returns title and text of every section, those of a backbone if the model has no classifier."""
     return backbone.sections(facts, repo_id) if facts.is_backbone else sections(facts, repo_id)
 
 
-def _pipeline(facts: ModelFacts) -> str:
-    """The task by which the Hub lists a model."""
+def pipeline(facts: ModelFacts) -> str:
+    """Returns the task under which the Hub lists a model."""
     return "image-feature-extraction" if facts.is_backbone else "image-classification"
 
 
@@ -222,7 +96,7 @@ def card_data(facts: ModelFacts, repo_id: str) -> ModelCardData:
     return ModelCardData(
         license=terms.licence,
         library_name="medmamba",
-        pipeline_tag=_pipeline(facts),
+        pipeline_tag=pipeline(facts),
         tags=tags,
         **{key: value for key, value in optional.items() if value is not None},
     )
@@ -269,83 +143,9 @@ def _eval_results(facts: ModelFacts) -> list[Any]:
     return found
 
 
-<<<<<<< HEAD
 def with_metrics(facts: ModelFacts, body: str) -> str:
     """Returns the body of a card with the tables of metrics, between two comments, in place of `MARK`."""
     if not facts.split or MARK not in body:
-=======
-def check_card(text: str, facts: ModelFacts) -> list[str]:
-    """Everything that is wrong with a card: metadata the Hub refuses, missing sections, figures that are not those of
-    results.json. Prose may be edited; figures may not."""
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard(text).data
-    except Exception as error:  # YAML, or a model-index that cannot be read
-        return [f"{CARD_NAME}: the metadata cannot be read: {error}"]
-    return [f"{CARD_NAME}: {p}" for p in (*_check_metadata(data, facts), *_check_text(text, facts))]
-
-
-def _check_metadata(data: Any, facts: ModelFacts) -> list[str]:
-    problems = []
-    for key, wanted in (("library_name", "medmamba"), ("pipeline_tag", _pipeline(facts))):
-        if data.get(key) != wanted:
-            problems.append(f"{key} must be {wanted}, is {data.get(key)}")
-    if not isinstance(data.get("tags"), list) or not all(isinstance(tag, str) for tag in data.get("tags", [])):
-        problems.append("tags must be a list of words")
-    licence = data.get("license")
-    if licence not in HUB_LICENCES:
-        problems.append(f"license must be an identifier the Hub knows, is {licence}")
-    if licence == "other" and not (data.get("license_name") and data.get("license_link")):
-        problems.append("license: other needs license_name and license_link")
-    if (licence, data.get("license_name")) != (facts.terms.licence, facts.terms.name):
-        problems.append(
-            f"license is {data.get('license_name') or licence}, and the weights are under "
-            f"{facts.terms.name or facts.terms.licence}: {facts.terms.reason}"
-        )
-    told = {result.metric_type: result.metric_value for result in data.get("eval_results") or []}
-    if facts.split:
-        overall = facts.evaluations[facts.split].overall
-        expected = {METRICS[name][0]: e.value for name, e in overall.items() if name in METRICS and e.value == e.value}
-        for kind in sorted(expected.keys() | told.keys()):
-            if kind not in told:
-                problems.append(f"model-index lacks {kind}")
-            elif kind not in expected:
-                problems.append(f"model-index claims {kind}, which results.json does not have")
-            elif abs(float(told[kind]) - expected[kind]) > TOLERANCE:
-                problems.append(f"model-index says {kind} {told[kind]}, results.json says {expected[kind]:.4f}")
-    elif told:
-        problems.append("model-index has figures, and there is no results.json to have them from")
-    return problems
-
-
-def _check_text(text: str, facts: ModelFacts) -> list[str]:
-    problems = []
-    if NOTICE not in text:
-        problems.append(f'the notice is missing: "{NOTICE}"')
-    headings = set(re.findall(r"^## (.+)$", text, re.M))
-    for title, content in _sections(facts, "org/name"):
-        if content and title not in headings:
-            problems.append(f'the section "{title}" is missing')
-    if re.search(r"\[More Information Needed\]|\bTODO\b|\bFIXME\b", text):
-        problems.append("it still has a placeholder to fill in")
-    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-        if "://" not in name and name not in facts.pictures:
-            problems.append(f"it shows {name}, which is not in the folder")
-    if facts.split:
-        generated = re.search(f"{re.escape(_START)}(.*?){re.escape(_END)}", _figures(facts, _MARK), re.S)
-        present = re.search(f"{re.escape(_START)}(.*?){re.escape(_END)}", text, re.S)
-        if present is None or generated is None or present[1].split() != generated[1].split():
-            problems.append("its table of figures is not that of results.json; write the card again")
-    return problems
-
-
-_MARK = "{figures}"
-
-
-def _figures(facts: ModelFacts, body: str) -> str:
-    if not facts.split or _MARK not in body:
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
         return body
     return body.replace(MARK, f"{START}\n\n{facts.evaluations[facts.split].to_markdown().strip()}\n\n{END}")
 

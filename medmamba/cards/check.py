@@ -6,10 +6,9 @@ import math
 import re
 from typing import Any
 
-from .card import CARD_NAME, END, MARK, METRICS, NOTICE, START, with_metrics
+from .card import CARD_NAME, END, MARK, METRICS, NOTICE, START, card_sections, pipeline, with_metrics
 from .facts import ModelFacts
 from .licences import HUB_LICENCES
-from .sections import sections
 
 TOLERANCE = 5e-5  # of metrics, which cards store with four decimals
 
@@ -30,7 +29,7 @@ def check_card(text: str, facts: ModelFacts) -> list[str]:
 
 def _check_metadata(data: Any, facts: ModelFacts) -> list[str]:
     problems = []
-    for key, wanted in (("library_name", "medmamba"), ("pipeline_tag", "image-classification")):
+    for key, wanted in (("library_name", "medmamba"), ("pipeline_tag", pipeline(facts))):
         if data.get(key) != wanted:
             problems.append(f"{key} must be {wanted}, is {data.get(key)}")
     if not isinstance(data.get("tags"), list) or not all(isinstance(tag, str) for tag in data.get("tags", [])):
@@ -68,7 +67,7 @@ def _check_text(text: str, facts: ModelFacts) -> list[str]:
     if NOTICE not in text:
         problems.append(f'the notice is missing: "{NOTICE}"')
     headings = set(re.findall(r"^## (.+)$", text, re.M))
-    for title, content in sections(facts, "org/name"):
+    for title, content in card_sections(facts, "org/name"):
         if content and title not in headings:
             problems.append(f'the section "{title}" is missing')
     if re.search(r"\[More Information Needed\]|\bTODO\b|\bFIXME\b", text):

@@ -18,6 +18,7 @@ from ..utils.strict_json import StrictJsonError, read_json
 from .licences import Terms, terms_of
 
 EXAMPLE_NAME = "attribution.json"
+TRANSFER_NAME = "transfer.json"
 PICTURES = ("confusion.png", "reliability.png", "roc.png", "attribution.png")
 MAX_FILE = 64 * 2**20  # bytes
 
@@ -35,6 +36,7 @@ class ModelFacts:
         pictures: file names of the pictures in the folder.
         example: source of the image in attribution.png.
         unusual: OOD detector, if the model has one.
+        transfer: rows of transfer.json, for a backbone; see `hub.transfer_table.summary`.
     """
 
     config: MedMambaConfig
@@ -45,6 +47,12 @@ class ModelFacts:
     pictures: tuple[str, ...] = ()
     example: str = ""
     unusual: Unusual | None = None
+    transfer: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the model has no classifier."""
+        return not self.config.num_classes
 
     @property
     def split(self) -> str | None:
@@ -97,6 +105,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         tuple(name for name in PICTURES if (folder / name).is_file()),
         str(_read_object(folder / EXAMPLE_NAME, "draw the example again").get("credit", "")),
         unusual,
+        tuple(_read_object(folder / TRANSFER_NAME, "write it again: python -m hub.transfer table").get("rows", ())),
     )
 
 

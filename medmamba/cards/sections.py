@@ -53,21 +53,16 @@ def _model(facts: ModelFacts) -> str:
         f"MedMamba-{c.architecture}, {parameters(facts) / 1e6:.1f}M parameters: convolutions and a four-direction "
         f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation. It classifies images"
         f"{modality}. {task}\n\n"
-        f"{input_text(facts)} `model.predict` does this itself.\n\nClasses, numbered from 0:\n\n{classes}"
+        f"{input_text(facts)} `model.predict` does this for you.\n\nClasses, numbered from 0:\n\n{classes}"
     )
 
 
 def input_text(facts: ModelFacts) -> str:
-    """What the network expects: channels, size, cropping, normalisation."""
+    """Returns what the network expects: channels, size, cropping, normalisation."""
     c, p = facts.config, facts.config.preprocess
     return (
         f"Input: {_channels(c.in_chans)}, {p.input_size[1]}x{p.input_size[0]} pixels, {_crop(p.crop_mode)}, "
-<<<<<<< HEAD
-        f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}. `model.predict` does this "
-        f"for you.\n\nClasses, numbered from 0:\n\n{classes}"
-=======
         f"normalised by mean {_numbers(p.mean)} and standard deviation {_numbers(p.std)}."
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
     )
 
 
@@ -82,6 +77,7 @@ def _use(facts: ModelFacts, repo_id: str) -> str:
 
 
 def usage_in_timm(repo_id: str) -> str:
+    """Returns how to load the feature maps through timm."""
     return (
         "As a backbone in timm, with a pyramid of four feature maps:\n\n"
         "```python\n"

@@ -12,12 +12,8 @@ from hub.golden import GOLDEN_NAME, check_golden
 from hub.publish import model_folders
 from hub.validate import validate
 from medmamba import MedMamba
-<<<<<<< HEAD
 from medmamba.cards import EXAMPLE_NAME, read_facts, render_card
-=======
-from medmamba.cards.card import EXAMPLE_NAME, read_facts, render_card
 from medmamba.cli.main import main
->>>>>>> 7e17932 (General backbones: tiny-medical and nano-medical, with cards, transfer tables and the commands that made them)
 from medmamba.inference.ood import load_unusual
 from medmamba.pretrained import has_classes
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hub import pretrain, pretrain_pool, transfer, transfer_table
 from medmamba import MedMamba
-from medmamba.cards.card import read_facts, render_card
+from medmamba.cards import read_facts, render_card
 from medmamba.data import ImageDataset
 from medmamba.data.dataset import Record
 
