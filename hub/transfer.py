@@ -208,10 +208,10 @@ def add_counts(folder: Path, data: Path) -> None:
     """Adds the numbers and the size of images to results that were measured without them."""
     for file in folder.glob("*.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if "images" not in record:
+        if not {"images", "size"} <= record.keys():
             index = open_dataset(data / record["set"])
             index = ten_per_class(index, record["seed"]) if record["way"] == "ten" else index
-            record |= {"images": index.split_sizes, "size": own_size(record["start"])}
+            record = {"images": index.split_sizes, "size": own_size(record["start"])} | record
             file.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

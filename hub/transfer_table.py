@@ -63,7 +63,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(images) > 1:
             raise ValueError(f"results of {key} are of different images: {sorted(images)}")
         counts = found[0]["images"]
-        row = dict(zip(("variant", "set", "way", "start"), key, strict=True))
+        row: dict[str, Any] = dict(zip(("variant", "set", "way", "start"), key, strict=True))
         row |= {"in_pool": key[1] in POOL, "seeds": len(found), "train": counts["train"], "test": counts["test"]}
         row["size"] = found[0]["size"]
         for metric in METRICS:
