@@ -288,7 +288,7 @@ def test_the_app_says_what_it_passed_over_and_where_val_comes_from(tmp_path: Pat
     found = plan(pack(tmp_path / "x.zip", *names, raw={"train\\a\\notes.txt": b"text"}), Limits())
     assert found.index.split_sizes == {"train": 14, "val": 2, "test": 16}
     text = str(set_html(found))
-    assert "passed over 1 file: 1 .txt" in text and "val taken from train, the rest as the folders say" in text
+    assert "passed over 1 file: 1 .txt" in text and "val taken from train, the rest as in the folders" in text
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
