@@ -271,10 +271,19 @@ def facts(meta: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         "with a validation or test image",
         "teacher": TEACHER,
         "teacher_wheel": f"{WHEEL}, whose metadata name no licence",
-        "licence": "cc-by-nc-4.0" if options["non_commercial"] else "cc-by-4.0",
+        "licence": _licence([source["licence"] for source in sources.values()], options["non_commercial"]),
+        "licence_name": "mixed-see-card",
+        "licence_link": "README.md",
         "recipe": "hub.pretrain",
         **options,
     }
+
+
+def _licence(of_images: list[str], non_commercial: bool) -> str:
+    """Returns the Hub name for the terms of the weights: "other" where a source has no standard licence."""
+    if non_commercial:
+        return "cc-by-nc-4.0"
+    return "cc-by-4.0" if all(name.startswith(("CC BY", "MIT")) for name in of_images) else "other"
 
 
 def describe(folder: Path) -> None:

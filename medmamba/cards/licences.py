@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import MedMambaConfig
 from ..data import registry
@@ -70,7 +71,11 @@ def terms_of(
                 f"the terms of the data ({config.training.get('dataset') or 'unnamed'}) are not on record; say under "
                 "which licence the weights may be used, e.g. --license cc-by-4.0"
             )
-        return Terms(stated, non_commercial="-nc-" in f"{stated}-", reason="as its publisher states")
+        named: dict[str, Any] = {}
+        if stated == "other":  # which the Hub accepts only with a name and a link
+            record = config.training
+            named = {"name": record.get("licence_name"), "link": record.get("licence_link")}
+        return Terms(stated, **named, non_commercial="-nc-" in f"{stated}-", reason="as its publisher states")
     reason = f"trained on {entry.title}, whose images are under {entry.licence.id or 'terms of their own'}"
     of_data = hub_licence(entry.licence.id)
     non_commercial = bool(entry.licence.non_commercial)
