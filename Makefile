@@ -8,11 +8,11 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # One process per core with one thread each: two processes that share all cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 SPACE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all lint workflows format hooks layers docs docs-serve coverage notebooks kernels \
+.PHONY: help setup demo test test-all test-exhaustive lint workflows format hooks layers docs docs-serve coverage notebooks kernels \
 	kernels-check dist dist-check space space-publish clean
 
 help: ## this list
@@ -22,18 +22,21 @@ setup: $(VENV)/.installed ## a virtual environment with everything, in .venv
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
 	touch $@
 
 demo: setup ## open the web app
 	$(BIN)/python -m demo.app --open
 
 test: setup lint ## lint, types and the tests but the slow ones
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
-test-all: setup lint ## every test
-	$(PYTEST) -m ""
+test-all: setup lint ## every test but the exhaustive ones
+	$(PYTEST) -m "not exhaustive"
+
+test-exhaustive: setup ## the whole parameter grid of the scan on a CPU, for hours
+	$(PYTEST) -m exhaustive
 
 lint: setup ## ruff, mypy, and that dependencies point one way
 	$(BIN)/ruff check .
@@ -63,7 +66,7 @@ docs-serve: setup ## the documentation at http://127.0.0.1:8000, rebuilt on chan
 	$(BIN)/mkdocs serve
 
 coverage: setup ## the fast tests with coverage, into build/coverage
-	$(PYTEST) -m "not slow" --cov --cov-report=html:build/coverage --cov-report=term:skip-covered
+	$(PYTEST) -m "not slow and not exhaustive" --cov --cov-report=html:build/coverage --cov-report=term:skip-covered
 
 notebooks: setup ## run the tutorials and store their outputs
 	$(BIN)/python notebooks/execute.py
@@ -80,7 +83,7 @@ dist: setup ## the source archive and the wheel, in dist
 
 dist-check: ## install the wheel of dist into a fresh environment and classify an image with it
 	$(PYTHON) -m venv build/try
-	build/try/$(notdir $(BIN))/python -m pip install --quiet dist/medmamba-*.whl
+	build/try/$(notdir $(BIN))/python -m pip install --quiet --no-compile dist/medmamba-*.whl
 	cd build && try/$(notdir $(BIN))/python -m medmamba predict ../demo/examples/blood_neutrophil.webp
 
 space: setup ## the folder of the Space, in build/space, and its tests

@@ -272,6 +272,7 @@ def test_an_explanation_can_be_cancelled(open_page):
 # --- Fine-tune ---
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_trying_the_new_model(open_page):
     page = open_page()
     to_tab(page, "Fine-tune")
@@ -426,6 +427,7 @@ def test_light_and_dark_by_hand(open_page):
     page.wait_for_function(f"{background} !== '{light}'")  # the choice is kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("medmamba/bloodmnist" not in medmamba.bundled_models(), reason="no such model in this copy")
 def test_the_bundled_model_knows_its_examples(open_page, tmp_path):
     with serving([Path("medmamba/bloodmnist")], tmp_path) as address:

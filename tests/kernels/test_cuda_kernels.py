@@ -216,6 +216,7 @@ def test_half_precision(dtype):
     check(problem(H=4, W=6, C=32, dtype=dtype))
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 @pytest.mark.parametrize("per_thread", [2, 4])
@@ -223,6 +224,7 @@ def test_every_plan_computes_the_same(lanes, per_thread):
     check(problem(H=5, W=4, C=64, R=2), Plan(32, lanes), Plan(64, per_thread=per_thread))
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize("segments", [2, 3, 9])
 @pytest.mark.parametrize("lanes", [1, 4])

@@ -178,6 +178,7 @@ def test_values_and_gradients(name, shape, dtype):
     check(name, shape, dtype)
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize(
     ("name", "shape"),
@@ -199,6 +200,7 @@ def test_other_sizes(name, shape):
     check(name, shape, torch.bfloat16)
 
 
+@pytest.mark.slow
 @runs
 @problems
 def test_parameters_in_float32(name):
@@ -224,6 +226,7 @@ def shifted(m):
     return torch.cat((m.new_zeros(1), m.flatten()))[1:].view(m.shape)
 
 
+@pytest.mark.slow
 @runs
 @problems
 def test_wherever_the_numbers_lie(name, monkeypatch):

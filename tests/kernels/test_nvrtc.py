@@ -46,6 +46,7 @@ def wanted(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_everything_compiles_for_every_supported_gpu(wanted):
     try:

@@ -180,7 +180,7 @@ def test_a_sample(backend, count, monkeypatch):
     check_all(sample(count, seed=len(backend), most=4096 if backend == "native" else 65), backend)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(INTERPRETED, reason="runs in the process that started this one")
 @pytest.mark.parametrize("backend", ["native", "torch", "cuda"])
@@ -223,7 +223,7 @@ def test_in_the_interpreter():
     interpret(0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(INTERPRETED, reason="already running it")
 def test_more_of_the_grid_in_the_interpreter():
