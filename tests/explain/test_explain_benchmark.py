@@ -104,7 +104,7 @@ def test_a_run_goes_on_and_writes_the_tables(bench, folder, monkeypatch, capsys)
     monkeypatch.setattr(report, "DOCS", page)
     report.write([result])
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     row = next(line for line in text.splitlines() if line.startswith("| saliency | ") and "(" in line)
     gains = sorted(record["methods"]["saliency"]["deletion_gain"] for record in result["images"].values())
     assert f"| {gains[1]:+.2f} (" in row
