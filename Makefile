@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # One process per core with one thread each: two processes that share all cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 SPACE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
