@@ -26,13 +26,18 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
 	touch $@
 
+# Packages that only slow tests need, for comparison. torch is named so that none of them changes it.
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) -e ".[peers]"
+	touch $@
+
 demo: setup ## open the web app
 	$(BIN)/python -m demo.app --open
 
 test: setup lint ## lint, types and the tests but the slow ones
 	$(PYTEST) -m "not slow and not exhaustive"
 
-test-all: setup lint ## every test but the exhaustive ones
+test-all: setup $(VENV)/.peers lint ## every test but the exhaustive ones
 	$(PYTEST) -m "not exhaustive"
 
 test-exhaustive: setup ## the whole parameter grid of the scan on a CPU, for hours
