@@ -35,8 +35,59 @@ def add_parser(subparsers: Any) -> None:
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--by",
+        type=_names,
+        default=[],
+        metavar="COLUMNS",
+        help="score the groups of these columns, such as age,sex,site",
+    )
+    parser.add_argument(
+        "--metadata", metavar="CSV", help="file with these columns (default: --data, or the metadata.csv in it)"
+    )
+    parser.add_argument(
+        "--cuts",
+        type=cut_points,
+        action="append",
+        default=[],
+        metavar="COLUMN=A,B",
+        help="where to divide a column of numbers, such as age=40,65 (default: its quartiles)",
+    )
+    parser.add_argument(
+        "--corruptions",
+        nargs="?",
+        const="auto",
+        metavar="DATASET",
+        help="measure the errors on images corrupted as in MedMNIST-C, for this of its datasets (default: the model's)",
+    )
+    parser.add_argument(
+        "--corruption-images", type=int, metavar="N", help="corrupt at most so many images, drawn with --seed"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run)
+
+
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, such as age,sex, got {text!r}")
+    return names
+
+
+def cut_points(text: str) -> tuple[str, tuple[float, ...]]:
+    """Parses a column and its cut points from text such as "age=40,65".
+
+    Raises:
+        ArgumentTypeError: something else.
+    """
+    name, found, numbers = text.partition("=")
+    try:
+        cuts = tuple(float(part) for part in numbers.split(","))
+    except ValueError:
+        cuts = ()
+    if not found or not name.strip() or not cuts:
+        raise argparse.ArgumentTypeError(f"expected COLUMN=A,B such as age=40,65, got {text!r}")
+    return name.strip(), cuts
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +108,13 @@ def run(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         seed=args.seed,
         progress=not args.quiet,
+        by=args.by,
+        metadata=args.metadata,
+        cuts=dict(args.cuts),
+        corruptions=args.corruptions,
+        corruption_images=args.corruption_images,
     )
     for note in scored.notes:
         say(note, sys.stderr)
-    say(scored.evaluation.to_markdown())
+    say(scored.to_markdown())
     return 0

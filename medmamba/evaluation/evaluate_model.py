@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
 from ..data import DatasetError, ImageDataset, open_dataset
+from ..data.metadata import Columns, metadata_file, read_columns
 from ..inference.fitted import in_force
 from ..inference.predict import NotFiniteError, why_not_finite
+from ..metrics.calibration import to_probabilities
+from ..metrics.subgroups import Subgroups, evaluate_subgroups
 from ..model import MedMamba
 from ..utils.devices import make_accelerator
 from ..utils.extras import require
 from ..utils.modes import frozen_view, unwrap
 from .classes import match_classes
+from .corruptions import evaluate_corruptions, published_for
 from .logits import decode, predict_logits
 from .results import Scored, score, write_results
 
@@ -38,6 +43,11 @@ def evaluate_model(
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
+    by: Sequence[str] = (),
+    metadata: str | os.PathLike | None = None,
+    cuts: Mapping[str, Sequence[float]] | None = None,
+    corruptions: str | None = None,
+    corruption_images: int | None = None,
 ) -> Scored:
     """Scores a model on a split, in float32 and with the model's own preprocessing and calibration.
 
@@ -58,6 +68,13 @@ def evaluate_model(
         resamples: bootstrap resamples; 0 for no intervals.
         seed: of the bootstrap.
         progress: shows progress bars.
+        by: columns of `metadata` whose groups are scored and compared, such as ("age", "sex"); see
+            `metrics.subgroups`.
+        metadata: CSV file about the images; default: `data` itself if it is one, else the `metadata.csv` in it.
+        cuts: where columns of numbers are divided, by name, see `read_columns`.
+        corruptions: measures the errors on corrupted images: "auto", or the dataset of MedMNIST-C whose kinds and
+            severities apply; see `evaluation.corruptions`.
+        corruption_images: corrupts at most so many images, drawn with `seed`; None: all.
 
     Raises:
         DatasetError: no data, no such split, or classes that the model does not know.
@@ -86,6 +103,9 @@ def evaluate_model(
         index = open_dataset(data, dataset=dataset, classes=classes, patient_pattern=patient_pattern, single_class=True)
         index = read_as(index, frame, window)
     index = match_classes(index if split is None else index.split(split), config)
+    columns = _columns(index, data, by, metadata, cuts)
+    if corruptions is not None:  # fails before the long part
+        published_for(str(config.training.get("dataset", "")) if corruptions == "auto" else corruptions)
     accelerator = make_accelerator(device, "fp32")
 
     def bar(items: Iterable[int]) -> Iterable[int]:
@@ -106,9 +126,60 @@ def evaluate_model(
         "input_size": list(config.preprocess.input_size),
     }
     scored = score(logits, index, config, resamples=resamples, seed=seed, context=context)
+    if columns is not None:
+        scored = dataclasses.replace(scored, subgroups=score_subgroups(scored, index, columns))
+    if corruptions is not None:
+        found = evaluate_corruptions(
+            view,
+            index,
+            accelerator,
+            corruptions,
+            images=corruption_images,
+            seed=seed,
+            resamples=resamples,
+            batch_size=batch_size,
+            context=context,
+            progress=progress,
+        )
+        scored = dataclasses.replace(scored, corruptions=found)
     if out is not None and accelerator.process_index == 0:
         write_results(out, {split or "all": scored})
     return scored
+
+
+def score_subgroups(scored: Scored, index: ImageDataset, columns: Columns, permutations: int = 1000) -> Subgroups:
+    """Scores the groups of each column, with the resamples and the seed of the evaluation of all images."""
+    evaluation, patients = scored.evaluation, index.patients
+    return evaluate_subgroups(
+        scored.labels,
+        to_probabilities(scored.logits, evaluation.task, evaluation.context["temperature"]),
+        evaluation.classes,
+        columns.values,
+        task=evaluation.task,
+        patients=patients if any(patients) else None,
+        permutations=permutations,
+        resamples=evaluation.resamples,
+        seed=evaluation.seed,
+        notes=columns.notes,
+    )
+
+
+def _columns(
+    index: ImageDataset,
+    data: str | os.PathLike | ImageDataset,
+    by: Sequence[str],
+    metadata: str | os.PathLike | None,
+    cuts: Mapping[str, Sequence[float]] | None,
+) -> Columns | None:
+    if not by:
+        if metadata is not None or cuts:
+            raise ValueError("metadata and cuts have no effect unless columns are named (by=...)")
+        return None
+    if metadata is None:
+        if isinstance(data, ImageDataset):
+            raise ValueError("by needs metadata=..., the CSV file about the images of a dataset that is already open")
+        metadata = metadata_file(data)
+    return read_columns(metadata, index, by, cuts)
 
 
 def read_as(dataset: ImageDataset, frame: int | None, window: tuple[float, float] | None) -> ImageDataset:

@@ -17,7 +17,9 @@ from ..config import MedMambaConfig
 from ..data import ImageDataset
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
+from ..metrics.subgroups import Subgroups
 from ..utils.files import write_text
+from .corruptions import CORRUPTIONS_NAME, Corruptions
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -35,6 +37,8 @@ class Scored:
         labels: (N,) or (N, K) as in the dataset.
         logits: (N, K) float32.
         notes: what was skipped, merged or guessed when the images were listed (`ImageDataset.notes`).
+        subgroups: metrics of each subgroup, if requested.
+        corruptions: errors on corrupted images, if requested.
     """
 
     evaluation: Evaluation
@@ -42,13 +46,26 @@ class Scored:
     labels: np.ndarray
     logits: np.ndarray
     notes: tuple[str, ...] = ()
+    subgroups: Subgroups | None = None
+    corruptions: Corruptions | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the evaluation as plain data, with the metrics that calibration changed under "uncalibrated"."""
         data = self.evaluation.to_dict()
         if self.uncalibrated:
             data["uncalibrated"] = {name: self.uncalibrated[name] for name in ("ece", "brier", "nll")}
+        if self.subgroups:
+            data["subgroups"] = self.subgroups.to_dict()
         return data
+
+    def to_markdown(self) -> str:
+        """Returns the tables of the evaluation, of the subgroups and of the corruptions."""
+        text = self.evaluation.to_markdown()
+        if self.subgroups:
+            text += f"\n## Subgroups\n\n{self.subgroups.to_markdown()}"
+        if self.corruptions:
+            text += f"\n## Corruptions\n\n{self.corruptions.to_markdown()}"
+        return text
 
 
 def score(
@@ -87,8 +104,10 @@ def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record
     *_, (last, scored) = splits.items()
     for name, figure in figures(scored, last).items():
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    sections = [f"## {name}\n\n{result.evaluation.to_markdown()}" for name, result in splits.items()]
+    sections = [f"## {name}\n\n{result.to_markdown()}" for name, result in splits.items()]
     write_text(folder / "results.md", "\n".join(sections))
+    if scored.corruptions:
+        scored.corruptions.save(folder / CORRUPTIONS_NAME)
     data = {**record, "splits": {name: result.to_dict() for name, result in splits.items()}}
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text(folder / RESULTS_NAME, text)

@@ -60,10 +60,10 @@ def evaluate(
         EvaluationError: shapes, values or labels that do not match.
     """
     k = len(classes)
-    truth, p = _checked(labels, probabilities, k, task)
+    truth, p = check_predictions(labels, probabilities, k, task)
     if patients is not None and len(patients) != len(truth):
         raise EvaluationError(f"{len(patients)} patients for {len(truth)} images")
-    scorer = _Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
+    scorer = Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
     point = scorer.under(lambda: iter([np.ones((1, len(truth)))]))
     unit_of, stratum_of = resampling_units(truth, patients)
     resampled = scorer.under(lambda: bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else {}
@@ -103,7 +103,7 @@ def evaluate(
     )
 
 
-class _Scorer:
+class Scorer:
     """Computes all scores of fixed labels and probabilities under weights `(R, N)`."""
 
     def __init__(self, truth: Ints, p: Floats, k: int, multilabel: bool, threshold: float, bins: int) -> None:
@@ -121,6 +121,13 @@ class _Scorer:
             self.right, self.all_right = same.mean(axis=1), same.all(axis=1)
         else:
             self.right = self.said == truth
+
+    @property
+    def overall_names(self) -> tuple[str, ...]:
+        """Names of the overall scores."""
+        own = ("accuracy", "subset_accuracy") if self.multilabel else ("accuracy",)
+        macro = ("balanced_accuracy", "precision", "sensitivity", "specificity", "f1", "auroc", "auprc")
+        return (*own, *macro, "ece", "brier", "nll")
 
     def under(self, weightings: Callable[[], Iterator[Floats]]) -> dict[str, Floats]:
         """Returns overall scores `(R,)` by name, and per-class scores `(R, K)` by "class_" and name.
@@ -159,15 +166,22 @@ class _Scorer:
         if self.multilabel:
             overall["subset_accuracy"] = weights @ self.all_right / total
         present = by_class["sensitivity"] >= 0  # not NaN
-        overall["balanced_accuracy"] = _macro(by_class["sensitivity"], present)
-        if self.multilabel:
-            overall["balanced_accuracy"] = _macro((by_class["sensitivity"] + by_class["specificity"]) / 2, present)
+        overall["balanced_accuracy"] = self._balanced(by_class)
         for name in ("precision", "sensitivity", "specificity", "f1", "auroc", "auprc"):
             overall[name] = _macro(by_class[name], present)
         overall["ece"] = scores.expected_calibration_error(self.gaps, weights)
         overall["brier"] = weights @ self.brier / total
         overall["nll"] = weights @ self.nll / total
         return overall | {f"class_{name}": values for name, values in by_class.items()}
+
+    def balanced_accuracy(self, weights: Floats) -> Floats:
+        """Returns `(R,)` under weights `(R, N)`, without the work for all other scores."""
+        return self._balanced(scores.rates(self._tables(weights)))
+
+    def _balanced(self, by_class: dict[str, Floats]) -> Floats:
+        sensitivity = by_class["sensitivity"]
+        balanced = (sensitivity + by_class["specificity"]) / 2 if self.multilabel else sensitivity
+        return _macro(balanced, sensitivity >= 0)
 
     def confusion(self) -> tuple[Any, ...]:
         """Returns counts as in `Evaluation.confusion`."""
@@ -201,8 +215,12 @@ def _interval(values: Floats, level: float) -> tuple[Floats, Floats]:
     return low, high
 
 
-def _checked(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> tuple[Ints, Floats]:
-    """Returns int64 labels and float64 probabilities `(N, K)`."""
+def check_predictions(labels: ArrayLike, probabilities: ArrayLike, k: int, task: str) -> tuple[Ints, Floats]:
+    """Returns int64 labels and float64 probabilities `(N, K)`.
+
+    Raises:
+        EvaluationError: shapes, values or labels that do not match.
+    """
     truth, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     if task not in ("multiclass", "multilabel"):
         raise EvaluationError(f"task must be multiclass or multilabel, got {task!r}")

@@ -143,16 +143,16 @@ class Evaluation:
         """Returns tables of overall metrics, classes and the confusion matrix, for a model card or a terminal."""
         who = f"{self.n_images} images" + (f" of {self.n_patients} {self.unit}s" if self.n_patients is not None else "")
         lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
-        lines += _table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])
+        lines += table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])
         columns = list(self.per_class[0].scores) if self.per_class else []
         rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
-        lines += ["", *_table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
+        lines += ["", *table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
         if self.task == "multiclass" and len(self.classes) > MAX_TABLE:
             lines += ["", f"The confusion matrix of {len(self.classes)} classes is in `confusion`, not printed here."]
         elif self.task == "multiclass":
             matrix = [[name, *map(str, row)] for name, row in zip(self.classes, self.confusion, strict=True)]
             lines += ["", "Rows: true class. Columns: predicted class.", ""]
-            lines += _table(["", *self.classes], matrix)
+            lines += table(["", *self.classes], matrix)
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
@@ -181,7 +181,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Returns the lines of a Markdown table."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
