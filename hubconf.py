@@ -1,4 +1,4 @@
-"""MedMamba for torch.hub, without installing anything but the dependencies.
+"""MedMamba through torch.hub; only the dependencies need to be installed.
 
 >>> import torch
 >>> model = torch.hub.load("path/to/a/clone", "pretrained", "medmamba/bloodmnist-nano", source="local")
@@ -9,12 +9,12 @@ dependencies = ["torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm
 
 
 def pretrained(name, **options):
-    """A trained model in eval mode.
+    """Loads a trained model in eval mode.
 
     Args:
         name (str): a model that comes with the repository ("medmamba/bloodmnist-nano"), one on the Hub
             ("org/name@revision"), a folder, a zip, or an fsspec address.
-        options: of `MedMamba.from_pretrained`, such as `revision`, `cache_dir`, `token`, `local_files_only`.
+        options: arguments of `MedMamba.from_pretrained`, such as `revision`, `cache_dir`, `token`, `local_files_only`.
     """
     from medmamba import MedMamba
 
@@ -22,12 +22,12 @@ def pretrained(name, **options):
 
 
 def new(name="tiny", num_classes=1000, in_chans=3, **config):
-    """A new model with random weights.
+    """Creates a model with random weights.
 
     Args:
         name (str): "nano", "tiny", "small", "base", "small-paper" or "base-paper".
-        num_classes (int): outputs; 0 for features.
-        in_chans (int): channels of the images.
+        num_classes (int): number of classes; 0 returns features.
+        in_chans (int): number of input channels.
         config: any other field of `MedMambaConfig`.
     """
     from medmamba import create_model

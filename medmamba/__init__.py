@@ -1,10 +1,10 @@
-"""MedMamba medical image classification, from an image to a class on any machine.
+"""MedMamba: medical image classification with selective state spaces.
 
 >>> from medmamba import MedMamba
 >>> model = MedMamba.from_pretrained("medmamba/bloodmnist-nano")
 >>> print(model.predict("cell.png"))
 
-Names load when they are first used (PEP 562), so importing the package costs no PyTorch.
+Names are imported on first use (PEP 562), so importing the package does not import PyTorch.
 """
 
 import importlib
@@ -84,5 +84,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_PACKAGES})
 
 
-_moved.install()  # old module names, for one release
-timm_hook.install()  # makes timm.create_model know MedMamba if timm is imported, before or after; costs nothing else
+_moved.install()  # deprecated module names, for one release
+timm_hook.install()  # registers MedMamba with timm once timm is imported, before or after this package

@@ -1,4 +1,4 @@
-"""Old module names: importing one warns and gives the module that took its place. To be removed in version 0.3."""
+"""Deprecated module names: importing one warns and returns its replacement. To be removed in version 0.3."""
 
 import importlib
 import importlib.abc
@@ -80,12 +80,13 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = f"medmamba.{MODULES[old.removeprefix('medmamba.')]}"
-        warnings.warn(f"{old} is now {new}; the old name goes in version 0.3", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(new)  # one module under two names, so that its state is one
+        message = f"{old} is now {new}; the old name will be removed in version 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)  # one object under both names
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Asked last, for names that no file answers to."""
+    """Finds deprecated names; consulted last, for names without a file."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -97,19 +98,25 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Makes the old names importable. Does nothing a second time."""
+    """Makes the deprecated names importable. Idempotent."""
     if not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 
 def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a `__getattr__` for a package whose names moved: name to the module, under medmamba, that has it now."""
+    """Returns a `__getattr__` for a package whose names moved.
+
+    Args:
+        package: full name of the package.
+        homes: name to the module, under medmamba, that defines it now.
+    """
 
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         new = f"medmamba.{homes[name]}"
-        warnings.warn(f"{package}.{name} is now in {new}; the old place goes in version 0.3", DeprecationWarning, 2)
+        message = f"{package}.{name} is now in {new}; the old location will be removed in version 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(new), name)
 
     return find

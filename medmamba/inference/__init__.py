@@ -1,4 +1,4 @@
-"""From images to predictions, and whether an image looks like those a model was trained on."""
+"""Prediction, and out-of-distribution detection."""
 
 from .ood import Unusual, UnusualError, fit_unusual, load_unusual
 from .ood_fit import learn_unusual, pooled_features

@@ -1,14 +1,14 @@
-"""A short description of weights, to tell whether something was learnt with these weights or with others.
+"""Fingerprints of weights, to detect whether a record was fitted with these weights or with others.
 
-Calibration, and the statistics behind the warning for unusual images, hold for the weights they were fitted with. A
-hash of the bytes would tell them apart, but also float32 from the same weights in 16 bits, or on their way through
-`model.half()`. This describes each part of the network by two numbers that rounding hardly moves: the sum, over its
-tensors, of a projection on a fixed direction, divided by the norm of the tensor, and of the logarithm of that norm.
+Calibration and the statistics of out-of-distribution detection are valid only for the weights they were fitted with. A
+hash of the bytes would also change when the same weights are cast to 16 bits. A fingerprint instead describes each part
+of the network by two numbers that rounding hardly changes, both summed over its tensors: the projection onto a fixed
+direction divided by the norm, and the logarithm of the norm.
 
-Float32 weights match if both agree to about six digits: any step of training moves them further. Only where the weights
-at hand are 16-bit numbers, rounding to them is allowed for; then changes below about half a percent go unnoticed.
+Float32 weights match if both numbers agree to about six digits; any training step changes them by more. If the weights
+are 16-bit numbers, rounding is tolerated, and changes below about half a percent go unnoticed.
 
-It costs one pass over the weights in float64, 0.05 s for 14 million parameters on one CPU core.
+Computing one takes a pass over the weights in float64, 0.05 s for 14 million parameters on one CPU core.
 """
 
 import math
@@ -23,13 +23,13 @@ Fingerprint = Mapping[str, list[float]]
 _STEP = 0.6180339887498949  # the golden ratio: its multiples modulo 1 fill [0, 1) evenly
 _DIGITS = 12
 _EXACT = 1e-6
-_ROUNDED = 0.004  # per square root of a part's tensors: six times what rounding to bfloat16 does
+_ROUNDED = 0.004  # per square root of the number of tensors: six times the effect of rounding to bfloat16
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Returns two numbers for each part ("patch_embed", "stages.0", "downsamples.0", "head", ...) of a state dict.
 
-    Counters and other integers are left out. The same on every device.
+    Integer tensors are ignored. The result is the same on every device.
     """
     direction = torch.frac(torch.arange(_largest(tensors), dtype=torch.float64).mul_(_STEP)).sub_(0.5)
     found: dict[str, list[float]] = {}
@@ -38,19 +38,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
             continue
         values = tensors[name].detach().flatten().cpu().double()
         norm = math.sqrt(torch.dot(values, values).item())
-        weight = 0.5 + zlib.crc32(name.encode()) / 2**32  # so that two tensors that change places are noticed
+        weight = 0.5 + zlib.crc32(name.encode()) / 2**32  # detects two tensors that were swapped
         sums = found.setdefault(part_of(name), [0.0, 0.0])
-        if norm:  # NaN too, which then matches nothing
+        if norm:  # also if NaN, which then matches nothing
             sums[0] += weight * torch.dot(values, direction[: len(values)]).item() / norm
             sums[1] += weight * math.log(norm) if norm == norm else norm
     return {part: [float(f"{value:.{_DIGITS}g}") for value in sums] for part, sums in found.items()}
 
 
 def changed_parts(tensors: Mapping[str, Tensor], recorded: Fingerprint, found: Fingerprint | None = None) -> set[str]:
-    """Returns the parts of a state dict that differ from a recorded fingerprint, or are in one of them alone.
+    """Returns the parts of a state dict that differ from a recorded fingerprint or exist on one side only.
 
     Args:
-        found: the fingerprint of the tensors, where it is known already.
+        found: the fingerprint of the tensors, if already computed.
     """
     found = fingerprint(tensors) if found is None else found
     changed = set(found) ^ set(recorded)
@@ -72,15 +72,16 @@ def part_of(name: str) -> str:
 
 
 def stamp(model: nn.Module) -> tuple[object, ...]:
-    """Returns what tells, within a process and in about 0.2 ms, that no weight has changed since it was last asked.
+    """Returns a value that stays equal within a process as long as no weight changes; takes about 0.2 ms.
 
-    Addresses and version counters of all tensors, and a few values: `weight.data -= ...` moves no counter.
+    It holds the addresses and version counters of all tensors, and a few values, because `weight.data -= ...` does not
+    increase a counter.
     """
     tensors = list(_tensors(model))
     places = [t.data_ptr() for t in tensors]
     try:
         versions = [t._version for t in tensors]
-    except RuntimeError:  # made in inference mode, where nothing is counted
+    except RuntimeError:  # tensors made in inference mode have no version counter
         versions = [-1 if t.is_inference() else t._version for t in tensors]
     return (*places, *versions, *_probe(tensors))
 
@@ -96,7 +97,7 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
 
 
 def _probe(tensors: list[Tensor]) -> list[float]:
-    """One value of each of the first and the last few tensors: of the embedding, the last layers, the classifier."""
+    """Returns one value of each of the first and last few tensors: embedding, last layers and classifier."""
     some = [t for t in (*tensors[:4], *tensors[-6:]) if t.is_floating_point() and t.numel() and not t.is_meta]
     with torch.no_grad():
         last = [t.detach()[(-1,) * t.ndim] for t in some]

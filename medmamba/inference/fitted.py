@@ -1,8 +1,8 @@
-"""What was learnt with a model's weights belongs to them: class names, calibration, the warning for unusual images.
+"""Binds fitted records to the weights they were fitted with: class names, calibration, OOD detection.
 
-`model.config.calibration` and `model.unusual` are bound to the weights when they are assigned or loaded. Where the
-weights have changed since (a training loop of one's own, another state dict, an adapter), they are not applied, and
-whoever asks is told. Casts and moves are no change, see `medmamba.inference.fingerprint`.
+`model.config.calibration` and `model.unusual` are bound to the weights when they are assigned or loaded. If the weights
+change afterwards (a custom training loop, another state dict, an adapter), the records are not applied and a warning
+says so. Changing dtype or device is not a change, see `medmamba.inference.fingerprint`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 FINGERPRINT = "weights"  # the key in a calibration and in unusual.json
 NOT_CALIBRATED = (
     "warning: the weights have changed since the model was calibrated, so the calibration was not applied; "
-    "fit_calibration on validation logits makes a new one"
+    "fit_calibration on validation logits fits it again"
 )
 NOT_FITTED = (
-    "warning: the weights have changed since the detection of unusual images was fitted, so it was not applied; "
-    "medmamba.inference.ood.learn_unusual makes a new one"
+    "warning: the weights have changed since out-of-distribution detection was fitted, so it was not applied; "
+    "medmamba.inference.learn_unusual fits it again"
 )
 
 
 class InForce(NamedTuple):
-    """What of a model's records holds for the weights it has now.
+    """The records of a model that are valid for its current weights.
 
     Attributes:
-        config: of the model, without a calibration that was fitted with other weights.
-        unusual: its warning for unusual images; None where there is none, or it was fitted with other weights.
+        config: the configuration, without a calibration that was fitted with other weights.
+        unusual: the out-of-distribution detector, or None if there is none or it was fitted with other weights.
         notes: what was left out and why; each begins with "warning".
     """
 
@@ -48,18 +48,18 @@ class InForce(NamedTuple):
 
 @dataclass
 class _Bonds:
-    """Records, and the fingerprints of the weights they belong to. None as a fingerprint: of weights that are gone."""
+    """Records and the fingerprints of their weights; a fingerprint is None if those weights no longer exist."""
 
     calibration: dict[str, Any] = field(default_factory=dict)
     calibrated: Fingerprint | None = None
     unusual: Unusual | None = None
     fitted: Fingerprint | None = None
-    head: tuple[nn.Module, ...] = ()  # the classifier that the class names are of; in a tuple, to be no submodule
+    head: tuple[nn.Module, ...] = ()  # the classifier of the class names; the tuple keeps it from being a submodule
     checked: tuple[tuple[object, ...], dict[str, Any], Unusual | None, InForce] | None = None
 
 
 class FittedMixin:
-    """Keeps `config` and `unusual` of a network together with the weights that they were made for."""
+    """Keeps `config` and `unusual` of a network bound to the weights they were fitted with."""
 
     _config: MedMambaConfig
 
@@ -67,15 +67,15 @@ class FittedMixin:
     def config(self) -> MedMambaConfig:
         """Architecture, classes, preprocessing and provenance.
 
-        Assigning one says that its class names are those of the present classifier, and its calibration, unless it says
-        otherwise itself, of the present weights.
+        Assigning a configuration binds its class names to the current classifier, and its calibration to the current
+        weights unless the calibration carries a fingerprint of its own.
         """
         return self._config
 
     @config.setter
     def config(self, config: MedMambaConfig) -> None:
         self.__dict__["_config"] = config
-        bonds = _bonds(self)  # made with the model, so that inference adds nothing to it
+        bonds = _bonds(self)  # created with the model, so that inference does not modify it
         if "patch_embed" not in self.__dict__.get("_modules", {}):
             return  # there are no weights yet
         if bonds.head:
@@ -86,9 +86,9 @@ class FittedMixin:
 
     @property
     def unusual(self) -> Unusual | None:
-        """The warning for images unlike the training images.
+        """The out-of-distribution detector, or None.
 
-        Assigning one binds it to the present weights, unless it names those that it was learnt with."""
+        Assigning one binds it to the current weights, unless it carries the fingerprint of those it was fitted with."""
         return self.__dict__.get("_unusual")
 
     @unusual.setter
@@ -102,20 +102,20 @@ class FittedMixin:
 
 
 def in_force(model: Any) -> InForce:
-    """Returns what of a model's records holds for its present weights.
+    """Returns the records of a model that are valid for its current weights.
 
-    Costs about 0.2 ms where nothing has changed since the last call, else one pass over the weights.
+    Takes about 0.2 ms if nothing has changed since the last call, otherwise one pass over the weights.
 
     Raises:
-        ValueError: its classifier was replaced by hand, so nobody knows the names of its classes.
+        ValueError: the classifier was replaced by hand, so its class names are unknown.
     """
     config, unusual = model.config, model.unusual
     bonds = _bonds(model)
     if config.num_classes and bonds.head and not _same_head(model.head, bonds.head[0]):
         raise ValueError(
-            "the classifier of this model was replaced by hand, and its class names are of the one before: use "
-            "model.reset_classifier(num_classes, id2label={0: ..., 1: ...}) instead, before training; or, if you know "
-            "that the names hold, assign them: model.config = model.config.replace(id2label=..., calibration={})"
+            "the classifier of this model was replaced by hand, and the class names belong to the previous one: use "
+            "model.reset_classifier(num_classes, id2label={0: ..., 1: ...}) instead, before training; or, if the names "
+            "are still correct, assign them again: model.config = model.config.replace(id2label=..., calibration={})"
         )
     if not config.calibration and unusual is None:
         return InForce(config, None)
@@ -133,7 +133,7 @@ def in_force(model: Any) -> InForce:
 def _compare(config: MedMambaConfig, unusual: Unusual | None, bonds: _Bonds, state: Mapping[str, Tensor]) -> InForce:
     notes = []
     if config.calibration:
-        if config.calibration != bonds.calibration:  # put into the config in place: of the weights as they are now
+        if config.calibration != bonds.calibration:  # modified in place: belongs to the current weights
             bonds.calibration = copy.deepcopy(config.calibration)
             bonds.calibrated = config.calibration.get(FINGERPRINT) or fingerprint(state)
         if bonds.calibrated is None or changed_parts(state, bonds.calibrated):
@@ -146,7 +146,7 @@ def _compare(config: MedMambaConfig, unusual: Unusual | None, bonds: _Bonds, sta
 
 
 def bind_loaded(model: Any, unusual: Unusual | None, tensors: Mapping[str, Tensor]) -> None:
-    """Binds what was loaded with these tensors to them, and leaves out, with a warning, what names others."""
+    """Binds loaded records to these tensors; drops, with a warning, records whose fingerprint differs."""
     bonds = _bonds(model)
     bonds.head = (model.head,) if isinstance(getattr(model, "head", None), nn.Module) else ()
     calibration = model.config.calibration
@@ -154,12 +154,12 @@ def bind_loaded(model: Any, unusual: Unusual | None, tensors: Mapping[str, Tenso
         return
     now = fingerprint(tensors)
     if FINGERPRINT in calibration and changed_parts(tensors, calibration[FINGERPRINT], now):
-        warnings.warn("the calibration in config.json is of other weights, and is not used", stacklevel=3)
+        warnings.warn("the calibration in config.json was fitted with other weights and is not used", stacklevel=3)
         model.config = model.config.replace(calibration={})
     else:
         bonds.calibration, bonds.calibrated = copy.deepcopy(calibration), now
     if unusual is not None and unusual.weights and changed_parts(body(tensors), unusual.weights, _body(now)):
-        warnings.warn("unusual.json is of other weights, and is not used", stacklevel=3)
+        warnings.warn("unusual.json was fitted with other weights and is not used", stacklevel=3)
         unusual = None
     model.__dict__["_unusual"] = bonds.unusual = unusual
     bonds.fitted = _body(now)
@@ -168,7 +168,7 @@ def bind_loaded(model: Any, unusual: Unusual | None, tensors: Mapping[str, Tenso
 def carry_over(source: Any, target: Any) -> None:
     """Binds the records of a model to another form of it with the same outputs, such as a fused copy.
 
-    What did not hold for the source does not hold for the target.
+    Records that are not valid for the source are not valid for the target either.
     """
     found, bonds = in_force(source), _Bonds()
     now = fingerprint(_state(target))
@@ -181,7 +181,7 @@ def carry_over(source: Any, target: Any) -> None:
 
 
 def body(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors that the pooled features depend on: all but those of the classifier."""
+    """Returns the tensors that the pooled features depend on: all except the classifier's."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
 
 
@@ -198,7 +198,7 @@ def _state(model: Any) -> dict[str, Tensor]:
 
 
 def _same_head(head: nn.Module, known: nn.Module) -> bool:
-    """Whether it is the known classifier, in a wrapper or not, or a view of it."""
+    """Returns whether `head` is the known classifier, possibly wrapped, or shares its parameters."""
     if any(module is known for module in head.modules()):
         return True
     weights = {id(parameter) for parameter in known.parameters()}

@@ -1,13 +1,12 @@
 """Out-of-distribution detection from penultimate-layer features.
 
-Scores of the logits (`metrics.calibration`: energy, largest probability) fail where it matters most: an X-ray shown
-to a model of blood cells can get larger logits than any cell. The distance of the pooled features from those of every
-class is more reliable, each measured in units of its spread within the classes: the Mahalanobis distance of Lee et
-al. 2018 (arXiv:1807.03888) with a diagonal covariance, which needs few numbers and few images. It remains a
-heuristic.
+Scores computed from logits (`metrics.calibration`: energy, maximum probability) fail where it matters most: a model of
+blood cells can return larger logits for an X-ray than for any cell. The distance of the pooled features to the nearest
+class mean is more reliable: the Mahalanobis distance of Lee et al. 2018 (arXiv:1807.03888) with a diagonal covariance,
+which needs few parameters and few images. It remains a heuristic.
 
-`medmamba train` leaves such a warning beside the weights, `from_pretrained` finds it and `predict` asks it. For a
-model from elsewhere:
+`medmamba train` saves a detector beside the weights, `from_pretrained` loads it and `predict` applies it. For a model
+from elsewhere:
 
 >>> model.unusual = learn_unusual(model, dataset)  # with splits train and val
 >>> model.predict(image).unusual
@@ -41,20 +40,20 @@ _DIGITS = 5  # significant, in the file
 
 
 class UnusualError(ValueError):
-    """Features that do not fit together, or a record that makes no sense."""
+    """Features of inconsistent shapes, or an invalid record."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unusual:
-    """A warning for images unlike the training images.
+    """An out-of-distribution detector: flags images unlike the training images.
 
     Attributes:
-        means: (K, C) pooled features of each class; (1, C) for several labels.
-        spread: (C,) standard deviation within the classes.
-        threshold: an image with a score above it is called unusual.
-        coverage: share of the validation images that are not.
-        measured: how well it works: {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
-        weights: fingerprint of the network that made the features (`inference.fingerprint`), or None if not recorded.
+        means: (K, C), the mean pooled features of each class; (1, C) for multi-label models.
+        spread: (C,), the standard deviation within classes.
+        threshold: images with a score above it are flagged as unusual.
+        coverage: fraction of the validation images that are not flagged.
+        measured: measured performance, {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
+        weights: fingerprint of the network that computed the features (`inference.fingerprint`), or None if unrecorded.
     """
 
     means: NDArray[np.float64] = field(repr=False)
@@ -65,7 +64,7 @@ class Unusual:
     weights: Fingerprint | None = field(default=None, repr=False)
 
     def score(self, features: ArrayLike) -> NDArray[np.float64]:
-        """(N,) how unusual, from pooled features (N, C): root mean squared distance to the nearest class."""
+        """Returns the scores (N,) of pooled features (N, C): root mean squared distance to the nearest class mean."""
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
             raise UnusualError(f"expected features (N, {self.means.shape[1]}), got {x.shape}; are they of this model?")
@@ -73,19 +72,19 @@ class Unusual:
         return np.min(distances, axis=0)
 
     def is_unusual(self, features: ArrayLike) -> NDArray[np.bool_]:
-        """(N,) True where an image is unlike the training images."""
+        """Returns whether each image is flagged, (N,), from pooled features (N, C)."""
         return self.score(features) > self.threshold
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `unusual.json` into a model folder, bound to the weights there.
 
         Raises:
-            UnusualError: it was learnt with other weights than those in the folder.
+            UnusualError: it was fitted with other weights than those in the folder.
         """
         folder = Path(folder)
         there = body(read_weights(folder))
         if self.weights is not None and changed_parts(there, self.weights):
-            raise UnusualError(f"this was learnt with other weights than those in {folder}; learn it again with those")
+            raise UnusualError(f"this was fitted with other weights than those in {folder}; fit it again with those")
         self.write(folder / NAME, _weights_of(folder), fingerprint(there))
         return folder / NAME
 
@@ -93,8 +92,8 @@ class Unusual:
         """Writes the file.
 
         Args:
-            sha256: of the `model.safetensors` beside which it is put.
-            weights: fingerprint of the tensors in that, without the classifier.
+            sha256: hash of the `model.safetensors` in the same folder.
+            weights: fingerprint of its tensors without the classifier.
         """
         record = {
             "weights": sha256,
@@ -110,10 +109,10 @@ class Unusual:
 
 
 def load_unusual(folder: str | os.PathLike) -> Unusual | None:
-    """The warning that lies in a model folder; None where there is none, or where it belongs to other weights.
+    """Loads the detector of a model folder; returns None if there is none or it belongs to other weights.
 
     Raises:
-        UnusualError: a file that was not written by `Unusual.save`.
+        UnusualError: the file was not written by `Unusual.save`.
     """
     path = Path(folder) / NAME
     if not path.is_file():
@@ -135,7 +134,7 @@ def load_unusual(folder: str | os.PathLike) -> Unusual | None:
 
 
 def _measured(found: Any) -> dict[str, Any]:
-    """What cards and the app show of how well it works, in the types that they expect."""
+    """Validates the measured performance that cards and the app show, and returns it."""
     record = checks.plain(found, "measured")
     rows = record.get("auroc", {})
     if not isinstance(rows, dict) or (rows and "own" not in record):
@@ -152,16 +151,16 @@ def _measured(found: Any) -> dict[str, Any]:
 def fit_unusual(
     features: ArrayLike, labels: ArrayLike, validation: ArrayLike, coverage: float = 0.95, task: str = "multiclass"
 ) -> Unusual:
-    """Means and spread from training images, the threshold from validation images.
+    """Fits means and spread to training images, and the threshold to validation images.
 
     Args:
         features: (N, C) pooled features of training images.
-        labels: (N,) their classes; ignored where several labels can apply, which is one class to this.
+        labels: (N,) their classes; ignored for multi-label tasks, which are treated as one class.
         validation: (M, C) pooled features of validation images.
-        coverage: share of the validation images that pass as usual.
+        coverage: fraction of the validation images that are not to be flagged.
 
     Raises:
-        UnusualError: shapes that do not fit, or too few images.
+        UnusualError: the shapes are inconsistent, or there are too few images.
     """
     x, held_out = np.asarray(features, np.float64), np.asarray(validation, np.float64)
     groups = np.zeros(len(x), int) if task == "multilabel" else np.asarray(labels)
@@ -175,7 +174,7 @@ def fit_unusual(
     means = np.stack([x[groups == k].mean(0) for k in present])
     rest = x - means[np.searchsorted(present, groups)]
     spread = np.sqrt((rest**2).sum(0) / (len(x) - len(present)))
-    # A feature that never moves says nothing; its unit must not be 0.
+    # A constant feature carries no information, but its spread must not be 0.
     spread = np.maximum(spread, max(1e-3 * float(spread.mean()), 1e-12))
     found = Unusual(means, spread, 0.0, coverage)
     threshold = float(np.quantile(found.score(held_out), coverage, method="higher"))
@@ -183,7 +182,7 @@ def fit_unusual(
 
 
 def _weights_of(folder: Path) -> str:
-    """The hash that `config.json` has of the weights, which was checked when they were fetched; else their own."""
+    """Returns the hash of the weights in `config.json`, which was verified on loading, or else computes it."""
     try:
         recorded = read_json(folder / CONFIG_NAME).get(CHECKSUM_KEY)
     except (OSError, ValueError, AttributeError):

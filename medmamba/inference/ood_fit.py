@@ -1,4 +1,4 @@
-"""Fits out-of-distribution detection on a data set, by predicting its images."""
+"""Fits out-of-distribution detection on a dataset by predicting its images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a model makes of a set: features (N, C), logits (N, K), labels (N,) or, for several labels, (N, K)."""
+    """Outputs of a model on a dataset: features (N, C), logits (N, K), labels (N,), or (N, K) for multi-label."""
 
     features: NDArray[np.float32]
     logits: NDArray[np.float64]
@@ -31,10 +31,14 @@ class Seen:
 
 
 def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600) -> Seen:
-    """Predicts at most so many images of a split, drawn with a fixed seed; None: of the whole set.
+    """Predicts a random sample of a split, drawn with a fixed seed.
+
+    Args:
+        split: name of the split, or None for the whole dataset.
+        images: maximum number of images.
 
     Raises:
-        UnusualError: no such split, or images that cannot be read.
+        UnusualError: there is no such split, or images cannot be read.
     """
     if split and not dataset.split_sizes.get(split):
         raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
@@ -49,18 +53,18 @@ def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600
 
 
 def sample(count: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of the numbers below `count`, in order, always the same."""
+    """Returns at most `most` of the integers below `count`, sorted; the same on every call."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def learn_unusual(model: Any, dataset: ImageDataset, images: int = 600) -> Unusual:
-    """The warning for a model, from the splits "train" and "val" of the set that it was trained on.
+    """Fits a detector for a model on the splits "train" and "val" of its training dataset.
 
     Args:
-        images: of each split, at most.
+        images: maximum number of images per split.
 
     Raises:
-        UnusualError: a split is missing, too small, or has images that cannot be read.
+        UnusualError: a split is missing or too small, or has images that cannot be read.
     """
     train, val = (look(model, dataset, split, images) for split in ("train", "val"))
     found = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
@@ -68,7 +72,7 @@ def learn_unusual(model: Any, dataset: ImageDataset, images: int = 600) -> Unusu
 
 
 class Pooled:
-    """Collects the pooled features of every image that passes, see `pooled_features`."""
+    """Collects the pooled features of predicted images, see `pooled_features`."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
@@ -77,13 +81,13 @@ class Pooled:
         self._parts.append(features.detach().float().cpu().numpy())
 
     def array(self) -> np.ndarray:
-        """(N, C), in the order of the images."""
+        """Returns the features (N, C) in the order of the images."""
         return np.concatenate(self._parts) if self._parts else np.zeros((0, 0), np.float32)
 
 
 @contextmanager
 def pooled_features(model: Any) -> Iterator[Pooled]:
-    """Keeps the input of the classifier while the model predicts in this thread; nothing is computed twice.
+    """Records the input of the classifier while the model predicts in this thread; nothing is computed twice.
 
     >>> with pooled_features(model) as pooled:
     ...     predictions = model.predict(images)

@@ -1,4 +1,4 @@
-"""From images to classes with probabilities."""
+"""Prediction: images to calibrated class probabilities."""
 
 import math
 import os
@@ -17,23 +17,22 @@ from ..utils.modes import eval_view, unwrap
 from ..utils.precision import FullPrecision
 from .fitted import in_force
 
-UNUSUAL = "warning: this does not look like the images the model was trained on; its answer may mean nothing"
+UNUSUAL = "warning: this does not look like the images the model was trained on; the prediction may be meaningless"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """The prediction for one image.
 
     Attributes:
-        source: file name, or what kind of object it was.
-        label, probability: of the most probable class.
-        top: (label, probability) pairs, most probable first; `top_k` of them.
-        image_notes: what was done to the file to get pixels, and to those to get the network's input; what in this
-            deserves attention begins with "warning".
+        source: file name, or the type of the object that was passed.
+        label, probability: the most probable class.
+        top: the `top_k` most probable (label, probability) pairs, in descending order.
+        image_notes: how the file was decoded and preprocessed; notes that deserve attention begin with "warning".
         logits: raw outputs in class order, before temperature and softmax.
-        unusual: the image is unlike the training images (a heuristic): by the features where `model.unusual` is there
-            (see `medmamba.inference.ood`), else by the logits (see `calibration.OutOfDistribution`); None
-            where the model has no threshold for either.
+        unusual: whether the image is out-of-distribution (a heuristic): by its features if the model has a detector
+            (see `medmamba.inference.ood`), otherwise by its logits (see `calibration.OutOfDistribution`); None if
+            the model has a threshold for neither.
     """
 
     source: str
@@ -48,7 +47,7 @@ class Prediction:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in self.top)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Returns plain types for JSON."""
         return asdict(self)
 
 
@@ -58,8 +57,8 @@ class Failure:
 
     Attributes:
         source: as in `Prediction`.
-        error: why, and what to do.
-        cause: the error that was raised, for its type and what it needs, such as `FrameNeeded.n_frames`.
+        error: the reason and how to fix it.
+        cause: the exception that was raised, for its type and attributes such as `FrameNeeded.n_frames`.
     """
 
     source: str
@@ -71,11 +70,11 @@ class Failure:
 
 
 class NotFinite(Failure):
-    """An image for which the model gave NaN or infinity."""
+    """An image for which the model returned NaN or infinity."""
 
 
 class NotFiniteError(ArithmeticError):
-    """A model gave NaN or infinity: its training diverged, or numbers overflowed."""
+    """A model returned NaN or infinity: its training diverged, or values overflowed."""
 
 
 def predict(
@@ -92,10 +91,10 @@ def predict(
     The model is not changed and may be in any mode; several threads may predict with one model.
 
     Args:
-        model: a `MedMamba`, also inside of `torch.compile` or `DataParallel`; its `config.preprocess` and calibration
-            are applied.
+        model: a `MedMamba`, possibly wrapped by `torch.compile` or `DataParallel`; its `config.preprocess` and
+            calibration are applied.
         images: anything that `load_image` reads, a `MedicalImage`, or a list or tuple of those.
-        top_k: how many classes to report; None: all.
+        top_k: number of classes to report, or None for all.
         batch_size: images per forward pass.
         frame, window: as in `load_image`, for every image.
 
@@ -103,8 +102,8 @@ def predict(
         A `Prediction`, or a list of them in the order of the images.
 
     Raises:
-        ImageError: an image cannot be read. `iter_predict` goes on past such images.
-        NotFiniteError: the model gave NaN or infinity.
+        ImageError: an image cannot be read. `iter_predict` continues after such images.
+        NotFiniteError: the model returned NaN or infinity.
     """
     if not isinstance(images, list | tuple):
         return predict(model, [images], top_k, batch_size, frame=frame, window=window)[0]  # type: ignore[index]
@@ -127,8 +126,8 @@ def iter_predict(
     frame: int | None = None,
     window: Window | None = None,
 ) -> Iterator[Prediction | Failure]:
-    """Like `predict`, lazily and in order, with a `Failure` in the place of each image that cannot be read or for which
-    the model gives NaN or infinity."""
+    """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
+    the model returns NaN or infinity. Arguments are those of `predict`."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if top_k is not None and top_k < 1:
@@ -149,12 +148,12 @@ def read_image(source: Any, frame: int | None = None, window: Window | None = No
     """Returns `load_image(source, frame=frame, window=window)`, or the source where it is a `MedicalImage` already.
 
     Raises:
-        ImageError: it cannot be read, or a frame or window is asked of an image that has been read already.
+        ImageError: the file cannot be read, or a frame or window is given for an image that is already decoded.
     """
     if not isinstance(source, MedicalImage):
         return load_image(source, frame=frame, window=window)
     if frame is not None or window is not None:
-        raise ImageError(f"{source.source}: frame and window choose how a file is read, and this image has been read")
+        raise ImageError(f"{source.source}: frame and window apply to files, but this image is already decoded")
     return source
 
 
@@ -171,10 +170,10 @@ def predict_logits(model, batch: Tensor) -> Tensor:
 
 
 def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Like `predict_logits`, with the pooled features (B, C) that the classifier was given before them.
+    """Returns the pooled features (B, C), which are the input of the classifier, and the logits of `predict_logits`.
 
     Raises:
-        ValueError: as `predict_logits`; or a subclass does without `model.head`.
+        ValueError: as in `predict_logits`, or a subclass does not call `model.head`.
     """
     features, logits = _outputs(model, batch)
     if features is None:
@@ -188,10 +187,10 @@ def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
     weight = view.patch_embed.proj.weight
     seen: list[Tensor] = []
     if isinstance(view.head, torch.nn.Module) and not isinstance(view.head, torch.jit.ScriptModule):
-        table = view.head.__dict__["_forward_pre_hooks"].copy()  # the view's own, from here on
+        table = view.head.__dict__["_forward_pre_hooks"].copy()  # a copy that belongs to the view
         view.head.__dict__["_forward_pre_hooks"] = table
         view.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
-    # Else an explanation in another thread, which turns TF32 off for the process, would change the answer.
+    # Otherwise an explanation in another thread, which turns TF32 off for the process, would change the result.
     with FullPrecision() if weight.is_cuda and weight.dtype == torch.float32 else nullcontext():
         logits = view(batch.to(weight.device, weight.dtype))
     classes = view.config.num_classes
@@ -207,8 +206,8 @@ def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
 def probabilities(logits: Tensor, config) -> Tensor:
     """Returns calibrated probabilities of logits (..., num_classes).
 
-    Softmax, or sigmoids for a multilabel model, of the logits over the temperature that was fitted on validation data
-    (1 where none was).
+    Applies softmax, or sigmoid for a multi-label model, to the logits divided by the temperature fitted on validation
+    data (1 if there is none).
     """
     from ..metrics.calibration import to_probabilities
 
@@ -218,10 +217,10 @@ def probabilities(logits: Tensor, config) -> Tensor:
 
 
 def why_not_finite(model, logits: Tensor) -> str:
-    """Returns why the outputs of a model are NaN or infinite, and what to do.
+    """Returns why the outputs of a model are NaN or infinite, and how to fix it.
 
     Args:
-        logits: (num_classes,), of which some are not finite.
+        logits: (num_classes,), some of them not finite.
     """
     kind = "NaN" if logits.isnan().any() else "infinite"
     bad = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
@@ -300,7 +299,7 @@ def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[
 
 
 def _input_notes(image: MedicalImage, config) -> list[str]:
-    """How the pixels were brought to the size and channels of the network, and what in that deserves a warning."""
+    """Returns notes and warnings about resizing to the input size of the network."""
     height, width = image.pixels.shape[:2]
     target = config.preprocess.input_size
     notes = [f"resized from {height}x{width} to {target[0]}x{target[1]} ({config.preprocess.crop_mode})"]
@@ -308,7 +307,7 @@ def _input_notes(image: MedicalImage, config) -> list[str]:
     if config.preprocess.crop_mode == "squash" and stretch > math.log(1.5):
         notes.append("warning: the aspect ratio is far from the model's; the image is visibly distorted")
     if min(height, width) < min(target) / 4:
-        notes.append("warning: the image is much smaller than what the model was trained on; detail is missing")
+        notes.append("warning: the image is much smaller than the training images; detail is missing")
     if image.pixels.max() == image.pixels.min():
-        notes.append("warning: the image is constant; the answer means nothing")
+        notes.append("warning: all pixels of the image are equal; the prediction is meaningless")
     return notes

@@ -1,7 +1,7 @@
-"""MedMamba in timm: `timm.create_model("hf-hub:org/name", pretrained=True)`, `features_only` backbones included.
+"""MedMamba in timm: `timm.create_model("hf-hub:org/name", pretrained=True)`, including `features_only` backbones.
 
-timm is neither needed nor imported here. `timm_hook` registers the models as soon as timm is imported, before or after
-medmamba; `register()` does it at once.
+timm is neither required nor imported here. `timm_hook` registers the models as soon as timm is imported, before or
+after medmamba; `register()` registers them immediately.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from ..pretrained.timm_config import CROP_MODES, ENTRY_POINT, pretrained_cfg
 
 
 def register() -> None:
-    """Makes "medmamba" and "medmamba_tiny", "medmamba_small", ... known to timm.
+    """Registers "medmamba", "medmamba_tiny", "medmamba_small", ... with timm.
 
     Raises:
-        ImportError: timm is not installed, or does not work here.
+        ImportError: timm is not installed or cannot be imported.
     """
     from timm.models import is_model, register_model
 
@@ -36,13 +36,13 @@ def _entry_point(name: str):
         features = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
         return build_model_with_cfg(TimmMedMamba, name, pretrained, feature_cfg=features, **model_args)
 
-    create.__name__ = create.__qualname__ = name  # what timm registers it under
+    create.__name__ = create.__qualname__ = name  # the name that timm registers
     create.__doc__ = f"{name}: a MedMamba (arXiv 2403.03849)."
     return create
 
 
 def _known_classes(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Labels and preprocessing of a checkpoint, so that `predict` works as after `from_pretrained`."""
+    """Returns labels and preprocessing of a checkpoint, so that `predict` works as after `from_pretrained`."""
     saved = kwargs.get("pretrained_cfg")
     if not isinstance(saved, dict) or "label_names" not in saved:
         return {}
@@ -54,7 +54,7 @@ def _known_classes(kwargs: dict[str, Any]) -> dict[str, Any]:
         found["preprocess"] = {
             "input_size": (height, width),
             "interpolation": saved["interpolation"],
-            "crop_mode": next(ours for ours, theirs in CROP_MODES.items() if theirs == saved["crop_mode"]),
+            "crop_mode": next(name for name, in_timm in CROP_MODES.items() if in_timm == saved["crop_mode"]),
             "mean": saved["mean"],
             "std": saved["std"],
         }
@@ -62,7 +62,7 @@ def _known_classes(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 _VARIANT_OF = {f"{ENTRY_POINT}_{name.replace('-', '_')}": name for name in VARIANTS if name != "test"}
-# timm looks this name up in the module of an entry point. No weights: those are on the Hub, under names of their own.
+# timm looks up this name in the module of an entry point. It lists no weights: those are on the Hub.
 default_cfgs: dict[str, Any] = {
     name: pretrained_cfg(MedMambaConfig(**{"architecture": variant, **VARIANTS[variant]}))
     for name, variant in {ENTRY_POINT: "tiny", **_VARIANT_OF}.items()

@@ -10,10 +10,10 @@ from typing import Any
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Runs `register` after the first import of timm, then is gone."""
+    """Runs `register` after the first import of timm, then removes itself."""
 
     def __init__(self) -> None:
-        self._asking = threading.local()  # this finder asks the others, and must not ask itself
+        self._asking = threading.local()  # this finder consults the others and must not recurse
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None):
         if fullname != "timm" or getattr(self._asking, "now", False):
@@ -28,12 +28,12 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
             def exec_module(module) -> None:
                 run(module)
-                # Only now: other packages look whether there is a timm without importing it.
+                # Removed only now: other packages call find_spec("timm") without importing it.
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
                 try:
                     _register()
-                except Exception as error:  # another package's import must not fail for our sake
+                except Exception as error:  # importing timm must not fail because of this
                     warnings.warn(f"medmamba could not register its models with timm: {error}", stacklevel=2)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -41,7 +41,7 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Registers now if timm is imported, otherwise as soon as it is. Does nothing a second time."""
+    """Registers the models now if timm is imported, otherwise as soon as it is. Idempotent."""
     if "timm" in sys.modules:
         _register()
     elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):

@@ -10,10 +10,10 @@ from ..model import MedMamba
 
 
 class TimmMedMamba(MedMamba):
-    """A MedMamba that timm can build, adapt and take features from. Same weights, same outputs.
+    """A MedMamba with timm's model interface; same weights, same outputs.
 
     Args:
-        global_pool: "avg", or "" for unpooled features (then without a classifier).
+        global_pool: "avg", or "" for unpooled features (without a classifier).
         config: fields of `MedMambaConfig`.
     """
 
@@ -62,7 +62,7 @@ class TimmMedMamba(MedMamba):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """Feature maps of the stages, as timm's models give them; `norm` changes nothing, there is no last norm."""
+        """Returns feature maps of the stages like timm's models; `norm` has no effect, as there is no final norm."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
         maps = self.forward_pyramid(x)
@@ -74,7 +74,7 @@ class TimmMedMamba(MedMamba):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages after the last one that is wanted, and the classifier."""
+        """Removes the stages after the last requested one, and the classifier; returns the indices."""
         taken = _stage_indices(len(self.stages), indices)
         if prune_head or max(taken) < len(self.stages) - 1:
             self.reset_classifier(0, "")
@@ -84,7 +84,7 @@ class TimmMedMamba(MedMamba):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
+        """Returns parameter groups by depth, for layer-wise learning rates."""
         return dict(
             stem=r"^patch_embed",
             blocks=r"^(?:stages|downsamples)\.(\d+)"
@@ -97,12 +97,12 @@ class TimmMedMamba(MedMamba):
 
     def _set_pool(self, global_pool: str) -> None:
         if global_pool not in ("avg", ""):
-            raise ValueError(f'MedMamba pools by "avg" or not at all (""), got {global_pool!r}')
+            raise ValueError(f'global_pool must be "avg" or "" (no pooling), got {global_pool!r}')
         self.global_pool = global_pool
 
 
 def _stage_indices(stages: int, indices: int | list[int] | None) -> list[int]:
-    """timm's convention: None is all, an int the last ones, negative numbers count from the end."""
+    """Resolves indices by timm's convention: None is all, an int the last n; negative ones count from the end."""
     if indices is None or isinstance(indices, int):
         indices = list(range(stages))[-(indices or stages) :]
     taken = [i + stages if i < 0 else i for i in indices]

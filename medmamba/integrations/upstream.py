@@ -1,4 +1,4 @@
-"""Reading checkpoints of the published MedMamba code, a bare `state_dict` saved by `torch.save`."""
+"""Loads checkpoints of the published MedMamba code: a `state_dict` saved by `torch.save`."""
 
 import os
 import pickle
@@ -17,10 +17,10 @@ from ..pretrained.weights_file import listed, not_finite
 
 
 class ConversionError(ValueError):
-    """A checkpoint that is not a published MedMamba, or not one that can be read; the message names what is wrong."""
+    """A checkpoint that is not a published MedMamba or cannot be read; the message gives the reason."""
 
 
-# Published name to this project's, `{}` a number. Shapes that differ are in `_RESHAPE`.
+# Published names to the names here; `{}` is a number. Names in `_SPLIT_DIRECTIONS` also change shape.
 WEIGHT_MAP = {
     "patch_embed.proj.weight": "patch_embed.proj.weight",
     "patch_embed.proj.bias": "patch_embed.proj.bias",
@@ -60,15 +60,15 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "weights")
 
 
 def load_upstream(source: str | os.PathLike | Mapping[str, Tensor], **config: Any) -> MedMamba:
-    """A model in eval mode from a checkpoint of the published code.
+    """Loads a checkpoint of the published code into a model in eval mode.
 
     Args:
-        source: a `.pth` file, or its state dict. Depths, widths, classes and channels are inferred from the keys.
+        source: a `.pth` file, or its state dict. Depths, widths, classes and channels are inferred from it.
         config: further fields of `MedMambaConfig`, such as `id2label` or `training`.
 
     Raises:
-        ConversionError: not readable without unpickling code, not a MedMamba, incomplete, or of the layout from before
-            April 2024, which is another network.
+        ConversionError: the file cannot be read without unpickling code, is not a MedMamba, is incomplete, or has the
+            layout from before April 2024, which is a different network.
     """
     state = unwrap(read_checkpoint(source) if isinstance(source, str | os.PathLike) else source)
     model_config = infer_config(state, **config)
@@ -88,7 +88,11 @@ def load_upstream(source: str | os.PathLike | Mapping[str, Tensor], **config: An
 
 
 def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Any]:
-    """Reads a `.pth` with `weights_only=True`: a file that would run code is refused."""
+    """Reads a `.pth` with `weights_only=True`; files that would run code are rejected.
+
+    Raises:
+        ConversionError: there is no such file, or it holds anything but tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConversionError(f"no such file: {path}")
@@ -96,8 +100,8 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} holds more than tensors, and unpickling it could run any code. Load it where you trust it and "
-            "save only the weights: torch.save(model.state_dict(), 'weights.pth')"
+            f"{path} holds more than tensors, and unpickling it could run arbitrary code. If you trust it, load it "
+            "yourself and save only the weights: torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ConversionError(f"{path} is not a PyTorch checkpoint, or it is cut short: {error}") from error
@@ -107,35 +111,39 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Takes off what trainers wrap around a state dict: {"state_dict": ...}, and 'module.' of DataParallel."""
+    """Removes what trainers wrap around a state dict: {"state_dict": ...} and prefixes such as "module."."""
     for key in _WRAPPERS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    # Lightning and others call the network "model." or "net.", DataParallel "module.", torch.compile "_orig_mod.".
+    # Prefixes: "model." or "net." of Lightning and others, "module." of DataParallel, "_orig_mod." of torch.compile.
     known = "patch_embed.proj.weight"
     prefix = next((k.removesuffix(known) for k in tensors if k.endswith(f".{known}")), "")
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
-    """Depths, dims, channels and classes from the keys and shapes of a published state dict."""
+    """Infers depths, dims, channels and classes from the keys and shapes of a published state dict.
+
+    Raises:
+        ConversionError: the state dict is not that of a published MedMamba.
+    """
     if any(".finalconv11." in k for k in state):
         raise ConversionError(
-            "this checkpoint has the layout from before April 2024 (it has finalconv11.*): an earlier network under "
-            "the same name, whose figures are not MedMamba's. Only later checkpoints can be read"
+            "this checkpoint has the layout from before April 2024 (finalconv11.*): an earlier network of the same "
+            "name with other results. Only later checkpoints can be loaded"
         )
     if any(re.match(r"stages\.\d+\.blocks\.\d+\.ssm\.", k) for k in state):
         raise ConversionError(
-            "these are weights of this package, not of the published code: give them to "
-            "MedMamba(config).load_state_dict(...), or, where a folder was saved, use MedMamba.from_pretrained(folder)"
+            "these are weights of this package, not of the published code: load them with "
+            "MedMamba(config).load_state_dict(...), or with MedMamba.from_pretrained(folder) if a folder was saved"
         )
     for key in ("patch_embed.proj.weight", "head.weight"):
         if key not in state:
             raise ConversionError(
-                f"not a published MedMamba checkpoint, so of another network: it has no {key!r}; it has "
-                f"{_sample(state) or 'no tensors at all'}"
+                f"not a published MedMamba checkpoint but another network: it has no {key!r}; it has "
+                f"{_sample(state) or 'no tensors'}"
             )
     blocks: dict[int, set[int]] = {}
     for key in state:
@@ -168,10 +176,10 @@ def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
 
 
 def map_keys(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Published name to this project's, for every tensor of the checkpoint.
+    """Maps the published name of every tensor of the checkpoint to the name here.
 
     Raises:
-        ConversionError: names that no published MedMamba has.
+        ConversionError: the checkpoint has names that no published MedMamba has.
     """
     mapped, unknown = {}, []
     for key in state:

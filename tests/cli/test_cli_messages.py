@@ -137,7 +137,7 @@ def test_explain_takes_frame_and_window(model_dir, tmp_path, capsys, monkeypatch
     assert main([*command, "--frame", "1"]) == 0
     logit = medmamba.MedMamba.from_pretrained(model_dir).predict(picture(1)).logits
     assert strict(out.read_text(encoding="utf-8"))["logit"] == pytest.approx(max(logit), abs=1e-4)
-    with pytest.raises(medmamba.ImageError, match="has been read"):
+    with pytest.raises(medmamba.ImageError, match="already decoded"):
         explain(medmamba.MedMamba.from_pretrained(model_dir), medmamba.load_image(picture()), frame=0)
 
 

@@ -322,7 +322,7 @@ def test_records_beside_other_weights_are_not_used_and_said(folder, tiny_model):
     with pytest.warns(UserWarning, match="of other weights|to other weights") as said:
         found = MedMamba.from_pretrained(folder)
     assert any("unusual.json was fitted with other weights" in str(w.message) for w in said)
-    assert any("calibration in config.json is of other weights" in str(w.message) for w in said)
+    assert any("calibration in config.json was fitted with other weights" in str(w.message) for w in said)
     assert found.unusual is None and found.config.calibration == {}
 
 

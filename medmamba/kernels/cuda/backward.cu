@@ -2,36 +2,36 @@
 //
 //     WARPS     per program; it takes WARPS * 8 * CPT channels
 //     CPT       channels per thread: 2, or 4, which costs fewer instructions and more registers
-//     OCCUPANCY programs that a processor should hold
+//     OCCUPANCY programs per multiprocessor to compile for
 //     ALIGNED   whether C is a multiple of 4
 //     QUADS     whether proj can be read four numbers at a time: R a multiple of 4, N = 16, aligned
 //
-// Grid: B * K * blocks of channels. Writes what each direction adds to dx, (B, K, L, C), what each block of channels adds
-// to dproj, (blocks, B, L, K, P), and what each image adds to the parameters' gradients, (B, K, N + R + 2, C). They are
-// added up afterwards, always in the same order: no atomics, so that results are the same from run to run.
+// Grid: B * K * blocks of channels. Writes partial sums: dx per direction, (B, K, L, C); dproj per block of channels,
+// (blocks, B, L, K, P); parameter gradients per image, (B, K, N + R + 2, C). They are reduced afterwards in a fixed
+// order, without atomics, so results are reproducible from run to run.
 //
-// Of a tile: (1) gather its tokens into shared memory; (2) forward from the saved state, keeping the state before each
-// group of tokens; (3) from the last group on, forward again with states and decays in registers, then backward through
-// them; (4) the step sizes and dx; (5) sums over channels and over tokens. In (2) and (3) a warp holds 16 states of
-// 8 * CPT channels, thread (j, s) states 4s to 4s + 3 of channels CPT * j on, so that sums over states and over channels
-// both take few steps between lanes.
+// Per tile: (1) gather its tokens into shared memory; (2) forward from the saved state, keeping the state before each
+// group of tokens; (3) from the last group on, forward again with states and decays in registers, then backward; (4)
+// the step sizes and dx; (5) sums over channels and over tokens. In (2) and (3) a warp holds 16 states of 8 * CPT
+// channels; thread (j, s) holds states 4s to 4s + 3 of CPT channels from CPT * j, so that sums over states and over
+// channels both take few shuffles.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int WC = 8 * CPT;  // channels per warp
 constexpr int CB = WARPS * WC;
-constexpr int SHARE = THREADS / CB;  // threads per channel in (1), (4) and (5), each with every SHARE-th token or rank
-constexpr int PITCH = CB + 4;  // neighbouring tokens of a channel lie in other banks
+constexpr int SHARE = THREADS / CB;  // threads per channel in (1), (4) and (5); each takes every SHARE-th token or rank
+constexpr int PITCH = CB + 4;  // puts adjacent tokens of a channel into different banks
 constexpr int GROUP = 4;
 constexpr int GROUPS = TILE / GROUP;
 constexpr int OWN = TILE / SHARE;
 constexpr int STEP = QUADS ? 4 : 1;  // numbers per load of proj
 typedef Several<P_TYPE, STEP>::type load_t;
-// Lanes that share one gradient of the code in (5): where there are few, else most threads would wait. A warp takes the
-// same number of rounds as a whole: 16 tokens times any rank are a multiple of its outputs.
+// Lanes that share one gradient of the code in (5), so that few gradients still occupy most threads. All lanes of a
+// warp take the same number of rounds, because 16 tokens times any rank are a multiple of its outputs.
 constexpr int SPLIT = RANK <= 8 ? 4 : 1;
 constexpr float LN2 = 0.6931471805599453f;
 
-// A sum of thousands of numbers in float32 with the error of a short one (Kahan).
+// Compensated (Kahan) summation in float32.
 struct Sum {
     float total = 0.f, lost = 0.f;
     __device__ __forceinline__ void add(float v) {
@@ -52,7 +52,7 @@ struct Shared {
 };
 
 template <int COUNT> __device__ __forceinline__ void fold(float* v, int lane, int mask) {
-    // Adds lanes that differ in `mask`, half of the values to each: the results of one step are half as many.
+    // Adds values of lanes that differ in `mask`; each lane keeps half of the sums.
 #pragma unroll
     for (int i = 0; i < COUNT / 2; i++) {
         const bool upper = lane & mask;
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
             float pre = bias;
 #pragma unroll
             for (int r = 0; r < RANK; r++) pre += w[r] * S.rows[t][r];
-            const bool there = mine && tile * TILE + t < L;  // what is not there changes no state and no sum
+            const bool there = mine && tile * TILE + t < L;  // padding changes neither states nor sums
             const float dt = there ? softplus(pre) : 0.f;
             const float xt = there ? to_float<X_TYPE>(xs[i]) : 0.f, dyt = there ? to_float<X_TYPE>(dys[i]) : 0.f;
             products += xt * dyt;
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
                 const int which = lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
                 S.dbc[warp][t][which / 4 * NP + 4 * s + which % 4] = dbc[0];
                 fold<2 * CPT>(dc, lane, 1), fold<CPT>(dc, lane, 2);
-                __syncwarp();  // every lane has read what is overwritten now
+                __syncwarp();  // every lane has read what is overwritten next
                 float* to = (lane & 1 ? S.dy[t] : S.in[t]) + cs + lane / 2 % 2 * (CPT / 2);
                 to[0] = dc[0];
                 if (CPT == 4) to[1] = dc[1];
@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) scan_backward(
             const float xt = to_float<X_TYPE>(x[(i64)pixel * x_l]), dyt = to_float<X_TYPE>(dy[(i64)pixel * dy_l]);
             const float dt = S.dt[t][ct], din = S.in[t][ct];
             if (mine && tile * TILE + t < L) dx[(i64)pixel * C] = from_float<X_TYPE>(dt * din + skip * dyt);
-            // Zero for tokens and channels that are not there, as their dt is.
+            // Zero for padded tokens and channels, because their dt is zero.
             const float dpre = (S.dy[t][ct] * LN2 + xt * din) * one_minus_exp(dt);
             slopes += dpre;
             S.dy[t][ct] = dpre;

@@ -1,10 +1,10 @@
-// Batch norm of a training step, with ReLU or without, forward and backward. Maps are rows of C numbers, one row per
-// pixel of all images. Compile-time constants, set by ../block/training_conv.py:
+// Batch norm in training, with or without ReLU, forward and backward. Feature maps are rows of C numbers, one row per
+// pixel of the batch. Compile-time constants, set by ../block/training_conv.py:
 //     CHANNELS  C, a multiple of 4
-//     THREADS   a multiple of C / 4: a thread takes four channels of rows that lie apart
+//     THREADS   a multiple of C / 4: a thread takes four channels of every n-th row
 //     RELU      whether ReLU follows
-// Sums over all rows are added up in two steps, always in the same order: each program writes what it found to
-// partials (programs, 2, C), and a second kernel adds these. What a norm is for a batch is kept as stats (4, C):
+// Sums over all rows take two steps in a fixed order: each program writes its sums to partials (programs, 2, C), and a
+// second kernel adds these. The statistics of a batch are kept as stats (4, C):
 
 #define MEAN 0
 #define RSTD 1   // 1 / deviation
@@ -13,7 +13,7 @@
 
 constexpr int C = CHANNELS, FOURS = C / 4;
 constexpr int SUBS = THREADS / FOURS;  // rows at a time
-constexpr int SLICES = 16;             // that add up partials, of 32 channels each
+constexpr int SLICES = 16;             // slices of partials that are summed in parallel, for 32 channels each
 
 __device__ __forceinline__ float4 operator-(float4 a, float4 b) { return a + b * -1.f; }
 
@@ -21,13 +21,13 @@ __device__ __forceinline__ float4 positive(float4 v) {
     return make_float4(fmaxf(v.x, 0.f), fmaxf(v.y, 0.f), fmaxf(v.z, 0.f), fmaxf(v.w, 0.f));
 }
 
-// v where what ReLU was given is positive.
+// v where the input of ReLU is positive, else 0.
 __device__ __forceinline__ float4 passed(float4 v, float4 given) {
     return make_float4(given.x > 0.f ? v.x : 0.f, given.y > 0.f ? v.y : 0.f, given.z > 0.f ? v.z : 0.f,
                        given.w > 0.f ? v.w : 0.f);
 }
 
-// Adds the sums of all threads with the same channels.
+// Adds the sums of all threads that share channels.
 __device__ __forceinline__ void add_threads(float4 a, float4 b, float* partials) {
     __shared__ float4 shared[2][THREADS];
     shared[0][threadIdx.x] = a, shared[1][threadIdx.x] = b;
@@ -55,11 +55,11 @@ __device__ __forceinline__ Pair add_programs(const float* partials, int programs
     return sum;
 }
 
-// The rows of this thread: first, and how far they are apart.
+// The rows of this thread: the first, and the step between rows.
 __device__ __forceinline__ i64 first_row() { return (i64)blockIdx.x * SUBS + threadIdx.x / FOURS; }
 __device__ __forceinline__ i64 row_step() { return (i64)gridDim.x * SUBS; }
 
-// Of x minus its first row, which is near the mean, so that squares lose nothing: sums and sums of squares.
+// Sums and sums of squares of x minus its first row, which is near the mean, to avoid cancellation.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_sums(
     const x_t* __restrict__ x, float* __restrict__ partials, i64 rows) {
     x += threadIdx.x % FOURS * 4;
@@ -73,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_sums(
     add_threads(sum, squares, partials);
 }
 
-// Stats, and the running ones moved by `momentum`, with the variance of a sample. `before`, if given, is a bias that x
-// lacks: the batch norm takes it away again, only the running mean knows of it.
+// Computes stats and updates the running statistics with `momentum` and the unbiased variance. `before`, if given, is a
+// bias that was not added to x: batch norm would cancel it, so only the running mean includes it.
 extern "C" __global__ void __launch_bounds__(32 * SLICES) batch_stats(
     const float* __restrict__ partials, const x_t* __restrict__ x, const float* __restrict__ weight,
     const float* __restrict__ bias, const float* __restrict__ before, float* __restrict__ running_mean,
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_apply(
     write4(y + 4 * i, RELU ? positive(v) : v);
 }
 
-// The sums of dy, where ReLU let it pass, and of dy times the standardised x.
+// Sums of dy, where ReLU passed it, and of dy times the standardised x.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_gradient_sums(
     const x_t* __restrict__ x, const x_t* __restrict__ dy, const float* __restrict__ stats,
     float* __restrict__ partials, i64 rows) {
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_gradient_sums(
     add_threads(sum, along, partials);
 }
 
-// The sums of dy where y, which ReLU gave, is positive, and that dy.
+// Sums of dy where y, the output of ReLU, is positive; also writes that dy.
 extern "C" __global__ void __launch_bounds__(THREADS) relu_gradient(
     const x_t* __restrict__ y, const x_t* __restrict__ dy, x_t* __restrict__ dx, float* __restrict__ partials, i64 rows) {
     const int c = threadIdx.x % FOURS * 4;
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(32 * SLICES) add_partials(
     if (threadIdx.x < 32 && c < C) sums[c] = found.x, sums[C + c] = found.y;
 }
 
-// dx, from dy and what `batch_gradient_sums` found, sums (2, C).
+// dx from dy and the result of `batch_gradient_sums`, sums (2, C).
 extern "C" __global__ void __launch_bounds__(256) batch_gradient(
     const x_t* __restrict__ x, const x_t* __restrict__ dy, const float* __restrict__ stats,
     const float* __restrict__ sums, x_t* __restrict__ dx, i64 fours) {

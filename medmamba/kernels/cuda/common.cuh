@@ -1,24 +1,24 @@
-// What the CUDA kernels of the scan share. Compiled by NVRTC when a kernel first runs (nvrtc.py), so no header of
-// the CUDA toolkit is included: 16-bit numbers are converted by hand.
+// Code shared by the CUDA kernels of the scan. NVRTC compiles it when a kernel first runs (nvrtc.py), so no header of
+// the CUDA toolkit is included, and 16-bit numbers are converted by hand.
 //
 // Notation as in ../reference.py. Compile-time constants, set by ../backends/cuda.py:
-//     X_TYPE, P_TYPE, Y_TYPE   element type of x (and dy, dx), of proj, of what is written: 0 float, 1 half, 2 bfloat16
+//     X_TYPE, P_TYPE, Y_TYPE   element type of x (and dy, dx), of proj, of the output: 0 float, 1 half, 2 bfloat16
 //     RANK                     R, length of the step size code
 //     STATES                   N, at most 16
-// A program is one block of threads. It walks along one direction k of one image b for a group of channels; a direction
-// is an order of pixel indices, nothing is permuted in memory. Tokens are taken in tiles of TILE; the state before
-// each tile is what the forward pass saves for the backward pass.
+// A program is one block of threads. It scans one direction k of one image b for a group of channels; a direction is an
+// order of pixel indices, nothing is permuted in memory. Tokens are processed in tiles of TILE; the forward pass saves
+// the state before each tile for the backward pass.
 
 typedef unsigned short u16;
 typedef long long i64;
 
 #define DIRECTIONS 4
 #define TILE 16
-#define NP 16  // states, padded: B and C of the others are zero
+#define NP 16  // padded number of states; B and C of the padding are zero
 
 constexpr int N = STATES;
 constexpr int P = RANK + 2 * N;            // numbers per token and direction
-constexpr int RP = (RANK + 3) / 4 * 4;     // the code, padded so that B and C are aligned
+constexpr int RP = (RANK + 3) / 4 * 4;     // length of the code, padded to align B and C
 constexpr int ROW = RP + 2 * NP;           // one token in shared memory: [code | B | C]
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ u16 float_to_bfloat(float f) {
     return v;
 #else
     unsigned bits = __float_as_uint(f);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // not a number
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN
     return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 #endif
 }
@@ -55,7 +55,7 @@ template <int TYPE> __device__ __forceinline__ typename Element<TYPE>::type from
     else return float_to_bfloat(f);
 }
 
-// Four neighbouring numbers in one load, or one.
+// Four adjacent numbers in one load, or one.
 template <int TYPE, int COUNT> struct Several { typedef typename Element<TYPE>::type type; };
 template <> struct Several<0, 4> { typedef float4 type; };
 template <> struct Several<1, 4> { typedef uint2 type; };
@@ -67,7 +67,7 @@ template <int TYPE> __device__ __forceinline__ float4 to_floats(typename Several
                             to_float<TYPE>((u16)(v.y >> 16)));
 }
 
-// COUNT numbers to shared memory, aligned as a float4 if they are four.
+// Copies COUNT numbers to shared memory, aligned as a float4 if COUNT is four.
 template <int TYPE, int COUNT> __device__ __forceinline__ void unpack(float* to, typename Several<TYPE, COUNT>::type v) {
     if constexpr (COUNT == 4) *(float4*)to = to_floats<TYPE>(v);
     else *to = to_float<TYPE>(v);
@@ -92,7 +92,7 @@ __device__ __forceinline__ float softplus(float x) {
     return fmaxf(x, 0.f) + e * p;
 }
 
-// 1 - exp(-dt) for dt >= 0: the slope of softplus where its value is dt. Hence the series near 0.
+// 1 - exp(-dt) for dt >= 0, the slope of softplus where its value is dt; a series near 0 keeps the accuracy.
 __device__ __forceinline__ float one_minus_exp(float dt) {
     float p = 1.f / 5040 - dt * (1.f / 40320);
     p = 1.f / 720 - p * dt;
@@ -104,13 +104,13 @@ __device__ __forceinline__ float one_minus_exp(float dt) {
     return dt < 0.5f ? dt * p : 1.f - exp2f(-dt * LOG2E);
 }
 
-// The pixel that direction k reads as token t: row by row, column by column, and both from the end.
+// The pixel index of token t in direction k: row-major, column-major, and both reversed.
 __device__ __forceinline__ int pixel_of(int t, int k, int H, int W) {
     int q = k >= 2 ? H * W - 1 - t : t;
     return k & 1 ? q % H * W + q / H : q;
 }
 
-// Where number j of a token goes in its row of shared memory.
+// Position of number j of a token in its row of shared memory.
 __device__ __forceinline__ int place_of(int j) {
     return j < RANK ? j : j < RANK + N ? RP + j - RANK : RP + NP + j - RANK - N;
 }

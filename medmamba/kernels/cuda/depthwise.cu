@@ -1,4 +1,4 @@
-// silu(depthwise 3x3 convolution + bias): x (B, H, W, C) with pixels x_l numbers apart, to (B, H, W, C) contiguous.
+// silu(depthwise 3x3 convolution + bias): x (B, H, W, C) with a pixel stride of x_l, to (B, H, W, C) contiguous.
 // weight (9, C), row by row. One thread takes two channels of STRIP pixels in a row. C = CHANNELS, even.
 
 constexpr int C = CHANNELS;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(256) depthwise_silu(
             if (column >= 0 && column < W) v = read(x + ((i64)y * W + column) * x_l);
 #pragma unroll
             for (int dx = 0; dx < 3; dx++) {
-                const int to = i - dx;  // the pixel that sees this one with weight dx
+                const int to = i - dx;  // the output pixel that uses this one with weight dx
                 if (to >= 0 && to < STRIP) sum[to].x += v.x * w[dy * 3 + dx].x, sum[to].y += v.y * w[dy * 3 + dx].y;
             }
         }

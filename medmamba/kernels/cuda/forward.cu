@@ -1,23 +1,23 @@
 // The forward pass of the four-direction scan.
 //
-//     LANES     lanes that share one channel, each with NP / LANES of its states: 1 where there are enough channels to
-//               fill the chip, more where there are not
+//     LANES     lanes that share one channel, each with NP / LANES of its states: 1 if there are enough channels to
+//               fill the GPU, otherwise more
 //     THREADS   per program; it takes THREADS / LANES channels
 //     SAVE      whether to save the state before each tile, (B, K, tiles, N, C)
-//     ENDS      write no y, but the state after each segment, had it started from zero, (B, K, segments, N, C), and the
-//               sum of its step sizes, (B, K, segments, C)
-//     CARRY     start each segment from the state that these give
+//     ENDS      instead of y, write the state after each segment for a zero initial state, (B, K, segments, N, C), and
+//               the sum of its step sizes, (B, K, segments, C)
+//     CARRY     compute the initial state of each segment from the output of ENDS
 //     QUADS     whether proj can be read four numbers at a time: R a multiple of 4, N = 16, aligned
 //
-// Where there are too few lines to fill the chip, the length is cut into segments of whole tiles, and two launches, ENDS
-// and CARRY, take them all at once. Grid: B * K * segments * blocks of channels. Writes what each direction adds to y,
-// (B, K, L, C).
+// If there are too few lines to fill the GPU, the length is split into segments of whole tiles, which two launches,
+// ENDS and CARRY, process in parallel. Grid: B * K * segments * blocks of channels. Writes the share of each direction
+// in y, (B, K, L, C).
 
 constexpr int SPT = NP / LANES;  // states per thread
 constexpr int CB = THREADS / LANES;
 constexpr int STEP = QUADS ? 4 : 1;  // numbers per load of proj
 constexpr int LOADS = (TILE * (P / STEP) + THREADS - 1) / THREADS;
-constexpr int GROUP = 4;  // tokens of x that are loaded ahead
+constexpr int GROUP = 4;  // tokens of x to prefetch
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     const x_t* __restrict__ x, const p_t* __restrict__ proj, const float* __restrict__ dt_weight,
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     float* __restrict__ states, float* __restrict__ ends, float* __restrict__ sums_of_dt, int H, int W, int C, int blocks,
     int segments, int length, i64 x_b, int x_l, i64 p_b, int p_l, int p_k) {
     __shared__ float4 rows4[2][TILE][ROW / 4];
-    __shared__ int pixels[4][TILE];  // of four tiles in turn: two are in use while the next is written
+    __shared__ int pixels[4][TILE];  // ring buffer of four tiles: two are in use while the next is written
     const int L = H * W, tiles = (L + TILE - 1) / TILE;
     const int block = blockIdx.x % blocks, segment = blockIdx.x / blocks % segments;
     const int line = blockIdx.x / blocks / segments, k = line % DIRECTIONS, b = line / DIRECTIONS;
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
         }
     float dts = 0.f;
 
-    for (int i = tid; i < 2 * TILE * ROW; i += THREADS) ((float*)rows4)[i] = 0.f;  // the padding stays so
+    for (int i = tid; i < 2 * TILE * ROW; i += THREADS) ((float*)rows4)[i] = 0.f;  // the padding stays zero
     if (tid < TILE) pixels[first & 3][tid] = pixel_of(min(first * TILE + tid, L - 1), k, H, W);
     __syncthreads();
 

@@ -1,4 +1,4 @@
-// Four neighbouring numbers of X_TYPE in one access, and arithmetic with them.
+// Four adjacent numbers of X_TYPE in one access, and arithmetic with them.
 
 typedef Several<X_TYPE, 4>::type four_t;
 

@@ -1,13 +1,13 @@
-// What surrounds the scan at inference, each as one pass over memory. One warp per pixel; C = CHANNELS, a multiple of 4.
-// Blocks of WARPS warps.
+// The operations around the scan at inference, each in one pass over memory. One warp per pixel; C = CHANNELS, a
+// multiple of 4; WARPS warps per block.
 
 constexpr int C = CHANNELS;
 constexpr int PAIRS = (C / 2 + 31) / 32;  // pairs of channels per lane
 
 #define PIXEL ((i64)blockIdx.x * WARPS + threadIdx.x / 32)
 
-// silu(gate) * layer_norm(sum over directions of parts): parts (B, K, L, C), gate and out (B, L, C); pixels of gate are
-// gate_l numbers apart.
+// silu(gate) * layer_norm(sum over directions of parts): parts (B, K, L, C), gate and out (B, L, C); gate has a
+// pixel stride of gate_l.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_gate(
     const x_t* __restrict__ parts, const x_t* __restrict__ gate, const float* __restrict__ weight,
     const float* __restrict__ bias, x_t* __restrict__ out, i64 pixels, int L, int gate_l, float eps) {
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_gate(
 }
 
 // The end of one block and the beginning of the next.
-//     MIX    out = x + the channels of relu(left) and right in turn; else out is x, and not written
+//     MIX    out = x + the interleaved channels of relu(left) and right; otherwise out is x and not written
 //     SPLIT  next_left = out[:C/2] * scale + shift, next_right = layer_norm(out[C/2:])
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mix_split(
     const x_t* __restrict__ x, const x_t* __restrict__ left, const x_t* __restrict__ right,

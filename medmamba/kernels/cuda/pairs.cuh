@@ -1,4 +1,4 @@
-// Two neighbouring numbers of X_TYPE in one access, and sums over a warp.
+// Two adjacent numbers of X_TYPE in one access, and sums over a warp.
 
 struct Pair { float x, y; };
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
 
-// Normalises PAIRS pairs per lane, of which those with `index(i) < count` exist, over a whole warp: layer norm.
+// Layer norm over a warp: PAIRS pairs per lane, of which those with `index(i) < count` are valid.
 template <int PAIRS, class Index> __device__ __forceinline__ void normalise(
     Pair* v, Index index, int count, const float* weight, const float* bias, float eps) {
     float sum = 0.f;

@@ -1,4 +1,5 @@
-// (outer, PARTS, inner) of X_TYPE to (outer, inner) of Y_TYPE, in float32 and always added in the same order. Four neighbours per thread where VEC.
+// (outer, PARTS, inner) of X_TYPE to (outer, inner) of Y_TYPE, in float32 and in a fixed order. VEC: four adjacent
+// elements per thread.
 
 extern "C" __global__ void __launch_bounds__(256) sum_parts(
     const x_t* __restrict__ parts, y_t* __restrict__ out, i64 outer, i64 inner) {

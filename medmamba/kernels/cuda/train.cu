@@ -1,15 +1,15 @@
-// What surrounds the scan in a training step, forward and backward, each as one pass over memory: the layer norms with
-// what lies beside them, and the end of a block. Compile-time constants, set by ../block/training.py:
+// The operations around the scan in training, forward and backward, each in one pass over memory: layer norms fused
+// with adjacent operations, and the end of a block. Compile-time constants, set by ../block/training.py:
 //     OP        SPLIT  of the right half of each pixel of x (rows of 2C numbers); the left half is copied, and where
 //                      `right` is given, for the backward pass, the right half too
-//               GATE   times silu(gate), whose pixels are gate_l numbers apart
-//               MERGE  of 2x2 patches, see `place`; an odd last row or column of x is left out
+//               GATE   times silu(gate), with a pixel stride of gate_l
+//               MERGE  of 2x2 patches, see `place`; an odd last row or column of x is dropped
 //               ALONE
 //     CHANNELS  C, of a row of the norm: a multiple of 4, with MERGE of 16
-//     LANES     that share a row, a power of two; a warp takes 32 / LANES rows at a time
-//     PARAMS    whether the gradients of weight and bias are wanted
+//     LANES     lanes that share a row, a power of two; a warp takes 32 / LANES rows at a time
+//     PARAMS    whether to compute the gradients of weight and bias
 //     FACTORS   whether the end of a block multiplies the scan branch of each image
-// Numbers move in fours. Mean and deviation are computed again in the backward pass, which has to read x anyway.
+// Accesses are four numbers wide. The backward pass recomputes mean and deviation, as it has to read x anyway.
 
 #define SPLIT 0
 #define GATE 1
@@ -55,7 +55,7 @@ struct Map {
     }
 };
 
-// Makes v a row of mean 0 and deviation 1; returns what it was multiplied with. Rows that do not exist are zero.
+// Standardises the row v to mean 0 and deviation 1; returns the factor. Rows out of range are zero.
 __device__ __forceinline__ float standardise(float4* v, const Share& share, float eps) {
     float sum = 0.f;
 #pragma unroll
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
     const float* __restrict__ bias, x_t* __restrict__ out, x_t* __restrict__ left, x_t* __restrict__ right, i64 rows,
     int gate_l, int height, int width, int W, i64 image, float eps) {
     const i64 row = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS + threadIdx.x % 32 / LANES;
-    const bool valid = row < rows;  // the other lanes of the warp may need this one
+    const bool valid = row < rows;  // no early return: other lanes of the warp need this one
     const Share share;
     const Map map{height, width, W, image};
     float4 v[OWN], other[OWN];
@@ -106,9 +106,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_forward(
     }
 }
 
-// From dout: dx, with GATE dgate (contiguous), and what each program adds to the gradients of weight and bias, partials
-// (programs, 2, C), added up afterwards in a fixed order. With SPLIT x is the right halves alone, (rows, C), and the
-// gradients of the left half and of the whole pixel, from the residual connection, join in dx. A program takes every gridDim-th group of rows.
+// Computes from dout: dx, dgate with GATE (contiguous), and partial sums of the gradients of weight and bias per
+// program, (programs, 2, C), reduced afterwards in a fixed order. With SPLIT, x holds only the right halves, (rows, C),
+// and the gradients of the left half and, from the residual connection, of the whole pixel are added into dx. A program
+// takes every gridDim-th group of rows.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_backward(
     const x_t* __restrict__ dout, const x_t* __restrict__ x, const x_t* __restrict__ gate,
     const float* __restrict__ weight, const float* __restrict__ bias, const x_t* __restrict__ dleft,
@@ -179,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_
                 v.z += __shfl_xor_sync(0xffffffffu, v.z, mask), v.w += __shfl_xor_sync(0xffffffffu, v.w, mask);
             }
         }
-    for (int turn = 0; turn < WARPS; turn++) {  // one warp after the other: always the same order
+    for (int turn = 0; turn < WARPS; turn++) {  // one warp after the other, for a fixed order
         if (warp == turn && lane < LANES)
 #pragma unroll
             for (int which = 0; which < 2; which++)
@@ -194,9 +195,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OWN <= 3 ? 4 : 1) norm_
         ((float4*)partials)[(i64)blockIdx.x * 2 * FOURS + i] = shared[i / FOURS][i % FOURS];
 }
 
-// The end of a block: x + the channels of left and right in turn, right times the factor of its image where FACTORS. As
-// numbers in memory: number 2i of the result takes number i of left, number 2i + 1 that of right. Four i per thread,
-// `each` threads per image.
+// The end of a block: x + the interleaved channels of left and right; FACTORS multiplies right by the factor of its
+// image. In memory, element 2i of the result takes element i of left, and element 2i + 1 that of right. Four i per
+// thread, `each` threads per image.
 
 extern "C" __global__ void __launch_bounds__(256) mix_forward(
     const x_t* __restrict__ x, const x_t* __restrict__ left, const x_t* __restrict__ right,

@@ -1,18 +1,19 @@
-// silu(depthwise 3x3 convolution + bias) of a training step, forward and backward. Compile-time constants, set by
+// silu(depthwise 3x3 convolution + bias) in training, forward and backward. Compile-time constants, set by
 // ../block/training.py:
 //     CHANNELS  C, even
 //     WIDTH     pairs of channels per program; THREADS is a multiple of it
-//     STRIP     pixels of a row that a thread takes at a time
-//     OCCUPANCY programs that a processor should hold
-//     PARAMS    whether the gradients of weight and bias are wanted
-// The left half of x (B, H, W, 2C) is convolved, C numbers of each pixel; weight (C, 3, 3). A thread takes two channels
-// of strips of one row. A program takes every programs-th group of strips, so that it reads its weights once.
+//     STRIP     pixels of a row that a thread processes at a time
+//     OCCUPANCY programs per multiprocessor to compile for
+//     PARAMS    whether to compute the gradients of weight and bias
+// The left half of x (B, H, W, 2C), C numbers of each pixel, is convolved; weight (C, 3, 3). A thread takes two
+// channels of strips of one row. A program takes every n-th group of strips (n programs), so that it reads its weights
+// once.
 
 constexpr int C = CHANNELS;
 struct alignas(2 * sizeof(x_t)) two_t { x_t x, y; };
 constexpr int SUBS = THREADS / WIDTH;  // strips at a time
 
-// What a program and a thread work on.
+// The work of a program and of a thread.
 struct Work {
     int block, program, programs, pair, sub, c;  // c: the first of two channels
     __device__ __forceinline__ Work(int blocks) {
@@ -21,9 +22,9 @@ struct Work {
     }
 };
 
-// The weights of this thread's channels, the last first where FLIP.
+// The weights of this thread's channels, in reverse order if FLIP.
 template <bool FLIP> __device__ __forceinline__ void read_taps(Pair* taps, const float* weight, const Work& work) {
-    __shared__ float shared[18 * WIDTH];  // threads would read them nine numbers apart
+    __shared__ float shared[18 * WIDTH];  // uncoalesced otherwise: threads would read with a stride of nine
     const int start = 18 * work.block * WIDTH;
     for (int i = threadIdx.x; i < 18 * WIDTH; i += THREADS) shared[i] = start + i < 9 * C ? weight[start + i] : 0.f;
     __syncthreads();
@@ -34,7 +35,7 @@ template <bool FLIP> __device__ __forceinline__ void read_taps(Pair* taps, const
     }
 }
 
-// Adds the convolution of an image, pixels STEP numbers apart, to the sums of a strip that begins at `first` of a row.
+// Adds the convolution of an image with pixel stride STEP to the sums of a strip that begins at `first` of a row.
 template <int STEP> __device__ __forceinline__ void convolve(
     Pair* sums, const x_t* image, const Pair* taps, int row, int first, int H, int W) {
 #pragma unroll
@@ -48,7 +49,7 @@ template <int STEP> __device__ __forceinline__ void convolve(
             if (column >= 0 && column < W) v = read(image + ((i64)y * W + column) * STEP);
 #pragma unroll
             for (int dx = 0; dx < 3; dx++) {
-                const int to = i - dx;  // the pixel that sees this one with weight dx
+                const int to = i - dx;  // the output pixel that uses this one with weight dx
                 if (to < 0 || to >= STRIP) continue;
                 sums[to].x += v.x * taps[3 * dy + dx].x, sums[to].y += v.y * taps[3 * dy + dx].y;
             }
@@ -66,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_forward(
     if (c >= C) return;
     const Pair b = {bias[c], bias[c + 1]};
     for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
-        const int first = s % strips * STRIP, line = s / strips;  // line: of all images
+        const int first = s % strips * STRIP, line = s / strips;  // line: row index over all images
         Pair sums[STRIP];
 #pragma unroll
         for (int i = 0; i < STRIP; i++) sums[i] = b;
@@ -78,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_forward(
     }
 }
 
-// From dout: the gradient before silu, dpre (B, H, W, C), and what each program adds to those of weight and bias,
-// partials (programs, 9C + C).
+// Computes from dout: the gradient before silu, dpre (B, H, W, C), and partial sums of the gradients of weight and bias
+// per program, (programs, 9C + C).
 extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
     const x_t* __restrict__ dout, const x_t* __restrict__ x, const float* __restrict__ weight,
     const float* __restrict__ bias, x_t* __restrict__ dpre, float* __restrict__ partials, int total, int H, int W,
@@ -146,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
     }
 }
 
-// dx (B, H, W, 2C): its left half from dpre, its right half, which passed by the convolution, from dgate.
+// dx (B, H, W, 2C): its left half from dpre; its right half, which bypasses the convolution, from dgate.
 extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_input(
     const x_t* __restrict__ dpre, const x_t* __restrict__ dgate, const float* __restrict__ weight,
     x_t* __restrict__ dx, int total, int H, int W, int strips, int blocks) {

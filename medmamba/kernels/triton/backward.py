@@ -9,7 +9,7 @@ from .common import LN2, LOG2E, carry, order, rows, saved, softplus
 
 @triton.jit
 def _one_minus_exp(dt):
-    """1 - exp(-dt), for dt >= 0: the slope of softplus where its value is dt. To float32 accuracy, hence the series."""
+    """Returns 1 - exp(-dt) for dt >= 0, the slope of softplus where its value is dt; near 0 by a series."""
     p = 1 / 5040 - 1 / 40320 * dt
     p = 1 / 720 - p * dt
     p = 1 / 120 - p * dt
@@ -22,7 +22,7 @@ def _one_minus_exp(dt):
 
 @triton.jit
 def _tile(ptr, pixels, stride, VEC: tl.constexpr):
-    """Addresses of (tokens, channels), read VEC channels at a time: the layout of the tiles they will meet."""
+    """Returns addresses of (tokens, channels), read VEC channels at a time to match the layout of the other tiles."""
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(ptr[None, :] + pixels[:, None] * stride, [1, VEC * SIZE])
 
@@ -38,13 +38,13 @@ def scan_backward_kernel(
     FOLDED: tl.constexpr, WIDE: tl.constexpr, PLANAR: tl.constexpr, SOFTPLUS: tl.constexpr, CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one segment, chunk by chunk from its end.
+    """Computes all gradients of one segment, chunk by chunk from its end.
 
-    Per chunk: (1) gather its tokens into `scratch`, in float32 and scan order; (2) forward from the saved state,
-    keeping every SUB-th; (3) from the last group of SUB tokens, forward again with states and decays in registers, and
-    backward through them; (4) scatter the results. Steps 2 and 3 are the bulk of the work, so they do without
-    addresses, masks and conversions; `scratch` is small enough to stay in the cache. Sums over channels are written per
-    block of channels, sums over tokens per (b, k, segment), and added up afterwards: no atomics.
+    Per chunk: (1) gather its tokens into `scratch`, in float32 and scan order; (2) run forward from the saved state,
+    keeping every SUB-th state; (3) from the last group of SUB tokens on, run forward again with states and decays in
+    registers, then backward; (4) scatter the results. Steps 2 and 3 dominate the cost, so they avoid address
+    computations, masks and conversions; `scratch` is small enough to stay in the cache. Sums over channels are written
+    per block of channels, sums over tokens per (b, k, segment), and reduced afterwards without atomics.
     """
     pid = tl.program_id(0)
     block = pid % blocks
@@ -83,17 +83,17 @@ def scan_backward_kernel(
     first_chunk = line.to(tl.int64) * tl.cdiv(L, CHUNK)
     dtable_ptr += ((b * segments + segment) * K + k) * ((N + R + 2) * C)
 
-    # The scratch of this program, and what of it is overwritten by what.
+    # The scratch of this program; results overwrite inputs.
     dt_ptr = scratch_ptr + pid.to(tl.int64) * (3 * CHUNK * BC + 2 * CHUNK * NP + GROUPS * NP * BC)
-    input_ptr = dt_ptr + CHUNK * BC  # dt * x, then its gradient
-    dy_row_ptr = input_ptr + CHUNK * BC  # dy, then the gradient of dt through the decay
-    B_ptr = dy_row_ptr + CHUNK * BC  # B, then its gradient
-    C_ptr = B_ptr + CHUNK * NP  # C, then its gradient
+    input_ptr = dt_ptr + CHUNK * BC  # dt * x, later its gradient
+    dy_row_ptr = input_ptr + CHUNK * BC  # dy, later the gradient of dt through the decay
+    B_ptr = dy_row_ptr + CHUNK * BC  # B, later its gradient
+    C_ptr = B_ptr + CHUNK * NP  # C, later its gradient
     kept_ptr = C_ptr + CHUNK * NP + ns[:, None] * BC + lane[None, :]
     tile = ts[:, None] * BC + lane[None, :]
     tile_n = ts[:, None] * NP + ns[None, :]
 
-    g = tl.zeros([NP, BC], tl.float32)  # gradient of the state after the token at hand
+    g = tl.zeros([NP, BC], tl.float32)  # gradient of the state after the current token
     if CARRY:
         last_piece = line.to(tl.int64) * segments + segments - 1
         for s in tl.range(segments - 1 - segment):
@@ -110,7 +110,7 @@ def scan_backward_kernel(
         tokens = start + ts
         t_ok = tokens < end
         ct_ok = t_ok[:, None] & c_ok[None, :]
-        # In float32, because a division of integers takes some 20 instructions; exact for maps up to 10^6 pixels wide.
+        # In float32, because integer division takes about 20 instructions; exact for maps up to 10^6 pixels wide.
         runs = ((start % run + ts + 0.5) * (1.0 / run)).to(tl.int32) + start // run
         q = tokens * step + runs * jump
         pixels = tl.where(backwards, L - 1 - q, q)
@@ -125,7 +125,7 @@ def scan_backward_kernel(
         if SOFTPLUS:
             pre = softplus(pre)
         tl.store(dt_ptr + tile, tl.where(ct_ok, pre, 0.0))
-        # Written and read again, here and below: else the compiler computes it in each layout it is needed in.
+        # Stored and loaded again, here and below: otherwise the compiler recomputes it for each layout.
         tl.debug_barrier()
         x = tl.load(_tile(x_ptr, pixels, x_t, VEC), mask=ct_ok, other=0.0).to(tl.float32)
         dy = tl.load(_tile(dy_ptr, pixels, y_t, VEC), mask=ct_ok, other=0.0).to(tl.float32)
@@ -136,7 +136,7 @@ def scan_backward_kernel(
         tl.store(dy_row_ptr + tile, dy)
         tl.store(B_ptr + tile_n, tl.load(p_ptrs, mask=p_ok, other=0.0).to(tl.float32))
         tl.store(C_ptr + tile_n, tl.load(p_ptrs + N, mask=p_ok, other=0.0).to(tl.float32))
-        tl.debug_barrier()  # other threads will read what this one wrote
+        tl.debug_barrier()  # other threads read what this one wrote
 
         # (2)
         before = states_ptr + (first_chunk + start // CHUNK) * N * C
@@ -163,7 +163,7 @@ def scan_backward_kernel(
                 h = decay * h + tl.load(input_ptr + t * BC + lane)[None, :] * B1[:, None]
                 decays, hs = decays + (decay,), hs + (h,)
             for i in tl.static_range(SUB - 1, -1, -1):
-                # Reading these again is cheaper than keeping them: registers are what this kernel is short of.
+                # Reloading these is cheaper than keeping them, because registers limit this kernel.
                 t = j * SUB + i
                 dt1 = tl.load(dt_ptr + t * BC + lane)
                 input1 = tl.load(input_ptr + t * BC + lane)
@@ -215,7 +215,7 @@ def scan_backward_kernel(
             dw = tl.dot(codes, dpre, input_precision=PRECISION)
             dw_ptrs = dtable_ptr + (N + rs)[:, None] * C + cs[None, :]
             dw_ok = r_ok[:, None] & c_ok[None, :]
-            if chunk_from_end > 0:  # kept in memory, for want of registers
+            if chunk_from_end > 0:  # accumulated in memory to save registers
                 dw += tl.load(dw_ptrs, mask=dw_ok, other=0.0)
             tl.store(dw_ptrs, dw, mask=dw_ok)
         tl.debug_barrier()  # the next chunk overwrites the scratch

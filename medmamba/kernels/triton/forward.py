@@ -10,14 +10,14 @@ from .common import PADDING, carry, order, rows, saved, softplus
 
 @triton.jit
 def _vectors(ptr, t, end, skip, N: tl.constexpr, NP: tl.constexpr, PACKED: tl.constexpr):
-    """B and C of one token as float32, zeros unless t < end. PACKED: two bfloat16 at a time, half the instructions."""
+    """Loads B and C of one token as float32, or zeros unless t < end. PACKED loads bfloat16 in pairs."""
     if PACKED:
         pairs = tl.arange(0, NP // 2)
         ptr = ptr.to(tl.pointer_type(tl.int32))
         ok = pairs * 0 + t < end
         B = tl.load(ptr + pairs, mask=ok, other=0)
         C = tl.load(ptr + NP // 2 + pairs, mask=ok, other=0)
-        # The even ones are the low halves.
+        # Elements with even index are the low halves.
         B = tl.interleave((B << 16).to(tl.float32, bitcast=True), (B & -65536).to(tl.float32, bitcast=True))
         C = tl.interleave((C << 16).to(tl.float32, bitcast=True), (C & -65536).to(tl.float32, bitcast=True))
     else:
@@ -38,13 +38,13 @@ def scan_forward_kernel(
     ADJOINT: tl.constexpr, WRITE: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr, ENDS: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    """Walks one segment. What it does on the way is chosen by flags:
+    """Scans one segment. Flags choose the outputs:
 
-    WRITE: y, to out. SAVE: the state before each chunk. LAST: the state after the last token.
-    ENDS: the state after the segment, had it started from zero, and the sum of its step sizes; with CARRY, a second
-    launch finds from these where each segment starts.
-    ADJOINT: walks the recurrence of the gradient of the state, from the end: x is then dy, and the state is what
-    reaches the token before.
+    WRITE: stores y to out. SAVE: stores the state before each chunk. LAST: stores the state after the last token.
+    ENDS: stores the state after the segment for a zero initial state, and the sum of its step sizes; a second launch
+    with CARRY computes the initial state of each segment from these.
+    ADJOINT: runs the recurrence of the gradient of the state, from the end; x is then dy, and the state is the gradient
+    that reaches the previous token.
     """
     pid = tl.program_id(0)
     block = pid % blocks
@@ -60,7 +60,7 @@ def scan_forward_kernel(
 
     cs = block * BC + tl.arange(0, BC)
     ns = tl.arange(0, NP)
-    # Added to the number of a token, this masks the padding of a tile: `skip + t < end` is the whole mask.
+    # Added to a token index, this masks the padding of a tile: `skip + t < end` is the complete mask.
     c_skip, n_skip = cs * 0, ns * 0
     if not EVEN:
         c_skip = tl.where(cs < C, 0, PADDING)
@@ -99,7 +99,7 @@ def scan_forward_kernel(
             if t % CHUNK == 0:
                 here = states_ptr + (first_chunk + t // CHUNK) * N * C
                 tl.store(saved(here, ns, cs, C, N, FOLDED, VEC), h, mask=tile_ok)
-        # A compiler cannot move a load above an earlier store, so all loads of the group come first.
+        # The compiler cannot move a load above an earlier store, so all loads of the group come first.
         inner = t % run
         q = t * step + (t // run) * jump
         pixels, xs, pres, Bs, Cs = (), (), (), (), ()
@@ -159,7 +159,7 @@ def scan_forward_kernel(
 
 @triton.jit
 def sum_kernel(in_ptr, out_ptr, inner, blocks, parts: tl.constexpr, BLOCK: tl.constexpr):
-    """(outer, parts, inner) to (outer, inner), always added in the same order."""
+    """Sums (outer, parts, inner) to (outer, inner) in a fixed order."""
     pid = tl.program_id(0).to(tl.int64)
     outer = pid // blocks
     i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
