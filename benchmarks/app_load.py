@@ -10,7 +10,6 @@ With --train a model is fine-tuned at the same time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from demo.service import Service, View  # noqa: E402
 from demo.store import ModelStore  # noqa: E402
+from medmamba.utils.text import json_text  # noqa: E402
 
 IMAGES = sorted(path for path in (ROOT / "demo" / "examples").iterdir() if path.suffix in (".webp", ".jpg", ".jpeg"))
 ROUNDING = 1e-4
@@ -45,7 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args, Path(folder))
-    print(json.dumps(found, indent=1))
+    print(json_text(found, indent=1))
     return 1 if found["answers_that_differ"] or found["maps_that_differ"] or found["errors"] else 0
 
 

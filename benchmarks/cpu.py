@@ -21,6 +21,7 @@ from torch.backends import cpu
 
 import medmamba
 from medmamba.kernels import resolve_backend
+from medmamba.utils.text import json_text
 
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224")
 OURS = ("nano", "tiny")
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--training-step", metavar="NAME", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.training_step:
-        print(json.dumps(training_step(args.training_step, args.rounds)))
+        print(json_text(training_step(args.training_step, args.rounds)))
         return
     try:
         import timm
@@ -144,7 +145,7 @@ def main() -> None:
         )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+            file.write(json_text(results, indent=2))
 
 
 if __name__ == "__main__":

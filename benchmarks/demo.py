@@ -10,7 +10,6 @@ and the pictures of docs/app.md are replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import app_pictures
+
+from medmamba.utils.text import json_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -67,7 +68,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait(30)
-    print(json.dumps(found, indent=2))
+    print(json_text(found, indent=2))
     if args.docs:
         write_docs(found)
 

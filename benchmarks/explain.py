@@ -33,6 +33,7 @@ from medmamba.explain import explain
 from medmamba.explain.comparison import parse_method
 from medmamba.explain.methods import METHODS as ALL_METHODS
 from medmamba.imaging.load import expand_inputs, load_image
+from medmamba.utils.text import json_text
 
 METHODS = (
     "integrated_gradients",
@@ -131,7 +132,7 @@ def save(folder: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{result['dataset']}.part"
-    part.write_text(json.dumps(result))
+    part.write_text(json_text(result))
     os.replace(part, folder / f"{result['dataset']}.json")
 
 
@@ -223,7 +224,7 @@ def speed(args: argparse.Namespace) -> None:
             times = {name: [] for name in calls}  # warming up
     rows = {name: {"median": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
     result = {"speed": rows, "machine": machine(args.device), "rounds": args.rounds, "load": load}
-    Path(args.json).write_text(json.dumps(result, indent=1))
+    Path(args.json).write_text(json_text(result, indent=1))
     print(explain_report.speed_section([result]))
 
 

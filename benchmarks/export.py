@@ -8,7 +8,6 @@ stands beside it.
 """
 
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -24,6 +23,7 @@ from medmamba.export import onnx_session
 from medmamba.export.onnx_graph import build
 from medmamba.export.onnx_precision import quantise, store_half
 from medmamba.kernels import resolve_backend
+from medmamba.utils.text import json_text
 
 NAMES = ("nano", "tiny")
 
@@ -110,7 +110,7 @@ def main() -> None:
                     )
                     rows.append(dict(model=name, batch=batch, way=label, best_ms=best, median_ms=median, busy_ms=busy))
     if args.json:
-        Path(args.json).write_text(json.dumps({**about, "rows": rows}, indent=2), encoding="utf-8")
+        Path(args.json).write_text(json_text({**about, "rows": rows}, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ The exit status is 1 where a process died or hung, or an answer differs from all
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -30,6 +29,8 @@ from typing import Any
 
 import numpy as np
 from fuzz_corpus import CHANGES, Sample, alter, corpus
+
+from medmamba.utils.text import json_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "robustness.md"
 MARKS = ("<!-- fuzz: begin -->", "<!-- fuzz: end -->")
@@ -285,7 +286,7 @@ def main() -> int:
     campaign.run(args.files, args.seconds)
     print(table("kind of file", campaign.by_kind), table("change", campaign.by_change), sep="\n\n")
     if args.faults:
-        args.faults.write_text(json.dumps(campaign.faults, indent=1), encoding="utf-8")
+        args.faults.write_text(json_text(campaign.faults, indent=1), encoding="utf-8")
     if args.docs:
         write_docs(campaign, "python benchmarks/fuzz.py " + " ".join(sys.argv[1:]))
     return 1 if campaign.faults else 0

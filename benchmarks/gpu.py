@@ -16,7 +16,6 @@ selective_scan_cuda (requirements-cuda.txt). The peers need timm. What is missin
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 import medmamba
 from medmamba.kernels.backends import mamba_ssm as mamba_ssm_backend
 from medmamba.training.graphed_step import GraphedStep
+from medmamba.utils.text import json_text
 
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224")
 OURS = ("nano", "tiny", "small", "base", "test")
@@ -102,7 +102,7 @@ class Bench:
     def save(self) -> None:
         if self.json_file:
             with open(self.json_file, "w", encoding="utf-8") as file:
-                json.dump({"machine": self.about, "rows": self.rows, "profiles": self.profiles}, file, indent=1)
+                file.write(json_text({"machine": self.about, "rows": self.rows, "profiles": self.profiles}, indent=1))
 
     def images(self, batch: int, size: int) -> Tensor:
         images = torch.randn(batch, 3, size, size, device=self.device)

@@ -8,7 +8,6 @@ channel at one token in one direction. --plain adds the plain PyTorch loop.
 """
 
 import argparse
-import json
 import platform
 import time
 
@@ -16,6 +15,7 @@ import torch
 
 from medmamba.kernels.backends import cpu as native
 from medmamba.kernels.backends import eager as torch_backend
+from medmamba.utils.text import json_text
 
 # Blocks per stage and channels of the first stage; each stage has twice the channels and half the side of the last.
 MODELS = {"tiny": ((2, 2, 4, 2), 96), "small": ((2, 2, 8, 2), 96), "base": ((2, 2, 12, 2), 128)}
@@ -121,7 +121,7 @@ def main() -> None:
         print_row("all", f"x{sum(blocks)}", backend, row, "")
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"options": vars(options), "stages": stages, "total": total}, file, indent=1)
+            file.write(json_text({"options": vars(options), "stages": stages, "total": total}, indent=1))
 
 
 def print_row(size: str, channels: str, backend: str, row: dict[str, float], rate: str) -> None:

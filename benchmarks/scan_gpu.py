@@ -13,7 +13,6 @@ prints the fastest beside the one chosen now.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from medmamba.kernels.backends import cuda as cuda_backend
 from medmamba.kernels.backends.cuda import BLOCKS, Plan
 from medmamba.kernels.cuda.nvrtc import CudaError
 from medmamba.kernels.dispatch import load_backend
+from medmamba.utils.text import json_text
 
 MODELS = {"tiny": ((2, 2, 4, 2), 96), "small": ((2, 2, 8, 2), 96), "base": ((2, 2, 12, 2), 128)}
 N = 16
@@ -181,7 +181,7 @@ def save(options: argparse.Namespace, results: dict) -> None:
     about = {"torch": torch.__version__, "options": vars(options)}
     if not options.smoke:
         about["device"] = torch.cuda.get_device_name()
-    (folder / name).write_text(json.dumps(about | results, indent=1))
+    (folder / name).write_text(json_text(about | results, indent=1))
 
 
 def main() -> None:

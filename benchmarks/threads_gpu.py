@@ -14,7 +14,6 @@ folder, so that the first calls, which compile, happen in threads too; `--kept` 
 import argparse
 import contextlib
 import copy
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import medmamba
+from medmamba.utils.text import json_text
 
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # of the largest logit; convolutions may run in TF32
 PARTS = ("first use", "answers", "gradients", "training", "scan", "two gpus", "latency")
@@ -357,7 +357,7 @@ def main() -> int:
         if args.out:
             name = torch.cuda.get_device_name(device) if bench.gpu else "CPU"
             about = dict(device=name, torch=torch.__version__, medmamba=medmamba.__version__, threads=args.threads)
-            Path(args.out).write_text(json.dumps({**about, "rows": bench.rows, "latency": bench.latency}, indent=1))
+            Path(args.out).write_text(json_text({**about, "rows": bench.rows, "latency": bench.latency}, indent=1))
     wrong, total = sum(row["differ"] for row in bench.rows), sum(row["answers"] for row in bench.rows)
     print(f"{wrong} of {total} differ beyond rounding")
     return 1 if wrong else 0

@@ -7,7 +7,6 @@ Counts what a run does between two validations: augmentation by the recipe, forw
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,7 @@ from medmamba.training.run_log import RunLog
 from medmamba.training.sampling import epoch_order
 from medmamba.training.trainer import Trainer
 from medmamba.utils.devices import make_accelerator
+from medmamba.utils.text import json_text
 
 CLASSES = 8
 WARM_UP = 5
@@ -84,7 +84,7 @@ def main() -> None:
             row = {"variant": args.variant, "recipe": args.recipe, "size": size, "precision": precision}
             row |= {"processes": accelerator.num_processes, "batch": args.batch_size}
             if accelerator.is_main_process:
-                print(json.dumps({**row, "images_per_second": round(rate, 1)}), flush=True)
+                print(json_text({**row, "images_per_second": round(rate, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from medmamba.inference.ood import Unusual
 from medmamba.inference.ood_fit import Seen, learn_unusual, look
 from medmamba.metrics import scores
 from medmamba.metrics.calibration import OOD_SCORES, ood_auroc
+from medmamba.utils.text import json_text
 
 
 def measure(warning: Unusual, own: Seen, others: dict[str, Seen], task: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def main() -> None:
         others[name] = look(model, other, "test" if other.split_sizes.get("test") else None, args.images)
     measured = measure(warning, test, others, model.config.task)
     dataclasses.replace(warning, measured=measured).save(args.model)
-    print(json.dumps(measured, indent=2))
+    print(json_text(measured, indent=2))
 
 
 if __name__ == "__main__":

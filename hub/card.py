@@ -4,12 +4,12 @@ Also writes golden.json where it is missing: a reference prediction with which u
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from medmamba import MedMamba
 from medmamba.cards import EXAMPLE_NAME, write_card
+from medmamba.utils.text import json_text
 
 from .golden import GOLDEN_NAME, write_golden
 
@@ -24,7 +24,7 @@ def write_example(folder: Path, image: Path, credit: str) -> None:
     comparison.save(folder / "attribution.png")
     first = comparison.explanations[0]
     record = {"image": image.name, "credit": credit, "label": first.label, "methods": list(METHODS)}
-    (folder / EXAMPLE_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / EXAMPLE_NAME).write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,12 @@
 """The golden prediction: a reference output stored with a model, to verify that its weights load and run correctly."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from medmamba import MedMamba
 from medmamba.imaging.load import MedicalImage
+from medmamba.utils.text import json_text
 
 GOLDEN_NAME = "golden.json"
 HEIGHT, WIDTH = 96, 128
@@ -37,7 +37,7 @@ def write_golden(model: MedMamba, folder: Path) -> dict:
         "logits": [round(value, 6) for value in prediction.logits],
         "label": prediction.label,
     }
-    Path(folder, GOLDEN_NAME).write_text(json.dumps(golden, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(folder, GOLDEN_NAME).write_text(json_text(golden, indent=2) + "\n", encoding="utf-8")
     return golden
 
 

@@ -33,6 +33,7 @@ from medmamba.training.optim import WeightAverage, build_optimizer, cosine, set_
 from medmamba.training.recipe import Recipe, load_recipe
 from medmamba.utils.checksums import CONFIG_NAME
 from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
 
 from .pretrain_pool import SOURCES, load
 
@@ -222,7 +223,7 @@ def pretrain(
             log.append(
                 {"step": step, "done": round(min(done, 1.0), 4), "loss": value, "images_per_second": round(rate)}
             )
-            print(json.dumps(log[-1]), flush=True)
+            print(json_text(log[-1]), flush=True)
             running, since, shown = torch.zeros((), device=device), 0, time.monotonic()
     return _save(average.model, out, variant, meta, log, dict(
         images=len(labels), views=step * recipe.batch_size, seconds=round(time.monotonic() - started),
@@ -292,14 +293,14 @@ def describe(folder: Path) -> None:
     options = {key: value for key, value in found.items() if key not in ("variant", "pool", "log")}
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["training"] = facts(found["pool"], options)
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG_NAME, json_text(config, indent=2) + "\n")
 
 
 def _save(model: nn.Module, out: Path, variant: str, meta: dict, log: list, options: dict[str, Any]) -> MedMamba:
     assert isinstance(model, MedMamba)
     model.config = model.config.replace(training=facts(meta, options))
     model.cpu().eval().save_pretrained(out, dtype=torch.float16)
-    (out / "pretrain.json").write_text(json.dumps({"variant": variant, "pool": meta, "log": log, **options}, indent=1))
+    (out / "pretrain.json").write_text(json_text({"variant": variant, "pool": meta, "log": log, **options}, indent=1))
     return model
 
 

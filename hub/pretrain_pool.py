@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medmamba import load_image
+from medmamba.utils.text import json_text
 
 SIDE = 224  # pixels of the stored squares
 THUMBNAIL = 32
@@ -158,7 +159,7 @@ def build(data: Path, out: Path, threads: int = 2) -> dict[str, int]:
         ends=np.cumsum([len(image) for image in images], dtype=np.int64),
         labels=np.array([-1 if label is None else numbers[label] for label in labels], np.int32),
         free=np.array([every[index].free for index in kept]),
-        meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+        meta=np.frombuffer(json_text(meta).encode(), np.uint8),
     )
     return dict(counts)
 

@@ -8,7 +8,6 @@ Log in with `hf auth login` or set HF_TOKEN. The token is never printed.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from medmamba import MedMamba, __version__
 from medmamba.cards import CARD_NAME, default_repo
 from medmamba.config import ORGANISATION
 from medmamba.pretrained import PretrainedError, bundled_models
+from medmamba.utils.text import json_text
 
 from .golden import GoldenError, check_golden
 from .validate import Report, validate
@@ -231,9 +231,7 @@ def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, 
             )
     except transport as error:
         return [_refusal(error, f"the collection of {organisation}", token or "")]
-    COLLECTION.write_text(
-        json.dumps({"slug": collection.slug, **wanted}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    COLLECTION.write_text(json_text({"slug": collection.slug, **wanted}, indent=2) + "\n", encoding="utf-8")
     say(f"collection: {collection.url}")
     return []
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from medmamba.data import registry
 from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
 
 HUB = Path(__file__).parent
 RESULTS, MODELS, DOCUMENT = HUB / "results", HUB / "models", HUB.parent / "docs" / "results.md"
@@ -117,7 +118,7 @@ def add(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         run = Run.of_folder(folder)
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(run.path, json.dumps(run.data, indent=1, ensure_ascii=False) + "\n")
+        write_text(run.path, json_text(run.data, indent=1) + "\n")
         written.append(run.path)
     return written
 

@@ -30,6 +30,7 @@ from medmamba.inference.predict import predict_features
 from medmamba.metrics import evaluate
 from medmamba.pretrained import fetch, read_config
 from medmamba.training import train
+from medmamba.utils.text import json_text
 
 from . import transfer_table
 
@@ -166,8 +167,8 @@ def measure(
                         scores = fine_tune(start, part, out / "runs" / tag, device, seed, variant, side)
                     record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
                     record |= scores | {"images": part.split_sizes, "size": side}
-                    file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-                    print(json.dumps(record), flush=True)
+                    file.write_text(json_text(record, indent=1), encoding="utf-8")
+                    print(json_text(record), flush=True)
 
 
 def _scores(probabilities: np.ndarray, labels: np.ndarray, index: ImageDataset) -> dict[str, float]:
@@ -212,7 +213,7 @@ def add_counts(folder: Path, data: Path) -> None:
             index = open_dataset(data / record["set"])
             index = ten_per_class(index, record["seed"]) if record["way"] == "ten" else index
             record = {"images": index.split_sizes, "size": own_size(record["start"])} | record
-            file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            file.write_text(json_text(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from medmamba.cards import TRANSFER_NAME, write_card
 from medmamba.cards.backbone import METRICS, WAYS, transfer_tables
 from medmamba.pretrained import read_config
 from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
 
 from .pretrain_pool import SOURCES
 
@@ -31,7 +32,7 @@ def keep(folders: Iterable[Path]) -> list[Path]:
             record["start"] = Path(record["start"]).name
             target = KEPT / record["variant"] / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_text(target, json.dumps(record, indent=1) + "\n")
+            write_text(target, json_text(record, indent=1) + "\n")
             written.append(target)
     return written
 
@@ -94,7 +95,7 @@ def write(check: bool = False) -> int:
     folders = sorted(path.parent for path in MODELS.glob("*/pretrain.json"))
     for folder in folders:
         mine = [row for row in rows if row["variant"] == read_config(folder).architecture]
-        texts[folder / TRANSFER_NAME] = json.dumps({"rows": mine}, indent=1) + "\n"
+        texts[folder / TRANSFER_NAME] = json_text({"rows": mine}, indent=1) + "\n"
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if check:
         for path in stale:

@@ -13,6 +13,7 @@ from medmamba.data.dataset import Record
 from medmamba.data.files import FolderReader
 from medmamba.training.identity import fingerprint
 from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
 
 # Dataset name to the kinds of leakage that are known, allowed and reported with the results: in breastmnist, one image
 # is in both train and test, with different labels; in pneumoniamnist, eight identical images are in several splits.
@@ -65,7 +66,7 @@ def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int], proce
                 cache_images(index.split(split), config, file=file, processes=processes)
     if name != "joint":
         check_leakage(index, allow=DATASETS[name])
-    write_text(cache / name / DECODED, json.dumps({"data": fingerprint(index), "sizes": list(sizes)}))
+    write_text(cache / name / DECODED, json_text({"data": fingerprint(index), "sizes": list(sizes)}))
 
 
 def duplicates_checked(index: ImageDataset, cache: Path | None) -> str | None:

@@ -221,7 +221,7 @@ def _figures(loaded: Loaded) -> Markup:
         intervals = intervals or bool(between)
         detail = tag("<span>{}</span>", between) if between else NOTHING
         rows.append((TITLES[name], tag("<strong>{:.3f}</strong>{}", estimate.value, detail)))
-    said = [counted(evaluation.n_images, evaluation.n_patients, group_unit(loaded))]
+    said = [counted(evaluation.n_images, evaluation.n_patients, f"{evaluation.unit}s")]
     if intervals:
         said.append(f"with {evaluation.level:.0%} intervals")
     if split != "test":
@@ -233,13 +233,6 @@ def _figures(loaded: Loaded) -> Markup:
 def counted(images: int, groups: int | None, unit: str) -> str:
     """Formats the number of images, and of patients, lesions or other groups."""
     return f"{images:,} images" + (f" of {groups:,} {unit}" if groups else "")
-
-
-def group_unit(loaded: Loaded) -> str:
-    """Returns what the groups of a dataset are called: patients only if the registry says so."""
-    entry = loaded.facts.entry
-    unit = entry.group_unit if entry and entry.group_pattern else None
-    return f"{unit}s" if unit else "groups"
 
 
 def _calibration(loaded: Loaded) -> Markup:

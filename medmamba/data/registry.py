@@ -176,6 +176,15 @@ def get(name: str) -> DatasetEntry:
     raise RegistryError(f"no dataset {name!r} in the registry; it knows: {', '.join(names())}")
 
 
+def group_unit(name: str) -> str:
+    """Returns what the groups of a dataset are, "patient" or "lesion"; "patient" if the registry does not say."""
+    try:
+        entry = get(name)
+    except ValueError:
+        return "patient"
+    return entry.group_unit if entry.group_unit and entry.group_pattern else "patient"
+
+
 @functools.cache
 def _entries() -> Mapping[str, DatasetEntry]:
     text = resources.files("medmamba.data").joinpath("registry.json").read_text(encoding="utf-8")

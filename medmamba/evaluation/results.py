@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..config import MedMambaConfig
-from ..data import ImageDataset
+from ..data import ImageDataset, registry
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
 from ..metrics.subgroups import Subgroups
@@ -79,7 +79,8 @@ def score(
 ) -> Scored:
     """Scores logits (N, K), scaled by the temperature in `config.calibration`."""
     patients = dataset.patients
-    options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed)
+    unit = registry.group_unit(dataset.name)
+    options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed, unit=unit)
     temperature = float(config.calibration.get("temperature", 1.0))
     raw = logits.numpy()
     context = {**(context or {}), "temperature": temperature}

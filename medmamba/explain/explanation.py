@@ -21,6 +21,7 @@ from ..config import MedMambaConfig, PreprocessConfig
 from ..imaging.image import Window
 from ..imaging.load import ImageSource, MedicalImage
 from ..imaging.preprocess import placement, preprocess
+from ..inference.fitted import in_force
 from ..inference.predict import probabilities, read_image
 from ..kernels import resolve_backend
 from ..model import MedMamba
@@ -185,7 +186,7 @@ def explain(
     view = frozen_view(model)
     original = cast(MedMamba, modes.unwrap(model))
     batch_size = check_batch_size(batch_size, view)
-    config = view.config
+    config, _, changes = in_force(original)
     index = resolve_target(target, config)
     picture = read_image(image, frame, window)
     device = view.patch_embed.proj.weight.device
@@ -212,7 +213,11 @@ def explain(
         },
         diagnostics=result.diagnostics,
         seconds=time.perf_counter() - began,
-        notes=tuple(_notes(picture, config, original) + result.notes),
+        notes=(
+            *_notes(picture, config, original),
+            *(note.removeprefix("warning: ") for note in changes),
+            *result.notes,
+        ),
         image=picture,
         preprocess=config.preprocess,
         request=(method, options),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MedMambaConfig
+from ..inference.fitted import in_force
 from ..kernels.backends import cpu
 from ..utils.text import json_text
 from .check import (
@@ -90,7 +91,7 @@ def to_onnx(
         from .onnx_precision import quantise
 
         proto = quantise(proto, model.config, images)
-    _describe(proto, model.config, precision)
+    _describe(proto, in_force(model).config, precision)
     with written_whole(path) as temporary:
         onnx.save(proto, temporary)
         onnx.checker.check_model(os.fspath(temporary))

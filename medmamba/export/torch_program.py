@@ -12,6 +12,7 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from ..inference.fitted import in_force
 from ..utils.text import json_text
 from .check import TOLERANCE, ExportError, ExportReport, check_batches, compare, export_view, written_whole
 
@@ -52,7 +53,8 @@ def to_torch_export(
     with written_whole(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights whose memory is channels-last
-            torch.export.save(program, temporary, extra_files={CONFIG_FILE: json_text(model.config.to_dict())})
+            record = json_text(in_force(model).config.to_dict())
+            torch.export.save(program, temporary, extra_files={CONFIG_FILE: record})
         loaded, _ = load_torch_export(temporary)
 
         @torch.inference_mode()

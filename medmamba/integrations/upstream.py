@@ -143,7 +143,7 @@ def infer_config(state: Mapping[str, Tensor], **config: Any) -> MedMambaConfig:
         if key not in state:
             raise ConversionError(
                 f"not a published MedMamba checkpoint but another network: it has no {key!r}; it has "
-                f"{_sample(state) or 'no tensors'}"
+                f"{_sample(state) or 'no tensors at all'}"
             )
     blocks: dict[int, set[int]] = {}
     for key in state:

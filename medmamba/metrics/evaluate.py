@@ -31,6 +31,7 @@ def evaluate(
     seed: int = 0,
     ece_bins: int = 15,
     context: Mapping[str, Any] | None = None,
+    unit: str = "patient",
 ) -> Evaluation:
     """Scores predictions, with bootstrap intervals.
 
@@ -55,6 +56,7 @@ def evaluate(
         seed: of the bootstrap.
         ece_bins: bins of the expected calibration error.
         context: stored with the result, such as model, dataset and split.
+        unit: what `patients` identifies, for texts: "patient", "lesion", ...
 
     Raises:
         EvaluationError: shapes, values or labels that do not match.
@@ -100,6 +102,7 @@ def evaluate(
         ece_bins=ece_bins,
         notes=_notes(classes, support, len(truth), task),
         context=dict(context or {}),
+        unit=unit,
     )
 
 

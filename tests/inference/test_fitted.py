@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from medmamba import MedMamba, PretrainedError, create_model
+from medmamba.explain import explain
 from medmamba.inference.fingerprint import changed_parts, fingerprint, stamp
 from medmamba.inference.fitted import in_force
 from medmamba.inference.ood import UnusualError, fit_unusual
@@ -143,6 +144,21 @@ def test_changed_weights_are_told_and_their_records_not_applied(loaded, change):
     assert sum("weights have changed" in note for note in after.image_notes) == 2
     assert loaded.config.calibration["temperature"] == 4, "prediction leaves the record alone"
     assert len([n for n in loaded.predict(IMAGE).image_notes if "weights have changed" in n]) == 2
+
+
+def test_explanations_and_exports_leave_out_a_calibration_of_other_weights(loaded, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx, export = pytest.importorskip("onnx"), pytest.importorskip("medmamba.export")
+    temperature = loaded.config.calibration["temperature"]
+    assert explain(loaded, IMAGE, "input_x_gradient").probability == pytest.approx(loaded.predict(IMAGE).probability)
+    step(loaded)
+    with pytest.warns(UserWarning, match="weights have changed"):
+        found = explain(loaded, IMAGE, "input_x_gradient")
+    assert found.probability == pytest.approx(loaded.predict(IMAGE).probability, abs=1e-6)
+    assert any("weights have changed" in note for note in found.notes)
+    export.to_onnx(loaded, tmp_path / "m.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert metadata["calibration"] == "{}" and loaded.config.calibration["temperature"] == temperature
 
 
 def test_a_step_and_its_undoing_is_no_change(loaded):
@@ -319,7 +335,7 @@ def test_records_beside_other_weights_are_not_used_and_said(folder, tiny_model):
     config = json.loads((folder / "config.json").read_text())
     del config["weights_sha256"]  # as its error message says
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="of other weights|to other weights") as said:
+    with pytest.warns(UserWarning, match="with other weights|to other weights") as said:
         found = MedMamba.from_pretrained(folder)
     assert any("unusual.json was fitted with other weights" in str(w.message) for w in said)
     assert any("calibration in config.json was fitted with other weights" in str(w.message) for w in said)
