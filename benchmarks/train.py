@@ -57,7 +57,9 @@ def images_per_second(args: argparse.Namespace, size: int, precision: str) -> tu
             if done == 0:
                 _wait(accelerator.device)
                 started = time.perf_counter()
-            trainer._step(data, order, 0, done % trainer.batches.steps)
+            step = done % trainer.batches.steps
+            rows = order[trainer.batches.rows(step, accelerator.process_index, 0)[0]]
+            trainer._step(data.size, iter([data.batch(rows, accelerator.device)] * args.accumulate), 0, step)
         _wait(accelerator.device)
         return args.steps * trainer.batches.size / (time.perf_counter() - started), accelerator
 

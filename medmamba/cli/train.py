@@ -15,7 +15,9 @@ def add_parser(subparsers: Any) -> None:
         f"{STOPPED} if --max-seconds or SIGTERM stopped it. On several GPUs: "
         "accelerate launch -m medmamba train ...",
     )
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder, .csv, .npz or .zip of images")
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="folder, .csv, .npz, .zip or .tar of images, or hf://owner/name"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, results and checkpoints")
     parser.add_argument("--recipe", default="default", metavar="NAME", help="name or .json file (default: %(default)s)")
     parser.add_argument(
@@ -41,6 +43,16 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument("--in-chans", type=int, metavar="N", help="input channels (default: those of --from, or 3)")
     data.add_argument("--cache", metavar="DIR", help="cache decoded images in this folder, for faster starts")
+    data.add_argument(
+        "--keep",
+        default="auto",
+        choices=("auto", "memory", "disk", "nowhere"),
+        help="where decoded images stay: in memory, on disk in --cache, or nowhere (decoded in every epoch); "
+        "auto: the first that has the space (default: %(default)s)",
+    )
+    data.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode images kept nowhere (default: one per core)"
+    )
 
     recipe = parser.add_argument_group("recipe settings")
     recipe.add_argument("--epochs", type=int, metavar="N", help="number of epochs")
@@ -114,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         finish_early=args.finish_early,
         checkpoint_seconds=args.checkpoint_seconds,
         cache=args.cache,
+        keep=args.keep,
+        workers=args.workers,
         graphs=args.graphs,
         restart=args.restart,
         progress=not args.quiet,

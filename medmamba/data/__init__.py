@@ -10,22 +10,28 @@ from .cache import CachedDataset, cache_images
 from .check import DatasetCheck, check_dataset
 from .dataset import SPLITS, DatasetError, ImageDataset, Record, to_tensor
 from .files import open_folder, open_zip
+from .hf_datasets import open_hf
 from .labels import alphabetical_permutation, order_classes
 from .leakage import LeakageError, LeakageReport, check_leakage, find_leakage
 from .npz import open_npz, unpack_npz
 from .opening import open_dataset
 from .splits import make_splits, published_split, random_split, val_from_train
+from .streaming import DecodedAnew, StoredImages, StreamedDataset
 from .table import open_csv
+from .webdataset import open_shards
 
 __all__ = [
     "SPLITS",
     "CachedDataset",
     "DatasetCheck",
     "DatasetError",
+    "DecodedAnew",
     "ImageDataset",
     "LeakageError",
     "LeakageReport",
     "Record",
+    "StoredImages",
+    "StreamedDataset",
     "alphabetical_permutation",
     "cache_images",
     "check_dataset",
@@ -35,7 +41,9 @@ __all__ = [
     "open_csv",
     "open_dataset",
     "open_folder",
+    "open_hf",
     "open_npz",
+    "open_shards",
     "open_zip",
     "order_classes",
     "published_split",

@@ -6,13 +6,9 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +18,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import PreprocessConfig
-from ..imaging.load import MedicalImage
-from ..imaging.preprocess import adapt_channels, resize
 from ..utils.files import clear_space_errors, locked, write_text
 from ..utils.text import json_text
-from .dataset import DatasetError, ImageDataset, to_tensor
+from .dataset import DatasetError, ImageDataset
+from .decode import fill, fill_by_forks, is_deep
 from .identity import FileIndex, contents, files_of, reading_code
 from .pixels import Pixels, Warnings
 
 FORMAT = 3
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_TOO_DEEP = 17  # exit code of a process that found an image of more than 8 bits
 
 
 class _Stale(Exception):
@@ -67,13 +61,22 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"expected uint8 or uint16 ({len(index)}, H, W, C), got {images.dtype} {tuple(images.shape)}"
             )
         self.images = images
+        self._describe(index, images.shape[3], mean, std, warnings)
+
+    def _describe(
+        self,
+        index: ImageDataset,
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        warnings: Mapping[str, Sequence[int]] | None,
+    ) -> None:
         self.index = index
         self.targets = index.targets
         self.warnings = {text: list(rows) for text, rows in (warnings or {}).items() if rows}
-        channels = images.shape[3]
         self.mean = torch.tensor(mean, dtype=torch.float32).expand(channels)
         self.std = torch.tensor(std, dtype=torch.float32).expand(channels)
-        self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._affine: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,25 +85,45 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         images, targets = self.batch([index])
         return images[0], targets[0]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which indices are best given: an index from elsewhere makes a GPU wait."""
+        return self.images.device
+
     def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Returns normalised images, float32 `(B, C, H, W)`, and labels at `indices`, both on `device`."""
-        # Where the images are: an index from elsewhere makes a GPU wait.
-        chosen = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
+        chosen = torch.as_tensor(indices).to(self.device, non_blocking=True)
         deep = self.images.dtype == torch.uint16
         stored = self.images.view(torch.int16) if deep else self.images  # few operations know uint16
-        images = stored[chosen].to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, C, H, W)
-        images = (images.int() & 0xFFFF).float() if deep else images.float()
-        scale, shift = self._scale_and_shift(torch.device(device))
-        return torch.addcmul(shift, images, scale), self.targets[chosen].to(device, non_blocking=True)
+        return self._normalised(stored[chosen], device), self.targets[chosen].to(device, non_blocking=True)
 
-    def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def batches(self, parts: Iterable[Tensor], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields `batch(part)` of each part; a set on disk reads ahead."""
+        for part in parts:
+            yield self.batch(part, device)
+
+    def _normalised(self, stored: Tensor, device: torch.device | str) -> Tensor:
+        """Returns stored pixels (B, H, W, C) as float32 (B, C, H, W) on `device`."""
+        deep = stored.dtype != torch.uint8
+        stored = stored.view(torch.int16) if deep else stored
+        images = stored.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        images = (images.int() & 0xFFFF).float() if deep else images.float()
+        scale, shift = self._scale_and_shift(torch.device(device), 65535 if deep else 255)
+        return torch.addcmul(shift, images, scale)
+
+    def _scale_and_shift(self, device: torch.device, largest: int) -> tuple[Tensor, Tensor]:
         """Returns (x / largest - mean) / std as one scale and one shift, each (1, C, 1, 1)."""
-        if device not in self._affine:
-            largest = 255 if self.images.dtype == torch.uint8 else 65535
+        key = (device, largest)
+        if key not in self._affine:
             scale = (1 / (largest * self.std)).view(1, -1, 1, 1)
             shift = (-self.mean / self.std).view(1, -1, 1, 1)
-            self._affine[device] = (scale.to(device), shift.to(device))
-        return self._affine[device]
+            self._affine[key] = (scale.to(device), shift.to(device))
+        return self._affine[key]
 
     def split(self, name: str) -> CachedDataset:
         """Returns one split; a copy if its images are not contiguous."""
@@ -160,16 +183,16 @@ def cache_images(
     if len(dataset) == 0:
         raise DatasetError(f"{dataset.name} has no images")
 
-    def fill(pixels: Pixels) -> None:
-        if processes == 1 or pixels.path is None or not _fill_by_forks(pixels, dataset, config, in_chans, processes):
-            _fill(pixels, dataset, config, in_chans, workers, progress)
+    def decode(pixels: Pixels) -> None:
+        if processes == 1 or pixels.path is None or not fill_by_forks(pixels, dataset, config, in_chans, processes):
+            fill(pixels, dataset, config, in_chans, workers, progress)
 
     if file is None:
-        with Pixels((len(dataset), *config.input_size, in_chans), _is_deep(dataset)) as pixels:
-            fill(pixels)
+        with Pixels((len(dataset), *config.input_size, in_chans), is_deep(dataset)) as pixels:
+            decode(pixels)
             found, said = pixels.array, pixels.warnings()
     else:
-        found, said = _from_file(Path(file), dataset, (config, in_chans), files or FileIndex(), fill)
+        found, said = _from_file(Path(file), dataset, (config, in_chans), files or FileIndex(), decode)
     return CachedDataset(torch.from_numpy(found), dataset, config.mean, config.std, said)
 
 
@@ -194,7 +217,7 @@ def _from_file(
         except _Stale as reason:
             if str(reason):
                 warnings.warn(f"{path}: {reason}; all images are decoded again", stacklevel=4)
-        with Pixels(shape, _is_deep(dataset), path) as pixels:
+        with Pixels(shape, is_deep(dataset), path) as pixels:
             fill(pixels)
             said = pixels.warnings()
             _sidecar_path(path).unlink(missing_ok=True)  # until it is written again, there is nothing to use
@@ -318,80 +341,3 @@ def _clear_errors(path: Path) -> Iterator[None]:
                 f"{path.parent} cannot hold decoded images ({error.strerror}); choose another folder for them "
                 "(cache=, --cache), or none"
             ) from error
-
-
-def _is_deep(dataset: ImageDataset) -> bool:
-    """Returns whether the first image has more than 8 bits, in which case others probably do too."""
-    try:
-        return dataset.image(0).bit_depth > 8
-    except Exception:  # reported with its name when it is decoded
-        return False
-
-
-def _decoded(dataset: ImageDataset, row: int, config: PreprocessConfig, in_chans: int) -> tuple[Tensor, MedicalImage]:
-    """Returns the resized pixels, (H, W, C) in [0, 1], and the image as read."""
-    image = dataset.image(row)
-    pixels = adapt_channels(to_tensor(image), in_chans)  # (C, H, W)
-    return resize(pixels.unsqueeze(0), config)[0].permute(1, 2, 0), image
-
-
-def _fill(
-    out: Pixels,
-    dataset: ImageDataset,
-    config: PreprocessConfig,
-    in_chans: int,
-    workers: int | None,
-    progress: Callable[[Iterable[int]], Iterable[int]],
-) -> None:
-    def work(row: int) -> int:
-        pixels, image = _decoded(dataset, row, config, in_chans)
-        out.put(row, pixels, image.bit_depth > 8, image.notes)
-        return row
-
-    # One thread per image: threads within an operation, times those of the pool, would oversubscribe the cores.
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for _ in progress(pool.map(work, range(len(dataset)))):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _fill_by_forks(out: Pixels, dataset: ImageDataset, config: PreprocessConfig, in_chans: int, processes: int) -> bool:
-    """Fills a memory-mapped array in forked processes.
-
-    Returns False if that is not possible, or if an image cannot be read; threads then report which.
-    """
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return False
-
-    def work(first: int, folder: str) -> None:
-        torch.set_num_threads(1)
-        for row in range(first, len(dataset), processes):
-            pixels, image = _decoded(dataset, row, config, in_chans)
-            if image.bit_depth > 8 and not out.deep:
-                sys.exit(_TOO_DEEP)  # the array of all processes must change
-            out.put(row, pixels, image.bit_depth > 8, image.notes)
-        Path(folder, str(first)).write_text(json_text(list(out.notes.items())), encoding="utf-8")
-
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        forks = [context.Process(target=work, args=(first, folder)) for first in range(processes)]
-        for fork in forks:
-            fork.start()
-        for fork in forks:
-            fork.join()
-        codes = {fork.exitcode for fork in forks}
-        if codes == {0}:
-            for file in Path(folder).iterdir():
-                found = json.loads(file.read_text(encoding="utf-8"))
-                out.notes.update({int(row): tuple(texts) for row, texts in found})
-            return True
-    if _TOO_DEEP not in codes or out.deep:
-        return False
-    out.widen()
-    return _fill_by_forks(out, dataset, config, in_chans, processes)

@@ -66,7 +66,8 @@ class FileIndex:
             workers: threads that read.
             digest: returns the hash of an open file; None: SHA-256.
         """
-        paths = [os.path.abspath(file) for file in files]
+        absolute = {file: os.path.abspath(file) for file in dict.fromkeys(files)}  # many images may share a file
+        paths = [absolute[file] for file in files]
         found: dict[str, str] = {}
         unknown = []
         for path in dict.fromkeys(paths):
@@ -90,12 +91,16 @@ class FileIndex:
 def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None) -> list[str]:
     """Returns a digest per image of the file or archive that its pixels come from.
 
-    The reader names the file by its method `file_of(record)`; its frame and window are part of the digest. For readers
-    without that method the images are decoded and their pixels hashed.
+    The reader names the file by its method `file_of(record)`, or all of its files by `files()`; its frame and window
+    are part of the digest. For readers without these methods the images are decoded and their pixels hashed.
     """
     file_of = getattr(dataset.reader, "file_of", None)
-    if file_of is not None:
-        found = index.hashes([file_of(record) for record in dataset.records], workers)
+    if file_of is not None or hasattr(dataset.reader, "files"):
+        found = (
+            _of_all_files(dataset, index, workers)
+            if file_of is None
+            else index.hashes([file_of(record) for record in dataset.records], workers)
+        )
         asked = {name: getattr(dataset.reader, name, None) for name in _ASKED}
         suffix = "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
         return [f"{content}{suffix}" for content in found]
@@ -104,9 +109,20 @@ def contents(dataset: ImageDataset, index: FileIndex, workers: int | None = None
 
 
 def files_of(dataset: ImageDataset) -> list[Path]:
-    """Returns the files that `contents` hashes; empty if the reader does not name them."""
+    """Returns the files that `contents` hashes, each once; empty if the reader does not name them."""
     file_of = getattr(dataset.reader, "file_of", None)
-    return [] if file_of is None else [file_of(record) for record in dataset.records]
+    if file_of is None:
+        return dataset.reader.files() if hasattr(dataset.reader, "files") else []
+    return list(dict.fromkeys(file_of(record) for record in dataset.records))
+
+
+def _of_all_files(dataset: ImageDataset, index: FileIndex, workers: int | None) -> list[str]:
+    """Returns one digest for all images of a reader that cannot tell which file an image is in."""
+    reader: Any = dataset.reader
+    digest = hashlib.sha256()
+    for part in [*index.hashes(reader.files(), workers), *sorted(reader.marks().items())]:
+        digest.update(repr(part).encode())
+    return [digest.hexdigest()[:32]] * len(dataset)
 
 
 @functools.cache

@@ -12,11 +12,16 @@ from ..utils.names import shown
 from . import registry
 from .dataset import DatasetError, ImageDataset, Transform
 from .files import open_folder, open_zip
+from .hf_datasets import SCHEME, is_hf, open_hf
 from .npz import open_npz
 from .registry import DatasetEntry
 from .table import open_csv
+from .webdataset import is_shards, open_shards
 
-_LAYOUTS = "a folder (root/<class>/image or root/<split>/<class>/image), a .csv, a MedMNIST .npz or a .zip of a folder"
+_LAYOUTS = (
+    "a folder (root/<class>/image or root/<split>/<class>/image), a .csv, a MedMNIST .npz, a .zip of a folder, "
+    f"WebDataset .tar files or a Hugging Face dataset ({SCHEME}owner/name, or a local copy)"
+)
 
 
 def open_dataset(
@@ -33,7 +38,8 @@ def open_dataset(
     """Indexs a collection of images; the reader is chosen by what `path` is.
 
     Args:
-        path: folder of images, `.csv`, `.tsv`, `.npz`, `.zip`, or a folder that holds exactly one of these files.
+        path: folder of images, `.csv`, `.tsv`, `.npz`, `.zip`, or a folder that holds exactly one of these files; tar
+            shards (a `.tar`, a folder or a pattern of them, see `open_shards`); a Hugging Face dataset (see `open_hf`).
         split: "train", "val" or "test" for that part alone.
         dataset: name (or entry) in the registry. Fixes the order of the classes, whatever the folders are called, and
             the pattern of patients in file names. Use `check_dataset` to see whether the files are the complete set.
@@ -51,14 +57,25 @@ def open_dataset(
             a pattern that matches nothing, an option without effect, or a file that cannot be trusted.
         medmamba.data.registry.RegistryError: an unknown dataset name.
     """
+    address = os.fspath(path)
     path = Path(path)
     entry = registry.get(dataset) if isinstance(dataset, str) else dataset
     if class_order != "auto" and (classes is not None or entry is not None):
         fixed = "classes=" if classes is not None else "dataset= (--dataset)"
         raise DatasetError(f"class_order={class_order!r} has no effect where {fixed} fixes the order; leave one out")
-    path, notes = _find(path, entry)
+    from_hub = is_hf(address)
+    shards = not from_hub and is_shards(path)
+    path, notes = (path, []) if from_hub or shards else _find(path, entry)
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix == ".zip":
+    if from_hub:
+        if patient_pattern is not None:
+            raise DatasetError(f"{address}: patient_pattern has no effect on Hugging Face datasets; leave it out")
+        found = open_hf(address, entry=entry, classes=classes, class_order=class_order)
+    elif shards:
+        found = open_shards(
+            path, entry=entry, classes=classes, class_order=class_order, patient_pattern=patient_pattern
+        )
+    elif path.is_dir() or suffix == ".zip":
         opener = open_folder if path.is_dir() else open_zip
         found = opener(
             path,

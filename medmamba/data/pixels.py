@@ -74,8 +74,7 @@ class Pixels:
                 if array is self.array:  # else it was widened meanwhile
                     array[row] = values
                     break
-        said = tuple(note.removeprefix(_PREFIX).strip() for note in notes if note.startswith(_PREFIX))
-        if said:
+        if said := said_by(notes):
             self._notes[row] = said
 
     def widen(self) -> None:
@@ -118,6 +117,11 @@ class Pixels:
         except BaseException:
             self._partial.unlink(missing_ok=True)
             raise
+
+
+def said_by(notes: Iterable[str]) -> tuple[str, ...]:
+    """Returns the warnings among the notes of a reader, without their prefix."""
+    return tuple(note.removeprefix(_PREFIX).strip() for note in notes if note.startswith(_PREFIX))
 
 
 def group_warnings(notes: dict[int, tuple[str, ...]]) -> Warnings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..utils.names import AmbiguousNameError, alike, shown, whole_number, words
@@ -20,7 +20,7 @@ from .registry import DatasetEntry
 __all__ = ["LABEL_SEPARATOR", "open_csv"]
 
 # Names that a column may have, in lower case. Where several are there, the first of these is taken.
-_COLUMNS = {
+COLUMNS = {
     "path": ("path", "image_path", "file", "filename", "file_name", "image"),
     "label": ("label", "labels", "class", "target", "diagnosis", "diagnostic"),
     "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "group", "lesion_id"),
@@ -50,12 +50,12 @@ def open_csv(
     """
     path = Path(path)
     where = str(path)
-    table = read_table(path, _COLUMNS["path"])
+    table = read_table(path, COLUMNS["path"])
     columns, notes = _columns(table.header, path)
     label_columns = [name for name in table.header if name not in columns.values()]
     if "label" in columns:
         cells = [(line, row[columns["label"]]) for line, row in table.rows]
-        found, multilabel, said = parse_labels(cells, _known(entry, classes), where)
+        found, multilabel, said = parse_labels(cells, known_class(entry, classes), where)
         notes += said
     elif label_columns:
         multilabel = True
@@ -88,7 +88,7 @@ def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[st
     columns: dict[str, str] = {}
     notes = []
     by_name = {name.lower(): name for name in header}
-    for role, names in _COLUMNS.items():
+    for role, names in COLUMNS.items():
         matches = [by_name[name] for name in names if name in by_name]
         if matches:
             columns[role] = matches[0]
@@ -99,7 +99,7 @@ def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[st
     return columns, notes
 
 
-def _known(entry: DatasetEntry | None, classes: Sequence[str] | None):
+def known_class(entry: DatasetEntry | None, classes: Sequence[str] | None) -> Callable[[str], bool]:
     """Returns a predicate for texts that are a given class or one in the registry."""
 
     def is_class(text: str) -> bool:

@@ -57,11 +57,13 @@ def predict_logits(
     count, processes = len(data), accelerator.num_processes
     share = math.ceil(count / processes)
     mine = torch.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % count
-    mine = mine.to(data.images.device)
+    mine = mine.to(data.device)
     found = []
     visible = progress and accelerator.process_index == 0
-    for rows in tqdm(mine.split(batch_size), "predicting", unit="batch", disable=not visible):
-        images = normalise(data.batch(rows, accelerator.device)[0], model.config.preprocess)
+    parts = mine.split(batch_size)
+    batches = data.batches(parts, accelerator.device)
+    for images, _ in tqdm(batches, "predicting", len(parts), unit="batch", disable=not visible):
+        images = normalise(images, model.config.preprocess)
         exact = FullPrecision() if full_precision and accelerator.device.type == "cuda" else contextlib.nullcontext()
         with exact, autocast(accelerator, enabled=not full_precision):
             found.append(view(images.contiguous(memory_format=torch.channels_last)).float())

@@ -30,13 +30,14 @@ from ..model import MedMamba
 from ..pretrained import hub_name
 from ..utils.devices import make_accelerator, wait_for_everyone
 from ..utils.files import LockedError, locked
+from .checked import Checked
 from .checkpoint import LOCK, CheckpointStore, check_same_run
 from .finalise import RESULT_FILES, finish, finished_before, training_record
 from .graphed_step import GRAPHS
 from .identity import data_table, fingerprint, known_files, run_identity
 from .recipe import Recipe, load_recipe
 from .run_log import HISTORY, RunLog
-from .setup import ImageCache, build_model, check_splits
+from .setup import KEEP, ImageCache, build_model, check_splits
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def train(
     finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
     cache: str | os.PathLike | None = None,
+    keep: str = "auto",
+    workers: int | None = None,
     graphs: str = "auto",
     init_name: str | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -132,6 +135,10 @@ def train(
         max_seconds: stops after about this time; the same call resumes.
         finish_early: makes the best epoch so far the final model when the run is stopped, instead of resuming later.
         cache: folder for the decoded images, which makes the next start faster.
+        keep: where decoded images stay: "memory"; "disk", in files in `cache` from which each batch is read shortly
+            before it is needed; "nowhere", decoded anew in every epoch; or "auto", the first of these that has the
+            space. The result is the same.
+        workers: processes that decode images which are kept nowhere; None: one per core.
         checkpoint_seconds: minimum time between two checkpoints.
         graphs: "auto": forward and backward as one CUDA graph on a GPU, which is faster for small batches; "off":
             never.
@@ -151,6 +158,8 @@ def train(
     """
     started = time.monotonic()
     chosen = load_recipe(recipe, **settings)
+    if keep not in KEEP:
+        raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
     if graphs not in GRAPHS:
         raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
     source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
@@ -190,12 +199,27 @@ def train(
         if accelerator.process_index == 0:
             check_same_run(store, identity, table)
             if not checked_before:
-                check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
+                checked = Checked(folder, identity, allow_leakage, check_duplicates)
+                if not checked:
+                    check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
+                    checked.note()
             store.note_run(identity, table)
         log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
         for note in index.notes:
             log.note(f"{index.name}: {note}")
-        images = ImageCache(index, model.config, accelerator, folder, progress, files=files, say=log.warn)
+        del table  # which is large for many images
+        images = ImageCache(
+            index,
+            model.config,
+            accelerator,
+            folder,
+            progress,
+            files=files,
+            say=log.warn,
+            keep=keep,
+            workers=workers,
+            tell=log.note,
+        )
         trainer = Trainer(
             model,
             chosen,

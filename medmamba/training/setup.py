@@ -14,12 +14,18 @@ from torch import Tensor
 
 from ..config import MedMambaConfig, variant_config
 from ..data import CachedDataset, DatasetError, ImageDataset, cache_images
+from ..data.decode import is_deep
 from ..data.identity import FileIndex
+from ..data.streaming import DecodedAnew, StoredImages, StreamedDataset
 from ..model import MedMamba
+from ..utils.memory import cores, free_disk, free_memory, local_processes
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+KEEP = ("auto", "memory", "disk", "nowhere")
+_SHARE_OF_MEMORY = 0.5  # of what is free, that one split may take
 
 
 @dataclass
@@ -34,9 +40,9 @@ class ImageCache:
         progress: shows progress bars.
         files: known hashes of the image files.
         say: receives the warnings of the image readers, once per split.
-
-    Attributes:
-        warnings: warnings of the image readers, by split.
+        keep: where decoded images stay, see `train`.
+        workers: processes that decode where nothing is kept; None: the cores there are, divided among the processes.
+        tell: receives a note where images do not stay in memory.
     """
 
     index: ImageDataset
@@ -46,7 +52,10 @@ class ImageCache:
     progress: bool = False
     files: FileIndex = field(default_factory=FileIndex)
     say: Callable[[str], None] | None = None
-    warnings: dict[str, list[str]] = field(default_factory=dict)
+    keep: str = "auto"
+    workers: int | None = None
+    tell: Callable[[str], None] | None = None
+    _warned: dict[str, list[str]] = field(default_factory=dict)
     _kept: dict[str, tuple[int, CachedDataset]] = field(default_factory=dict)
 
     def __call__(self, split: str, size: int) -> CachedDataset:
@@ -57,28 +66,43 @@ class ImageCache:
         return self._kept[split][1]
 
     def holds(self, split: str, size: int) -> bool:
-        """Returns whether the images of this split are in memory at this size."""
+        """Returns whether the images of this split are at hand at this size."""
         return split in self._kept and self._kept[split][0] == size
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """Warnings of the image readers so far, by split."""
+        for split, (_, data) in self._kept.items():
+            if lines := data.warning_lines():  # of images that are decoded anew they grow
+                self._warned[split] = lines
+        return self._warned
 
     def _load(self, split: str, size: int) -> CachedDataset:
         from tqdm import tqdm
 
         part = self.index.split(split)
+        place = self._place(part, split, size)
+        preprocess = dataclasses.replace(self.config.preprocess, input_size=(size, size), mean=(0.0,), std=(1.0,))
+        if place == "nowhere":
+            workers = cores() // local_processes(self.accelerator) if self.workers is None else self.workers
+            return StreamedDataset(DecodedAnew(part, preprocess, self.config.in_chans, workers), part)
         visible = self.progress and self.accelerator.process_index == 0
         file = None
         if self.folder is not None:
             with contextlib.suppress(OSError):  # `cache_images` reports what is wrong with it
                 self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / f"{split}-{size}.npy"
+            file = self._file(split, size)
 
         def bar(items: Iterable[int]) -> Iterable[int]:
             return tqdm(items, f"reading {split}", len(part), unit="img", disable=not visible)
 
-        preprocess = dataclasses.replace(self.config.preprocess, input_size=(size, size), mean=(0.0,), std=(1.0,))
         first = file is not None and self.accelerator.num_processes > 1
         with self.accelerator.main_process_first() if first else contextlib.nullcontext():
             cached = cache_images(part, preprocess, self.config.in_chans, file=file, progress=bar, files=self.files)
         self._warn(split, cached.warning_lines())
+        if place == "disk":
+            assert file is not None
+            return StreamedDataset(StoredImages(file), part, warnings=cached.warnings)
         if self.accelerator.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.accelerator.device)
             if cached.images.nbytes < free // 3:
@@ -86,12 +110,45 @@ class ImageCache:
                 cached.targets = cached.targets.to(self.accelerator.device)
         return cached
 
+    def _file(self, split: str, size: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{split}-{size}.npy"
+
     def _warn(self, split: str, lines: list[str]) -> None:
-        if lines and self.say and split not in self.warnings:
+        if lines and self.say and split not in self._warned:
             for line in lines:
                 self.say(f"{split}: {line.removeprefix('warning: ')}")
         if lines:
-            self.warnings[split] = lines
+            self._warned[split] = lines
+
+    def _place(self, part: ImageDataset, split: str, size: int) -> str:
+        """Returns where the decoded images of a split stay: "memory", "disk" or "nowhere"."""
+        need = len(part) * size * size * self.config.in_chans * (2 if is_deep(part) else 1)
+        found = self.keep if self.keep != "auto" else self._choose(need, self._file(split, size))
+        if found == "disk" and self.folder is None:
+            raise DatasetError("keep='disk' (--keep disk) needs a folder for the decoded images: cache= (--cache DIR)")
+        if found != "memory" and self.tell:
+            how = "read from disk as they are needed" if found == "disk" else "decoded anew in every epoch"
+            self.tell(f"{split}: {len(part):,} images of {size} pixels ({need / 1e9:.1f} GB decoded) are {how}")
+        return found
+
+    def _choose(self, need: int, file: Path | None) -> str:
+        """Chooses the fastest place that has the space."""
+        if self.accelerator.num_processes > 1:  # all must come to the same answer, and may see different numbers
+            from accelerate.utils import broadcast_object_list
+
+            answer = [self._fits(need, file) if self.accelerator.process_index == 0 else ""]
+            broadcast_object_list(answer)
+            return answer[0]
+        return self._fits(need, file)
+
+    def _fits(self, need: int, file: Path | None) -> str:
+        copies = 1 if file else local_processes(self.accelerator)  # processes share a file
+        if need * copies <= free_memory() * _SHARE_OF_MEMORY:
+            return "memory"
+        if file is None:
+            return "nowhere"
+        there = file.stat().st_size if file.is_file() else 0  # to be used, or replaced
+        return "disk" if need <= free_disk(file.parent) + there else "nowhere"
 
 
 def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -142,7 +142,8 @@ class Trainer:
         size = self.recipe.size_at(epoch)
         data = self.images("train", size)
         order = torch.from_numpy(sampling.epoch_order(self.labels, self.recipe.balance, self.seed, epoch))
-        order = order.to(data.images.device)  # once: indexing with a tensor on another device synchronises each time
+        order = order.to(data.device)  # once: indexing with a tensor on another device synchronises each time
+        feed = data.batches(self._rows(order), self.accelerator.device)
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -150,7 +151,7 @@ class Trainer:
         running = torch.tensor(progress.loss_sum, dtype=torch.float64, device=_double(self.accelerator.device))
         started, before = time.monotonic(), progress.seconds
         while progress.step < self.batches.steps:
-            running += self._step(data, order, epoch, progress.step).to(running.device)
+            running += self._step(data.size, feed, epoch, progress.step).to(running.device)
             progress.step += 1
             bar.update(self.batches.size)
             last = progress.step == self.batches.steps
@@ -166,7 +167,13 @@ class Trainer:
                 return False
         return True
 
-    def _step(self, data: CachedDataset, order: Tensor, epoch: int, step: int) -> Tensor:
+    def _rows(self, order: Tensor) -> Iterator[Tensor]:
+        """Yields the rows that this process takes in each part of each step left in the epoch."""
+        for step in range(self.progress.step, self.batches.steps):
+            for turn in range(self.batches.accumulate):
+                yield order[self.batches.rows(step, self.accelerator.process_index, turn)[0]]
+
+    def _step(self, size: tuple[int, int], feed: Iterator[tuple[Tensor, Tensor]], epoch: int, step: int) -> Tensor:
         """Runs one optimiser step; returns the mean loss of this process."""
         recipe, plan, process = self.recipe, self.batches, self.accelerator.process_index
         drawn = augment.draw(recipe, plan.size, sampling.augment_rng(self.seed, epoch, step))
@@ -175,8 +182,8 @@ class Trainer:
         total: Tensor | float = 0.0
         self._statistics.begin()
         for turn in range(plan.accumulate):
-            of_epoch, of_step = plan.rows(step, process, turn)
-            images, targets = self._batch(data, order[of_epoch], drawn.rows(of_step.start, of_step.stop))
+            _, of_step = plan.rows(step, process, turn)
+            images, targets = self._batch(*next(feed), drawn.rows(of_step.start, of_step.stop), size)
             graph = self._graph_for(images, targets)
             if graph and turn == 0:
                 graph.begin()
@@ -229,10 +236,10 @@ class Trainer:
             if self.average:
                 self.average.forget_tensors()  # wrapping may replace the model's buffers
 
-    def _batch(self, data: CachedDataset, rows: Tensor, drawn: augment.Draw) -> tuple[Tensor, Tensor]:
+    def _batch(
+        self, images: Tensor, labels: Tensor, drawn: augment.Draw, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """Returns augmented, mixed and normalised images (B, C, H, W), channels_last, and targets (B, K)."""
-        size = (data.images.shape[1], data.images.shape[2])
-        images, labels = data.batch(rows, self.accelerator.device)
         images = augment.augment(images, drawn, self.recipe.augment, size)
         targets = loss.soft_targets(labels, self.classes, self.recipe.label_smoothing)
         images, targets = augment.mix(images, targets, drawn)

@@ -16,6 +16,9 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "gradio": "demo",
+    "datasets": "datasets",
+    "ray": "ray",
+    "litserve": "serve",
 }
 """Top-level modules, and the extra of `medmamba` that installs them."""
 
