@@ -132,7 +132,7 @@ class StoredImages:
             done = 0
             while done < self._stride:
                 start = self._offset + row * self._stride + done
-                count = os.preadv(file, [memoryview(flat[place, done:])], start)
+                count = os.preadv(file, [flat[place, done:].data], start)
                 if count == 0:
                     raise OSError(f"{self.path} has become shorter; was it replaced during training?")
                 done += count
