@@ -29,7 +29,10 @@ def add_parser(subparsers: Any) -> None:
     add_reading(parser)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="images per forward pass (default: %(default)s)"
+        "--batch-size", type=int, metavar="N", help="images per forward pass (default: found by itself)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: one per core, if worth it)"
     )
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)"
@@ -105,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         window=args.window,
         device=args.device,
         batch_size=args.batch_size,
+        workers=args.workers,
         resamples=args.resamples,
         seed=args.seed,
         progress=not args.quiet,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
 from ..data import DatasetError, ImageDataset, open_dataset
 from ..data.metadata import Columns, metadata_file, read_columns
@@ -23,7 +22,7 @@ from ..utils.extras import require
 from ..utils.modes import frozen_view, unwrap
 from .classes import match_classes
 from .corruptions import evaluate_corruptions, published_for
-from .logits import decode, predict_logits
+from .logits import dataset_logits
 from .results import Scored, score, write_results
 
 
@@ -39,7 +38,8 @@ def evaluate_model(
     frame: int | None = None,
     window: tuple[float, float] | None = None,
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    workers: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
@@ -64,7 +64,8 @@ def evaluate_model(
         frame: frame of multi-frame image files, as in `load_image`; not for an `ImageDataset`.
         window: intensity window of image files, as in `load_image`; not for an `ImageDataset`.
         device: see `make_accelerator`.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None: found by itself.
+        workers: processes that read images, see `iter_predict`.
         resamples: bootstrap resamples; 0 for no intervals.
         seed: of the bootstrap.
         progress: shows progress bars.
@@ -85,7 +86,7 @@ def evaluate_model(
     require("accelerate", "evaluation")
     if out is not None:
         require("matplotlib", "evaluation with figures (out=...)")
-    if batch_size < 1 or resamples < 0:
+    if (batch_size is not None and batch_size < 1) or resamples < 0:
         raise ValueError(f"batch_size must be at least 1 and resamples at least 0, got {batch_size} and {resamples}")
     given = unwrap(model) if isinstance(model, torch.nn.Module) else None
     network = cast(MedMamba, MedMamba.from_pretrained(model) if given is None else given)  # type: ignore[arg-type]
@@ -107,13 +108,7 @@ def evaluate_model(
     if corruptions is not None:  # fails before the long part
         published_for(str(config.training.get("dataset", "")) if corruptions == "auto" else corruptions)
     accelerator = make_accelerator(device, "fp32")
-
-    def bar(items: Iterable[int]) -> Iterable[int]:
-        return tqdm(items, "reading", len(index), unit="img", disable=not progress)
-
-    images = decode(index, config, progress=bar)
-    view = frozen_view(network, torch.float32, accelerator.device)
-    logits = predict_logits(view, images, batch_size, accelerator, full_precision=True, progress=progress)
+    logits = dataset_logits(network, index, accelerator, batch_size, workers, progress)
     undefined = ~logits.isfinite().all(1)
     if undefined.any():
         first = int(undefined.nonzero()[0])
@@ -130,14 +125,14 @@ def evaluate_model(
         scored = dataclasses.replace(scored, subgroups=score_subgroups(scored, index, columns))
     if corruptions is not None:
         found = evaluate_corruptions(
-            view,
+            frozen_view(network, torch.float32, accelerator.device),
             index,
             accelerator,
             corruptions,
             images=corruption_images,
             seed=seed,
             resamples=resamples,
-            batch_size=batch_size,
+            batch_size=batch_size or 64,
             context=context,
             progress=progress,
         )

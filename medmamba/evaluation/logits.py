@@ -15,7 +15,11 @@ from tqdm import tqdm
 
 from ..config import MedMambaConfig
 from ..data import CachedDataset, ImageDataset, cache_images
+from ..data.deferred import RecordImages
+from ..imaging.ahead import Order, Unread
+from ..imaging.image import ImageError
 from ..imaging.preprocess import normalise
+from ..inference.stream import Options, stream
 from ..model import MedMamba
 from ..utils.devices import autocast
 from ..utils.modes import eval_view
@@ -38,6 +42,41 @@ def decode(
     """
     in_unit_range = dataclasses.replace(config.preprocess, mean=(0.0,), std=(1.0,))
     return cache_images(dataset, in_unit_range, config.in_chans, file=file, progress=progress)
+
+
+def dataset_logits(
+    model: MedMamba,
+    dataset: ImageDataset,
+    accelerator: Accelerator,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Returns float32 logits (N, K) on the CPU of all images in order, read as they are needed and not kept.
+
+    Pixels are rounded to the levels of the files as in `decode`, and TF32 is off. Each process computes its share.
+
+    Raises:
+        ImageError: an image that cannot be read.
+    """
+    count, processes = len(dataset), accelerator.num_processes
+    share = math.ceil(count / processes)
+    mine = dataset.subset(
+        [row % count for row in range(accelerator.process_index * share, (accelerator.process_index + 1) * share)]
+    )
+    order = Order(model.config.preprocess, model.config.in_chans, stored=True)
+    options = Options(batch_size, workers, precision="float32", devices=[accelerator.device])
+    found = []
+    with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:
+        for batch in stream(model, RecordImages(mine), order, options):
+            for item in batch.items:
+                if isinstance(item, Unread):
+                    raise item.cause or ImageError(item.error)
+            assert batch.answer is not None
+            found.append(batch.answer.logits)
+            bar.update(len(batch.items))
+    logits = torch.cat(found)
+    return (logits if processes == 1 else accelerator.gather(logits.to(accelerator.device)))[:count].cpu()
 
 
 @torch.no_grad()

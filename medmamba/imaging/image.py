@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import operator
@@ -96,6 +97,37 @@ class MedicalImage:
     used_bits: int | None = None
     voi_function: str = ""
 
+    @classmethod
+    def of_levels(cls, levels: np.ndarray, **info: Any) -> MedicalImage:
+        """Returns an image whose pixels are `levels / 255`, which are computed only if somebody asks for them.
+
+        Args:
+            levels: uint8 `(H, W, C)`.
+            info: the other attributes.
+        """
+        image = cls(pixels=levels, **info)
+        values = image.__dict__
+        values["_levels"] = values.pop("pixels")
+        return image
+
+    def with_notes(self, *notes: str) -> MedicalImage:
+        """Returns the same image with further notes."""
+        found = copy.copy(self)
+        found.__dict__["notes"] = (*self.notes, *notes)
+        return found
+
+    @property
+    def levels(self) -> np.ndarray | None:
+        """The pixels as uint8 `(H, W, C)`, 255 for 1; None where they have more than 8 bits, or were asked for as
+        float already, in which case somebody may have changed them."""
+        return None if "pixels" in self.__dict__ else self.__dict__["_levels"]
+
+    def __getattr__(self, name: str) -> Any:
+        levels = self.__dict__.get("_levels") if name == "pixels" else None
+        if levels is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.setdefault("pixels", np.divide(levels, np.float32(255), dtype=np.float32))
+
     @property
     def range_window(self) -> Window | None:
         """The window that spreads the values found over [0, 1]; None for colour and for constant images."""
@@ -130,7 +162,14 @@ class MedicalImage:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, after any EXIF rotation."""
-        return self.pixels.shape[0], self.pixels.shape[1]
+        found = self.pixels if self.levels is None else self.levels
+        return found.shape[0], found.shape[1]
+
+    @property
+    def constant(self) -> bool:
+        """Whether all values are equal."""
+        found = self.pixels if self.levels is None else self.levels
+        return bool(found.max() == found.min())
 
     def to_uint8(self) -> np.ndarray:
         """Returns the pixels as uint8 `(H, W, C)`, rounded to the nearest of 256 levels."""

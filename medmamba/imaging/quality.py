@@ -28,7 +28,7 @@ def picture_notes(pixels: np.ndarray, raw: np.ndarray | None = None) -> list[str
     """Returns at most one note on a picture that shows next to nothing.
 
     Args:
-        pixels: `(H, W, C)` in [0, 1], as handed to a model.
+        pixels: `(H, W, C)` in [0, 1] as handed to a model, or uint8 of 255 times that.
         raw: the values that they were made of, if at hand: where these are only two, the picture is a mask, and the
             note is not a warning.
     """
@@ -61,20 +61,23 @@ def picture_notes(pixels: np.ndarray, raw: np.ndarray | None = None) -> list[str
 def _grid(pixels: np.ndarray, side: int) -> np.ndarray:
     """Luminances of at most about `side` x `side` pixels, flat."""
     height, width, channels = pixels.shape
-    grid = pixels[:: -(-height // side), :: -(-width // side)]
+    grid = _unit(pixels[:: -(-height // side), :: -(-width // side)])
     return (grid @ _LUMINANCE if channels == 3 else grid).ravel()
 
 
 def _passes(pixels: np.ndarray) -> bool:
     """Returns whether one channel on a coarse grid varies so much that no threshold is near."""
     height, width, channels = pixels.shape
-    values = pixels[:: -(-height // _COARSE_GRID), :: -(-width // _COARSE_GRID), channels // 2].ravel()
-    values.sort()
+    values = np.sort(_unit(pixels[:: -(-height // _COARSE_GRID), :: -(-width // _COARSE_GRID), channels // 2].ravel()))
     tenth, last = len(values) // 10, len(values) - 1
     if values[last - tenth] - values[tenth] < 1 / 16:
         return False
     first, end = values.searchsorted((values[0] + 2 * _NEAR, values[last] - 2 * _NEAR))
     return bool(end - first > len(values) // 5)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    return np.divide(values, np.float32(255), dtype=np.float32) if values.dtype == np.uint8 else values
 
 
 def _is_mask(raw: np.ndarray) -> bool:

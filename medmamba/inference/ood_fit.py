@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.deferred import RecordImages
+from ..imaging.ahead import Order, Unread
 from .fingerprint import fingerprint
 from .fitted import body
 from .ood import Unusual, UnusualError, fit_unusual
-from .predict import Prediction, iter_predict
+from .predict import why_not_finite
+from .stream import stream
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -44,12 +47,23 @@ def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600
         raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
     part = dataset.split(split) if split else dataset
     chosen = sample(len(part), images)
-    with pooled_features(model) as pooled:
-        results = list(iter_predict(model, (part.reader.read(part.records[i]) for i in chosen)))
-    if failed := [r.error for r in results if not isinstance(r, Prediction)]:
+    order = Order(model.config.preprocess, model.config.in_chans)
+    failed: list[str] = []
+    pooled, logits = Pooled(), []
+    for batch in stream(model, RecordImages(part.subset(chosen)), order):
+        for item, row in batch.rows():
+            if isinstance(item, Unread):
+                failed.append(item.error)
+            elif row is not None and not row.isfinite().all():
+                failed.append(f"{item.source}: {why_not_finite(model, row)}")
+        if batch.answer is not None:
+            if batch.answer.features is None:
+                raise UnusualError(f"{type(model).__name__} does not call its head, so there are no features before it")
+            pooled.add(batch.answer.features)
+            logits.append(batch.answer.logits.double().numpy())
+    if failed:
         raise UnusualError(f"{len(failed)} images of {dataset.name} cannot be read; the first: {failed[0]}")
-    logits = np.array([r.logits for r in results if isinstance(r, Prediction)])
-    return Seen(pooled.array(), logits, np.asarray(part.labels)[chosen])
+    return Seen(pooled.array(), np.concatenate(logits), np.asarray(part.labels)[chosen])
 
 
 def sample(count: int, most: int) -> NDArray[np.int64]:

@@ -1,21 +1,19 @@
 """Prediction: images to calibrated class probabilities."""
 
-import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..imaging.ahead import Order, Unread, read_source
 from ..imaging.image import Window
-from ..imaging.load import ImageError, MedicalImage, load_image
-from ..imaging.preprocess import preprocess
-from ..utils.modes import eval_view, unwrap
-from ..utils.precision import FullPrecision
+from ..imaging.load import ImageError
+from ..utils.modes import unwrap
+from .engine import Engine
 from .fitted import in_force
+from .stream import Batch, Options, stream
 
 UNUSUAL = "warning: this does not look like the images the model was trained on; the prediction may be meaningless"
 
@@ -81,21 +79,22 @@ def predict(
     model,
     images,
     top_k: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     *,
     frame: int | None = None,
     window: Window | None = None,
 ) -> Prediction | list[Prediction]:
     """Classifies one image or a list of them, on the device and in the dtype of the model.
 
-    The model is not changed and may be in any mode; several threads may predict with one model.
+    The model is not changed and may be in any mode; several threads may predict with one model. Of many images, other
+    processes read the next ones meanwhile; `iter_predict` has options for that.
 
     Args:
         model: a `MedMamba`, possibly wrapped by `torch.compile` or `DataParallel`; its `config.preprocess` and
             calibration are applied.
         images: anything that `load_image` reads, a `MedicalImage`, or a list or tuple of those.
         top_k: number of classes to report, or None for all.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None: found automatically.
         frame, window: as in `load_image`, for every image.
 
     Returns:
@@ -121,40 +120,39 @@ def iter_predict(
     model,
     images: Iterable[Any],
     top_k: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     *,
     frame: int | None = None,
     window: Window | None = None,
+    workers: int | None = None,
+    precision: str | None = None,
+    devices: Sequence[str | torch.device] | None = None,
+    reduced: bool = False,
 ) -> Iterator[Prediction | Failure]:
     """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
-    the model returns NaN or infinity. Arguments are those of `predict`."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    the model returns NaN or infinity.
+
+    Args:
+        model, top_k, batch_size, frame, window: as in `predict`.
+        images: any number of them, also from a generator: they are taken a little ahead of the results, in the caller's
+            thread, and memory does not grow with their number.
+        workers: processes that read images; 0: none. None: one per core, as soon as more than 2 seconds of reading are
+            left.
+        precision, devices, reduced: see `medmamba.inference.stream.Options`.
+    """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    options = Options(batch_size, workers, precision, devices, reduced)
     model = unwrap(model)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
-    pending: list[Failure | tuple[MedicalImage, Tensor]] = []
-    for image in images:
-        pending.append(_prepare(model, image, frame, window))
-        if sum(not isinstance(p, Failure) for p in pending) == batch_size:
-            yield from _finish(model, pending, top_k)
-            pending = []
-    yield from _finish(model, pending, top_k)
+    order = Order(model.config.preprocess, model.config.in_chans, frame, window, reduced=reduced)
+    for batch in stream(model, images, order, options):
+        yield from _finish(model, batch, top_k)
 
 
-def read_image(source: Any, frame: int | None = None, window: Window | None = None) -> MedicalImage:
-    """Returns `load_image(source, frame=frame, window=window)`, or the source where it is a `MedicalImage` already.
-
-    Raises:
-        ImageError: the file cannot be read, or a frame or window is given for an image that is already decoded.
-    """
-    if not isinstance(source, MedicalImage):
-        return load_image(source, frame=frame, window=window)
-    if frame is not None or window is not None:
-        raise ImageError(f"{source.source}: frame and window apply to files, but this image is already decoded")
-    return source
+read_image = read_source
+"""The former name of `medmamba.imaging.ahead.read_source`."""
 
 
 def predict_logits(model, batch: Tensor) -> Tensor:
@@ -181,26 +179,9 @@ def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
     return features, logits
 
 
-@torch.inference_mode()
 def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
-    view = eval_view(model)
-    weight = view.patch_embed.proj.weight
-    seen: list[Tensor] = []
-    if isinstance(view.head, torch.nn.Module) and not isinstance(view.head, torch.jit.ScriptModule):
-        table = view.head.__dict__["_forward_pre_hooks"].copy()  # a copy that belongs to the view
-        view.head.__dict__["_forward_pre_hooks"] = table
-        view.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
-    # Otherwise an explanation in another thread, which turns TF32 off for the process, would change the result.
-    with FullPrecision() if weight.is_cuda and weight.dtype == torch.float32 else nullcontext():
-        logits = view(batch.to(weight.device, weight.dtype))
-    classes = view.config.num_classes
-    if classes and (not isinstance(logits, Tensor) or logits.shape != (len(batch), classes)):
-        found = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the model returned {found} for {len(batch)} images, not logits ({len(batch)}, {classes}): to give it "
-            "another classifier use model.reset_classifier(num_classes), which also replaces the names of the classes"
-        )
-    return seen[-1].float().cpu() if seen else None, logits.float().cpu()
+    weight = unwrap(model).patch_embed.proj.weight
+    return Engine(unwrap(model), weight.device).compute(batch.to(weight.device), many=False).answer()
 
 
 def probabilities(logits: Tensor, config) -> Tensor:
@@ -234,57 +215,46 @@ def why_not_finite(model, logits: Tensor) -> str:
     return f"the model's outputs are {kind}: values overflowed in {dtype}; {advice}"
 
 
-def _prepare(model, source, frame: int | None, window: Window | None) -> Failure | tuple[MedicalImage, Tensor]:
-    try:
-        image = read_image(source, frame, window)
-        return image, preprocess(image, model.config.preprocess, model.config.in_chans)
-    except (ValueError, OSError, MemoryError) as error:  # ImageError is a ValueError
-        name = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
-        return Failure(name, str(error) or f"{name}: {type(error).__name__}", error)
-
-
-def _finish(model, pending: list, top_k: int | None) -> Iterator[Prediction | Failure]:
-    batch = [p[1] for p in pending if not isinstance(p, Failure)]
-    if not batch:
-        yield from pending
+def _finish(model, batch: Batch, top_k: int | None) -> Iterator[Prediction | Failure]:
+    if batch.answer is None:
+        yield from (_failure(item) for item in batch.items if isinstance(item, Unread))
         return
     config, detector, changes = in_force(model)
-    features, logits = _outputs(model, torch.stack(batch))
+    features, logits = batch.answer
     finite = logits.isfinite().all(1)
     known = None if features is None else features[finite]
+    chances = probabilities(logits[finite], config)
+    order = chances.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     rows = zip(
-        logits[finite],
-        probabilities(logits[finite], config),
+        logits[finite].tolist(),
+        order.tolist(),
+        chances.gather(1, order).tolist(),
         _unusual(config, detector, known, logits[finite]),
         strict=True,
     )
-    position = 0
-    for item in pending:
-        if isinstance(item, Failure):
-            yield item
+    labels = config.id2label
+    for item, row_logits in batch.rows():
+        if isinstance(item, Unread):
+            yield _failure(item)
             continue
-        position += 1
-        if not finite[position - 1]:
-            reason = why_not_finite(model, logits[position - 1])
-            yield NotFinite(item[0].source, f"{item[0].source}: {reason}")
+        assert row_logits is not None
+        if not row_logits.isfinite().all():
+            yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, row_logits)}")
             continue
-        row_logits, row, unusual = next(rows)
-        order = row.argsort(descending=True, stable=True).tolist()[: top_k or len(row)]
-        top = [(config.id2label[i], row[i].item()) for i in order]
+        values, classes, found, unusual = next(rows)
         yield Prediction(
-            source=item[0].source,
-            label=top[0][0],
-            probability=top[0][1],
-            top=top,
-            image_notes=[
-                *item[0].notes,
-                *_input_notes(item[0], config),
-                *changes,
-                *([UNUSUAL] if unusual else []),
-            ],
-            logits=row_logits.tolist(),
+            source=item.source,
+            label=labels[classes[0]],
+            probability=found[0],
+            top=[(labels[i], chance) for i, chance in zip(classes, found, strict=True)],
+            image_notes=[*item.notes, *changes, *([UNUSUAL] if unusual else [])],
+            logits=values,
             unusual=unusual,
         )
+
+
+def _failure(item: Unread) -> Failure:
+    return Failure(item.source, item.error, item.cause)
 
 
 def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[bool] | list[None]:
@@ -296,18 +266,3 @@ def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[
         return detector.is_unusual(features.numpy()).tolist()
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
     return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
-
-
-def _input_notes(image: MedicalImage, config) -> list[str]:
-    """Returns notes and warnings about resizing to the input size of the network."""
-    height, width = image.pixels.shape[:2]
-    target = config.preprocess.input_size
-    notes = [f"resized from {height}x{width} to {target[0]}x{target[1]} ({config.preprocess.crop_mode})"]
-    stretch = abs(math.log((width / height) / (target[1] / target[0])))
-    if config.preprocess.crop_mode == "squash" and stretch > math.log(1.5):
-        notes.append("warning: the aspect ratio is far from the model's; the image is visibly distorted")
-    if min(height, width) < min(target) / 4:
-        notes.append("warning: the image is much smaller than the training images; detail is missing")
-    if image.pixels.max() == image.pixels.min():
-        notes.append("warning: all pixels of the image are equal; the prediction is meaningless")
-    return notes

@@ -24,7 +24,9 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
     def __init__(self, config: MedMambaConfig):
         super().__init__(config)
 
-    def predict(self, images, top_k: int | None = None, batch_size: int = 16, *, frame: int | None = None, window=None):
+    def predict(
+        self, images, top_k: int | None = None, batch_size: int | None = None, *, frame: int | None = None, window=None
+    ):
         """Classifies an image, path, array or list of them; see `medmamba.inference.predict.predict`."""
         return predict(self, images, top_k, batch_size, frame=frame, window=window)
 

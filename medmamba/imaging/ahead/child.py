@@ -1,0 +1,63 @@
+"""The process that reads images: takes jobs from its standard input until that ends.
+
+It never imports the caller's main module, so a script needs no `if __name__ == "__main__"`, and it never touches a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from .memory import attach
+from .messages import put, receive, send
+from .order import Deferred, Order, Prepared, Unread, prepare
+
+_FETCHES = 8  # remote objects that are waited for at the same time
+
+
+def main(setup: dict[str, Any], jobs: BinaryIO, answers: BinaryIO) -> None:
+    """Serves until the parent closes its end.
+
+    Args:
+        setup: "memory", the key of the shared memory, and "nice", added to this process's niceness.
+        jobs: first a pickled `Order`, then pickled (offset, bytes, sources).
+        answers: an empty message when ready; then one per job, see `messages.put`. A message that begins with "!" is
+            the traceback of a bug.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    if setup.get("nice") and hasattr(os, "nice"):
+        os.nice(setup["nice"])
+    memory = memoryview(attach(setup["memory"]))
+    order: Order = pickle.loads(receive(jobs))
+    send(answers, b"")
+    while True:
+        try:
+            offset, size, sources = pickle.loads(receive(jobs))
+        except EOFError:
+            return
+        try:
+            answer = put(_prepare_all(sources, order), memory[offset : offset + size])
+        except Exception:
+            answer = b"!" + traceback.format_exc().encode("utf-8", "replace")
+        send(answers, answer)
+
+
+def _prepare_all(sources: list[Any], order: Order) -> list[Prepared | Unread]:
+    if len(sources) > 1 and any(isinstance(source, Deferred) and source.slow for source in sources):
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            return list(pool.map(lambda source: prepare(source, order), sources))
+    return [prepare(source, order) for source in sources]
+
+
+def boot() -> None:
+    """Begins with the line of JSON that the parent sends first; what libraries print goes to standard error."""
+    jobs = sys.stdin.buffer
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    main(json.loads(jobs.readline()), jobs, answers)

@@ -1,0 +1,277 @@
+"""Chunks of prepared images, in order, read by threads and processes ahead of their use."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .memory import SharedMemory
+from .order import Order, Prepared, Unread, prepare
+from .process import DecodeProcess, ProcessGone, can_start, portable
+
+CHUNK = 16  # images per job: one message between processes, one transfer to a device
+WORTH = 2.0  # seconds of decoding that are left when processes, which need a part of one to start, are worth it
+PATIENCE = 0.3  # seconds of decoding before that is estimated
+MEMORY = 2 << 30  # bytes of prepared images at most
+_TICK = 0.5  # a wait without end cannot be interrupted on Windows
+
+
+@dataclass
+class Chunk:
+    """Consecutive images.
+
+    Attributes:
+        items: what became of each.
+        slot: its place in shared memory; None: memory of its own.
+        seconds: of decoding, in one process or thread.
+    """
+
+    items: list[Prepared | Unread]
+    slot: int | None = None
+    seconds: float = 0.0
+    _free: deque[int] | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Lets the memory of the pixels be used again; nobody may look at them afterwards."""
+        if self._free is not None and self.slot is not None:
+            self._free.append(self.slot)
+            self._free = None
+
+
+def cores() -> int:
+    """Returns how many processor cores this process may use: as the system, its affinity and its container say."""
+    count = os.process_cpu_count() if hasattr(os, "process_cpu_count") else None  # type: ignore[attr-defined, unused-ignore]
+    if count is None and hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    count = count or os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def read_ahead(
+    sources: Iterable[Any],
+    order: Order,
+    *,
+    workers: int | None = None,
+    chunk: int = CHUNK,
+    ahead: int = 4,
+    nice: int = 0,
+    using: Callable[[SharedMemory], AbstractContextManager] | None = None,
+) -> Generator[Chunk, None, None]:
+    """Reads and prepares images, in their order, ahead of their use.
+
+    A caller's script needs no `if __name__ == "__main__"`. What only this process holds, such as arrays, and readers of
+    a script of one's own are prepared by threads.
+
+    Args:
+        sources: anything that `load_image` reads, a `MedicalImage`, or a `Deferred`; of any number, taken as needed in
+            the caller's thread.
+        order: what to do with each.
+        workers: processes; 0: read in the caller's thread, when the images are asked for. None: begin like that, and
+            start as many processes as there are cores once more than 2 seconds of decoding are left.
+        chunk: images in a chunk; the last has fewer.
+        ahead: chunks that may wait or be in use, beyond those that are being read.
+        nice: added to the niceness of the processes.
+        using: entered with the memory of the chunks, before any is filled, and left when all is done.
+
+    Yields:
+        Chunks. Whoever is done with one calls `release`: the memory is bounded, and reading waits for it.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    if chunk < 1 or ahead < 1 or (workers is not None and workers < 0):
+        raise ValueError(f"chunk and ahead must be at least 1, workers at least 0, got {chunk}, {ahead}, {workers}")
+    left = operator.length_hint(sources, -1)
+    source = iter(sources)
+    yield from _in_this_thread(source, order, chunk, left, workers)
+    first = list(itertools.islice(source, 1))
+    if not first:
+        return
+    count = workers or cores()
+    pool = _Pool(order, count, chunk, ahead, nice)
+    try:
+        with using(pool.memory) if using and pool.memory else contextlib.nullcontext():
+            yield from pool.run(itertools.chain(first, source))
+    finally:
+        pool.close()
+
+
+def _in_this_thread(source: Iterator[Any], order: Order, chunk: int, left: int, workers: int | None) -> Iterator[Chunk]:
+    """Yields chunks until processes are worth it, or there are no more images."""
+    spent, done = 0.0, 0
+    while not workers:
+        items = []
+        start = time.perf_counter()
+        for one in itertools.islice(source, chunk):
+            items.append(prepare(one, order))
+        if not items:
+            return
+        took = time.perf_counter() - start
+        spent, done = spent + took, done + len(items)
+        yield Chunk(items, seconds=took)
+        if len(items) < chunk:
+            return
+        more = WORTH if left < 0 else (left - done) * spent / done
+        if workers is None and spent > PATIENCE and more >= WORTH and cores() > 1:
+            return
+
+
+@dataclass
+class _Job:
+    number: int
+    slot: int
+    sources: list[Any]
+
+
+class _Pool:
+    """Threads that each feed a process, and read images themselves until that is ready."""
+
+    def __init__(self, order: Order, count: int, chunk: int, ahead: int, nice: int) -> None:
+        self.order, self.chunk = order, chunk
+        self._size = -(-chunk * order.bytes_per_image // 4096) * 4096
+        slots = max(min(2 * count + ahead, MEMORY // self._size), ahead + 1)
+        self._free = deque(range(slots))
+        self._jobs: deque[_Job] = deque()
+        self._done: dict[int, Chunk | BaseException] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._nice = nice
+        self._memory: SharedMemory | None = None
+        if can_start():
+            try:
+                self._memory = SharedMemory(slots * self._size)
+            except OSError as error:
+                warnings.warn(
+                    f"no memory to share with other processes ({error}); images are read in threads", stacklevel=4
+                )
+        self._processes = [self._start() for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._feed, args=(i,), name=f"medmamba-read-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def memory(self) -> SharedMemory | None:
+        return self._memory
+
+    def _start(self) -> DecodeProcess | None:
+        return None if self._memory is None else DecodeProcess(self._memory, self.order, self._nice)
+
+    def run(self, source: Iterator[Any]) -> Iterator[Chunk]:
+        submitted = 0
+        exhausted = False
+        for number in itertools.count():
+            while self._free and not exhausted:
+                taken = list(itertools.islice(source, self.chunk))
+                exhausted = len(taken) < self.chunk
+                if taken:
+                    with self._changed:
+                        self._jobs.append(_Job(submitted, self._free.popleft(), taken))
+                        self._changed.notify()
+                    submitted += 1
+                with self._changed:
+                    if number in self._done:
+                        break
+            if number >= submitted:
+                if exhausted:
+                    return
+                raise RuntimeError("all chunks are in use: release() those that are done with")
+            with self._changed:
+                while number not in self._done:
+                    self._changed.wait(_TICK)
+                found = self._done.pop(number)
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+
+    def _feed(self, index: int) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._closed:
+                    self._changed.wait(_TICK)
+                if self._closed:
+                    return
+                job = self._jobs.popleft()
+            found: Chunk | BaseException
+            try:
+                start = time.perf_counter()
+                items = self._read(index, job)
+                # A chunk keeps its slot even where it does not use it: slots bound the memory.
+                found = Chunk(items, job.slot, time.perf_counter() - start, self._free)
+            except BaseException as error:
+                found = error
+            with self._changed:
+                self._done[job.number] = found
+                self._changed.notify_all()
+
+    def _read(self, index: int, job: _Job) -> list[Prepared | Unread]:
+        process = self._processes[index]
+        if process is None or not process.ready.is_set() or not all(map(portable, job.sources)):
+            return [prepare(source, self.order) for source in job.sources]
+        offset = job.slot * self._size
+        try:
+            return process.run(job.sources, offset, self._size)
+        except ProcessGone:
+            pass
+        items: list[Prepared | Unread] = []
+        for source in job.sources:  # one by one, each answer copied, to find the one that ended it
+            items += self._alone(index, source, offset)
+        return items
+
+    def _alone(self, index: int, source: Any, offset: int) -> list[Prepared | Unread]:
+        process = self._processes[index]
+        if process is None or process.ended:
+            process = self._processes[index] = self._start()
+        if self._closed or process is None or not self._wait(process):
+            raise RuntimeError("a process that reads images has ended, and no other could be started")
+        try:
+            found = process.run([source], offset, self._size)
+        except ProcessGone:
+            name = str(source) if not isinstance(source, bytes) else "bytes"
+            text = f"{name}: reading it ended the process that did (damaged file, or not enough memory)"
+            return [Unread(name, text, OSError(text))]
+        for item in found:
+            if isinstance(item, Prepared):
+                item.pixels = item.pixels.copy()
+        return found
+
+    def _wait(self, process: DecodeProcess) -> bool:
+        while not process.ready.wait(_TICK):
+            if process.failed or self._closed:
+                return False
+        return True
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        for process in self._processes:
+            if process is not None:
+                process.end()
+        for thread in self._threads:
+            thread.join()
+        for process in self._processes:
+            if process is not None:
+                process.end()
+        if self._memory is not None:
+            self._done.clear()
+            self._memory.close()

@@ -1,0 +1,104 @@
+"""What travels between the processes: jobs to a child as pickle, since they come from us, answers as JSON, since it is
+the child that decodes files from strangers."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import struct
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .. import image as errors
+from .order import Prepared, Unread
+
+_LENGTH = struct.Struct("<Q")
+_LARGEST = 1 << 28
+_DTYPES = {"B": np.uint8, "H": np.uint16, "f": np.float32}
+
+
+def send(stream: BinaryIO, content: bytes) -> None:
+    stream.write(_LENGTH.pack(len(content)) + content)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> bytes:
+    """Returns one message.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    head = _exactly(stream, _LENGTH.size)
+    (length,) = _LENGTH.unpack(head)
+    if length > _LARGEST:
+        raise EOFError
+    return _exactly(stream, length)
+
+
+def put(items: list[Prepared | Unread], memory: memoryview) -> bytes:
+    """Writes pixels one after another into the memory, and returns all else as a message."""
+    rows: list[Any] = []
+    offset = 0
+    for item in items:
+        if isinstance(item, Unread):
+            rows.append([item.source, item.error, _described(item.cause)])
+            continue
+        pixels = np.ascontiguousarray(item.pixels)
+        np.frombuffer(memory, pixels.dtype, pixels.size, offset)[:] = pixels.ravel()
+        offset += pixels.nbytes + -pixels.nbytes % 4
+        rows.append([item.source, item.notes, pixels.dtype.char, pixels.shape, item.deep])
+    return json.dumps(rows).encode("utf-8", "surrogatepass")
+
+
+def take(message: bytes, memory: memoryview) -> list[Prepared | Unread]:
+    """Returns what `put` was given; pixels are views of the memory.
+
+    Raises:
+        EOFError: the message makes no sense.
+    """
+    items: list[Prepared | Unread] = []
+    offset = 0
+    try:
+        for row in json.loads(message):
+            if len(row) == 3:
+                items.append(Unread(row[0], row[1], _remade(row[2], row[1])))
+                continue
+            source, notes, kind, shape, deep = row
+            pixels = np.frombuffer(memory, _DTYPES[kind], shape[0] * shape[1] * shape[2], offset).reshape(shape)
+            offset += pixels.nbytes + -pixels.nbytes % 4
+            items.append(Prepared(source, notes, pixels, deep))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise EOFError from None
+    return items
+
+
+def _described(error: Exception | None) -> list[Any]:
+    attributes = {k: v for k, v in vars(error).items() if isinstance(v, int | float | str | tuple)} if error else {}
+    return [type(error).__name__, attributes]
+
+
+def _remade(described: list[Any], text: str) -> Exception:
+    """Returns an error of the same type where that is one of ours or of Python's, with its attributes."""
+    name, attributes = described
+    kind = getattr(errors, name, None) or getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ValueError | OSError | MemoryError)):
+        kind = errors.ImageError
+    try:
+        error = kind(text)
+    except TypeError:  # UnicodeDecodeError and its like
+        error = errors.ImageError(text)
+    for key, value in attributes.items():
+        error.__dict__[key] = tuple(value) if isinstance(value, list) else value
+    return error
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    parts, missing = [], count
+    while missing:
+        part = stream.read(missing)
+        if not part:
+            raise EOFError
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,266 @@
+"""A network on one device, fed with prepared images: transfers beside computation, answers one batch later.
+
+On a GPU, copies run on a stream of their own from pinned memory, the network on another, and the answers of a batch are
+fetched while the next ones are computed. On a CPU the network runs in the caller's thread while processes read ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import MedMambaConfig
+from ..imaging.ahead import Chunk, Prepared
+from ..imaging.preprocess import normalise
+from ..utils.modes import eval_view, frozen_view
+from ..utils.precision import FullPrecision
+from .fingerprint import stamp
+
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROBED = (32, 64, 128, 256, 512)
+_ENOUGH = 0.95  # of the best rate: the smallest batch that reaches it is taken
+_CPU_BATCH = 16
+
+
+class Answer(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        features: (n, C) float32 on the CPU, what its classifier was given; None where it does without `model.head`.
+        logits: (n, K) float32 on the CPU.
+    """
+
+    features: Tensor | None
+    logits: Tensor
+
+
+class Running:
+    """A batch on its way; `answer` waits for it."""
+
+    def __init__(self, features: Tensor | None, logits: Tensor, device: torch.device) -> None:
+        self._event = None
+        if device.type == "cuda":
+            features = None if features is None else _to_host(features)
+            logits = _to_host(logits)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+        self._found = features, logits
+
+    def answer(self) -> Answer:
+        if self._event is not None:
+            self._event.synchronize()
+        features, logits = self._found
+        return Answer(None if features is None else features.float().cpu(), logits.float().cpu())
+
+
+class Engine:
+    """A copy of a network for inference on one device.
+
+    Args:
+        model: in any mode; not changed.
+        device: where to compute.
+        precision: see `PRECISIONS`; None: that of the model's weights.
+    """
+
+    def __init__(self, model: Any, device: torch.device, precision: str | None = None) -> None:
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.model, self.device, self.precision = model, device, precision
+        weight = model.patch_embed.proj.weight
+        self.dtype = weight.dtype if precision is None else PRECISIONS[precision]
+        self.exact = device.type == "cuda" and self.dtype == torch.float32 and precision != "tf32"
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._looks = torch.cuda.Stream(weight.device) if weight.is_cuda else None
+        self._seen: list[Tensor] = []
+        self._made: tuple[Any, Any] | None = None
+
+    def network(self) -> Any:
+        """Returns the network to call, made again where the model's weights have changed."""
+        # On a stream of its own, since looking at values waits for all that was asked of a stream before.
+        with torch.cuda.stream(self._looks) if self._looks is not None else contextlib.nullcontext():
+            now = stamp(self.model)
+        if self._made is None or self._made[0] != now:
+            self._made = now, self._make()
+        return self._made[1]
+
+    def _make(self) -> Any:
+        """Returns the fused network, or one layer by layer where it cannot be fused or somebody watches its layers."""
+        weight = self.model.patch_embed.proj.weight
+        cast = self.dtype if self.dtype != weight.dtype else None
+        if not _hooked(self.model):
+            with contextlib.suppress(AttributeError, ValueError):  # another architecture, adapters, changed layers
+                fused = eval_view(self.model).fuse(cast).to(self.device)
+                return _with_features(fused.float() if cast == torch.float32 else fused, self._seen)
+        return _with_features(frozen_view(self.model, cast, self.device), self._seen)
+
+    def submit(self, chunks: Sequence[Chunk], config: MedMambaConfig, many: bool = True) -> Running | None:
+        """Starts to compute the images of some chunks that could be read; None where there are none.
+
+        The chunks may be released once the answer is there.
+
+        Args:
+            many: whether a copy of the network, made for speed, is worth it.
+        """
+        with self._on_device():
+            pixels = [part for chunk in chunks for part in self._transferred(chunk)]
+            if not pixels:
+                return None
+            if self._copies is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_stream(self._copies)
+                for part in pixels:
+                    part.record_stream(current)
+            batch = [as_input(part, config) for part in pixels]
+            return self.compute(torch.cat(batch) if len(batch) > 1 else batch[0], many)
+
+    @torch.inference_mode()
+    def compute(self, batch: Tensor, many: bool = True) -> Running:
+        """Starts to compute normalised images (B, C, H, W) that are on the device."""
+        weight = self.model.patch_embed.proj.weight
+        same = weight.dtype == self.dtype and weight.device == self.device
+        network = self.network() if many or not same else _with_features(eval_view(self.model), self._seen)
+        self._seen.clear()
+        # Else an explanation in another thread, which turns TF32 off for the process, would change the answer.
+        with FullPrecision() if self.exact else contextlib.nullcontext():
+            logits = network(batch.to(self.dtype))
+        check_logits(logits, len(batch), network.config.num_classes)
+        return Running(self._seen[-1] if self._seen else None, logits, self.device)
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _transferred(self, chunk: Chunk) -> list[Tensor]:
+        """Returns the pixels of a chunk on the device, in order, each (n, h, w, c) of one dtype."""
+        arrays = _runs([item.pixels for item in chunk.items if isinstance(item, Prepared)])
+        if self._copies is None:
+            return [_tensor(array).to(self.device) for array in arrays]
+        with torch.cuda.stream(self._copies):
+            return [_tensor(array).to(self.device, non_blocking=True) for array in arrays]
+
+    def best_batch(self, config: MedMambaConfig, most: int) -> int:
+        """Returns the batch size that computes fastest, by trying; on a CPU, where it matters little, 16.
+
+        Args:
+            most: the largest worth trying.
+        """
+        if self.device.type != "cuda":
+            return min(_CPU_BATCH, most)
+        rates: dict[int, float] = {}
+        for size in [size for size in _PROBED if size <= most] or [most]:
+            try:
+                rates[size] = self._rate(size, config)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            if len(rates) > 1 and rates[size] < 1.03 * max(list(rates.values())[:-1]):
+                break
+        if not rates:
+            return 1
+        return min(size for size, rate in rates.items() if rate >= _ENOUGH * max(rates.values()))
+
+    def _rate(self, size: int, config: MedMambaConfig) -> float:
+        batch = torch.rand(size, config.in_chans, *config.preprocess.input_size, device=self.device)
+        best = float("inf")
+        with self._on_device():
+            for _ in range(3):  # the first compiles
+                start = time.perf_counter()
+                self.compute(batch).answer()
+                best = min(best, time.perf_counter() - start)
+        return size / best
+
+
+def check_logits(logits: Any, count: int, classes: int) -> None:
+    """Raises `ValueError` where these are not logits of so many images and classes (0 classes: anything goes)."""
+    if classes and (not isinstance(logits, Tensor) or logits.shape != (count, classes)):
+        found = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model returned {found} for {count} images, not logits ({count}, {classes}): to give it "
+            "another classifier use model.reset_classifier(num_classes), which also replaces the names of the classes"
+        )
+
+
+def _with_features(view: Any, seen: list[Tensor]) -> Any:
+    """Returns a view of a model whose classifier leaves its input in `seen`; the model itself is not changed."""
+    if isinstance(view.head, nn.Module) and not isinstance(view.head, torch.jit.ScriptModule):
+        table = view.head.__dict__["_forward_pre_hooks"].copy()  # the view's own, from here on
+        view.head.__dict__["_forward_pre_hooks"] = table
+        view.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    return view
+
+
+def as_input(pixels: Tensor, config: MedMambaConfig) -> Tensor:
+    """Returns fitted pixels (B, h, w, c), uint8, uint16 or float32, as normalised input (B, in_chans, h, w)."""
+    if pixels.dtype == torch.uint8:
+        values = pixels.float().div_(255)
+    elif pixels.dtype == torch.uint16:
+        values = (pixels.view(torch.int16).int() & 0xFFFF).float().div_(65535)
+    else:
+        values = pixels
+    values = values.permute(0, 3, 1, 2)
+    return normalise(values.expand(-1, config.in_chans, -1, -1), config.preprocess).contiguous()
+
+
+def _runs(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Stacks neighbours of one kind, without a copy where they lie side by side in shared memory."""
+    found: list[np.ndarray] = []
+    start = 0
+    for end in range(1, len(arrays) + 1):
+        if end < len(arrays) and _kind(arrays[end]) == _kind(arrays[start]):
+            continue
+        found.append(_stacked(arrays[start:end]))
+        start = end
+    return found
+
+
+def _kind(array: np.ndarray) -> tuple[Any, ...]:
+    return array.dtype, array.shape
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    first = arrays[0]
+    step, place = first.nbytes, first.__array_interface__["data"][0]
+    beside = all(array.__array_interface__["data"][0] == place + i * step for i, array in enumerate(arrays))
+    if not (beside and all(array.flags.c_contiguous for array in arrays)):
+        return np.stack(arrays)
+    return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), (step, *first.strides))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if not array.flags.writeable:  # PyTorch would warn; nothing here writes
+        array = np.array(array)
+    return torch.from_numpy(array)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Returns whether hooks are registered on other modules than the classifier."""
+    head = set(model.head.modules()) if isinstance(getattr(model, "head", None), nn.Module) else set()
+    return any(
+        module not in head and (module._forward_hooks or module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def pinned(memory: Any, devices: Sequence[torch.device]) -> Any:
+    """Pins memory that processes share, so that copies from it run beside all else; does nothing where it cannot."""
+    registered = False
+    if memory is not None and any(device.type == "cuda" for device in devices):
+        address = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
+        with contextlib.suppress(RuntimeError, AttributeError):
+            registered = int(torch.cuda.cudart().cudaHostRegister(address, memory.size, 1)) == 0  # for all contexts
+    try:
+        yield registered
+    finally:
+        if registered:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(address)

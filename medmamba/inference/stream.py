@@ -1,0 +1,159 @@
+"""From any number of images to what a network says of each, in order: the one way behind prediction and evaluation.
+
+Few images are read and computed in the caller's thread. Of many, processes read ahead (`medmamba.imaging.ahead`) while
+one or several devices compute (`engine`). Memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..imaging.ahead import CHUNK, Chunk, Order, Prepared, Unread, read_ahead
+from ..utils.modes import unwrap
+from .engine import Answer, Engine, Running, pinned
+
+MOST = 256  # images in a batch that is chosen here
+MOST_BYTES = 1 << 29  # of their pixels, float32
+_FEW = 16  # images in a batch as long as it is not known whether there will be many
+_IN_FLIGHT = 2  # batches per GPU: one is computed, the next is on its way
+_NICE = 5  # on a CPU the network comes before reading ahead
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a stream runs; the answers do not depend on it, apart from `precision` and `reduced`.
+
+    Attributes:
+        batch_size: images per forward pass; None: the smallest that is about as fast as the best, found by trying on a
+            GPU; 16 on a CPU.
+        workers: processes that read images; 0: none. None: as many as there are cores, once that is worth it.
+        precision: "float32" (TF32 off), "tf32", "bfloat16" or "float16"; None: that of the model's weights.
+        devices: where to compute, such as ["cuda:0", "cuda:1"]; None: where the model is.
+        reduced: decode JPEG at reduced size, see `Order.reduced`.
+    """
+
+    batch_size: int | None = None
+    workers: int | None = None
+    precision: str | None = None
+    devices: Sequence[str | torch.device] | None = None
+    reduced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+
+@dataclass
+class Batch:
+    """Consecutive images with their answers.
+
+    Attributes:
+        items: one for each image.
+        answer: features and logits of those that are `Prepared`, in order; None where there are none. Not finite values
+            are returned as they are.
+    """
+
+    items: list[Prepared | Unread]
+    answer: Answer | None
+
+    def rows(self) -> Iterator[tuple[Prepared | Unread, Tensor | None]]:
+        """Yields each image with its logits."""
+        position = 0
+        for item in self.items:
+            if isinstance(item, Unread) or self.answer is None:
+                yield item, None
+            else:
+                yield item, self.answer.logits[position]
+                position += 1
+
+
+def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = Options()) -> Iterator[Batch]:
+    """Reads and classifies images.
+
+    Args:
+        model: a `MedMamba`, in any mode; not changed. Weights that change meanwhile are noticed.
+        sources: see `read_ahead`; taken as needed, in the caller's thread, of any number.
+        order: how to read them.
+        options: how to run.
+
+    Yields:
+        Batches in order; the pixels of their items are gone by then.
+
+    Raises:
+        ValueError: a number out of range, or no such device or precision.
+    """
+    model = unwrap(model)
+    devices = [torch.device(d) for d in options.devices or [model.patch_embed.proj.weight.device]]
+    run = _Run(model, order, options, devices)
+    chunk = min(CHUNK, options.batch_size or _FEW)
+    ahead = 2 + -(-(_IN_FLIGHT + 1) * len(devices) * min(options.batch_size or MOST, MOST) // chunk)
+    if all(device.type == "cpu" for device in devices):
+        ahead = 2 + -(-2 * (options.batch_size or _FEW) // chunk)
+    nice = _NICE if any(device.type == "cpu" for device in devices) else 0
+    chunks = read_ahead(
+        sources,
+        order,
+        workers=options.workers,
+        chunk=chunk,
+        ahead=ahead,
+        nice=nice,
+        using=lambda memory: pinned(memory, devices),
+    )
+    with contextlib.closing(chunks):
+        yield from run.batches(chunks)
+
+
+class _Run:
+    def __init__(self, model: Any, order: Order, options: Options, devices: list[torch.device]) -> None:
+        self.model, self.order, self.options = model, order, options
+        self.engines = [Engine(model, device, options.precision) for device in devices]
+        self._size = options.batch_size
+        self._going: deque[tuple[list[Chunk], Running | None]] = deque()
+
+    def batches(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
+        """Yields the answers to chunks, `_IN_FLIGHT` batches per GPU behind."""
+        waiting: list[Chunk] = []
+        turn = 0
+        depth = sum(_IN_FLIGHT if engine.device.type == "cuda" else 0 for engine in self.engines)
+        for chunk in chunks:
+            waiting.append(chunk)
+            many = chunk.slot is not None
+            if sum(len(c.items) for c in waiting) < self._batch_size(many):
+                continue
+            engine = self.engines[turn % len(self.engines)]
+            turn += 1
+            self._going.append((waiting, self._start(engine, waiting, many)))
+            waiting = []
+            while len(self._going) > (depth if many else 0):
+                yield self._finished()
+        if waiting:
+            engine = self.engines[turn % len(self.engines)]
+            self._going.append((waiting, self._start(engine, waiting, turn > 1)))
+        while self._going:
+            yield self._finished()
+
+    def _batch_size(self, many: bool) -> int:
+        if self._size is None and many:
+            most = min(MOST, max(_FEW, MOST_BYTES // self.order.bytes_per_image))
+            self._size = self.engines[0].best_batch(self.model.config, most)
+        return self._size or _FEW
+
+    def _start(self, engine: Engine, chunks: list[Chunk], many: bool) -> Running | None:
+        return engine.submit(chunks, self.model.config, many)
+
+    def _finished(self) -> Batch:
+        chunks, running = self._going.popleft()
+        answer = None if running is None else running.answer()
+        items = [item for chunk in chunks for item in chunk.items]
+        for chunk in chunks:
+            chunk.release()
+        return Batch(items, answer)
