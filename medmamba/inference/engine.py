@@ -242,7 +242,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _hooked(model: nn.Module) -> bool:
+def _hooked(model: Any) -> bool:
     """Returns whether hooks are registered on other modules than the classifier."""
     head = set(model.head.modules()) if isinstance(getattr(model, "head", None), nn.Module) else set()
     return any(

@@ -180,8 +180,9 @@ def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
-    weight = unwrap(model).patch_embed.proj.weight
-    return Engine(unwrap(model), weight.device).compute(batch.to(weight.device), many=False).answer()
+    inner: Any = unwrap(model)
+    device = inner.patch_embed.proj.weight.device
+    return Engine(inner, device).compute(batch.to(device), many=False).answer()
 
 
 def probabilities(logits: Tensor, config) -> Tensor:

@@ -73,6 +73,7 @@ def read_ahead(
     ahead: int = 4,
     nice: int = 0,
     using: Callable[[SharedMemory], AbstractContextManager] | None = None,
+    wait: bool = False,
 ) -> Generator[Chunk, None, None]:
     """Reads and prepares images, in their order, ahead of their use.
 
@@ -89,6 +90,8 @@ def read_ahead(
         ahead: chunks that may wait or be in use, beyond those that are being read.
         nice: added to the niceness of the processes.
         using: entered with the memory of the chunks, before any is filled, and left when all is done.
+
+        wait: read nothing before the processes are ready, for measurements and tests.
 
     Yields:
         Chunks. Whoever is done with one calls `release`: the memory is bounded, and reading waits for it.
@@ -107,6 +110,8 @@ def read_ahead(
     count = workers or cores()
     pool = _Pool(order, count, chunk, ahead, nice)
     try:
+        if wait:
+            pool.wait()
         with using(pool.memory) if using and pool.memory else contextlib.nullcontext():
             yield from pool.run(itertools.chain(first, source))
     finally:
@@ -258,6 +263,12 @@ class _Pool:
             if process.failed or self._closed:
                 return False
         return True
+
+    def wait(self) -> None:
+        """Waits until all processes are ready or have failed."""
+        for process in self._processes:
+            if process is not None:
+                self._wait(process)
 
     def close(self) -> None:
         with self._changed:

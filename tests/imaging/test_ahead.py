@@ -1,0 +1,189 @@
+"""Reading ahead: the same images as without, in order, in bounded memory, whatever happens to a process."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from image_that_kills import Killer
+from PIL import Image
+
+from medmamba.config import PreprocessConfig
+from medmamba.imaging.ahead import Order, Prepared, Unread, read_ahead
+from medmamba.imaging.image import FrameNeeded
+from medmamba.imaging.load import load_image
+from medmamba.imaging.preprocess import adapt_channels, normalise, preprocess, resize
+from medmamba.imaging.resample import resample
+
+ORDER = Order(PreprocessConfig(input_size=(32, 32)))
+
+
+def picture(seed=0, size=(40, 52, 3)):
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Eleven files: grey, colour, not resized, 16 bits, bad, absent, and an animation."""
+    shapes = [(40, 52, 3), (32, 32, 3), (64, 32), (32, 32)]
+    for i in range(8):
+        array = picture(i, shapes[i % 4])
+        deep = array.astype(np.uint16) * 200 if i == 6 else array
+        Image.fromarray(deep).save(tmp_path / f"{i}.png")
+    (tmp_path / "8.png").write_text("no image")
+    pages = [Image.fromarray(picture(i)) for i in (1, 2)]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    return [tmp_path / name for name in (*(f"{i}.png" for i in range(9)), "absent.png", "a.tiff")]
+
+
+def collect(chunks):
+    found = []
+    for chunk in chunks:
+        for item in chunk.items:
+            found.append(item)
+            if isinstance(item, Prepared):
+                item.pixels = item.pixels.copy()
+        chunk.release()
+    return found
+
+
+def test_processes_give_what_this_thread_gives(files):
+    alone = collect(read_ahead(files, ORDER, workers=0))
+    for workers, chunk in ((1, 3), (2, 2)):
+        ahead = read_ahead(iter(files), ORDER, workers=workers, chunk=chunk, wait=True)
+        for one, other in zip(alone, collect(ahead), strict=True):
+            assert type(one) is type(other) and one.source == other.source
+            if isinstance(one, Prepared):
+                assert one.notes == other.notes and one.deep == other.deep and one.pixels.dtype == other.pixels.dtype
+                np.testing.assert_array_equal(one.pixels, other.pixels)
+            else:
+                assert one.error == other.error and type(one.cause) is type(other.cause)
+    assert [type(item) for item in alone] == [Prepared] * 8 + [Unread] * 3
+    assert isinstance(alone[-1].cause, FrameNeeded) and other.cause.n_frames == 2
+
+
+def test_what_is_here_already_stays_here(files):
+    arrays = [picture(i) for i in range(5)]
+    found = collect(read_ahead([*arrays, files[0]], ORDER, workers=1, chunk=2, wait=True))
+    assert [item.source for item in found] == ["numpy array"] * 5 + ["0.png"]
+
+
+def test_a_million_images_take_no_more_memory_than_a_few(files):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield files[1]
+
+    chunks = read_ahead(endless(), ORDER, workers=1, chunk=4, ahead=2)
+    for _ in range(10):
+        next(chunks).release()
+    assert taken <= 4 * (10 + 2 + 2 + 1)
+    chunks.close()
+
+
+def test_a_chunk_that_is_kept_is_an_error_not_a_wait_without_end(files):
+    chunks = read_ahead([files[1]] * 100, ORDER, workers=1, chunk=1, ahead=1)
+    with pytest.raises(RuntimeError, match="release"):
+        for _chunk in chunks:
+            pass
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_process_that_ends_loses_no_image(files, always):
+    killer = Killer(files[2], os.getpid(), always)
+    sources = [files[0], killer, files[1], *files[3:6]]
+    found = collect(read_ahead(sources, ORDER, workers=1, chunk=3, wait=True))
+    kinds = [Prepared] * 6
+    if always:
+        kinds[1] = Unread
+        assert "ended the process" in found[1].error
+    assert [type(item) for item in found] == kinds
+
+
+def test_a_script_without_a_guard_works_and_leaves_nothing_behind(files, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom medmamba.imaging.ahead import Order, read_ahead\n"
+        "from medmamba.config import PreprocessConfig\n"
+        f"paths = {[str(f) for f in files]!r} * 3\n"
+        "n = 0\n"
+        "for chunk in read_ahead(paths, Order(PreprocessConfig(input_size=(32, 32))), workers=2, chunk=2, wait=True):\n"
+        "    n += len(chunk.items); chunk.release()\n"
+        "print('torch' in sys.modules, n)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "33"] and not done.stderr
+
+
+def test_children_end_with_a_parent_that_is_killed(files, tmp_path):
+    code = (
+        "import sys, time\nfrom medmamba.imaging.ahead import Order, read_ahead\n"
+        "from medmamba.config import PreprocessConfig\nfrom medmamba.imaging.ahead import decoders\n"
+        f"chunks = read_ahead([{str(files[0])!r}] * 1000, Order(PreprocessConfig(input_size=(32, 32))), workers=1, "
+        "chunk=1, wait=True)\nnext(chunks)\n"
+        "pool = chunks.gi_frame.f_locals['pool']\nprint(pool._processes[0]._process.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(7, 90), (64, 48), (150, 33), (33, 52)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resampling_is_that_of_pytorch(interpolation, size, channels):
+    array = picture(3, (64, 48, channels))
+    expected = F.interpolate(
+        torch.from_numpy(array).permute(2, 0, 1)[None].float(), size, mode=interpolation, antialias=True
+    )[0].permute(1, 2, 0)
+    for given in (array, array.astype(np.float32)):
+        np.testing.assert_allclose(resample(given, size, interpolation), expected.numpy(), atol=0.01)
+
+
+@pytest.mark.parametrize("crop", ["squash", "center", "pad"])
+@pytest.mark.parametrize(("channels", "in_chans"), [(1, 3), (3, 3), (3, 1), (1, 1)])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_preprocessing_is_that_of_the_definition(crop, channels, in_chans, kind):
+    array = picture(4, (50, 71, channels))
+    array = array if kind is np.uint8 else array.astype(np.float32) / 255
+    config = PreprocessConfig(input_size=(33, 40), crop_mode=crop)
+    pixels = torch.from_numpy(load_image(array).pixels.copy()).permute(2, 0, 1)
+    expected = normalise(resize(adapt_channels(pixels, in_chans)[None], config)[0], config)
+    torch.testing.assert_close(preprocess(load_image(array), config, in_chans), expected, atol=1e-4, rtol=0)
+
+
+def test_pixels_that_were_changed_count():
+    image = load_image(picture())
+    assert image.levels is not None and image.size == (40, 52)
+    image.pixels[:] = 0.5
+    assert image.levels is None
+    assert preprocess(image, PreprocessConfig(input_size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)).unique() == 0.5
+
+
+def test_levels_are_not_the_callers_array():
+    array = picture()
+    image = load_image(array)
+    before = array.copy()
+    array[:] = 0
+    np.testing.assert_array_equal(image.levels, before)
