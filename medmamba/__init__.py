@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
     from .model import MedMamba, create_model
     from .pretrained import PretrainedError, bundled_models
+    from .segmentation import MedMambaSegmenter, create_segmenter
     from .training import train
+    from .training.segmentation_run import train_segmenter
 
 _HOME = {  # public name -> the module that defines it
     "DEFAULT_MODEL": "config",
@@ -31,20 +33,35 @@ _HOME = {  # public name -> the module that defines it
     "ImageError": "imaging",
     "MedMamba": "model",
     "MedMambaConfig": "config",
+    "MedMambaSegmenter": "segmentation",
     "MedicalImage": "imaging",
     "PreprocessConfig": "config",
     "PretrainedError": "pretrained",
     "available_backends": "kernels",
     "bundled_models": "pretrained",
     "create_model": "model",
+    "create_segmenter": "segmentation",
     "load_image": "imaging",
     "load_upstream": "integrations.upstream",
     "selective_scan": "kernels",
     "selective_scan_2d": "kernels",
     "train": "training",
+    "train_segmenter": "training.segmentation_run",
 }
 _PACKAGES = (
-    *("data", "evaluation", "explain", "export", "imaging", "inference", "kernels", "metrics", "model", "training"),
+    *(
+        "data",
+        "evaluation",
+        "explain",
+        "export",
+        "imaging",
+        "inference",
+        "kernels",
+        "metrics",
+        "model",
+        "segmentation",
+        "training",
+    ),
 )
 
 __all__ = [
@@ -55,6 +72,7 @@ __all__ = [
     "ImageError",
     "MedMamba",
     "MedMambaConfig",
+    "MedMambaSegmenter",
     "MedicalImage",
     "PreprocessConfig",
     "PretrainedError",
@@ -62,11 +80,13 @@ __all__ = [
     "available_backends",
     "bundled_models",
     "create_model",
+    "create_segmenter",
     "load_image",
     "load_upstream",
     "selective_scan",
     "selective_scan_2d",
     "train",
+    "train_segmenter",
 ]
 
 

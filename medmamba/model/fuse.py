@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..inference.fitted import carry_over
+from ..inference.fitted import FittedMixin, carry_over
 from .fused import ChannelAffine, FusedMedMamba, Pointwise, fused_class
 from .network import ConvBranch, MedMambaNetwork
 
@@ -43,7 +43,8 @@ def fuse(model: MedMambaNetwork, dtype: torch.dtype | None = None) -> FusedMedMa
         for name, parameter in [*fused.named_parameters(), *fused.named_buffers()]:
             if not name.endswith(SCAN_PARAMETERS):
                 parameter.data = parameter.data.to(dtype)
-    carry_over(model, fused)
+    if isinstance(model, FittedMixin):
+        carry_over(model, fused)
     return fused.eval()  # new layers start in training mode
 
 

@@ -117,8 +117,7 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
     def numbers(name: str) -> Tensor:
         return draw.tensor(name, device)
 
-    moved = a.hflip or a.vflip or a.rot90 or a.rotate or a.shear or a.translate or a.crop_area != (1, 1)
-    if moved or a.crop_ratio != (1, 1):
+    if _moves(a):
         images = _sample(images, affine(draw, size[0] / size[1], device), size)
     elif tuple(images.shape[2:]) != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
@@ -145,6 +144,21 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
         )  # (B, 1, H, W)
         images = torch.where(inside, images.mean((2, 3), keepdim=True), images)
     return images
+
+
+def augment_masks(masks: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Tensor:
+    """Moves masks (B, M, H, W) uint8 as `augment` moves their images; returns (B, M, *size) of the same values."""
+    if _moves(a):
+        return _sample(masks.float(), affine(draw, size[0] / size[1], masks.device), size, "nearest").to(torch.uint8)
+    if tuple(masks.shape[2:]) != size:
+        return F.interpolate(masks.float(), size, mode="nearest-exact").to(torch.uint8)
+    return masks
+
+
+def _moves(a: Augment) -> bool:
+    """Returns whether images are moved, turned, sheared, reflected or cropped."""
+    moved = a.hflip or a.vflip or a.rot90 or a.rotate or a.shear or a.translate
+    return bool(moved) or a.crop_area != (1, 1) or a.crop_ratio != (1, 1)
 
 
 def affine(draw: Draw, aspect: float, device: torch.device) -> Tensor:
@@ -274,9 +288,9 @@ def _constant(values: Sequence, like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def _sample(images: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:
+def _sample(images: Tensor, theta: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     grid = F.affine_grid(theta, [len(images), images.shape[1], *size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
 
 
 def _mix_channels(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:

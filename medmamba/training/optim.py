@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model import MedMamba
 from .recipe import Recipe
+
+SEGMENTER_ENCODER = "net.encoder.net."  # where a `MedMambaSegmenter` has its network
 
 
 def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
@@ -32,10 +35,12 @@ def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
 
 
 def layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Returns the depth of a parameter: 0 for the patch embedding, 1 to n for the n blocks, n + 1 for the classifier.
+    """Returns the depth of a parameter: 0 for the patch embedding, 1 to n for the n blocks, n + 1 for the classifier,
+    or the decoder of a segmentation model.
 
     A merging layer counts with the block that follows it.
     """
+    name = name.removeprefix(SEGMENTER_ENCODER)
     if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
         return 1 + sum(depths[: int(match[1])]) + int(match[2])
     if match := re.match(r"downsamples\.(\d+)\.", name):
@@ -88,7 +93,8 @@ def freeze_stages(model: MedMamba, count: int) -> list[nn.Module]:
     """
     if count == 0:
         return []
-    frozen = [model.patch_embed, *model.stages[:count], *model.downsamples[: count - 1]]
+    network: Any = getattr(model, "encoder", model)  # of a segmentation model
+    frozen = [network.patch_embed, *network.stages[:count], *network.downsamples[: count - 1]]
     for module in frozen:
         module.requires_grad_(False)
     return frozen

@@ -176,7 +176,7 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-SELECTABLE = ("accuracy", "balanced_accuracy", "auroc", "f1", "loss")
+SELECTABLE = ("accuracy", "balanced_accuracy", "auroc", "f1", "loss", "dice", "iou")  # the last two: segmentation
 
 
 def recipe_names() -> list[str]:

@@ -187,7 +187,7 @@ def train(
     if not restart and (done := _already_done(out, identity | stored)) is not None:
         return done
     store = CheckpointStore(out / CHECKPOINTS)
-    with _alone(out, accelerator):
+    with alone(out, accelerator):
         if restart and accelerator.process_index == 0:
             store.clear()
             for name in RESULT_FILES:
@@ -255,7 +255,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
+def alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
     """Locks the folder of a run in the process of rank 0, so that a second run into it is rejected."""
     if accelerator.process_index != 0:
         yield

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..utils.files import write_text
 
 HISTORY = "history.jsonl"
-_SHOWN = ("loss", "accuracy")
+_SHOWN = ("loss", "accuracy", "dice")
 
 
 class RunLog:
@@ -113,6 +113,6 @@ class Bar:
         text = f"epoch {epoch + 1} loss {loss:.4f}"
         if history:
             row = history[-1]
-            loss, accuracy = (math.nan if row[f"val_{name}"] is None else row[f"val_{name}"] for name in _SHOWN)
-            text += f" | val loss {loss:.4f} accuracy {accuracy:.4f}"
+            found = {name: row[f"val_{name}"] for name in _SHOWN if f"val_{name}" in row}
+            text += " | val " + " ".join(f"{k} {math.nan if v is None else v:.4f}" for k, v in found.items())
         self._tqdm.set_postfix_str(text, refresh=False)

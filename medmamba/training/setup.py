@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..config import MedMambaConfig, variant_config
 from ..data import CachedDataset, DatasetError, ImageDataset, cache_images
@@ -19,6 +18,7 @@ from ..data.identity import FileIndex
 from ..data.streaming import DecodedAnew, StoredImages, StreamedDataset
 from ..model import MedMamba
 from ..utils.memory import cores, free_disk, free_memory, local_processes
+from ..utils.weights import adapt_input
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -223,11 +223,3 @@ def build_model(
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         assert not unexpected and all(key.startswith("head.") for key in missing)
     return model
-
-
-def adapt_input(weight: Tensor, channels: int) -> Tensor:
-    """Converts a patch embedding (dim, C, p, p) to another number of channels, with equal output for grey images."""
-    old = weight.shape[1]
-    if old == channels:
-        return weight
-    return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (old / channels)

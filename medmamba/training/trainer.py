@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -94,7 +95,7 @@ class Trainer:
         if recipe.balance == "sampling" and model.config.task == "multilabel":
             raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
 
-        labels = images("train", recipe.size_at(0)).index.labels
+        labels = self._labels(images("train", recipe.size_at(0)))
         self.labels, self.classes = labels, self.config.num_classes
         self.batches = sampling.Batches.plan(len(labels), recipe.batch_size, accelerator.num_processes, accumulate)
         self.weights = (
@@ -217,6 +218,16 @@ class Trainer:
         found = loss.classification_loss(logits, targets, self.config.task, self.weights)
         return found / self.batches.accumulate
 
+    # What `SegmentationTrainer` does in another way, beside `_loss` and `_batch`.
+
+    def _labels(self, data: CachedDataset) -> np.ndarray:
+        """Returns the labels of the training images, for the order and the weights of classes."""
+        return data.index.labels
+
+    def _validate(self, model: MedMamba, data: CachedDataset, batch_size: int) -> dict[str, float]:
+        """Returns the metrics that can select an epoch, "loss" among them."""
+        return validate(model, data, self.accelerator, batch_size)
+
     def _graph_for(self, images: Tensor, targets: Tensor) -> graphed_step.GraphedStep | None:
         """Returns the graph for batches of this size, captured on first use; None where graphs are off."""
         if self._use_graphs and self._graph.size != images.shape[2:]:
@@ -257,7 +268,7 @@ class Trainer:
         batch_size = validation_batch(plan.part, self.accelerator.device)
         self._check_weights()
         try:
-            scores = validate(shown, val, self.accelerator, batch_size)
+            scores = self._validate(shown, val, batch_size)
         except NotFiniteError as error:
             raise self._diverged(f"{error} after epoch {progress.epoch + 1}") from error
         score = [selection_score(scores, metric) for metric in recipe.select]

@@ -19,6 +19,11 @@ EXTRAS = {
     "datasets": "datasets",
     "ray": "ray",
     "litserve": "serve",
+    "segmentation_models_pytorch": "segment",
+    "scipy": "segment",
+    "highdicom": "segment",
+    "nibabel": "segment",
+    "pycocotools": "segment",
 }
 """Top-level modules, and the extra of `medmamba` that installs them."""
 

@@ -27,3 +27,11 @@ def read_weights(folder: str | os.PathLike) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise PretrainedError(f"{path} is damaged or truncated ({error}); download or save it again") from error
     return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def adapt_input(weight: Tensor, channels: int) -> Tensor:
+    """Converts a patch embedding (dim, C, p, p) to another number of channels, with equal output for grey images."""
+    old = weight.shape[1]
+    if old == channels:
+        return weight
+    return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (old / channels)

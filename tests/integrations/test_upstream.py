@@ -119,7 +119,7 @@ def test_weights_of_this_package_are_told_where_they_belong(tiny_model):
 
 def test_checkpoints_of_other_networks_are_named_as_such():
     foreign = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(10, 512)}
-    with pytest.raises(ConversionError, match=r"but another network: it has no 'patch_embed.proj.weight'; it has conv1"):
+    with pytest.raises(ConversionError, match=r"it has no .patch_embed.proj.weight.; it has conv1"):
         medmamba.load_upstream(foreign)
     with pytest.raises(ConversionError, match="no tensors at all"):
         medmamba.load_upstream({"epoch": 3, 7: "x"})
