@@ -35,8 +35,8 @@ METRICS = {
     "specificity": ("specificity", "Specificity, macro"),
     "ece": ("ece", "Expected calibration error"),
 }
-START, END = "<!-- figures: generated from results.json, do not edit -->", "<!-- end of figures -->"
-MARK = "{figures}"  # where a section has the tables of metrics
+START, END = "<!-- metrics: generated from results.json, do not edit -->", "<!-- end of metrics -->"
+MARK = "{metrics}"  # where a section has the tables of metrics
 
 
 def write_card(

@@ -35,7 +35,7 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("Training data", _data(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Calibration", _calibration(facts)),
-        ("Images of another kind", _unusual(facts)),
+        ("Out-of-distribution images", _unusual(facts)),
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),
         ("How to reproduce", _reproduce(facts)),
@@ -94,7 +94,7 @@ def _intended(facts: ModelFacts) -> str:
         f"{of}.\n\n"
         "Not for clinical use: not for diagnosis, triage, screening or treatment, and not as a second opinion. It is "
         "not a medical device, has no regulatory clearance, and was never tested prospectively or on images of another "
-        "site. Images of another kind are still assigned a class; the probabilities are then meaningless."
+        "site. Images of other kinds are also assigned a class, with meaningless probabilities."
     )
 
 
@@ -151,7 +151,7 @@ def _evaluation(facts: ModelFacts) -> str:
     text = [
         f"On the {facts.split} split, in float32. The intervals say how much the metrics would vary with other {by} of "
         "the same kind; they vary more between hospitals and devices, which was not measured.",
-        "{figures}",
+        "{metrics}",
     ]
     if "confusion.png" in facts.pictures:
         text.append("![Confusion matrix](confusion.png)")

@@ -16,6 +16,9 @@ from ..utils.text import printable
 PAPER_COLUMNS = ("precision", "sensitivity", "specificity", "f1", "accuracy", "auroc")
 """The columns of the published table, in its order."""
 
+MACRO = ("precision", "sensitivity", "specificity", "f1", "auroc", "auprc")
+"""Overall metrics that are macro averages, that is, means over the classes."""
+
 MAX_TABLE = 50
 """The largest number of classes for which Markdown tables include the confusion matrix."""
 
@@ -143,7 +146,7 @@ class Evaluation:
         """Returns tables of overall metrics, classes and the confusion matrix, for a model card or a terminal."""
         who = f"{self.n_images} images" + (f" of {self.n_patients} {self.unit}s" if self.n_patients is not None else "")
         lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
-        lines += table(["Score", "Value"], [[TITLES[name], str(score)] for name, score in self.overall.items()])
+        lines += table(["Score", "Value"], [[overall_title(name), str(score)] for name, score in self.overall.items()])
         columns = list(self.per_class[0].scores) if self.per_class else []
         rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
         lines += ["", *table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
@@ -163,6 +166,11 @@ class Evaluation:
         unit = "image" if self.resampled_by == "image" else self.unit
         by = f"by {unit}" + (", stratified by class" if self.task == "multiclass" else "")
         return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
+
+
+def overall_title(name: str) -> str:
+    """Returns the title of an overall metric, which says so if it is a macro average: "Sensitivity, macro average"."""
+    return f"{TITLES[name]}, macro average" if name in MACRO else TITLES[name]
 
 
 def _estimate(row: Mapping[str, float | None]) -> Estimate:

@@ -209,14 +209,16 @@ def test_what_is_known_of_other_images_is_on_the_card(folder):
     }
     Unusual(means, spread, 1.5, 0.95).save(folder)
     text = render_card(read_facts(folder), "org/bloodmnist")
-    assert "## Images of another kind" in text and "Its detection rate was not measured" in text
+    assert "## Out-of-distribution images" in text and "Its detection rate was not measured" in text
     Unusual(means, spread, 1.5, 0.95, measured).save(folder)
     facts = read_facts(folder)
     text = render_card(facts, "org/bloodmnist")
     assert "| BreastMNIST | 156 | 91.3% | 0.987 |" in text
     assert "| BloodMNIST, its own test images | 160 | 5.0% |  |" in text
     assert "on these images: its AUROC is 0.31 to 0.31" in text and "are reported as unusual" not in text
-    assert any("Images of another kind" in p for p in check_card(text.replace("## Images of another", "## "), facts))
+    assert any(
+        "Out-of-distribution images" in p for p in check_card(text.replace("## Out-of-distribution", "## "), facts)
+    )
     (folder / "unusual.json").write_text("{")
     with pytest.raises(CardError, match=r"unusual\.json cannot be read"):
         read_facts(folder)

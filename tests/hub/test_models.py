@@ -72,7 +72,7 @@ def test_its_card_tells_everything(folder):
         command.startswith(("medmamba train", "python -m hub.zoo"))
         and f"--seed {facts.config.training['seed']}" in command
     )
-    assert load_unusual(folder) is not None and "## Images of another kind" in text
+    assert load_unusual(folder) is not None and "## Out-of-distribution images" in text
 
 
 @pytest.fixture(params=BACKBONES, ids=lambda folder: folder.name)

@@ -194,7 +194,7 @@ def test_a_single_class_does_not_crash() -> None:
     assert math.isnan(result["auroc"]) and 0 <= result["accuracy"] <= 1
     assert any("Every image shows class 2" in note for note in result.notes)
     assert json.loads(result.to_json())["overall"]["auroc"]["value"] is None
-    assert "| AUROC | n/a |" in result.to_markdown()
+    assert "| AUROC, macro average | n/a |" in result.to_markdown()
     nothing = evaluate(np.zeros((20, K)), p, NAMES, task="multilabel", resamples=20)
     assert math.isnan(nothing["auroc"]) and nothing.per_class[0].scores["specificity"].value > 0.5
     assert evaluate([1], [[0.2, 0.8]], ["a", "b"])["accuracy"] == 1
