@@ -25,7 +25,7 @@ def finished_model(folder: Path, dataset: str = "bloodmnist", seed: int = 0, **r
         logits = rng.normal(size=(size, entry.num_classes)) + 2.5 * np.eye(entry.num_classes)[labels]
         if split == "val":
             model.config.calibration = fit_calibration(logits, labels, "multiclass").to_dict()
-        images: Any = SimpleNamespace(labels=labels, patients=[None] * size, notes=())
+        images: Any = SimpleNamespace(name="images", labels=labels, patients=[None] * size, notes=())
         scored[split] = score(torch.from_numpy(logits), images, model.config, resamples=50, context={"split": split})
     model.config.training = training(dataset, seed, **record)
     write_results(folder, scored, training=model.config.training, calibration=model.config.calibration)
