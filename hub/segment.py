@@ -61,7 +61,7 @@ def load(data: Path, name: str) -> SegmentationDataset:
         images = [path for path in expand_inputs(data / name / split) if path.stem in wanted]  # some have no mask
         for image, mask in pair_by_name(images, masks, f"{name}/{split}"):
             patient = "_".join(image.stem.split("_")[:2])
-            pairs.append(Pair(image, str(mask), mask_from_file(mask, 1), split, patient))
+            pairs.append(Pair(image, str(mask), mask, mask_from_file(mask, 1), split, patient))
     return SegmentationDataset(name, (DATASETS[name],), tuple(pairs))
 
 

@@ -146,6 +146,11 @@ class SegmentationEvaluation:
 
         return {**dataclasses.asdict(self), "classes": list(self.classes), "mean_dice": self.mean_dice}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SegmentationEvaluation:
+        """Reads what `to_dict` wrote."""
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__} | {"classes": tuple(data["classes"])})
+
     def table(self) -> str:
         """Returns the metrics as a Markdown table with 95 % intervals."""
         names = list(next(iter(self.metrics.values())))

@@ -29,10 +29,9 @@ def read_config(folder: str | os.PathLike) -> MedMambaConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
     if isinstance(data.get("model_type"), str | None) and data.get("model_type") != "medmamba" and "depths" not in data:
-        if data.get("model_type") == "medmamba-segmenter":
-            raise ConfigError(
-                f"{path} is of a segmentation model; load it with medmamba.MedMambaSegmenter.from_pretrained"
-            )
+        if (kind := data.get("model_type")) in ("medmamba-segmenter", "medmamba-detector"):
+            loader = "MedMambaSegmenter" if kind == "medmamba-segmenter" else "MedMambaDetector"
+            raise ConfigError(f"{path} is of another kind of model; load it with medmamba.{loader}.from_pretrained")
         other = f"of type {data['model_type']!r}" if data.get("model_type") else "of another library"
         raise ConfigError(
             f"{path} is not a MedMamba config, but one {other}; this package loads models written by save_pretrained, "

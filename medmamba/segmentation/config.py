@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import MedMambaConfig, PreprocessConfig
 from ..utils import config_checks as checks
@@ -34,6 +34,8 @@ class SegmenterConfig:
     Raises:
         ConfigError: a field of another type, out of range, or in contradiction to another.
     """
+
+    MODEL_TYPE: ClassVar[str] = MODEL_TYPE
 
     encoder: MedMambaConfig
     decoder: str = "unet"

@@ -24,6 +24,7 @@ class Pair:
     Attributes:
         image: the image file.
         mask: what the mask is read from, for messages.
+        mask_file: the file that holds it.
         read: returns the mask at a size (height, width): (M, H, W) uint8, see `SegmentationDataset`.
         split: "train", "val", "test", or None.
         patient: who must not be in two splits; None where unknown.
@@ -31,9 +32,15 @@ class Pair:
 
     image: Path
     mask: str
+    mask_file: Path
     read: Callable[[tuple[int, int]], np.ndarray]
     split: str | None = None
     patient: str | None = None
+
+    @property
+    def label_file(self) -> Path:
+        """The file that holds the mask."""
+        return self.mask_file
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,11 @@ class SegmentationDataset:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def examples(self) -> tuple[Pair, ...]:
+        """The pairs."""
+        return self.pairs
 
     @property
     def split_sizes(self) -> dict[str | None, int]:

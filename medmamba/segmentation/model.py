@@ -1,43 +1,33 @@
-"""The segmentation model: a MedMamba encoder and a decoder of segmentation_models_pytorch, with loading and saving."""
+"""The segmentation model: a MedMamba encoder and a decoder of segmentation_models_pytorch."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
-import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._version import __version__
 from ..config import ConfigError, MedMambaConfig, variant_config
 from ..model import MedMamba
 from ..model.fuse import fuse
-from ..pretrained.sources import fetch
-from ..pretrained.weights_file import check_header, differences, listed, load_strict, not_finite, read_header, shapes
-from ..utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, PretrainedError, file_hash
-from ..utils.files import staged
-from ..utils.strict_json import StrictJsonError, read_json
-from ..utils.weights import read_weights
+from ..pretrained.folder import FolderMixin
 from .config import SegmenterConfig
 from .encoder import SmpEncoder, load_weights, require_smp
 from .predict import predict
 from .result import Segmentation
 
-MAX_CONFIG = 8 * 2**20  # bytes
 SIDE = 352  # pixels; the default size of the network's input, a multiple of 32
 # Half of smp's default channels: 85 instead of 116 ms for the nano encoder at 352 pixels on two CPU cores.
 DECODER_OPTIONS: dict[str, dict[str, Any]] = {"unet": {"decoder_channels": (128, 64, 32, 16, 16)}}
 
 
-class MedMambaSegmenter(nn.Module):
+class MedMambaSegmenter(FolderMixin, nn.Module):
     """Segments images: a MedMamba as the encoder, a decoder of segmentation_models_pytorch.
 
     Input: (B, in_chans, H, W) float, normalised as `config.preprocess` says, H and W multiples of 32. Output: logits
@@ -51,6 +41,8 @@ class MedMambaSegmenter(nn.Module):
         ImportError: segmentation_models_pytorch is not installed; the message holds the command that installs it.
         ConfigError: options that the decoder does not take.
     """
+
+    config_class = SegmenterConfig
 
     def __init__(self, config: SegmenterConfig):
         super().__init__()
@@ -100,88 +92,6 @@ class MedMambaSegmenter(nn.Module):
             copied.net.segmentation_head.to(dtype)  # type: ignore[union-attr]
         return copied
 
-    # --- loading and saving ---
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> MedMambaSegmenter:
-        """Loads a segmentation model in eval mode, in float32 on the CPU.
-
-        Args: as those of `MedMamba.from_pretrained`.
-
-        Raises:
-            PretrainedError: not found, unreachable or damaged, or the weights do not match the configuration.
-            ConfigError: the configuration of another kind of model.
-        """
-        folder = fetch(name, revision, cache_dir, token, local_files_only, force_download)
-        config, header = read_segmenter_config(folder), read_header(folder / WEIGHTS_NAME)
-        check_header(header, config.encoder, str(folder))
-        with torch.device("meta"):
-            model = cls(config)
-        if problems := differences(shapes(model.state_dict()), shapes(header)):
-            raise PretrainedError(f"{folder} does not match its configuration: {listed(problems)}")
-        tensors = read_weights(folder)
-        if broken := not_finite(tensors):
-            raise PretrainedError(
-                f"{folder}: {len(broken)} of {len(tensors)} tensors contain NaN or infinity ({listed(broken, 3)}): "
-                "training diverged; use an earlier checkpoint"
-            )
-        load_strict(model, tensors, str(folder))
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        return model.eval()
-
-    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:
-        """Saves `model.safetensors` and `config.json`; an existing model is replaced only when both are written.
-
-        Args:
-            dtype: type in which matrices are stored, e.g. torch.float16 for half the size. Vectors and the parameters
-                of the scan stay float32.
-
-        Raises:
-            PretrainedError: weights that are not finite, or of a fused copy.
-        """
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for key, tensor in self.state_dict().items():
-            shrink = dtype is not None and tensor.ndim > 1 and not key.endswith(("A_log", "D", "dt_bias"))
-            tensors[key] = tensor.detach().to(device="cpu", dtype=dtype if shrink else None).contiguous().clone()
-        with torch.device("meta"):
-            blank = type(self)(self.config)
-        if problems := differences(shapes(blank.state_dict()), shapes(tensors)):
-            raise PretrainedError(f"the model was not saved, because it could not be loaded again: {listed(problems)}")
-        if broken := not_finite(tensors):
-            raise PretrainedError(f"the model was not saved: NaN or infinity in {listed(broken, 3)}")
-        folder = Path(folder)
-        with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
-            save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-            data = {**self.config.to_dict(), "medmamba_version": __version__}
-            data[CHECKSUM_KEY] = file_hash(staging / WEIGHTS_NAME)
-            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-            (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-            read_segmenter_config(staging)
-        return folder
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Uploads the model to the Hub in one commit and returns the URL of that commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token, library_name="medmamba", library_version=__version__)
-        with tempfile.TemporaryDirectory() as staging:
-            self.save_pretrained(staging)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            info = api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload segmentation model")
-        return str(info.commit_url)
-
 
 def create_segmenter(
     variant: str = "nano",
@@ -218,7 +128,7 @@ def create_segmenter(
         raise ConfigError(f"size must be a multiple of 32, got {side}")
     names = [f"class_{i + 1}" for i in range(classes)] if isinstance(classes, int) else list(classes)
     config = SegmenterConfig(
-        encoder=_encoder_config(base, in_chans or base.in_chans, side),
+        encoder=encoder_config(base, in_chans or base.in_chans, side),
         decoder=decoder,
         decoder_options=DECODER_OPTIONS.get(decoder, {}) if decoder_options is None else decoder_options,
         classes=tuple(names),
@@ -231,29 +141,8 @@ def create_segmenter(
     return model
 
 
-def read_segmenter_config(folder: str | os.PathLike) -> SegmenterConfig:
-    """Reads `config.json` of the folder of a segmentation model.
-
-    Raises:
-        ConfigError: not valid JSON, another kind of model, or unknown or invalid fields.
-    """
-    path = Path(folder) / CONFIG_NAME
-    try:
-        data = read_json(path, MAX_CONFIG)
-    except StrictJsonError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download or save the model again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
-    if data.get("model_type") == "medmamba":
-        raise ConfigError(f"{path} is of a classifier; load it with medmamba.MedMamba.from_pretrained")
-    data.pop(CHECKSUM_KEY, None)
-    try:
-        return SegmenterConfig.from_dict(data)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _encoder_config(base: MedMambaConfig, in_chans: int, side: int) -> MedMambaConfig:
+def encoder_config(base: MedMambaConfig, in_chans: int, side: int) -> MedMambaConfig:
+    """Returns the configuration of an encoder made from a classifier, for inputs of side x side pixels."""
     config = base.replace(in_chans=in_chans, num_classes=0, id2label={}, calibration={}, training={}, task="multiclass")
     crop = "squash" if config.preprocess.crop_mode == "center" else config.preprocess.crop_mode
     return config.replace(preprocess=replace(config.preprocess, input_size=(side, side), crop_mode=crop))

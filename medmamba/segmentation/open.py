@@ -90,24 +90,6 @@ def make_segmentation_splits(
     return replace(dataset, pairs=pairs)
 
 
-def check_patients(dataset: SegmentationDataset) -> None:
-    """Checks that no patient is in two splits.
-
-    Raises:
-        DatasetError: some are; up to five are listed.
-    """
-    held: dict[str, set[str]] = {}
-    for pair in dataset.pairs:
-        if pair.patient and pair.split:
-            held.setdefault(pair.patient, set()).add(pair.split)
-    several = [f"{name} ({', '.join(sorted(splits))})" for name, splits in sorted(held.items()) if len(splits) > 1]
-    if several:
-        raise DatasetError(
-            f"{dataset.name}: {len(several)} patients have images in more than one split: {'; '.join(several[:5])}. "
-            "Results on such a test set are too optimistic; divide it by patient"
-        )
-
-
 def _from_folders(root: Path, classes: tuple[str, ...]) -> SegmentationDataset:
     parts: list[tuple[str | None, Path]] = []
     if (root / "images").is_dir() and (root / "masks").is_dir():
@@ -124,7 +106,7 @@ def _from_folders(root: Path, classes: tuple[str, ...]) -> SegmentationDataset:
             raise DatasetError(f"{folder} has images and no folder masks beside them")
         images, masks = expand_inputs(folder / "images"), expand_inputs(folder / "masks")
         for image, mask in pair_by_name(images, masks, str(folder)):
-            pairs.append(Pair(image, str(mask), mask_from_file(mask, len(classes)), split))
+            pairs.append(Pair(image, str(mask), mask, mask_from_file(mask, len(classes)), split))
     return SegmentationDataset(root.name, classes, tuple(pairs), len(classes) > 1)
 
 
@@ -142,7 +124,7 @@ def _from_csv(path: Path, classes: tuple[str, ...]) -> SegmentationDataset:
         if split is not None and split_name(split) is None:
             raise DatasetError(f"{path}, line {line}: split {split!r} is none of train, val and test")
         read = mask_from_file(mask, len(classes))
-        pairs.append(Pair(image, str(mask), read, split and split_name(split), cell.get("patient") or None))
+        pairs.append(Pair(image, str(mask), mask, read, split and split_name(split), cell.get("patient") or None))
     return SegmentationDataset(path.stem, classes, tuple(pairs), len(classes) > 1)
 
 
@@ -160,7 +142,7 @@ def _from_voc(root: Path, classes: tuple[str, ...]) -> SegmentationDataset:
         if mask.stem not in images:
             raise DatasetError(f"{root}: the mask {mask.name} has no image {mask.stem} in JPEGImages")
         read = mask_from_file(mask, len(classes))
-        pairs.append(Pair(images[mask.stem], str(mask), read, splits.get(mask.stem)))
+        pairs.append(Pair(images[mask.stem], str(mask), mask, read, splits.get(mask.stem)))
     return SegmentationDataset(root.name, classes, tuple(pairs), len(classes) > 1)
 
 
@@ -187,7 +169,7 @@ def _from_coco(path: Path, exclusive: bool) -> SegmentationDataset:
     pairs = []
     for key, entry in images.items():
         read = _coco_reader(shapes[key], number, one, f"{path}: image {entry['file_name']}")
-        pairs.append(Pair(under(root, str(entry["file_name"])), f"{path} ({entry['file_name']})", read))
+        pairs.append(Pair(under(root, str(entry["file_name"])), f"{path} ({entry['file_name']})", path, read))
     if not pairs:
         raise DatasetError(f"{path} has no images")
     names = tuple(categories[category] for category in ids)

@@ -3,73 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..data import DatasetError
+from ..imaging.preprocess import normalise
 from ..metrics.segmentation import SegmentationEvaluation
-from ..segmentation import MedMambaSegmenter
+from ..segmentation import MedMambaSegmenter, create_segmenter
 from ..segmentation.cached import PairCache
 from ..segmentation.dataset import SegmentationDataset
 from ..segmentation.evaluate import evaluate_segmenter
-from ..segmentation.open import check_patients, make_segmentation_splits, open_segmentation
+from ..segmentation.open import make_segmentation_splits, open_segmentation
 from ..segmentation.predict import probabilities
-from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME
-from ..utils.devices import make_accelerator, wait_for_everyone
-from ..utils.files import write_text
-from .checkpoint import CheckpointStore, check_same_run
-from .finalise import finished_before
-from .identity import model_fingerprint, run_identity
+from .dense import DenseResult, check_dense_splits, run_dense, start_from
 from .recipe import Recipe, load_recipe
-from .run import CHECKPOINTS, alone
-from .run_log import HISTORY, RunLog
 from .segmentation import LOSSES, SegmentationTrainer, binary_planes
-from .segmentation_setup import build, data_table, hash_rows
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from ..model import MedMamba
 
-RESULTS_NAME = "results.json"
-RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md")
 GRID = np.arange(0.1, 0.91, 0.05)  # thresholds among which validation images choose
-
-
-@dataclass(frozen=True)
-class SegmenterResult:
-    """Result of `train_segmenter`.
-
-    Attributes:
-        out: the folder; it holds a model once the run has finished.
-        finished: False if the run was stopped by `max_seconds` or SIGTERM; the same call resumes it.
-        epoch: epochs completed.
-        best_epoch: the selected epoch, counted from 1; None before the first validation.
-        history: one row per epoch, as in `history.csv`.
-        val, test: evaluation at the size of the images; None unless finished, or without such a split.
-    """
-
-    out: Path
-    finished: bool
-    epoch: int
-    best_epoch: int | None
-    history: list[dict[str, Any]]
-    val: SegmentationEvaluation | None = None
-    test: SegmentationEvaluation | None = None
-
-    def load(self) -> MedMambaSegmenter:
-        """Loads the trained model."""
-        return MedMambaSegmenter.from_pretrained(self.out)
 
 
 def train_segmenter(
@@ -96,7 +54,7 @@ def train_segmenter(
     progress: bool = True,
     tensorboard: bool = False,
     **settings: Any,
-) -> SegmenterResult:
+) -> DenseResult:
     """Trains, selects the best epoch and the thresholds on validation, then evaluates on test, once.
 
     After an interruption of any kind, the same call resumes from the last checkpoint.
@@ -131,79 +89,63 @@ def train_segmenter(
         LockedError: another process is training into `out`.
         TrainingError: the loss or the weights are NaN or infinite.
     """
-    started = time.monotonic()
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     chosen = load_recipe(recipe, **settings)
     dataset = _open(data, classes, split, patient_pattern, seed)
     torch.manual_seed(seed)
-    model = build(dataset, variant, init, decoder, in_chans, chosen.size)
+    model = start_from(init, MedMambaSegmenter, dataset.classes)
+    if model is None:
+        options: dict[str, Any] = dict(exclusive=dataset.exclusive, decoder=decoder, in_chans=in_chans)
+        model = create_segmenter(variant, dataset.classes, start=init, size=chosen.size, **options)  # type: ignore[arg-type]
     chosen = chosen if chosen.size else chosen.replace(size=model.config.preprocess.input_size[0])
-    if chosen.evaluated_at != model.config.preprocess.input_size[0]:
-        size = (chosen.evaluated_at, chosen.evaluated_at)
-        encoder = model.config.encoder
-        encoder = encoder.replace(preprocess=dataclasses.replace(encoder.preprocess, input_size=size))
-        model.config = model.config.replace(encoder=encoder)
-    accelerator = make_accelerator(device, precision)
-    table = data_table(dataset)
-    parts = accelerator.num_processes * accumulate
-    source = model if init is not None else None
-    identity = {
-        **run_identity(
-            chosen,
-            model,  # type: ignore[arg-type]
-            None,
-            hash_rows(dataset, table),
-            seed=seed,
-            precision=accelerator.mixed_precision,
-            parts=parts,
-        ),
-        "init_weights": model_fingerprint(source) if source else "",  # type: ignore[arg-type]
-        "loss": loss,
-        "stored": "float16" if half else "float32",
-    }
-    out = Path(out)
-    if not restart and (done := _already_done(out, identity)) is not None:
-        return done
-    store = CheckpointStore(out / CHECKPOINTS)
-    with alone(out, accelerator):
-        if restart and accelerator.process_index == 0:
-            store.clear()
-            for name in RESULT_FILES:
-                (out / name).unlink(missing_ok=True)
-        wait_for_everyone(accelerator)
-        if accelerator.process_index == 0:
-            check_same_run(store, identity, table)
-            store.note_run(identity, table)
-        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
-        images = PairCache(dataset, model.config.preprocess, model.config.in_chans, accelerator, progress, log.warn)
-        trainer = SegmentationTrainer(
-            model,
-            chosen,
-            images,
-            accelerator,
-            store,
-            log,
-            seed=seed,
-            accumulate=accumulate,
-            identity=identity,
-            deadline=None if max_seconds is None else started + max_seconds,
-            checkpoint_seconds=checkpoint_seconds,
-            graphs="off",  # decoders and losses of other packages are not known to be safe to capture
-            loss=loss,
-        )
-        try:
-            state = trainer.fit()
-        finally:
-            log.close()
-        best = state.best["epoch"] if state.best else None
-        finished = state.finished(chosen) and best is not None
-        result = SegmenterResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
-        if not finished or best is None:
-            return result
-        record = _record(dataset, chosen, identity, state, accelerator, init, loss)
-        found = _finish(out, model, images, store, accelerator, record, best, half, progress)
-        return dataclasses.replace(result, val=found["val"], test=found.get("test"))
+    resize_input(model, chosen.evaluated_at)
+    return run_dense(
+        Segmenting(loss),
+        dataset,
+        model,
+        chosen,
+        out,
+        init=init,
+        seed=seed,
+        device=device,
+        precision=precision,
+        accumulate=accumulate,
+        half=half,
+        max_seconds=max_seconds,
+        checkpoint_seconds=checkpoint_seconds,
+        restart=restart,
+        progress=progress,
+        tensorboard=tensorboard,
+    )
+
+
+@dataclass
+class Segmenting:
+    """Segmentation as a task of `run_dense`."""
+
+    loss: str
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = {"loss": self.loss}
+
+    def images(self, dataset: SegmentationDataset, model: Any, accelerator: Any, progress: bool, say: Any) -> PairCache:
+        return PairCache(dataset, model.config.preprocess, model.config.in_chans, accelerator, progress, say)
+
+    def trainer(self, *args: Any, **options: Any) -> SegmentationTrainer:
+        return SegmentationTrainer(*args, loss=self.loss, **options)
+
+    def choose(self, model: MedMambaSegmenter, val: Any, device: torch.device) -> Any:
+        return model.config.replace(thresholds=choose_thresholds(model, val, device))
+
+    def evaluate(self, model: MedMambaSegmenter, dataset: SegmentationDataset, progress: bool) -> Any:
+        from tqdm import tqdm
+
+        return evaluate_segmenter(model, dataset, progress=lambda rows: tqdm(rows, unit="img", disable=not progress))
+
+    def restore(self, data: dict[str, Any]) -> SegmentationEvaluation:
+        return SegmentationEvaluation.from_dict(data)
 
 
 def choose_thresholds(model: MedMambaSegmenter, data: Any, device: torch.device) -> tuple[float, ...]:
@@ -214,8 +156,6 @@ def choose_thresholds(model: MedMambaSegmenter, data: Any, device: torch.device)
     Args:
         data: `CachedPairs`.
     """
-    from ..imaging.preprocess import normalise
-
     config = model.config
     if config.exclusive:
         return config.thresholds
@@ -234,6 +174,14 @@ def choose_thresholds(model: MedMambaSegmenter, data: Any, device: torch.device)
     return tuple(round(grid[i], 2) for i in sums.argmax(0).tolist())
 
 
+def resize_input(model: Any, side: int) -> None:
+    """Sets the size of the network's input in the configuration of a model with an encoder."""
+    encoder = model.config.encoder
+    if encoder.preprocess.input_size != (side, side):
+        preprocess = dataclasses.replace(encoder.preprocess, input_size=(side, side))
+        model.config = model.config.replace(encoder=encoder.replace(preprocess=preprocess))
+
+
 def _open(
     data: Any, classes: Sequence[str], split: Sequence[float] | None, pattern: str | None, seed: int
 ) -> SegmentationDataset:
@@ -242,117 +190,5 @@ def _open(
         dataset = make_segmentation_splits(dataset, split or (0.7, 0.1, 0.2), seed)
     elif split is not None:
         raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes}); leave split= out")
-    if missing := [name for name in ("train", "val") if not dataset.split_sizes.get(name)]:
-        raise DatasetError(
-            f"{dataset.name} has no images in {' and '.join(missing)}; it has {dataset.split_sizes}. Provide folders "
-            "train and val, or data without splits, which are then divided"
-        )
-    check_patients(dataset)
+    check_dense_splits(dataset)
     return dataset
-
-
-def _record(
-    dataset: SegmentationDataset,
-    recipe: Recipe,
-    identity: dict,
-    state: Any,
-    accelerator: Accelerator,
-    init: Any,
-    loss: str,
-) -> dict[str, Any]:
-    import accelerate
-
-    from .._version import __version__
-
-    return {
-        "dataset": dataset.name,
-        "split_sizes": {str(name): count for name, count in dataset.split_sizes.items()},
-        "recipe": recipe.name,
-        "settings": recipe.to_dict(),
-        "loss": loss,
-        "epochs": state.epoch,
-        "best_epoch": state.best["epoch"] + 1,
-        "seed": identity["seed"],
-        "identity": identity,
-        "init": str(init) if isinstance(init, str | os.PathLike) else "" if init is None else "a model",
-        "device": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu",
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "seconds": round(sum(row["seconds"] for row in state.history), 1),
-        "versions": {
-            "medmamba": __version__,
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _finish(
-    out: Path,
-    model: MedMambaSegmenter,
-    images: PairCache,
-    store: CheckpointStore,
-    accelerator: Accelerator,
-    record: dict[str, Any],
-    best: int,
-    half: bool,
-    progress: bool,
-) -> dict[str, SegmentationEvaluation]:
-    """Writes the model folder; test images are used here for the first time, with the weights as stored."""
-    from tqdm import tqdm
-
-    wait_for_everyone(accelerator)
-    dtype = torch.float16 if half else None
-    kind = type(model)  # a peer in the same trainer is a class of its own
-    final = kind(model.config)
-    final.load_state_dict(store.load_best(best))
-    with tempfile.TemporaryDirectory() as folder:
-        final = kind.from_pretrained(final.save_pretrained(folder, dtype=dtype))
-    final.to(accelerator.device)
-    val = images("val", final.config.preprocess.input_size[0])
-    final.config = final.config.replace(thresholds=choose_thresholds(final, val, accelerator.device), training=record)
-    found = {}
-    for split in ("val", "test"):
-        if images.dataset.split_sizes.get(split):
-
-            def bar(items, split=split):
-                return tqdm(items, f"evaluating {split}", unit="img", disable=not progress)
-
-            found[split] = evaluate_segmenter(final, images.dataset.split(split), progress=bar)
-    if accelerator.process_index == 0:
-        write_segmentation_results(out, found, record, final.config.thresholds)
-        final.to("cpu").save_pretrained(out, dtype=dtype)
-        store.clear()
-    wait_for_everyone(accelerator)
-    return found
-
-
-def write_segmentation_results(
-    out: Path, found: dict[str, SegmentationEvaluation], record: dict[str, Any], thresholds: Sequence[float]
-) -> None:
-    """Writes `results.md` and `results.json`."""
-    sections = [f"## {split}\n\n{result.table()}\n" for split, result in found.items()]
-    write_text(out / "results.md", "\n".join(sections))
-    data = {
-        "training": record,
-        "thresholds": list(thresholds),
-        "splits": {split: result.to_dict() for split, result in found.items()},
-    }
-    write_text(out / RESULTS_NAME, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _already_done(out: Path, identity: dict[str, Any]) -> SegmenterResult | None:
-    """Returns the result of the same run if it has finished in this folder, else None."""
-    results = finished_before(out, identity)
-    if results is None:
-        return None
-    lines = (out / HISTORY).read_text(encoding="utf-8").splitlines() if (out / HISTORY).is_file() else []
-    fields = [f.name for f in dataclasses.fields(SegmentationEvaluation)]
-    found = {
-        split: SegmentationEvaluation(**{name: data[name] for name in fields})
-        for split, data in results["splits"].items()
-    }
-    record = results["training"]
-    history = [json.loads(line) for line in lines]
-    return SegmenterResult(out, True, record["epochs"], record["best_epoch"], history, found["val"], found.get("test"))

@@ -9,7 +9,8 @@ from PIL import Image
 from segmentation_data import disc, write_pairs
 
 from medmamba.data import DatasetError
-from medmamba.segmentation.open import check_patients, make_segmentation_splits, open_segmentation
+from medmamba.segmentation.open import make_segmentation_splits, open_segmentation
+from medmamba.training.dense import check_dense_splits
 
 
 def save_mask(path, values):
@@ -196,13 +197,13 @@ def test_splits_keep_patients_together_and_a_patient_in_two_is_refused(tmp_path)
             path.rename(path.with_name(f"q{number // 2}_{number}.png"))
     found = make_segmentation_splits(open_segmentation(tmp_path, patient_pattern="^(q[0-9]+)_"), (0.5, 0.25, 0.25))
     assert set(found.split_sizes) == {"train", "val", "test"} and sum(found.split_sizes.values()) == 12
-    check_patients(found)
+    check_dense_splits(found)
     import dataclasses
 
     first, second, *rest = found.pairs
     pairs = (dataclasses.replace(first, split="train"), dataclasses.replace(second, split="test"), *rest)
     with pytest.raises(DatasetError, match="q0"):
-        check_patients(dataclasses.replace(found, pairs=pairs))
+        check_dense_splits(dataclasses.replace(found, pairs=pairs))
 
 
 def test_a_pattern_that_matches_nothing_is_refused(folder):
