@@ -15,7 +15,8 @@ from ..data.metadata import Columns, metadata_file, read_columns
 from ..inference.fitted import in_force
 from ..inference.predict import NotFiniteError, why_not_finite
 from ..metrics.calibration import to_probabilities
-from ..metrics.subgroups import Subgroups, evaluate_subgroups
+from ..metrics.group_result import Subgroups
+from ..metrics.subgroups import evaluate_subgroups
 from ..model import MedMamba
 from ..utils.devices import make_accelerator
 from ..utils.extras import require
@@ -142,7 +143,7 @@ def evaluate_model(
     return scored
 
 
-def score_subgroups(scored: Scored, index: ImageDataset, columns: Columns, permutations: int = 1000) -> Subgroups:
+def score_subgroups(scored: Scored, index: ImageDataset, columns: Columns) -> Subgroups:
     """Scores the groups of each column, with the resamples and the seed of the evaluation of all images."""
     evaluation, patients = scored.evaluation, index.patients
     return evaluate_subgroups(
@@ -152,7 +153,6 @@ def score_subgroups(scored: Scored, index: ImageDataset, columns: Columns, permu
         columns.values,
         task=evaluation.task,
         patients=patients if any(patients) else None,
-        permutations=permutations,
         resamples=evaluation.resamples,
         seed=evaluation.seed,
         notes=columns.notes,

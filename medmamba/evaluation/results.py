@@ -17,7 +17,7 @@ from ..config import MedMambaConfig
 from ..data import ImageDataset, registry
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
-from ..metrics.subgroups import Subgroups
+from ..metrics.group_result import Subgroups
 from ..utils.files import write_text
 from .corruptions import CORRUPTIONS_NAME, Corruptions
 

@@ -12,9 +12,10 @@ for any significant group, and the tests share images, so that they depend on ea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,158 +23,12 @@ from numpy.typing import ArrayLike
 
 from .bootstrap import bootstrap_weights, resampling_units
 from .evaluate import EvaluationError, Scorer, check_predictions, evaluate
+from .group_result import FEW, MISSING, SMALL, TESTED, Group, GroupTest, Subgroups
 from .multiplicity import benjamini_hochberg, holm, permutation_p
-from .result import TITLES, Estimate, Evaluation, table
+from .result import Estimate
 from .scores import Floats, Ints
 
-TESTED = ("balanced_accuracy", "auroc", "ece")
-"""Metrics that are tested by default: decisions, ranking, calibration."""
-
-MISSING = "(missing)"
-SMALL, FEW = 30, 10
-"""A group of fewer images, or with fewer images of a class, is called small."""
-
-
-@dataclass(frozen=True)
-class GroupTest:
-    """Comparison of a group with the other images.
-
-    Attributes:
-        metric: name of the metric.
-        others: its value for the images outside the group.
-        difference: value in the group minus that outside, with a bootstrap interval.
-        p: of the permutation test; NaN where a metric is undefined.
-        holm: adjusted for all tests, family-wise error.
-        bh: adjusted for all tests, false discovery rate.
-    """
-
-    metric: str
-    others: float
-    difference: Estimate
-    p: float
-    holm: float = math.nan
-    bh: float = math.nan
-
-
-@dataclass(frozen=True)
-class Group:
-    """A group of images.
-
-    Attributes:
-        column: such as "sex".
-        name: such as "female".
-        evaluation: of its images.
-        confidence: mean confidence minus accuracy: above 0, the model is overconfident in this group.
-        tests: one per tested metric; empty for a column with a single group.
-        warnings: why its numbers are unreliable.
-    """
-
-    column: str
-    name: str
-    evaluation: Evaluation
-    confidence: float
-    tests: tuple[GroupTest, ...]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Subgroups:
-    """Result of `evaluate_subgroups`.
-
-    Attributes:
-        groups: of all columns, in the order given.
-        gaps: largest difference between two groups, by column and metric; small groups and missing values take no part.
-        alpha: level of the tests.
-        permutations: of each test; 0: no tests.
-        notes: how columns were read: cut points, merged values.
-    """
-
-    groups: tuple[Group, ...]
-    gaps: Mapping[str, Mapping[str, float]]
-    alpha: float
-    permutations: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        return list(dict.fromkeys(group.column for group in self.groups))
-
-    def of(self, column: str) -> list[Group]:
-        """Returns the groups of a column."""
-        return [group for group in self.groups if group.column == column]
-
-    @property
-    def findings(self) -> list[tuple[Group, GroupTest]]:
-        """Groups that differ from the others after Holm's correction."""
-        return [(group, test) for group in self.groups for test in group.tests if test.holm <= self.alpha]
-
-    @property
-    def n_tests(self) -> int:
-        return sum(not math.isnan(test.p) for group in self.groups for test in group.tests)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for JSON, with None for NaN."""
-        return {
-            "alpha": self.alpha,
-            "permutations": self.permutations,
-            "correction": "holm",
-            "n_tests": self.n_tests,
-            "notes": list(self.notes),
-            "gaps": {column: _plain(gaps) for column, gaps in self.gaps.items()},
-            "groups": [
-                {
-                    "column": group.column,
-                    "name": group.name,
-                    "confidence_minus_accuracy": group.confidence,
-                    "warnings": list(group.warnings),
-                    "tests": [_plain(asdict(test)) for test in group.tests],
-                    "evaluation": group.evaluation.to_dict(),
-                }
-                for group in self.groups
-            ],
-        }
-
-    def summary(self) -> str:
-        """Returns the outcome of the tests in words."""
-        if not self.n_tests:
-            return "No tests were made."
-        found = "; ".join(
-            f"{TITLES[test.metric]} of {group.column} {group.name} {test.difference} against the others "
-            f"(p {test.p:.2g}, corrected {test.holm:.2g})"
-            for group, test in self.findings
-        )
-        how = (
-            f"{self.n_tests} tests against random groups of the same size and classes ({self.permutations} "
-            f"permutations), corrected together by Holm's method at {self.alpha:g}"
-        )
-        return f"{how}: {found or 'no group differs from the others. This does not show that there is no difference'}."
-
-    def to_markdown(self) -> str:
-        """Returns one table per column, gaps and the outcome of the tests."""
-        lines: list[str] = []
-        for column in self.columns:
-            header, rows = self.rows(column)
-            lines += [f"### By {column}", "", *table(header, rows), ""]
-            gaps = [f"{TITLES[name]} {gap:.3f}" for name, gap in self.gaps[column].items() if not math.isnan(gap)]
-            lines += [f"Largest gap between groups: {', '.join(gaps)}.", ""] if gaps else []
-            lines += [f"- {group.name}: {text}" for group in self.of(column) for text in group.warnings]
-            lines += [""]
-        return "\n".join([*lines, self.summary(), "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
-
-    def rows(self, column: str) -> tuple[list[str], list[list[str]]]:
-        """Returns header and rows of the table of a column."""
-        groups = self.of(column)
-        metrics = [test.metric for test in groups[0].tests]
-        shown = ["accuracy", *dict.fromkeys([*metrics, *TESTED])]
-        header = [column, "Images", *(TITLES[name] for name in shown), "Confidence - accuracy"]
-        header += [f"p, {TITLES[name]}" for name in metrics]
-        rows = []
-        for group in groups:
-            e = group.evaluation
-            row = [group.name + (" *" if group.warnings else ""), str(e.n_images)]
-            row += [str(e.overall[name]) for name in shown] + [f"{group.confidence:+.3f}"]
-            rows.append(row + [_p_text(test) for test in group.tests])
-        return header, rows
+_CHUNK = 2**22  # elements of permuted groups in memory at once
 
 
 def evaluate_subgroups(
@@ -185,7 +40,7 @@ def evaluate_subgroups(
     task: str = "multiclass",
     patients: Sequence[str | None] | None = None,
     tested: Sequence[str] = TESTED,
-    permutations: int = 1000,
+    permutations: int | None = None,
     alpha: float = 0.05,
     resamples: int = 1000,
     seed: int = 0,
@@ -198,7 +53,8 @@ def evaluate_subgroups(
         labels, probabilities, classes, task, patients, resamples, seed, threshold: as for `evaluate`.
         columns: value of each image `(N,)` by name of the column; None or "": missing, which is a group of its own.
         tested: overall metrics that are tested.
-        permutations: of each test; 0 for no tests. The smallest p-value is 2 / (permutations + 1).
+        permutations: of each test; 0 for no tests. The smallest p-value is 2 / (permutations + 1), so None takes enough
+            for Holm's correction to find something: four times the number of tests over alpha, at least 1000.
         alpha: level of the corrected tests.
         notes: stored with the result.
 
@@ -209,7 +65,7 @@ def evaluate_subgroups(
     for name, values in columns.items():
         if len(values) != len(truth):
             raise EvaluationError(f"column {name!r} has {len(values)} values for {len(truth)} images")
-    if not 0 < alpha < 1 or permutations < 0:
+    if not 0 < alpha < 1 or (permutations or 0) < 0:
         raise EvaluationError(f"alpha must be in (0, 1) and permutations at least 0, got {alpha} and {permutations}")
     whole = Scorer(truth, p, len(classes), task == "multilabel", threshold, 15)
     if unknown := set(tested) - set(whole.overall_names):
@@ -217,8 +73,13 @@ def evaluate_subgroups(
     options: dict[str, Any] = dict(task=task, resamples=resamples, seed=seed, threshold=threshold)
     found: list[Group] = []
     said = list(notes)
-    for column, values in columns.items():
-        names = np.array([MISSING if value in (None, "") else str(value) for value in values], dtype=object)
+    named = {
+        column: np.array([MISSING if value in (None, "") else str(value) for value in values], dtype=object)
+        for column, values in columns.items()
+    }
+    if permutations is None:
+        permutations = max(1000, math.ceil(4 * len(tested) * sum(len(set(names)) for names in named.values()) / alpha))
+    for column, names in named.items():
         groups = _order(names)
         if len(groups) == 1:
             said.append(f"{column}: every image is {groups[0]}, so there is nothing to compare")
@@ -280,27 +141,49 @@ def _tests(
     ones = np.ones((1, members.shape[1]), np.float32)
     resampled = list(bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else []
     weights = np.concatenate([ones, *resampled])
-    drawn = np.stack(list(permuted_groups(members, unit_of, stratum_of, permutations, seed))) if permutations else None
+    p = _permutation_tests(whole, members, unit_of, stratum_of, tested, permutations, seed)
     found = []
     for i, inside in enumerate(members):
-        group = _scores(whole, weights * inside, tested)  # (1 + R, M)
-        others = _scores(whole, weights * ~inside, tested)
-        difference = group - others
-        p = np.full(len(tested), np.nan)
-        if drawn is not None:
-            p = permutation_p(group[0], _scores(whole, drawn[:, i].astype(np.float32), tested))
+        others = _scores(whole, weights * ~inside, tested)  # (1 + R, M)
+        difference = _scores(whole, weights * inside, tested) - others
         found.append(
             tuple(
-                GroupTest(name, float(others[0, m]), _estimate(difference[:, m]), float(p[m]))
+                GroupTest(name, float(others[0, m]), _estimate(difference[:, m]), float(p[i, m]))
                 for m, name in enumerate(tested)
             )
         )
     return found
 
 
+def _permutation_tests(
+    whole: Scorer,
+    members: np.ndarray,
+    unit_of: Ints,
+    stratum_of: Ints,
+    tested: Sequence[str],
+    permutations: int,
+    seed: int,
+) -> Floats:
+    """Returns p-values `(G, M)`, NaN for groups of fewer than `FEW` images, which could not show anything."""
+    p = np.full((len(members), len(tested)), np.nan)
+    tried = np.flatnonzero(members.sum(axis=1) >= FEW)
+    if not permutations or not len(tried):
+        return p
+    null: list[list[Floats]] = [[] for _ in tried]
+    drawn = permuted_groups(members, unit_of, stratum_of, permutations, seed)
+    while chunk := list(itertools.islice(drawn, max(1, _CHUNK // members.size))):
+        weights = np.stack(chunk, axis=1).astype(np.float32)  # (G, P, N)
+        for found, i in zip(null, tried, strict=True):
+            found.append(_scores(whole, weights[i], tested))
+    for found, i in zip(null, tried, strict=True):
+        observed = _scores(whole, members[i][None].astype(np.float32), tested)[0]
+        p[i] = permutation_p(observed, np.concatenate(found))
+    return p
+
+
 def _scores(whole: Scorer, weights: Floats, names: Sequence[str]) -> Floats:
     """Returns `(R, M)` scores under weights `(R, N)`."""
-    step = max(1, 2**22 // weights.shape[1])
+    step = max(1, _CHUNK // weights.shape[1])
     parts = [weights[start : start + step] for start in range(0, len(weights), step)]
     values = whole.under(lambda: iter(parts))
     return np.stack([values[name] for name in names], axis=1)
@@ -340,7 +223,7 @@ def _warnings(labels: Ints, everything: Ints, classes: Sequence[str]) -> tuple[s
     )
     said = []
     if len(labels) < SMALL:
-        said.append(f"only {len(labels)} images")
+        said.append(f"only {len(labels)} images" + (", not tested" if len(labels) < FEW else ""))
     few = [f"{classes[i]} ({counts[i]})" for i in range(len(classes)) if counts[i] < FEW and total[i] > 0]
     if few:
         said.append(f"fewer than {FEW} images of {', '.join(few)}")
@@ -384,14 +267,3 @@ def _estimate(values: Floats) -> Estimate:
         return Estimate(float(values[0]))
     low, high = np.quantile(known, (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high))
-
-
-def _p_text(test: GroupTest) -> str:
-    if math.isnan(test.p):
-        return "n/a"
-    return f"{test.p:.2g} (corrected {test.holm:.2g})"
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}

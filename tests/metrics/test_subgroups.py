@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from medmamba.metrics import EvaluationError, evaluate
-from medmamba.metrics.subgroups import MISSING, evaluate_subgroups
+from medmamba.metrics.group_result import MISSING
+from medmamba.metrics.subgroups import evaluate_subgroups
 
 CLASSES = ("a", "b", "c")
 
@@ -59,6 +60,18 @@ def test_small_groups_and_rare_classes_are_pointed_out():
     assert any("fewer than 10 images of a" in text for text in found.groups[0].warnings)
     assert np.isnan(found.gaps["site"]["accuracy"])  # a gap to twelve images says nothing
     assert "few *" in found.to_markdown()
+
+
+def test_enough_permutations_are_drawn_for_the_correction():
+    """A group in which the model is wrong stays significant among fifty tests."""
+    labels, p, rng = predictions(120)
+    columns = {f"column {i}": list(rng.choice(["x", "y"], 120)) for i in range(9)}
+    p[:30] = p[:30][:, [1, 2, 0]]
+    columns["site"] = ["west"] * 30 + ["east"] * 87 + ["tiny"] * 3
+    found = evaluate_subgroups(labels, p, CLASSES, columns, tested=("balanced_accuracy",), resamples=0)
+    assert found.n_tests == 20 and found.permutations == 1680
+    assert {group.name for group, _ in found.findings} == {"west", "east"}
+    assert "only 3 images, not tested" in found.of("site")[1].warnings
 
 
 def test_a_patient_in_two_groups_is_said():
