@@ -44,6 +44,23 @@ class UnusualError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Reference:
+    """What validation images look like to the network, to compare other images with; see `evaluation.drift`.
+
+    Attributes:
+        n: number of images.
+        mean: (C,), mean of their pooled features.
+        std: (C,), standard deviation of their pooled features.
+        scores: (n,), their out-of-distribution scores, ascending.
+    """
+
+    n: int
+    mean: NDArray[np.float64] = field(repr=False)
+    std: NDArray[np.float64] = field(repr=False)
+    scores: NDArray[np.float64] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Unusual:
     """An out-of-distribution detector: flags images unlike the training images.
 
@@ -54,6 +71,7 @@ class Unusual:
         coverage: fraction of the validation images that are not flagged.
         measured: measured performance, {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
         weights: fingerprint of the network that computed the features (`inference.fingerprint`), or None if unrecorded.
+        reference: statistics of the validation images; None in files of earlier versions.
     """
 
     means: NDArray[np.float64] = field(repr=False)
@@ -62,6 +80,7 @@ class Unusual:
     coverage: float
     measured: Mapping[str, Any] = field(default_factory=dict)
     weights: Fingerprint | None = field(default=None, repr=False)
+    reference: Reference | None = field(default=None, repr=False)
 
     def score(self, features: ArrayLike) -> NDArray[np.float64]:
         """Returns the scores (N,) of pooled features (N, C): root mean squared distance to the nearest class mean."""
@@ -104,6 +123,9 @@ class Unusual:
             "spread": _rounded(self.spread),
             "means": [_rounded(mean) for mean in self.means],
         }
+        if self.reference is not None:
+            r = self.reference
+            record["reference"] = {"mean": _rounded(r.mean), "std": _rounded(r.std), "scores": _rounded(r.scores)}
         text = json.dumps(record, indent=1, allow_nan=False)
         write_text(path, text + "\n")
 
@@ -124,13 +146,24 @@ def load_unusual(folder: str | os.PathLike) -> Unusual | None:
         coverage = checks.real(record["coverage"], "coverage", 0, 1)
         measured, weights = _measured(record["measured"]), record["weights"]
         known = checks.fingerprint(record["fingerprint"], "fingerprint") if record.get("fingerprint") else None
+        reference = _reference(record["reference"], len(spread)) if record.get("reference") else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusualError(f"{path} cannot be read ({error!r}); delete it, or measure again") from error
     fits = means.ndim == 2 and len(means) and spread.shape == means.shape[1:]
     if not fits or not (spread > 0).all() or not (np.isfinite(means).all() and np.isfinite(spread).all()):
         raise UnusualError(f"{path} holds means {means.shape} and spread {spread.shape}; delete it, or measure again")
-    found = Unusual(means, spread, threshold, coverage, measured, known)
+    found = Unusual(means, spread, threshold, coverage, measured, known, reference)
     return found if weights == _weights_of(Path(folder)) else None
+
+
+def _reference(found: Any, width: int) -> Reference:
+    """Validates the statistics of the validation images, and returns them."""
+    mean, std, scores = (np.array(found[name], np.float64) for name in ("mean", "std", "scores"))
+    if mean.shape != (width,) or std.shape != (width,) or scores.ndim != 1 or len(scores) < 2:
+        raise ConfigError(f"reference holds a mean {mean.shape}, std {std.shape} and scores {scores.shape}")
+    if not all(np.isfinite(part).all() for part in (mean, std, scores)) or (std < 0).any():
+        raise ConfigError("the reference holds numbers that are not finite, or a negative standard deviation")
+    return Reference(len(scores), mean, std, np.sort(scores))
 
 
 def _measured(found: Any) -> dict[str, Any]:
@@ -178,7 +211,11 @@ def fit_unusual(
     spread = np.maximum(spread, max(1e-3 * float(spread.mean()), 1e-12))
     found = Unusual(means, spread, 0.0, coverage)
     threshold = float(np.quantile(found.score(held_out), coverage, method="higher"))
-    return Unusual(means, spread, threshold, coverage)
+    reference = None
+    if len(held_out) > 1:
+        scores = np.sort(found.score(held_out))
+        reference = Reference(len(held_out), held_out.mean(0), held_out.std(0, ddof=1), scores)
+    return Unusual(means, spread, threshold, coverage, reference=reference)
 
 
 def _weights_of(folder: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .result import TITLES, Estimate, Evaluation, table
+from .result import TITLES, Estimate, Evaluation, plain, table
 
 TESTED = ("balanced_accuracy", "auroc", "ece")
 """Metrics that are tested by default: decisions, ranking, calibration."""
@@ -102,14 +102,14 @@ class Subgroups:
             "correction": "holm",
             "n_tests": self.n_tests,
             "notes": list(self.notes),
-            "gaps": {column: _plain(gaps) for column, gaps in self.gaps.items()},
+            "gaps": {column: plain(gaps) for column, gaps in self.gaps.items()},
             "groups": [
                 {
                     "column": group.column,
                     "name": group.name,
                     "confidence_minus_accuracy": group.confidence,
                     "warnings": list(group.warnings),
-                    "tests": [_plain(asdict(test)) for test in group.tests],
+                    "tests": [plain(asdict(test)) for test in group.tests],
                     "evaluation": group.evaluation.to_dict(),
                 }
                 for group in self.groups
@@ -163,8 +163,3 @@ def _p_text(test: GroupTest) -> str:
     if math.isnan(test.p):
         return "n/a"
     return f"{test.p:.2g} (corrected {test.holm:.2g})"
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}

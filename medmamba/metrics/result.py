@@ -110,7 +110,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON, with None for NaN."""
-        return _without_nan(asdict(self))
+        return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -177,11 +177,12 @@ def _estimate(row: Mapping[str, float | None]) -> Estimate:
     return Estimate(**{key: math.nan if value is None else value for key, value in row.items()})
 
 
-def _without_nan(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns nested data with lists for tuples, and None for numbers that are not finite, as JSON needs."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,6 +9,8 @@ EXTRAS = {
     "accelerate": "train",
     "matplotlib": "train",
     "sklearn": "train",
+    "scipy": "train",
+    "weasyprint": "report",
     "tensorboard": "train",
     "captum": "explain",
     "pydicom": "dicom",
