@@ -83,7 +83,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
     """
     folder = Path(folder)
     config = read_config(folder)
-    results = _read_object(folder / RESULTS_NAME, "evaluate the model again")
+    results = read_results(folder)
     try:
         entry = registry.get(str(config.training.get("dataset", "")))
     except registry.RegistryError:
@@ -107,6 +107,15 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         unusual,
         tuple(_read_object(folder / TRANSFER_NAME, "write it again: python -m hub.transfer table").get("rows", ())),
     )
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns the content of `results.json` in a model folder, {} where there is none.
+
+    Raises:
+        CardError: not strict JSON, or not an object.
+    """
+    return _read_object(Path(folder) / RESULTS_NAME, "evaluate the model again")
 
 
 def _with_units(results: dict[str, Any], entry: registry.DatasetEntry | None) -> dict[str, Evaluation]:

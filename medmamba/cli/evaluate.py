@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parser.add_argument(
         "--by",
-        type=_names,
+        type=names,
         default=[],
         metavar="COLUMNS",
         help="score the groups of these columns, such as age,sex,site",
@@ -70,11 +70,16 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _names(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
+def names(text: str) -> list[str]:
+    """Parses names from text such as "age,sex".
+
+    Raises:
+        ArgumentTypeError: an empty name.
+    """
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
         raise argparse.ArgumentTypeError(f"expected names separated by commas, such as age,sex, got {text!r}")
-    return names
+    return found
 
 
 def cut_points(text: str) -> tuple[str, tuple[float, ...]]:
