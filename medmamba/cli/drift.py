@@ -13,8 +13,8 @@ def add_parser(subparsers: Any) -> None:
         "drift",
         help="compare new images with those a model was validated on",
         description="Tests whether images differ from those that a model was validated on: how many are unusual, the "
-        "distribution of the features, the predicted classes and, with labels, the calibration. Prints the outcome, and "
-        "writes a page with --out. The exit code is 0 whether or not there is a difference.",
+        "distribution of the features, the predicted classes and, with labels, the calibration. Prints the outcome, "
+        "and writes a page with --out. The exit code is 0 whether or not there is a difference.",
     )
     parser.add_argument("model", metavar="MODEL", help="bundled name, org/name[@revision] or folder")
     parser.add_argument("data", nargs="+", metavar="IMAGES", help="files, folders or globs of new images")
@@ -23,8 +23,9 @@ def add_parser(subparsers: Any) -> None:
         "--labelled", action="store_true", help="IMAGES is a dataset with labels, as for medmamba evaluate"
     )
     parser.add_argument(
-        "--reference", metavar="FOLDER", help="images to compare with, such as the validation images (default: what the "
-        "model folder records of those)"
+        "--reference",
+        metavar="FOLDER",
+        help="images to compare with, such as the validation images (default: what the model folder records of those)",
     )
     parser.add_argument("--images", type=int, metavar="N", help="at most so many, drawn with a fixed seed")
     parser.add_argument("--alpha", type=float, default=0.05, help="level of the corrected tests (default: %(default)s)")

@@ -38,6 +38,13 @@ def add_parser(subparsers: Any) -> None:
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    add_groups(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    parser.set_defaults(run=run)
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of subgroups and of corruptions."""
     parser.add_argument(
         "--by",
         type=names,
@@ -46,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
         help="score the groups of these columns, such as age,sex,site",
     )
     parser.add_argument(
-        "--metadata", metavar="CSV", help="file with these columns (default: --data, or the metadata.csv in it)"
+        "--metadata", metavar="CSV", help="file with these columns (default: the data, or the metadata.csv in them)"
     )
     parser.add_argument(
         "--cuts",
@@ -66,8 +73,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--corruption-images", type=int, metavar="N", help="corrupt at most so many images, drawn with --seed"
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
-    parser.set_defaults(run=run)
 
 
 def names(text: str) -> list[str]:

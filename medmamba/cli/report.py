@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from .evaluate import cut_points, names
+from .evaluate import add_groups
 from .messages import say
 
 
@@ -13,9 +13,9 @@ def add_parser(subparsers: Any) -> None:
         "report",
         help="write a report on a model for reviewers and ethics boards",
         description="Evaluates a model and writes report.html, one file with all it shows, and report.pdf: data and "
-        "splits, performance, operating points, calibration, subgroups, corrupted and unusual images, explanations with "
-        "their checks, errors, limits, and which items of TRIPOD+AI and CLAIM are covered. The report shows images of "
-        "the data.",
+        "splits, performance, operating points, calibration, subgroups, corrupted and unusual images, explanations "
+        "with their checks, errors, limits, and which items of TRIPOD+AI and CLAIM are covered. It shows images of the "
+        "data.",
     )
     parser.add_argument("model", metavar="MODEL", help="bundled name, org/name[@revision] or folder")
     parser.add_argument("data", metavar="DATA", help="folder, .csv, .npz or .zip of labelled images")
@@ -25,9 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
     )
-    parser.add_argument(
-        "--external", action="store_true", help="the data are of another source than the training data"
-    )
+    parser.add_argument("--external", action="store_true", help="the data are of another source than the training data")
     add_groups(parser)
     parser.add_argument(
         "--explain", type=int, default=2, metavar="N", help="images to explain, with all checks (default: %(default)s)"
@@ -43,32 +41,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run)
-
-
-def add_groups(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of subgroups and corruptions, the same as those of `medmamba evaluate`."""
-    parser.add_argument(
-        "--by", type=names, default=[], metavar="COLUMNS", help="score the groups of these columns, such as age,sex,site"
-    )
-    parser.add_argument("--metadata", metavar="CSV", help="file with these columns (default: DATA, or metadata.csv in it)")
-    parser.add_argument(
-        "--cuts",
-        type=cut_points,
-        action="append",
-        default=[],
-        metavar="COLUMN=A,B",
-        help="where to divide a column of numbers, such as age=40,65 (default: its quartiles)",
-    )
-    parser.add_argument(
-        "--corruptions",
-        nargs="?",
-        const="auto",
-        metavar="DATASET",
-        help="measure the errors on images corrupted as in MedMNIST-C, for this of its datasets (default: the model's)",
-    )
-    parser.add_argument(
-        "--corruption-images", type=int, metavar="N", help="corrupt at most so many images, drawn with --seed"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -180,7 +180,7 @@ def detect_drift(
         DriftError: fewer than ten images that can be read.
         DatasetError: labels that are not the model's.
     """
-    require("scipy", "drift")
+    require("scipy", "drift", "train")
     config, detector, notes = in_force(model)
     labels: NDArray[np.int64] | None = None
     read: Callable[[Any], Any] = _same

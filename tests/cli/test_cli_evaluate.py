@@ -45,3 +45,18 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(trial, tmp_path
     assert "no effect unless columns are named (--by COLUMNS)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*trial, "--cuts", "age"])
+
+
+@pytest.mark.slow
+def test_a_report_and_a_page_on_drift(trial, tmp_path, capsys):
+    pytest.importorskip("captum")
+    _, _, model, _, data, _ = trial
+    words = ["--by", "sex", "--explain", "0", "--resamples", "20", "--no-pdf", "--quiet"]
+    assert main(["report", model, data, "--out", str(tmp_path / "report"), *words]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "report.html")
+    out = ["--out", str(tmp_path / "drift"), "--no-pdf", "--quiet"]
+    assert main(["drift", model, f"{data}/test", *out]) == 0
+    assert "24 images." in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "drift").iterdir()} == {"drift.html", "drift.json"}
+    assert main(["drift", model, data, data, "--labelled"]) == 2
+    assert "single folder" in capsys.readouterr().err
