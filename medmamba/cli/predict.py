@@ -3,8 +3,8 @@
 import argparse
 import csv
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import DEFAULT_MODEL
@@ -17,10 +17,15 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "predict",
         help="classify images",
-        description="Classifies files, folders (recursively) and globs. Files that cannot be read are reported and "
-        "skipped, and the exit code is then 1.",
+        description="Classifies files, folders (recursively) and globs; zip and tar archives; the rows of CSV and "
+        "Parquet tables; and addresses such as s3://bucket/folder. Files that cannot be read are reported and skipped, "
+        "and the exit code is then 1.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder, glob, archive, table or address")
+    parser.add_argument(
+        "--list", action="append", default=[], metavar="FILE", help="file with one image per line; - for standard input"
+    )
+    parser.add_argument("--column", metavar="NAME", help="column of the tables that names the images")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="bundled name, org/name[@revision] or folder (default: %(default)s)"
     )
@@ -30,15 +35,43 @@ def add_parser(subparsers: Any) -> None:
         metavar="K",
         help="number of classes to report (default: 3); not with --csv, which lists all",
     )
+    add_running(parser)
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default: %(default)s)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, several such as cuda:0,cuda:1, all GPUs with all, or auto (default: %(default)s)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bfloat16", "float16"),
+        help="of the computation; faster ones change probabilities slightly (default: that of the weights, float32)",
+    )
+    parser.add_argument(
+        "--reduced-jpeg",
+        action="store_true",
+        help="decode large JPEG files at a half, a quarter or an eighth of their size: faster, not the same pixels",
+    )
     add_reading(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per line and image")
     output.add_argument("--csv", action="store_true", help="print CSV: source, label, probability, all classes, error")
+    output.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write results to a .jsonl, .csv or .parquet file, or a folder of Parquet parts, as they come; after an "
+        "interruption the same command goes on",
+    )
     parser.set_defaults(run=run)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a stream of images that do not change results."""
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per forward pass (default: found automatically)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: one per core, if worth it)"
+    )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -66,38 +99,97 @@ def window(text: str) -> tuple[float, float]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..imaging.load import find_images
-    from ..inference.predict import Failure, NotFinite, iter_predict
+    from ..data.sources import open_sources
+    from ..inference.to_file import Summary
     from ..model import MedMamba
-    from ..utils.devices import pick_device
+    from ..utils.devices import pick_devices
 
     if args.csv and args.top_k is not None:
         raise ValueError("--top-k has no effect on --csv, which has a column for every class: leave one of them out")
-    found = find_images(args.images)
-    paths = found.paths
-    if found.passed_over:
-        say(str(found), sys.stderr)
-    model = MedMamba.from_pretrained(args.model).to(pick_device(args.device))
-    top_k = None if args.csv else 3 if args.top_k is None else args.top_k
-    results = iter_predict(model, paths, top_k, args.batch_size, frame=args.frame, window=args.window)
-    write = _json if args.json else _csv(model.config.labels) if args.csv else _lines
-    unread = undefined = 0
-    with tqdm(total=len(paths), unit="image", disable=None, file=sys.stderr) as bar:
-        for path, result in zip(paths, results, strict=True):
-            bar.update()
-            undefined += isinstance(result, NotFinite)
-            unread += isinstance(result, Failure) and not isinstance(result, NotFinite)
-            write(bar, path, result, args.parser)
-    for count, what in ((unread, "could not be read"), (undefined, "got no answer from the model")):
+    whole = bool(args.csv or (args.out and not args.out.endswith(".jsonl")))
+    if args.out and whole and args.top_k is not None:
+        raise ValueError("--top-k has no effect on such a file, which holds every class: leave it out, or write .jsonl")
+    sources = open_sources(args.images, lists=args.list, column=args.column)
+    for note in sources.notes:
+        say(note, sys.stderr)
+    devices = pick_devices(args.device)
+    model = MedMamba.from_pretrained(args.model).to(devices[0])
+    args.top_k = None if whole else 3 if args.top_k is None else args.top_k
+    options = {
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+        "devices": devices,
+        "precision": args.precision,
+        "reduced": args.reduced_jpeg,
+        "frame": args.frame,
+        "window": args.window,
+    }
+    summary: Summary = _to_file(args, model, sources, options) if args.out else _print(args, model, sources, options)
+    total = summary.answered
+    for count, what in ((summary.unread, "could not be read"), (summary.undefined, "got no answer from the model")):
         if count:
-            say(f"{count} of {len(paths)} images {what}", sys.stderr)
-    return 1 if unread or undefined else 0
+            say(f"{count} of {total} images {what}", sys.stderr)
+    return 1 if summary.unread or summary.undefined else 0
 
 
-def _json(bar: Any, path: Path, result: Any, parser: argparse.ArgumentParser) -> None:
-    record = {**_record(path, result, parser), "source": str(path)}
+def _to_file(args: argparse.Namespace, model: Any, sources: Any, options: dict[str, Any]) -> Any:
+    from tqdm import tqdm
+
+    from ..inference.to_file import predict_to_file
+
+    with tqdm(total=sources.count, unit="image", disable=None, file=sys.stderr) as bar:
+
+        def record(name: str, result: Any) -> dict[str, Any]:
+            return {**_record(name, result, args.parser), "source": name}
+
+        summary = predict_to_file(model, sources, args.out, top_k=args.top_k, record=record, done=bar.update, **options)
+    before = f", {summary.before} had been answered before" if summary.before else ""
+    say(f"{args.out}: {summary.answered} images answered{before}", sys.stderr)
+    return summary
+
+
+def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str, Any]) -> Any:
+    from tqdm import tqdm
+
+    from ..data.sources import name_of
+    from ..inference.predict import Failure, NotFinite, iter_predict
+    from ..inference.to_file import Summary
+
+    write = _json if args.json else _csv(model.config.labels) if args.csv else _lines
+    names: deque[str] = deque()
+    summary = Summary()
+
+    def named() -> Iterator[Any]:
+        for source in sources:
+            names.append(name_of(source))
+            yield source
+
+    given = _Counted(named(), sources.count)
+    with tqdm(total=sources.count, unit="image", disable=None, file=sys.stderr) as bar:
+        for result in iter_predict(model, given, args.top_k, **options):
+            bar.update()
+            summary.answered += 1
+            summary.undefined += isinstance(result, NotFinite)
+            summary.unread += isinstance(result, Failure) and not isinstance(result, NotFinite)
+            write(bar, names.popleft(), result, args.parser)
+    return summary
+
+
+class _Counted:
+    """An iterator whose length is known."""
+
+    def __init__(self, items: Iterator[Any], count: int | None) -> None:
+        self._items, self._count = items, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._items
+
+    def __length_hint__(self) -> int:
+        return NotImplemented if self._count is None else self._count
+
+
+def _json(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> None:
+    record = {**_record(path, result, parser), "source": path}
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     bar.write(json_text(record, ascii_only=not encoding.startswith("utf")), file=sys.stdout)
 
@@ -106,14 +198,14 @@ def _csv(labels: list[str]) -> Callable[..., None]:
     table = csv.writer(_Printable())
     table.writerow(csv_row(["source", "label", "probability", *labels, "error"]))
 
-    def write(bar: Any, path: Path, result: Any, parser: argparse.ArgumentParser) -> None:
+    def write(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> None:
         record = _record(path, result, parser)
         if "error" in record:
             row = ["", "", *[""] * len(labels), record["error"]]
         else:
             scores = dict(result.top)
             row = [result.label, result.probability, *[scores[label] for label in labels], ""]
-        table.writerow(csv_row([str(path), *row]))
+        table.writerow(csv_row([path, *row]))
 
     return write
 
@@ -126,7 +218,7 @@ class _Printable:
         return sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _lines(bar: Any, path: Path, result: Any, parser: argparse.ArgumentParser) -> None:
+def _lines(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> None:
     record = _record(path, result, parser)
     if "error" in record:
         bar.write(for_stream(record["error"], sys.stderr), file=sys.stderr)
@@ -136,11 +228,11 @@ def _lines(bar: Any, path: Path, result: Any, parser: argparse.ArgumentParser) -
     bar.write(for_stream("\n    ".join([f"{printable(path)}: {top}", *warnings]), sys.stdout), file=sys.stdout)
 
 
-def _record(path: Path, result: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _record(path: str, result: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Returns the result as plain data, with advice phrased as options of the command."""
     record = result.to_dict()
     if "error" in record:
-        record["error"] = followable(record["error"], parser, str(path))
+        record["error"] = followable(record["error"], parser, path)
     else:
         record["image_notes"] = [followable(note, parser) for note in record["image_notes"]]
     return record

@@ -35,6 +35,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_devices(names: str) -> list[torch.device]:
+    """Returns the devices of a comma-separated list of names; "all" selects every NVIDIA GPU, else as `pick_device`.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if names == "all" and torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [pick_device("auto" if name == "all" else name.strip()) for name in names.split(",")]
+
+
 def make_accelerator(device: str = "auto", precision: str = "auto") -> Accelerator:
     """Returns an `Accelerator` with its own state, which also works under `accelerate launch` and `torchrun`.
 

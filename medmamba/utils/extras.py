@@ -18,6 +18,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "gradio": "demo",
+    "pyarrow": "parquet",
     "datasets": "datasets",
     "ray": "ray",
     "litserve": "serve",
