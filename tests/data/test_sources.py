@@ -108,7 +108,7 @@ def test_parquet(folder):
 def test_addresses_without_a_network(folder):
     same(open_sources([f"file://{folder}"]), folder)
     same(open_sources([f"file://{folder}/2.png"]), folder, ["2.png"])
-    with pytest.raises(ImageError, match="cannot be listed|nothing-like-this"):
+    with pytest.raises(ImageError, match=r"cannot be listed|nothing-like-this"):
         open_sources(["nothing-like-this://bucket"])
     with pytest.raises(ImageError, match="no such object"):
         read_source(_remote(f"file://{folder}/absent.png"))

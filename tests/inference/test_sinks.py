@@ -99,9 +99,12 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     assert (tmp_path / "r.jsonl").read_text() == '{"source": "a"}\n'
     with pytest.raises(SinkError, match="ending in"):
         open_sink(tmp_path / "r.xlsx", ["a"], {})
-    with open_sink(tmp_path / "new.jsonl", ["a"], {}), pytest.raises(LockedError, match="another process"):
-        with open_sink(tmp_path / "new.jsonl", ["a"], {}):
-            pass
+    with (
+        open_sink(tmp_path / "new.jsonl", ["a"], {}),
+        pytest.raises(LockedError, match="another process"),
+        open_sink(tmp_path / "new.jsonl", ["a"], {}),
+    ):
+        pass
 
 
 def test_parquet_stopped_before_its_parts_were_removed(tmp_path, monkeypatch):
