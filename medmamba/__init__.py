@@ -16,6 +16,7 @@ from .integrations import timm_hook
 
 if TYPE_CHECKING:
     from .config import DEFAULT_MODEL, ConfigError, MedMambaConfig, PreprocessConfig
+    from .detection import MedMambaDetector, create_detector
     from .imaging import ImageError, MedicalImage, load_image
     from .integrations.upstream import ConversionError, load_upstream
     from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .pretrained import PretrainedError, bundled_models
     from .segmentation import MedMambaSegmenter, create_segmenter
     from .training import train
+    from .training.detection_run import train_detector
     from .training.segmentation_run import train_segmenter
 
 _HOME = {  # public name -> the module that defines it
@@ -33,6 +35,7 @@ _HOME = {  # public name -> the module that defines it
     "ImageError": "imaging",
     "MedMamba": "model",
     "MedMambaConfig": "config",
+    "MedMambaDetector": "detection",
     "MedMambaSegmenter": "segmentation",
     "MedicalImage": "imaging",
     "PreprocessConfig": "config",
@@ -40,12 +43,14 @@ _HOME = {  # public name -> the module that defines it
     "available_backends": "kernels",
     "bundled_models": "pretrained",
     "create_model": "model",
+    "create_detector": "detection",
     "create_segmenter": "segmentation",
     "load_image": "imaging",
     "load_upstream": "integrations.upstream",
     "selective_scan": "kernels",
     "selective_scan_2d": "kernels",
     "train": "training",
+    "train_detector": "training.detection_run",
     "train_segmenter": "training.segmentation_run",
 }
 _PACKAGES = (
@@ -72,6 +77,7 @@ __all__ = [
     "ImageError",
     "MedMamba",
     "MedMambaConfig",
+    "MedMambaDetector",
     "MedMambaSegmenter",
     "MedicalImage",
     "PreprocessConfig",
@@ -79,6 +85,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "bundled_models",
+    "create_detector",
     "create_model",
     "create_segmenter",
     "load_image",
@@ -86,6 +93,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_2d",
     "train",
+    "train_detector",
     "train_segmenter",
 ]
 

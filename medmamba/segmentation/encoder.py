@@ -7,15 +7,14 @@ stride 2 has no channels, as smp does for Swin and ConvNeXt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..config import VARIANTS, MedMambaConfig, variant_config
+from ..dense import load_weights
 from ..model.network import MedMambaNetwork
 from ..utils.extras import require
-from ..utils.weights import adapt_input
 
 if TYPE_CHECKING:
     from ..model import MedMamba
@@ -77,24 +76,6 @@ class SmpEncoder(nn.Module):
             ValueError: a model of another variant.
         """
         load_weights(self.net, model.state_dict())
-
-
-def load_weights(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors of a MedMamba to one without a classifier, adapting the patch embedding to its channels.
-
-    Raises:
-        ValueError: tensors of another variant.
-    """
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    patch = "patch_embed.proj.weight"
-    here = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    for name, shape in here.items():
-        fits = name in own and (name == patch or tuple(own[name].shape) == shape)
-        if not fits:
-            found = tuple(own[name].shape) if name in own else "missing"
-            raise ValueError(f"the weights are of another variant: {name} is {found}, expected {shape}")
-    own[patch] = adapt_input(own[patch], here[patch][1])
-    net.load_state_dict(own)
 
 
 def register() -> None:

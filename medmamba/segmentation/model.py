@@ -7,18 +7,18 @@ import inspect
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MedMambaConfig, variant_config
+from ..config import ConfigError, variant_config
+from ..dense import encoder_config, load_weights
 from ..model import MedMamba
 from ..model.fuse import fuse
 from ..pretrained.folder import FolderMixin
 from .config import SegmenterConfig
-from .encoder import SmpEncoder, load_weights, require_smp
+from .encoder import SmpEncoder, require_smp
 from .predict import predict
 from .result import Segmentation
 
@@ -139,13 +139,6 @@ def create_segmenter(
     if source:
         load_weights(model.encoder, source.state_dict())
     return model
-
-
-def encoder_config(base: MedMambaConfig, in_chans: int, side: int) -> MedMambaConfig:
-    """Returns the configuration of an encoder made from a classifier, for inputs of side x side pixels."""
-    config = base.replace(in_chans=in_chans, num_classes=0, id2label={}, calibration={}, training={}, task="multiclass")
-    crop = "squash" if config.preprocess.crop_mode == "center" else config.preprocess.crop_mode
-    return config.replace(preprocess=replace(config.preprocess, input_size=(side, side), crop_mode=crop))
 
 
 def _architecture(smp: Any, config: SegmenterConfig, encoder: SmpEncoder) -> nn.Module:

@@ -13,9 +13,11 @@ from ..data import DatasetError
 from ..data.csv_text import read_table
 from ..data.dataset import split_name
 from ..data.patients import compile_pattern, patient_of
+from ..dense.files import under
+from ..dense.splits import divided
 from ..imaging import expand_inputs
 from ..utils.strict_json import StrictJsonError, read_json
-from .dataset import Pair, SegmentationDataset, mask_from_file, pair_by_name, under
+from .dataset import Pair, SegmentationDataset, mask_from_file, pair_by_name
 
 LAYOUTS = (
     "a folder with images and masks, or with train, val and test that have them; a CSV with columns image and mask; a "
@@ -77,16 +79,9 @@ def make_segmentation_splits(
     """
     if any(pair.split for pair in dataset.pairs):
         raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes})")
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DatasetError(f"fractions are three positive numbers that sum to 1 (train, val, test), got {fractions}")
-    units = sorted({pair.patient or str(pair.image) for pair in dataset.pairs})
-    if len(units) < 3:
-        raise DatasetError(f"{dataset.name} has {len(units)} patients or images, too few for three splits")
-    order = np.random.default_rng(seed).permutation(len(units))
-    test = max(round(fractions[2] * len(units)), 1)
-    val = max(round(fractions[1] * len(units)), 1)
-    place = {units[i]: "test" if n < test else "val" if n < test + val else "train" for n, i in enumerate(order)}
-    pairs = tuple(replace(pair, split=place[pair.patient or str(pair.image)]) for pair in dataset.pairs)
+    units = [pair.patient or str(pair.image) for pair in dataset.pairs]
+    places = divided(units, fractions, seed, dataset.name)
+    pairs = tuple(replace(pair, split=split) for pair, split in zip(dataset.pairs, places, strict=True))
     return replace(dataset, pairs=pairs)
 
 

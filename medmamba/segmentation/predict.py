@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..imaging.image import MedicalImage, Window
+from ..dense import MIN_TILE, ramp, shown, tiles
+from ..imaging.image import Window
 from ..imaging.preprocess import adapt_channels, normalise, placement, resize
 from ..imaging.spacing import pixel_spacing
 from ..inference.predict import NotFiniteError, read_image
@@ -23,7 +22,6 @@ from .result import Segmentation
 if TYPE_CHECKING:
     from .model import MedMambaSegmenter
 
-MIN_TILE = 64
 _FLIPS = ((), (3,), (2,), (2, 3))  # dimensions that are reversed: as it is, left-right, up-down, both
 
 
@@ -84,7 +82,7 @@ def predict(
         background=maps[0] if config.exclusive else None,
         thresholds=config.thresholds,
         exclusive=config.exclusive,
-        pixels=_shown(read),
+        pixels=shown(read),
         spacing=spacing,
         notes=read.notes,
     )
@@ -125,32 +123,7 @@ def _tiled(view: Any, pixels: Tensor, tile: int, overlap: float, flips: bool) ->
     weights = torch.zeros(1, height, width)
     for rows, columns in tiles((height, width), tile, overlap):
         part = _whole(view, pixels[:, rows, columns], flips)
-        weight = _ramp(part.shape[1]).view(-1, 1) * _ramp(part.shape[2])
+        weight = ramp(part.shape[1]).view(-1, 1) * ramp(part.shape[2])
         total[:, rows, columns] += part * weight
         weights[:, rows, columns] += weight
     return total / weights
-
-
-def tiles(size: tuple[int, int], tile: int, overlap: float) -> Iterator[tuple[slice, slice]]:
-    """Yields the rows and columns of tiles that cover an image (height, width) evenly, overlapping at least so much."""
-    for rows in _along(size[0], tile, overlap):
-        for columns in _along(size[1], tile, overlap):
-            yield rows, columns
-
-
-def _along(length: int, tile: int, overlap: float) -> list[slice]:
-    if length <= tile:
-        return [slice(0, length)]
-    count = math.ceil((length - tile) / (tile * (1 - overlap))) + 1
-    return [slice(start, start + tile) for start in np.linspace(0, length - tile, count).round().astype(int).tolist()]
-
-
-def _ramp(length: int) -> Tensor:
-    """Returns positive weights (length,), a triangle that is highest in the middle."""
-    x = torch.arange(length) + 0.5
-    return torch.minimum(x, length - x) / length
-
-
-def _shown(image: MedicalImage) -> np.ndarray:
-    pixels = image.to_uint8()
-    return np.repeat(pixels[..., :1], 3, 2) if pixels.shape[2] != 3 else pixels

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..dense.pictures import COLOURS
 from ..utils.extras import require
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# Okabe and Ito's colours, which remain distinct in the common forms of colour blindness (jfly.uni-koeln.de/color).
-COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
     def numbers(name: str) -> Tensor:
         return draw.tensor(name, device)
 
-    if _moves(a):
+    if moves(a):
         images = _sample(images, affine(draw, size[0] / size[1], device), size)
     elif tuple(images.shape[2:]) != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
@@ -148,14 +148,14 @@ def augment(images: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Te
 
 def augment_masks(masks: Tensor, draw: Draw, a: Augment, size: tuple[int, int]) -> Tensor:
     """Moves masks (B, M, H, W) uint8 as `augment` moves their images; returns (B, M, *size) of the same values."""
-    if _moves(a):
+    if moves(a):
         return _sample(masks.float(), affine(draw, size[0] / size[1], masks.device), size, "nearest").to(torch.uint8)
     if tuple(masks.shape[2:]) != size:
         return F.interpolate(masks.float(), size, mode="nearest-exact").to(torch.uint8)
     return masks
 
 
-def _moves(a: Augment) -> bool:
+def moves(a: Augment) -> bool:
     """Returns whether images are moved, turned, sheared, reflected or cropped."""
     moved = a.hflip or a.vflip or a.rot90 or a.rotate or a.shear or a.translate
     return bool(moved) or a.crop_area != (1, 1) or a.crop_ratio != (1, 1)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..model import MedMamba
 from .recipe import Recipe
 
-SEGMENTER_ENCODER = "net.encoder.net."  # where a `MedMambaSegmenter` has its network
+ENCODERS = (
+    r"^net\.(encoder|backbone)\.net\."  # where a `MedMambaSegmenter` and a `MedMambaDetector` have their networks
+)
 
 
 def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
@@ -36,11 +38,11 @@ def parameter_groups(model: MedMamba, recipe: Recipe) -> list[dict]:
 
 def layer_of(name: str, depths: tuple[int, ...]) -> int:
     """Returns the depth of a parameter: 0 for the patch embedding, 1 to n for the n blocks, n + 1 for the classifier,
-    or the decoder of a segmentation model.
+    or a decoder.
 
     A merging layer counts with the block that follows it.
     """
-    name = name.removeprefix(SEGMENTER_ENCODER)
+    name = re.sub(ENCODERS, "", name)
     if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
         return 1 + sum(depths[: int(match[1])]) + int(match[2])
     if match := re.match(r"downsamples\.(\d+)\.", name):
@@ -93,7 +95,7 @@ def freeze_stages(model: MedMamba, count: int) -> list[nn.Module]:
     """
     if count == 0:
         return []
-    network: Any = getattr(model, "encoder", model)  # of a segmentation model
+    network: Any = getattr(model, "encoder", model)  # of a model with a decoder
     frozen = [network.patch_embed, *network.stages[:count], *network.downsamples[: count - 1]]
     for module in frozen:
         module.requires_grad_(False)

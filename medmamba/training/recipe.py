@@ -176,7 +176,17 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-SELECTABLE = ("accuracy", "balanced_accuracy", "auroc", "f1", "loss", "dice", "iou")  # the last two: segmentation
+SELECTABLE = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "f1",
+    "loss",
+    "dice",
+    "iou",
+    "map50",
+    "map",
+)  # from "dice" on: segmentation and detection
 
 
 def recipe_names() -> list[str]:

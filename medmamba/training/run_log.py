@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..utils.files import write_text
 
 HISTORY = "history.jsonl"
-_SHOWN = ("loss", "accuracy", "dice")
+_SHOWN = ("loss", "accuracy", "dice", "map50")
 
 
 class RunLog:

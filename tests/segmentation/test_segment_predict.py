@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from medmamba.dense import tiles
 from medmamba.segmentation import Segmentation, create_segmenter
-from medmamba.segmentation.predict import tiles
 
 
 class Threshold(nn.Module):

@@ -1,0 +1,7 @@
+"""Shared by segmentation and detection: encoders, tiles and pictures."""
+
+from .encoder import encoder_config, load_weights
+from .pictures import COLOURS, shown
+from .tiles import MIN_TILE, ramp, tiles
+
+__all__ = ["COLOURS", "MIN_TILE", "encoder_config", "load_weights", "ramp", "shown", "tiles"]
