@@ -61,7 +61,7 @@ class DetectorConfig:
         if not named:
             raise ConfigError("classes names nothing to detect; give at least one, such as ('cell',)")
         self.classes = tuple(checks.labels(dict(enumerate(named)), len(named)).values())
-        self.channels = checks.integer(self.channels, "channels", 32, 1024)
+        self.channels = checks.integer(self.channels, "channels", 64, 1024)
         if self.channels % 32:
             raise ConfigError(f"channels must be a multiple of 32, the groups of the head, got {self.channels}")
         self.first_stage = checks.integer(self.first_stage, "first_stage", 0, 2)

@@ -28,7 +28,7 @@ def voc(tmp_path_factory):
 @pytest.fixture
 def detector():
     torch.manual_seed(0)
-    return create_detector("test", ("bright", "dark"), size=64, channels=32).eval()
+    return create_detector("test", ("bright", "dark"), size=64, channels=64).eval()
 
 
 # --- data ---
