@@ -103,9 +103,11 @@ def _whole(view: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = next(view.parameters())
     with FullPrecision() if weight.is_cuda and weight.dtype == torch.float32 else nullcontext():
         found = view(batch.to(weight.device, weight.dtype))[0]
-    boxes = to_image(found["boxes"].float().cpu(), size, inner, (left, top))
-    order = found["scores"].float().cpu().argsort(descending=True, stable=True)
-    return boxes[order], found["scores"].float().cpu()[order], found["labels"].cpu()[order]
+    boxes, scores = to_image(found["boxes"].float().cpu(), size, inner, (left, top)), found["scores"].float().cpu()
+    order = scores.argsort(descending=True, stable=True)
+    inside = (boxes[order, 2:] > boxes[order, :2]).all(1)  # not in a margin alone
+    order = order[inside]
+    return boxes[order], scores[order], found["labels"].cpu()[order]
 
 
 def to_image(boxes: Tensor, size: tuple[int, int], inner: tuple[int, int], corner: tuple[int, int]) -> Tensor:
