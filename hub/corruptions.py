@@ -37,7 +37,7 @@ def measure(folder: Path, data: Path, device: str, images: int | None, cache: Pa
         resamples=resamples,
         keep=cache / folder.name,
         weights=file_hash(folder / WEIGHTS_NAME),
-        context={"model": folder.name, "data": name, "split": "test"},
+        context={"model": folder.name, "data": name, "split": "test", **({"images": images} if images else {})},
         progress=True,
     )
 

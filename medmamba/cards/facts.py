@@ -10,10 +10,11 @@ from typing import Any
 from ..config import MedMambaConfig
 from ..data import registry
 from ..evaluation import RESULTS_NAME, evaluations
+from ..evaluation.corruptions import Corruptions, load_corruptions
 from ..inference import Unusual, UnusualError, load_unusual
 from ..metrics import Evaluation
 from ..pretrained import read_config
-from ..utils.checksums import WEIGHTS_NAME
+from ..utils.checksums import WEIGHTS_NAME, file_hash
 from ..utils.strict_json import StrictJsonError, read_json
 from .licences import Terms, terms_of
 
@@ -37,6 +38,7 @@ class ModelFacts:
         example: source of the image in attribution.png.
         unusual: OOD detector, if the model has one.
         transfer: rows of transfer.json, for a backbone; see `hub.transfer_table.summary`.
+        corruptions: errors on corrupted images, if measured for these weights; see `hub.corruptions`.
     """
 
     config: MedMambaConfig
@@ -48,6 +50,7 @@ class ModelFacts:
     example: str = ""
     unusual: Unusual | None = None
     transfer: tuple[dict[str, Any], ...] = ()
+    corruptions: Corruptions | None = None
 
     @property
     def is_backbone(self) -> bool:
@@ -106,7 +109,19 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         str(_read_object(folder / EXAMPLE_NAME, "draw the example again").get("credit", "")),
         unusual,
         tuple(_read_object(folder / TRANSFER_NAME, "write it again: python -m hub.transfer table").get("rows", ())),
+        _corruptions(folder),
     )
+
+
+def _corruptions(folder: Path) -> Corruptions | None:
+    """Returns the errors on corrupted images in the folder; None where there are none, or of other weights."""
+    try:
+        found = load_corruptions(folder)
+    except ValueError as error:
+        raise CardError(str(error)) from error
+    if found is None or not (folder / WEIGHTS_NAME).is_file():
+        return None
+    return found if found.weights == file_hash(folder / WEIGHTS_NAME) else None
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any]:

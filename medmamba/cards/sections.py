@@ -35,6 +35,7 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("Training data", _data(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Calibration", _calibration(facts)),
+        ("Corrupted images", _corruptions(facts)),
         ("Out-of-distribution images", _unusual(facts)),
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),
@@ -193,6 +194,15 @@ def _calibration(facts: ModelFacts) -> str:
             "validation images) are reported as unusual (out of distribution): a heuristic, not a guarantee."
         )
     return text + ("\n\n![Reliability diagram](reliability.png)" if "reliability.png" in facts.pictures else "")
+
+
+def _corruptions(facts: ModelFacts) -> str:
+    found = facts.corruptions
+    if found is None:
+        return ""
+    command = f"python -m hub.corruptions --data DATA --models hub/models/{found.context.get('model', 'NAME')}"
+    command += "" if found.n_images == found.n_available else f" --images {found.context.get('images', found.n_images)}"
+    return f"{found.to_markdown().strip()}\n\nMeasured by `{command}`."
 
 
 def _unusual(facts: ModelFacts) -> str:

@@ -15,7 +15,7 @@ from ..cards.licences import LicenceError
 from ..data import ImageDataset, open_dataset
 from ..data.metadata import metadata_file
 from ..evaluation import Scored, evaluate_model, match_classes
-from ..evaluation.corruptions import Corruptions, load_corruptions
+from ..evaluation.corruptions import Corruptions
 from ..explain import compare
 from ..explain.comparison import Comparison
 from ..imaging.load import MedicalImage
@@ -118,20 +118,18 @@ def make_study(
         )
     index = match_classes(opened if split is None else opened.split(split), network.config)
     weights = file_hash(folder / WEIGHTS_NAME)
-    stored = load_corruptions(folder)
-    if stored is not None and stored.weights != weights:
-        stored = None  # of other weights
+    facts = _facts(folder)
     study = Study(
         name=str(model),
         weights=weights,
         model=network,
-        facts=_facts(folder),
+        facts=facts,
         dataset=opened,
         index=index,
         split=split or "all",
         scored=scored,
         features=pooled.array()[: len(index)],
-        corruptions=scored.corruptions or stored,
+        corruptions=scored.corruptions or facts.corruptions,
         external=external,
         notes=held.notes,
     )
