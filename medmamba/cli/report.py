@@ -31,6 +31,9 @@ def add_parser(subparsers: Any) -> None:
         "--explain", type=int, default=2, metavar="N", help="images to explain, with all checks (default: %(default)s)"
     )
     parser.add_argument(
+        "--methods", nargs="+", default=["gradcam"], metavar="METHOD", help="to explain them with (default: gradcam)"
+    )
+    parser.add_argument(
         "--statements", metavar="JSON", help='what only authors can say: {"TRIPOD+AI": {"17": "Approved by ..."}}'
     )
     parser.add_argument("--no-pdf", action="store_true", help="write only the HTML")
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         corruptions=args.corruptions,
         corruption_images=args.corruption_images,
         explain=args.explain,
+        methods=args.methods,
         device=args.device,
         resamples=args.resamples,
         seed=args.seed,
