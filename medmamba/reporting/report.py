@@ -55,8 +55,9 @@ def write_report(
         statements: what only authors can say, by checklist and number of the item, such as {"TRIPOD+AI": {"17":
             "Approved by ..."}}, or a JSON file of that.
         options: `by`, `metadata`, `cuts`, `corruptions`, `corruption_images`, `dataset`, `patient_pattern`, `device`,
-            `resamples`, `seed` and `progress` as for `evaluate_model`; `explain`, how many images are explained (2), and
-            `methods`, by which methods (Grad-CAM); `external`, whether the data are of another source than the training data.
+            `resamples`, `seed` and `progress` as for `evaluate_model`; `explain`, how many images are explained (2);
+            `methods`, the attribution methods (Grad-CAM); `external`, whether the data are of another source than
+            those that the model was trained on.
 
     Returns:
         The paths by suffix, "html" and "pdf".

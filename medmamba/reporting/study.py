@@ -27,7 +27,7 @@ from ..pretrained.sources import fetch
 from ..utils.checksums import WEIGHTS_NAME, file_hash
 
 METHODS = ("gradcam",)
-"""Attribution methods that a report shows and checks unless others are named; the checks of one take minutes on a CPU."""
+"""Attribution methods that a report shows and checks by default; the checks of one take minutes on a CPU."""
 
 
 @dataclass(frozen=True, eq=False)
