@@ -243,7 +243,7 @@ class Service:
                     kept.append(Seen(reduced(image, THUMBNAIL).to_uint8(), applied(image)))
                     yield image
 
-        answers = iter(list(iter_predict(loaded.fused, read())))
+        answers = iter(list(iter_predict(loaded.fused, read(), decide=loaded.decide)))
         return [(failed[i] if i in failed else next(answers), seen) for i, seen in enumerate(kept)]
 
     def _explained(

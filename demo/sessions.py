@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .options import Limits
 
 if TYPE_CHECKING:
+    from medmamba.inference.predict import Prediction
+
     from .jobs import Plan
 
 
@@ -28,6 +30,7 @@ class Session:
         uploads: the server's copies of the uploaded files.
         images: the current images, in upload order.
         current: index of the displayed image.
+        prediction: of that image, or None.
         models: folders of the models fine-tuned in this session, by displayed name.
         data: the dataset to fine-tune on.
         stop_explaining: set to cancel a running explanation.
@@ -40,6 +43,7 @@ class Session:
         self.uploads: set[Path] = set()
         self.images: list[Path] = []
         self.current = 0
+        self.prediction: Prediction | None = None
         self.models: dict[str, Path] = {}
         self.data: Plan | None = None
         self.stop_explaining = threading.Event()
@@ -73,7 +77,7 @@ class Session:
             except OSError:  # another file system
                 shutil.copyfile(upload, path)
             kept.append(path)
-        self.images, self.current = kept, 0
+        self.images, self.current, self.prediction = kept, 0, None
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import torch
 from medmamba import MedMamba
 from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.config import MedMambaConfig
+from medmamba.inference.fitted import in_force
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
 from medmamba.kernels import resolve_backend
@@ -67,6 +68,11 @@ class Loaded:
     def calibration(self) -> Calibration | None:
         """Calibration, or None if the model was not calibrated."""
         return Calibration.from_dict(self.config.calibration, self.config.task) if self.config.calibration else None
+
+    @property
+    def decide(self) -> str | None:
+        """The argument `decide` of `predict`: all decisions that are valid for the model, or None if it has none."""
+        return "all" if in_force(self.fused).config.decisions else None
 
     @property
     def calibrated(self) -> bool:

@@ -56,6 +56,7 @@ _HOME = {  # public name -> the module that defines it
 _PACKAGES = (
     *(
         "data",
+        "decision",
         "evaluation",
         "explain",
         "export",

@@ -9,6 +9,7 @@ from typing import Any
 
 from .utils import config_checks as checks
 from .utils.config_checks import ConfigError
+from .utils.decision_checks import decisions as checked_decisions
 
 __all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "variant_config"]
 
@@ -59,9 +60,10 @@ class PreprocessConfig:
 class MedMambaConfig:
     """Architecture, classes, preprocessing and provenance of one model.
 
-    Only the first group shapes the network. `calibration` and `training` record how the weights were made, in plain
-    JSON values; `medmamba_version` is the version that wrote the file. Every field is validated on creation,
-    before anything of the given sizes is allocated.
+    Only the first group shapes the network. `calibration` and `training` record how the weights were made, and
+    `decisions` what was decided on validation images (`medmamba.decision`), in plain JSON values; `medmamba_version` is
+    the version that wrote the file. Every field is validated on creation, before anything of the given sizes is
+    allocated.
 
     Raises:
         ConfigError: a field of another type, out of range, or in contradiction to another.
@@ -82,6 +84,7 @@ class MedMambaConfig:
     id2label: dict[int, str] = field(default_factory=dict)  # default: class_0, class_1, ...
     preprocess: PreprocessConfig = field(default_factory=dict)  # type: ignore[assignment]  # see __post_init__
     calibration: dict[str, Any] = field(default_factory=dict)
+    decisions: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # dataset, split, licence, source, recipe, ...
     medmamba_version: str = ""
 
@@ -94,6 +97,7 @@ class MedMambaConfig:
         self.id2label = checks.labels(self.id2label, self.num_classes)
         self._check_preprocess()
         self.calibration = checks.calibration(self.calibration)
+        self.decisions = checked_decisions(self.decisions, self.labels, self.task)
         self.training = checks.training(self.training)
 
     def _check_network(self) -> None:
@@ -181,11 +185,14 @@ class MedMambaConfig:
     def replace(self, **changes: Any) -> "MedMambaConfig":
         """Returns a copy with some fields changed.
 
-        A new `num_classes` without `id2label` resets the labels. A new `in_chans` without `preprocess` keeps mean and
-        std if they are equal for all channels, else takes their averages and warns.
+        A new `num_classes` without `id2label` resets the labels; other classes reset the decisions.
+        A new `in_chans` without `preprocess` keeps mean and std if they are equal for all channels, else takes their
+        averages and warns.
         """
         if changes.get("num_classes", self.num_classes) != self.num_classes:
             changes.setdefault("id2label", {})
+        if {"id2label", "task"} & set(changes):
+            changes.setdefault("decisions", {})  # they name the classes of before
         if changes.get("in_chans", self.in_chans) != self.in_chans and "preprocess" not in changes:
             changes["preprocess"] = self._for_any_channels()
         return dataclasses.replace(self, **changes)

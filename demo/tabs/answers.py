@@ -32,6 +32,7 @@ from ..html import (
 )
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
+from .decide import remarks as decide_remarks
 from .remarks import WINDOW_BUTTON, remarks_of
 
 EMPTY_TITLE = "No image yet"
@@ -73,7 +74,7 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
         kicker=kicker,
         title=title,
         bars=bars(prediction.top, caption),
-        rest=join(callout(*remark) for remark in after),
+        rest=join([decide_remarks(loaded, prediction), *(callout(*remark) for remark in after)]),
         made=made,
         notes=bullets(in_app(note) for note in found.notes),
     )

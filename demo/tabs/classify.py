@@ -24,7 +24,7 @@ from ..service import AnswerError, FileFacts, View, Window, inspect
 from ..sessions import Session
 from ..store import Loaded
 from ..theme import Html
-from . import answers
+from . import answers, decide
 
 AS_FILE = "From the file"
 CUSTOM = "Manual"
@@ -99,12 +99,13 @@ def build(context: Context) -> ClassifyTab:
                 elem_id="mm-result",
                 js_on_load=pick_js("mm-window", "click"),
             )
+            panel = decide.build(context, model)
             explain = gr.Button("Explain this prediction", visible=False, elem_id="mm-explain-this")
             with gr.Accordion("About this model", open=True, elem_id="mm-about"):
                 card = Html(answers.card_html(store.default))
 
     view = [preset, center, width, frame]
-    shown = [current, reading, *view, batch, table_file, result, explain, card]
+    shown = [current, reading, *view, batch, table_file, result, explain, card, *panel.parts]
 
     def controls(session: Session) -> Updates:
         """Returns the preview and window controls for a new image; none for several images."""
@@ -157,7 +158,7 @@ def build(context: Context) -> ClassifyTab:
 
     def answer(session: Session, title: str, view: View) -> Updates:
         """Returns the results for the current images of the session."""
-        nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False)}
+        nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False), **panel.hidden()}
         try:
             loaded = context.load(session, title)
         except (PretrainedError, ConfigError, OSError, ValueError) as problem:
@@ -174,6 +175,7 @@ def build(context: Context) -> ClassifyTab:
         path.write_text(text, encoding="utf-8")
         return {
             **about,
+            **panel.hidden(),
             batch: gr.update(value=answers.batch_html(session.images, results), visible=True),
             table_file: gr.update(value=str(path), visible=True),
             result: "",
@@ -182,15 +184,21 @@ def build(context: Context) -> ClassifyTab:
 
     def single(session: Session, loaded: Any, view: View) -> Updates:
         path = session.images[session.current]
-        hidden = gr.update(visible=False)
+        hidden: Updates = {explain: gr.update(visible=False), **panel.hidden()}
+        session.prediction = None
         try:
             found = context.service.classify(loaded.source, path, view)
         except AnswerError as problem:
-            return {result: error("The image could not be classified", answers.reason(problem, path)), explain: hidden}
+            return {result: error("The image could not be classified", answers.reason(problem, path)), **hidden}
         except (ImageError, OSError, ValueError) as problem:
             lacking = isinstance(problem, WindowNeeded) and len(session.images) == 1
-            return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), explain: hidden}
-        return {result: answers.answer_html(found, loaded), explain: gr.update(visible=True)}
+            return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), **hidden}
+        session.prediction = found.prediction
+        return {
+            result: answers.answer_html(found, loaded),
+            explain: gr.update(visible=True),
+            **panel.update(loaded, found.prediction),
+        }
 
     def take(files: list[str], title: str, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
@@ -274,7 +282,7 @@ def build(context: Context) -> ClassifyTab:
     ]
     for event in given:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
-    batch.click(open_row, [model], [result, explain], **shared)
+    batch.click(open_row, [model], [result, explain, *panel.parts], **shared)
     gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
     model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
     result.click(by_range, [model, frame], shown, **shared)

@@ -11,6 +11,7 @@ from ..config import MedMambaConfig
 from ..data import registry
 from ..evaluation import RESULTS_NAME, evaluations
 from ..evaluation.corruptions import Corruptions, load_corruptions
+from ..evaluation.decide import DECISIONS_NAME
 from ..inference import Unusual, UnusualError, load_unusual
 from ..metrics import Evaluation
 from ..pretrained import read_config
@@ -39,6 +40,7 @@ class ModelFacts:
         unusual: OOD detector, if the model has one.
         transfer: rows of transfer.json, for a backbone; see `hub.transfer_table.summary`.
         corruptions: errors on corrupted images, if measured for these weights; see `hub.corruptions`.
+        decided: content of decisions.json, how the decisions in the configuration fare; {} where there is none.
     """
 
     config: MedMambaConfig
@@ -51,6 +53,7 @@ class ModelFacts:
     unusual: Unusual | None = None
     transfer: tuple[dict[str, Any], ...] = ()
     corruptions: Corruptions | None = None
+    decided: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_backbone(self) -> bool:
@@ -61,6 +64,11 @@ class ModelFacts:
     def split(self) -> str | None:
         """Split whose metrics are reported: "test" if evaluated, else the first that was."""
         return "test" if "test" in self.evaluations else next(iter(self.evaluations), None)
+
+    @property
+    def unit(self) -> str:
+        """What images are grouped by: "lesion", or "patient" where the registry does not say."""
+        return (self.entry.group_unit if self.entry else None) or "patient"
 
     @property
     def dataset(self) -> str:
@@ -110,6 +118,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         unusual,
         tuple(_read_object(folder / TRANSFER_NAME, "write it again: python -m hub.transfer table").get("rows", ())),
         _corruptions(folder),
+        _read_object(folder / DECISIONS_NAME, "write it again: medmamba decide ... --write"),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from ..data import registry
 from ..data.registry import DatasetEntry
 from ..metrics import PAPER_COLUMNS, TITLES
+from .decisions import decisions_section
 
 if TYPE_CHECKING:
     from .facts import ModelFacts
@@ -36,6 +37,7 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("Evaluation", _evaluation(facts)),
         ("Calibration", _calibration(facts)),
         ("Corrupted images", _corruptions(facts)),
+        ("Decisions", decisions_section(facts)),
         ("Out-of-distribution images", _unusual(facts)),
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),

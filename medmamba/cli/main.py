@@ -12,7 +12,9 @@ from .._version import __version__
 from .messages import message, say
 
 # Each is a module with `add_parser(subparsers)`, which imports what it needs only when it runs.
-SUBCOMMANDS = ("predict", "doctor", "train", "evaluate", "explain", "export", "segment", "detect", "report", "drift")
+SUBCOMMANDS = (
+    *("predict", "doctor", "train", "evaluate", "decide", "explain", "export", "segment", "detect", "report", "drift"),
+)
 
 INTERRUPTED = 130  # exit codes that shells use for SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE

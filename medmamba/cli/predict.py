@@ -10,6 +10,7 @@ from typing import Any
 from ..config import DEFAULT_MODEL
 from ..utils.tables import csv_row
 from ..utils.text import for_stream, json_text, printable
+from .groups import add_grouping, check_grouping, run_groups
 from .messages import followable, say
 
 
@@ -51,6 +52,14 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="decode large JPEG files at a half, a quarter or an eighth of their size: faster, not the same pixels",
     )
+    parser.add_argument(
+        "--decide",
+        "--operating-point",
+        nargs="+",
+        metavar="NAME",
+        help="operating points, sets or abstentions stored with the model (see `medmamba decide`), or all",
+    )
+    add_grouping(parser)
     add_reading(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per line and image")
@@ -109,6 +118,9 @@ def run(args: argparse.Namespace) -> int:
     whole = bool(args.csv or (args.out and not args.out.endswith(".jsonl")))
     if args.out and whole and args.top_k is not None:
         raise ValueError("--top-k has no effect on such a file, which holds every class: leave it out, or write .jsonl")
+    check_grouping(args)
+    if args.decide and args.out and whole:
+        raise ValueError("such a file has no place for decisions: write .jsonl with --decide")
     sources = open_sources(args.images, lists=args.list, column=args.column)
     for note in sources.notes:
         say(note, sys.stderr)
@@ -123,7 +135,10 @@ def run(args: argparse.Namespace) -> int:
         "reduced": args.reduced_jpeg,
         "frame": args.frame,
         "window": args.window,
+        "decide": args.decide,
     }
+    if args.per:
+        return run_groups(args, model, sources, options)
     summary: Summary = _to_file(args, model, sources, options) if args.out else _print(args, model, sources, options)
     total = summary.answered
     for count, what in ((summary.unread, "could not be read"), (summary.undefined, "got no answer from the model")):
@@ -155,7 +170,7 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     from ..inference.predict import Failure, NotFinite, iter_predict
     from ..inference.to_file import Summary
 
-    write = _json if args.json else _csv(model.config.labels) if args.csv else _lines
+    write = _json if args.json else _csv(model.config.labels, _names(model, args.decide)) if args.csv else _lines
     names: deque[str] = deque()
     summary = Summary()
 
@@ -194,17 +209,26 @@ def _json(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> 
     bar.write(json_text(record, ascii_only=not encoding.startswith("utf")), file=sys.stdout)
 
 
-def _csv(labels: list[str]) -> Callable[..., None]:
+def _names(model: Any, decide: list[str] | None) -> list[str]:
+    """Returns the names of the decisions asked for."""
+    from ..inference.decide import chosen
+    from ..inference.fitted import in_force
+
+    return [entry.name for entry in chosen(in_force(model), decide)]
+
+
+def _csv(labels: list[str], decisions: list[str]) -> Callable[..., None]:
     table = csv.writer(_Printable())
-    table.writerow(csv_row(["source", "label", "probability", *labels, "error"]))
+    table.writerow(csv_row(["source", "label", "probability", *labels, *decisions, "error"]))
 
     def write(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> None:
         record = _record(path, result, parser)
         if "error" in record:
-            row = ["", "", *[""] * len(labels), record["error"]]
+            row = ["", "", *[""] * (len(labels) + len(decisions)), record["error"]]
         else:
             scores = dict(result.top)
-            row = [result.label, result.probability, *[scores[label] for label in labels], ""]
+            shares = [scores[label] for label in labels]
+            row = [result.label, result.probability, *shares, *map(str, result.decisions), ""]
         table.writerow(csv_row([path, *row]))
 
     return write
@@ -225,7 +249,8 @@ def _lines(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) ->
         return
     top = "  ".join(f"{printable(label)} {probability:.1%}" for label, probability in result.top)
     warnings = [printable(note) for note in record["image_notes"] if note.startswith("warning")]
-    bar.write(for_stream("\n    ".join([f"{printable(path)}: {top}", *warnings]), sys.stdout), file=sys.stdout)
+    said = [f"{printable(decision.name)}: {printable(decision.answer)}" for decision in result.decisions]
+    bar.write(for_stream("\n    ".join([f"{printable(path)}: {top}", *said, *warnings]), sys.stdout), file=sys.stdout)
 
 
 def _record(path: str, result: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:

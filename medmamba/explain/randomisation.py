@@ -105,7 +105,9 @@ def random_states(model: MedMamba, models: int, cascade: bool, seed: int) -> lis
 
 def _fresh(model: MedMamba, seed: int) -> MedMamba:
     with PrivateRandom(seed):
-        made = MedMamba(model.config.replace(calibration={})).eval().to(model.patch_embed.proj.weight.device)
+        made = (
+            MedMamba(model.config.replace(calibration={}, decisions={})).eval().to(model.patch_embed.proj.weight.device)
+        )
         fresh = frozen_view(made.fuse() if isinstance(model, FusedMedMamba) else made)
     fresh.set_scan_backend(blocks(model, 1)[0].ssm.scan_backend)
     return fresh

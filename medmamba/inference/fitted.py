@@ -1,8 +1,8 @@
-"""Binds fitted records to the weights they were fitted with: class names, calibration, OOD detection.
+"""Binds fitted records to the weights they were fitted with: class names, calibration, decisions, OOD detection.
 
-`model.config.calibration` and `model.unusual` are bound to the weights when they are assigned or loaded. If the weights
-change afterwards (a custom training loop, another state dict, an adapter), the records are not applied and a warning
-says so. Changing dtype or device is not a change, see `medmamba.inference.fingerprint`.
+`model.config.calibration`, `model.config.decisions` and `model.unusual` are bound to the weights when they are assigned
+or loaded. If the weights change afterwards (a custom training loop, another state dict, an adapter), the records are
+not applied and a warning says so. Changing dtype or device is not a change, see `medmamba.inference.fingerprint`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config import MedMambaConfig
+from ..decision.record import input_checksum
 from .fingerprint import Fingerprint, changed_parts, fingerprint, stamp
 
 if TYPE_CHECKING:
@@ -32,11 +33,22 @@ NOT_FITTED = (
 )
 
 
+NOT_DECIDED = (
+    "warning: the weights have changed since the operating points, sets and abstentions were fitted, so none was "
+    "applied; `medmamba decide` or decide_model fits new ones on validation images"
+)
+OTHER_INPUT = (
+    "warning: preprocessing, calibration or classes are not those with which the operating points, sets and "
+    "abstentions were fitted, so none was applied; `medmamba decide` or decide_model fits new ones on validation images"
+)
+
+
 class InForce(NamedTuple):
     """The records of a model that are valid for its current weights.
 
     Attributes:
-        config: the configuration, without a calibration that was fitted with other weights.
+        config: the configuration, without a calibration or decisions that were fitted with other weights or, for
+            decisions, with another preprocessing or calibration.
         unusual: the out-of-distribution detector, or None if there is none or it was fitted with other weights.
         notes: what was left out and why; each begins with "warning".
     """
@@ -52,10 +64,12 @@ class _Bonds:
 
     calibration: dict[str, Any] = field(default_factory=dict)
     calibrated: Fingerprint | None = None
+    decisions: dict[str, Any] = field(default_factory=dict)
+    decided: Fingerprint | None = None
     unusual: Unusual | None = None
     fitted: Fingerprint | None = None
     head: tuple[nn.Module, ...] = ()  # the classifier of the class names; the tuple keeps it from being a submodule
-    checked: tuple[tuple[object, ...], dict[str, Any], Unusual | None, InForce] | None = None
+    checked: tuple[tuple[object, ...], MedMambaConfig, Unusual | None, InForce] | None = None
 
 
 class FittedMixin:
@@ -67,8 +81,8 @@ class FittedMixin:
     def config(self) -> MedMambaConfig:
         """Architecture, classes, preprocessing and provenance.
 
-        Assigning a configuration binds its class names to the current classifier, and its calibration to the current
-        weights unless the calibration carries a fingerprint of its own.
+        Assigning a configuration binds its class names to the current classifier, and its calibration and decisions to
+        the current weights unless they carry a fingerprint of their own.
         """
         return self._config
 
@@ -83,6 +97,9 @@ class FittedMixin:
         if config.calibration and config.calibration != bonds.calibration:
             bonds.calibration = copy.deepcopy(config.calibration)
             bonds.calibrated = config.calibration.get(FINGERPRINT) or fingerprint(_state(self))
+        if config.decisions and config.decisions != bonds.decisions:
+            bonds.decisions = copy.deepcopy(config.decisions)
+            bonds.decided = config.decisions.get(FINGERPRINT) or fingerprint(_state(self))
 
     @property
     def unusual(self) -> Unusual | None:
@@ -117,14 +134,14 @@ def in_force(model: Any) -> InForce:
             "model.reset_classifier(num_classes, id2label={0: ..., 1: ...}) instead, before training; or, if the names "
             "are still correct, assign them again: model.config = model.config.replace(id2label=..., calibration={})"
         )
-    if not config.calibration and unusual is None:
+    if not config.calibration and not config.decisions and unusual is None:
         return InForce(config, None)
     now = stamp(model)
     checked = bonds.checked
-    if checked and checked[0] == now and checked[1] == config.calibration and checked[2] is unusual:
+    if checked and checked[0] == now and checked[1] == config and checked[2] is unusual:
         return checked[3] if checked[3].notes else InForce(config, unusual)
     found = _compare(config, unusual, bonds, _state(model))
-    bonds.checked = (now, copy.deepcopy(config.calibration), unusual, found)
+    bonds.checked = (now, copy.deepcopy(config), unusual, found)
     for note in found.notes:
         warnings.warn(note.removeprefix("warning: "), stacklevel=3)
     return found
@@ -139,6 +156,18 @@ def _compare(config: MedMambaConfig, unusual: Unusual | None, bonds: _Bonds, sta
         if bonds.calibrated is None or changed_parts(state, bonds.calibrated):
             config = config.replace(calibration={})
             notes.append(NOT_CALIBRATED)
+    if config.decisions:
+        if config.decisions != bonds.decisions:
+            bonds.decisions = copy.deepcopy(config.decisions)
+            bonds.decided = config.decisions.get(FINGERPRINT) or fingerprint(state)
+        reason = ""
+        if bonds.decided is None or changed_parts(state, bonds.decided):
+            reason = NOT_DECIDED
+        elif config.decisions["input"] != input_checksum(config):
+            reason = OTHER_INPUT
+        if reason:
+            config = config.replace(decisions={})
+            notes.append(reason)
     if unusual is not None and (bonds.fitted is None or changed_parts(body(state), bonds.fitted)):
         unusual = None
         notes.append(NOT_FITTED)
@@ -150,7 +179,8 @@ def bind_loaded(model: Any, unusual: Unusual | None, tensors: Mapping[str, Tenso
     bonds = _bonds(model)
     bonds.head = (model.head,) if isinstance(getattr(model, "head", None), nn.Module) else ()
     calibration = model.config.calibration
-    if not calibration and unusual is None:
+    decisions = model.config.decisions
+    if not calibration and not decisions and unusual is None:
         return
     now = fingerprint(tensors)
     if FINGERPRINT in calibration and changed_parts(tensors, calibration[FINGERPRINT], now):
@@ -158,6 +188,11 @@ def bind_loaded(model: Any, unusual: Unusual | None, tensors: Mapping[str, Tenso
         model.config = model.config.replace(calibration={})
     else:
         bonds.calibration, bonds.calibrated = copy.deepcopy(calibration), now
+    if FINGERPRINT in decisions and changed_parts(tensors, decisions[FINGERPRINT], now):
+        warnings.warn("the decisions in config.json were fitted with other weights and are not used", stacklevel=3)
+        bonds.decisions, bonds.decided = copy.deepcopy(decisions), None
+    else:
+        bonds.decisions, bonds.decided = copy.deepcopy(decisions), now
     if unusual is not None and unusual.weights and changed_parts(body(tensors), unusual.weights, _body(now)):
         warnings.warn("unusual.json was fitted with other weights and is not used", stacklevel=3)
         unusual = None
@@ -174,6 +209,8 @@ def carry_over(source: Any, target: Any) -> None:
     now = fingerprint(_state(target))
     bonds.calibration = copy.deepcopy(source.config.calibration)
     bonds.calibrated = now if found.config.calibration else None
+    bonds.decisions = copy.deepcopy(source.config.decisions)
+    bonds.decided = now if found.config.decisions else None
     bonds.unusual = source.unusual
     bonds.fitted = _body(now) if found.unusual is not None else None
     bonds.head = (target.head,) if _bonds(source).head else ()

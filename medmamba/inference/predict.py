@@ -11,6 +11,7 @@ from ..imaging.ahead import Order, Unread, read_source
 from ..imaging.image import Window
 from ..imaging.load import ImageError
 from ..utils.modes import unwrap
+from .decide import Decision, chosen, decisions_of
 from .engine import Engine
 from .fitted import in_force
 from .stream import Batch, Options, stream
@@ -31,6 +32,7 @@ class Prediction:
         unusual: whether the image is out-of-distribution (a heuristic): by its features if the model has a detector
             (see `medmamba.inference.ood`), otherwise by its logits (see `calibration.OutOfDistribution`); None if
             the model has a threshold for neither.
+        decisions: results of the decisions that were asked for.
     """
 
     source: str
@@ -40,13 +42,16 @@ class Prediction:
     image_notes: list[str]
     logits: list[float]
     unusual: bool | None = None
+    decisions: tuple[Decision, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in self.top)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain types for JSON."""
-        return asdict(self)
+        """Returns plain types for JSON; "decisions" only where some were asked for."""
+        data = asdict(self)
+        decided = [decision.to_dict() for decision in self.decisions]
+        return {**data, "decisions": decided} if decided else {k: v for k, v in data.items() if k != "decisions"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def predict(
     *,
     frame: int | None = None,
     window: Window | None = None,
+    decide: Any = None,
 ) -> Prediction | list[Prediction]:
     """Classifies one image or a list of them, on the device and in the dtype of the model.
 
@@ -96,6 +102,7 @@ def predict(
         top_k: number of classes to report, or None for all.
         batch_size: images per forward pass; None: found automatically.
         frame, window: as in `load_image`, for every image.
+        decide: names of operating points, sets and abstentions of the model (`medmamba.decision`), or "all".
 
     Returns:
         A `Prediction`, or a list of them in the order of the images.
@@ -103,11 +110,13 @@ def predict(
     Raises:
         ImageError: an image cannot be read. `iter_predict` continues after such images.
         NotFiniteError: the model returned NaN or infinity.
+        DecisionError: the model has no such decision, or it is not valid for these weights or this preprocessing.
     """
     if not isinstance(images, list | tuple):
-        return predict(model, [images], top_k, batch_size, frame=frame, window=window)[0]  # type: ignore[index]
+        found = predict(model, [images], top_k, batch_size, frame=frame, window=window, decide=decide)
+        return found[0]  # type: ignore[index]
     results = []
-    for result in iter_predict(model, images, top_k, batch_size, frame=frame, window=window):
+    for result in iter_predict(model, images, top_k, batch_size, frame=frame, window=window, decide=decide):
         if isinstance(result, NotFinite):
             raise NotFiniteError(result.error)
         if isinstance(result, Failure):
@@ -128,12 +137,13 @@ def iter_predict(
     precision: str | None = None,
     devices: Sequence[str | torch.device] | None = None,
     reduced: bool = False,
+    decide: Any = None,
 ) -> Iterator[Prediction | Failure]:
     """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
     the model returns NaN or infinity.
 
     Args:
-        model, top_k, batch_size, frame, window: as in `predict`.
+        model, top_k, batch_size, frame, window, decide: as in `predict`.
         images: any number of them, also from a generator: they are taken a little ahead of the results, in the caller's
             thread, and memory does not grow with their number.
         workers: processes that read images; 0: none. None: one per core, as soon as more than 2 seconds of reading are
@@ -146,9 +156,11 @@ def iter_predict(
     model = unwrap(model)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
+    if decide:
+        chosen(in_force(model), decide)  # refused before the first image is read
     order = Order(model.config.preprocess, model.config.in_chans, frame, window, reduced=reduced)
     for batch in stream(model, images, order, options):
-        yield from _finish(model, batch, top_k)
+        yield from _finish(model, batch, top_k, decide)
 
 
 read_image = read_source
@@ -216,21 +228,28 @@ def why_not_finite(model, logits: Tensor) -> str:
     return f"the model's outputs are {kind}: values overflowed in {dtype}; {advice}"
 
 
-def _finish(model, batch: Batch, top_k: int | None) -> Iterator[Prediction | Failure]:
+def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Iterator[Prediction | Failure]:
     if batch.answer is None:
         yield from (_failure(item) for item in batch.items if isinstance(item, Unread))
         return
-    config, detector, changes = in_force(model)
+    found = in_force(model)
+    config, detector, changes = found
     features, logits = batch.answer
     finite = logits.isfinite().all(1)
     known = None if features is None else features[finite]
     chances = probabilities(logits[finite], config)
     order = chances.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    flags = _unusual(config, detector, known, logits[finite])
+    decided: list[tuple[Decision, ...]] = [()] * len(chances)
+    if decide:  # in the precision in which the thresholds were chosen
+        exact = probabilities(logits[finite].double(), config).numpy()
+        decided = decisions_of(chosen(found, decide), exact, config, flags)
     rows = zip(
         logits[finite].tolist(),
         order.tolist(),
         chances.gather(1, order).tolist(),
-        _unusual(config, detector, known, logits[finite]),
+        flags,
+        decided,
         strict=True,
     )
     labels = config.id2label
@@ -242,15 +261,16 @@ def _finish(model, batch: Batch, top_k: int | None) -> Iterator[Prediction | Fai
         if not row_logits.isfinite().all():
             yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, row_logits)}")
             continue
-        values, classes, found, unusual = next(rows)
+        values, classes, shares, unusual, said = next(rows)
         yield Prediction(
             source=item.source,
             label=labels[classes[0]],
-            probability=found[0],
-            top=[(labels[i], chance) for i, chance in zip(classes, found, strict=True)],
+            probability=shares[0],
+            top=[(labels[i], chance) for i, chance in zip(classes, shares, strict=True)],
             image_notes=[*item.notes, *changes, *([UNUSUAL] if unusual else [])],
             logits=values,
             unusual=unusual,
+            decisions=said,
         )
 
 

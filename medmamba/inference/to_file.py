@@ -14,6 +14,8 @@ import torch
 from ..data.sources import name_of
 from ..imaging.image import Window
 from ..utils.modes import unwrap
+from .decide import chosen
+from .fitted import in_force
 from .predict import Failure, NotFinite, Prediction, iter_predict
 from .sinks import open_sink
 
@@ -45,6 +47,7 @@ def predict_to_file(
     window: Window | None = None,
     precision: str | None = None,
     reduced: bool = False,
+    decide: Any = None,
     record: Callable[[str, Prediction | Failure], dict[str, Any]] | None = None,
     done: Callable[[int], object] | None = None,
     **options: Any,
@@ -57,7 +60,7 @@ def predict_to_file(
         model: see `iter_predict`.
         sources: names of images, or what `medmamba.data.sources.open_sources` found; any number.
         out: file ending in .jsonl, .csv or .parquet, or a folder of Parquet parts; see `medmamba.inference.sinks`.
-        top_k, frame, window, precision, reduced: see `iter_predict`. A file that was begun with others, or with
+        top_k, frame, window, precision, reduced, decide: see `iter_predict`. A file that was begun with others, or with
             another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
@@ -78,6 +81,10 @@ def predict_to_file(
         "precision": precision,
         "reduced": reduced,
     }
+    if decide:
+        identity["decide"] = [
+            entry if isinstance(entry, str) else entry.name for entry in chosen(in_force(inner), decide)
+        ]
     names: deque[str] = deque()  # of the images that are on their way
 
     with open_sink(out, list(inner.config.labels), identity) as sink:
@@ -93,6 +100,7 @@ def predict_to_file(
                     told(1)
 
         reading: dict[str, Any] = {"frame": frame, "window": window, "precision": precision, "reduced": reduced}
+        reading["decide"] = decide
         for result in iter_predict(model, wanted(), top_k, **reading, **options):
             name = names.popleft()
             row = record(name, result) if record else {**result.to_dict(), "source": name}

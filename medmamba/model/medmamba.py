@@ -25,10 +25,17 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
         super().__init__(config)
 
     def predict(
-        self, images, top_k: int | None = None, batch_size: int | None = None, *, frame: int | None = None, window=None
+        self,
+        images,
+        top_k: int | None = None,
+        batch_size: int | None = None,
+        *,
+        frame: int | None = None,
+        window=None,
+        decide=None,
     ):
         """Classifies an image, path, array or list of them; see `medmamba.inference.predict.predict`."""
-        return predict(self, images, top_k, batch_size, frame=frame, window=window)
+        return predict(self, images, top_k, batch_size, frame=frame, window=window, decide=decide)
 
     def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
         """Returns a copy for inference with the batch norms folded into the convolutions.
@@ -39,7 +46,7 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
         return cast(MedMamba, fuse(self, dtype))
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
-        """Replaces the classifier by a randomly initialised one, and discards calibration and OOD detection."""
+        """Replaces the classifier by a randomly initialised one, and discards what was fitted with the old one."""
         super().reset_classifier(num_classes, id2label)
         self.unusual = None
 

@@ -340,7 +340,7 @@ class MedMambaNetwork(nn.Module):
 
     def reset_classifier(self, num_classes: int, id2label: dict[int, str] | None = None) -> None:
         """Replaces the classifier by a randomly initialised one, and resets labels and calibration."""
-        config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={})
+        config = self.config.replace(num_classes=num_classes, id2label=id2label or {}, calibration={}, decisions={})
         head = self._new_head(num_classes).to(self.patch_embed.proj.weight)
         head.apply(_init_weights)
         self.head = head

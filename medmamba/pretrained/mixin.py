@@ -93,8 +93,8 @@ class PretrainedMixin(FittedMixin):
         """Saves `model.safetensors`, `config.json` and, where the model has an OOD detector, `unusual.json`.
 
         An existing model in the folder is replaced only after all files are written, the weights last. A model that
-        could not be loaded again is not saved. A calibration or OOD detector fitted with other weights is left out with
-        a warning.
+        could not be loaded again is not saved. A calibration, decisions or an OOD detector fitted with other weights
+        are left out with a warning.
 
         Args:
             dtype: type in which matrices are stored, e.g. torch.float16 for half the size. Vectors and the parameters
@@ -114,9 +114,11 @@ class PretrainedMixin(FittedMixin):
             tensors[key] = tensor.detach().to(device="cpu", dtype=dtype if shrink else None).contiguous().clone()
         _check_loadable(self, tensors, dtype)
         config, unusual, _ = in_force(self)
-        weights = fingerprint(tensors) if config.calibration or unusual else {}
+        weights = fingerprint(tensors) if config.calibration or config.decisions or unusual else {}
         if config.calibration:
             config = config.replace(calibration={**config.calibration, FINGERPRINT: weights})
+        if config.decisions:
+            config = config.replace(decisions={**config.decisions, FINGERPRINT: weights})
         with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
             save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
             sha256 = file_hash(staging / WEIGHTS_NAME)

@@ -206,7 +206,7 @@ def build_model(
     preprocess = dataclasses.replace(config.preprocess, input_size=(recipe.evaluated_at, recipe.evaluated_at))
     if recipe.crop_mode:
         preprocess = dataclasses.replace(preprocess, crop_mode=recipe.crop_mode)
-    config = config.replace(task=index.task, preprocess=preprocess, calibration={}, training={})
+    config = config.replace(task=index.task, preprocess=preprocess, calibration={}, decisions={}, training={})
     if recipe.drop_path is not None:
         config = config.replace(drop_path_rate=recipe.drop_path)
     if recipe.drop is not None:
