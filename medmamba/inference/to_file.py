@@ -73,7 +73,7 @@ def predict_to_file(
     told = done or (lambda _count: None)
     found = Summary()
     inner: Any = unwrap(model)
-    identity = {
+    identity: dict[str, Any] = {
         "model": model_identity(model),
         "top_k": top_k,
         "frame": frame,
