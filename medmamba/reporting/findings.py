@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..explain.faithfulness import Trust
 from ..metrics.result import TITLES
 from .blocks import Block, Bullets, Table, Text, picture
 from .figures import corruption_figure, gallery, score_figure, subgroup_figure
@@ -110,15 +111,28 @@ def explanations(study: Study) -> list[Block]:
         by_check = [trust.rows() for trust in comparison.trust]
         rows = []
         for i, (check, _, good) in enumerate(by_check[0]):
-            rows.append([check, *(found[i][1] for found in by_check), good.split(":")[0].split(" random order")[0]])
+            if "random order" in good:  # a reference of its own for each map
+                rows.append([check, *(f"{found[i][1]}; random {found[i][2].split(', ')[1]}" for found in by_check)])
+                rows[-1].append(f"{good.split(' ')[0]} random")
+            else:
+                rows.append([check, *(found[i][1] for found in by_check), good.split(":")[0]])
         blocks.append(Table(header, rows))
-        verdicts = [
-            f"{trust.method}: {'passed' if trust.randomisation.passed else 'FAILED'} the check with random weights"
-            for trust in comparison.trust
-            if trust.randomisation
-        ]
+        verdicts = [f"{trust.method}: {_verdict(trust)}" for trust in comparison.trust]
         blocks.append(Bullets(verdicts))
     return blocks
+
+
+def _verdict(trust: Trust) -> str:
+    """Returns in words which checks a map passed."""
+    said = []
+    if trust.randomisation:
+        said.append(f"{'passed' if trust.randomisation.passed else 'FAILED'} the check with random weights")
+    if curves := trust.curves:
+        better = curves.deletion_auc < curves.random_deletion_auc[0]
+        said.append(f"deletion {'better' if better else 'NOT better'} than a random order")
+        better = curves.insertion_auc > curves.random_insertion_auc[0]
+        said.append(f"insertion {'better' if better else 'NOT better'} than a random order")
+    return "; ".join(said) + "."
 
 
 def failures(study: Study) -> list[Block]:
