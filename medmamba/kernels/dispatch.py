@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .backends.base import Backend
+from .define import assume_constant_result
 
 BACKENDS = {
     "native": "medmamba.kernels.backends.cpu",
@@ -53,14 +54,14 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def states_chunk(name: str) -> int:
     """Returns the tokens between the states that a backend saves for its backward pass; 0 if it saves none."""
     return load_backend(name).chunk
 
 
 # Under torch.compile, evaluated once while tracing.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def resolve_backend(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
     """Returns the name of the backend that runs a scan of this dtype on this device.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .backends.base import Backend
+from .define import assume_constant_result, operator
 from .dispatch import load_backend, resolve_backend, states_chunk, transformed
 from .reference import compute_dtype
 
@@ -189,7 +190,7 @@ def _exporting() -> bool:
     return exporting and not torch.compiler.is_dynamo_compiling()
 
 
-@torch.compiler.assume_constant_result  # otherwise torch.export traces it to False
+@assume_constant_result  # otherwise torch.export traces it to False
 def _exporting_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
@@ -241,7 +242,7 @@ def _states_shape(x: Tensor, A: Tensor, chunk: int) -> tuple[int, ...]:
     return (batch, A.shape[0], -(-(height * width) // chunk), A.shape[2], channels)
 
 
-@torch.library.custom_op("medmamba::scan_2d", mutates_args=())
+@operator("medmamba::scan_2d")
 def _scan_2d(
     x: Tensor,
     proj: Tensor,
@@ -263,13 +264,13 @@ def _scan_2d(
         return implementation.scan_2d(x, proj, dt_weight, dt_bias, A, D, states), states
 
 
-@_scan_2d.register_fake
+@torch.library.register_fake("medmamba::scan_2d")
 def _(x, proj, dt_weight, dt_bias, A, D, backend, chunk):
     shape = _states_shape(x, A, chunk) if chunk else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("medmamba::scan_2d_backward", mutates_args=())
+@operator("medmamba::scan_2d_backward")
 def _scan_2d_backward(
     dy: Tensor,
     x: Tensor,
@@ -291,7 +292,7 @@ def _scan_2d_backward(
         return implementation.scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
 
 
-@_scan_2d_backward.register_fake
+@torch.library.register_fake("medmamba::scan_2d_backward")
 def _(dy, x, proj, dt_weight, dt_bias, A, D, states, backend):
     return tuple(t.new_empty(t.shape) for t in (x, proj, dt_weight, dt_bias, A, D))
 
@@ -311,13 +312,13 @@ def _scan_2d_grad(ctx, dy, _):
     return *torch.ops.medmamba.scan_2d_backward(dy, *tensors, states, ctx.backend), None, None
 
 
-_scan_2d.register_autograd(_scan_2d_grad, setup_context=_scan_2d_setup)
+torch.library.register_autograd("medmamba::scan_2d", _scan_2d_grad, setup_context=_scan_2d_setup)
 
 
 # --- scan_1d --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("medmamba::scan_1d", mutates_args=())
+@operator("medmamba::scan_1d")
 def _scan_1d(
     u: Tensor,
     delta: Tensor,
@@ -335,13 +336,13 @@ def _scan_1d(
         return _backend(backend, u).scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
 
 
-@_scan_1d.register_fake
+@torch.library.register_fake("medmamba::scan_1d")
 def _(u, delta, A, B, C, D, delta_bias, softplus, backend):
     state = u.new_empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u.dtype))
     return u.new_empty(u.shape), state
 
 
-@torch.library.custom_op("medmamba::scan_1d_backward", mutates_args=())
+@operator("medmamba::scan_1d_backward")
 def _scan_1d_backward(
     dy: Tensor,
     u: Tensor,
@@ -360,7 +361,7 @@ def _scan_1d_backward(
         return _backend(backend, u).scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
 
 
-@_scan_1d_backward.register_fake
+@torch.library.register_fake("medmamba::scan_1d_backward")
 def _(dy, u, delta, A, B, C, D, delta_bias, softplus, backend):
     return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, delta_bias))
 
@@ -381,4 +382,4 @@ def _scan_1d_grad(ctx, dy, _):
     return *grads, None, None
 
 
-_scan_1d.register_autograd(_scan_1d_grad, setup_context=_scan_1d_setup)
+torch.library.register_autograd("medmamba::scan_1d", _scan_1d_grad, setup_context=_scan_1d_setup)
