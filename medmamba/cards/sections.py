@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import MedMambaConfig
 from ..data import registry
 from ..data.registry import DatasetEntry
 from ..metrics import PAPER_COLUMNS, TITLES
@@ -371,10 +374,15 @@ def citation(facts: ModelFacts) -> str:
 
 
 def parameters(facts: ModelFacts) -> int:
+    return _parameters(json.dumps(facts.config.to_dict(), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=32)  # a card names the number several times, and building the model takes 0.1 s
+def _parameters(config: str) -> int:
     from ..model import MedMamba
 
     with torch.device("meta"):
-        return sum(p.numel() for p in MedMamba(facts.config).parameters())
+        return sum(p.numel() for p in MedMamba(MedMambaConfig.from_dict(json.loads(config))).parameters())
 
 
 def _channels(count: int) -> str:

@@ -193,7 +193,9 @@ def broken(model_dir, request):
     return model_dir
 
 
-@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+@pytest.mark.parametrize(
+    "form", [[], *(pytest.param([option], marks=pytest.mark.slow) for option in ("--json", "--csv"))], ids=" ".join
+)
 def test_a_model_of_nan_gives_no_answer(broken, image, form, capsys):
     assert main(["predict", str(image), "--model", broken, "--device", "cpu", *form]) in (1, 2)
     captured = capsys.readouterr()
@@ -257,7 +259,9 @@ def test_formulas_become_text():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+@pytest.mark.parametrize(
+    "form", [[], *(pytest.param([option], marks=pytest.mark.slow) for option in ("--json", "--csv"))], ids=" ".join
+)
 def test_names_that_cannot_be_printed_do_not_end_a_batch(model_dir, tmp_path, form):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -345,7 +349,7 @@ def test_a_stop_by_the_keyboard_is_said(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-@pytest.mark.parametrize(("argument", "unbuffered"), [("doctor", ""), ("doctor", "1"), ("--help", "")])
+@pytest.mark.parametrize(("argument", "unbuffered"), [("doctor", ""), pytest.param("doctor", "1", marks=pytest.mark.slow), ("--help", "")])
 def test_a_reader_that_has_gone_is_no_error(argument, unbuffered):
     read, write = os.pipe()
     os.close(read)

@@ -547,6 +547,7 @@ def test_a_job_ends_in_a_model(tmp_path, model_folder):
     assert model.config.labels == ["dark", "light"]
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why_without_paths(tmp_path, model_folder):
     path = make_zip(tmp_path / "set.zip", GOOD)  # all images are the same: duplicates between the splits
     job = jobs.Job(jobs.plan(path, Limits()), str(model_folder), 1, tmp_path, Limits(), "cpu")
@@ -566,6 +567,7 @@ def test_a_job_keeps_to_its_time_and_still_ends_in_a_model(tmp_path, model_folde
     assert 1 <= len(job.progress().history) < 1000
 
 
+@pytest.mark.slow
 def test_a_job_without_time_for_an_epoch_says_so(tmp_path, model_folder):
     limits = Limits(train_minutes=0.001)
     job = jobs.Job(jobs.plan(options.SAMPLE_SET, limits), str(model_folder), 30, tmp_path, limits, "cpu")

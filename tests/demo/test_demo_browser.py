@@ -372,7 +372,7 @@ def test_nothing_sticks_out_on_a_phone(open_page, dark):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["light", "dark"])
 def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
     (tmp_path / "scan.png").write_bytes(b"%PDF-1.4 not an image")
     page = open_page(dark=dark)

@@ -66,7 +66,15 @@ def picture(i: int = 0, seed: int = 3) -> np.ndarray:
     return squares(i + 1, seed)[0][i].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "gradient_shap", "occlusion", "feature_ablation"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "integrated_gradients",
+        "feature_ablation",
+        pytest.param("gradient_shap", marks=pytest.mark.slow),
+        pytest.param("occlusion", marks=pytest.mark.slow),
+    ],
+)
 def test_the_maximum_of_the_map_is_on_the_square(trained, method):
     images, classes, corners = squares(24, 3)
     hits = 0

@@ -125,7 +125,15 @@ def test_randomisation_catches_disguises(trained, method):  # noqa: F811
     assert method is upside_down or check.steps[-1]["rank_correlation"] < 0.5  # ranks alone would not
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "gradcam", "gradient_shap", "saliency"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "gradcam",
+        "saliency",
+        pytest.param("integrated_gradients", marks=pytest.mark.slow),
+        pytest.param("gradient_shap", marks=pytest.mark.slow),
+    ],
+)
 def test_randomisation_passes_methods_that_use_the_weights(trained, method):  # noqa: F811
     images, passed = squares(6, 3)[0], 0
     for image in images:

@@ -269,8 +269,15 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 
 
 @runs
-@dtypes
-@pytest.mark.parametrize("channels", [4, 36, 132])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        pytest.param(channels, dtype, marks=[] if i == j else pytest.mark.slow)
+        for i, channels in enumerate((4, 36, 132))
+        for j, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16))
+    ],
+    ids=str,
+)
 def test_mix_split(channels, dtype):
     C = channels
     x, left, right = (maps(2, 3, 2, n, dtype=dtype, seed=n + i) for i, n in enumerate((C, C // 2, C // 2)))

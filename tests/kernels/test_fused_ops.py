@@ -170,10 +170,18 @@ def check(name, shape, dtype, parameters=None):
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 
+# Compiling for the emulator takes half a second for each; each shape and each type is in the fast part once.
+SHAPES = [(2, 3, 7, 12), (1, 5, 4, 48), (3, 2, 1, 4)]
+CASES = [
+    pytest.param(shape, dtype, marks=[] if i == j else pytest.mark.slow)
+    for i, shape in enumerate(SHAPES)
+    for j, dtype in enumerate(TYPES)
+]
+
+
 @runs
-@dtypes
 @problems
-@pytest.mark.parametrize("shape", [(2, 3, 7, 12), (1, 5, 4, 48), (3, 2, 1, 4)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_values_and_gradients(name, shape, dtype):
     check(name, shape, dtype)
 
@@ -520,6 +528,7 @@ def test_model_under_autocast():
         handle.remove()
 
 
+@pytest.mark.slow
 @runs
 def test_hooks_on_the_maps_see_and_steer_them():
     """What attribution reads: outputs and gradients of the places to hook, also with dropped paths."""

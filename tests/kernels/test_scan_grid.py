@@ -217,6 +217,7 @@ def interpret(count):
     assert ".." in done.stdout, "nothing ran"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="already running it")
 def test_in_the_interpreter():

@@ -379,7 +379,9 @@ def test_rate_limits_are_waited_for(hub, tiny_model):
     [
         (dict(kind="cut", path="/cdn/"), "failed after retries"),
         (dict(kind="reset", path="/cdn/"), "failed after retries"),
-        (dict(kind="stall", path="/cdn/", value=0.4), "failed after retries.*timed out"),
+        pytest.param(
+            dict(kind="stall", path="/cdn/", value=0.4), "failed after retries.*timed out", marks=pytest.mark.slow
+        ),
         (dict(kind="corrupt", path="/cdn/"), "damaged: model.safetensors does not match its checksum"),
         (dict(kind="corrupt", path="config.json"), "damaged: config.json does not match its checksum"),
         (dict(kind="status", path="/cdn/", value=500), "failed after retries.*500"),

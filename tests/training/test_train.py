@@ -46,7 +46,7 @@ from medmamba.training.validation import selection_score
 
 # Fast to train: no randomness in the network, no warm-up, a large step.
 QUICK = dict(epochs=3, batch_size=8, size=32, lr=3e-3, warmup_epochs=0, ema=0.9)
-COMMON = dict(device="cpu", progress=False, half=False, checkpoint_seconds=0.0)
+COMMON = dict(device="cpu", progress=False, half=False)
 
 
 def make_folder(root: Path, counts=(16, 6, 6), classes=3, poison: str | None = None) -> Path:
