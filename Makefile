@@ -41,7 +41,7 @@ demo: setup ## open the web app
 
 # mypy takes half a minute of one core, so `make lint` runs while tests wait for timers, files and browsers.
 BESIDE_LINT = mkdir -p build && { $(MAKE) --no-print-directory lint >build/lint.log 2>&1 & } && lint=$$!; \
-	$(1); tests=$$?; wait $$lint || { cat build/lint.log; exit 1; }; cat build/lint.log; exit $$tests
+	$(1); tests=$$?; wait $$lint || { cat build/lint.log; exit 1; }; exit $$tests
 
 test: setup ## lint, types and the tests but the slow ones
 	@$(call BESIDE_LINT,$(PYTEST) -m "not slow and not exhaustive")
