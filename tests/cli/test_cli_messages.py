@@ -349,7 +349,9 @@ def test_a_stop_by_the_keyboard_is_said(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-@pytest.mark.parametrize(("argument", "unbuffered"), [("doctor", ""), pytest.param("doctor", "1", marks=pytest.mark.slow), ("--help", "")])
+@pytest.mark.parametrize(
+    ("argument", "unbuffered"), [("doctor", ""), pytest.param("doctor", "1", marks=pytest.mark.slow), ("--help", "")]
+)
 def test_a_reader_that_has_gone_is_no_error(argument, unbuffered):
     read, write = os.pipe()
     os.close(read)

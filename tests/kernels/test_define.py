@@ -42,6 +42,8 @@ def test_kernels_are_not_compiled():
         return 2 * x
 
     torch.library.register_fake("medmamba_test::twice")(lambda x: torch.empty_like(x))
-    found = torch.compile(lambda x: torch.ops.medmamba_test.twice(x) + 1, backend="eager", fullgraph=True)(torch.ones(2))
+    found = torch.compile(lambda x: torch.ops.medmamba_test.twice(x) + 1, backend="eager", fullgraph=True)(
+        torch.ones(2)
+    )
     assert found.tolist() == [3, 3] and seen == [False]
     torch.library.opcheck(torch.ops.medmamba_test.twice.default, (torch.ones(2),))
