@@ -1,4 +1,7 @@
-"""Baselines: a timm model with MedMamba's trainer, data, recipe and evaluation, from scratch."""
+"""Baselines with MedMamba's trainer, data, recipe and evaluation: a timm model from scratch, or a pretrained teacher.
+
+The teacher, EfficientNet-Lite2 with ImageNet weights, keeps its weights too, from which MedMamba can be distilled.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medmamba import MedMamba
@@ -18,14 +22,20 @@ from medmamba.evaluation import RESULTS_NAME, write_results
 from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.finalise import score_splits, training_record
 from medmamba.training.identity import differences, fingerprint, run_identity
-from medmamba.training.recipe import load_recipe
+from medmamba.training.progress import Progress
+from medmamba.training.recipe import Recipe, load_recipe
 from medmamba.training.run import CHECKPOINTS
 from medmamba.training.run_log import RunLog
 from medmamba.training.setup import ImageCache, check_splits
 from medmamba.training.trainer import Trainer
 from medmamba.utils.devices import make_accelerator
+from medmamba.utils.files import write_text
 
+from . import teacher
 from .zoo_data import DATASETS, duplicates_checked, open_one
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class TimmClassifier(nn.Module):
@@ -64,10 +74,10 @@ def train_baseline(
     progress: bool = True,
     **settings: Any,
 ) -> bool:
-    """Trains on `data`/`name` and writes results and history, but no weights, to `out`. Call again to resume.
+    """Trains on `data`/`name` and writes results and history to `out`; weights only of the teacher. Call again to resume.
 
     Args:
-        architecture: a model name of timm, such as "resnet50".
+        architecture: a model name of timm, such as "resnet50", or `hub.teacher.NAME`.
         name: one of `hub.zoo_data.DATASETS`.
         settings: of the recipe.
 
@@ -81,6 +91,9 @@ def train_baseline(
     started, out = time.monotonic(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     chosen, entry = load_recipe(recipe, **settings), registry.get(name)
+    is_teacher = architecture == teacher.NAME
+    if is_teacher:
+        chosen = load_recipe(recipe, **teacher.SETTINGS | settings)
     if chosen.layer_decay < 1 or chosen.freeze:
         raise ValueError("layer_decay and freeze need the layers of MedMamba; baselines do not support them")
     index = open_one(Path(data), name)
@@ -91,9 +104,10 @@ def train_baseline(
         num_classes=len(index.classes),
         id2label=entry.id2label,
         preprocess={"input_size": (chosen.evaluated_at, chosen.evaluated_at)},
-    ).replace(architecture=f"timm {architecture}")
+    ).replace(architecture=architecture if is_teacher else f"timm {architecture}")
     torch.manual_seed(seed)
-    model = cast(MedMamba, TimmClassifier(architecture, config))
+    network = teacher.Lite2Classifier(config) if is_teacher else TimmClassifier(architecture, config)
+    model = cast(MedMamba, network)
     data_digest, precision = fingerprint(index), accelerator.mixed_precision
     identity = run_identity(chosen, model, None, data_digest, seed=seed, precision=precision, parts=1)
     if (out / RESULTS_NAME).is_file():
@@ -104,29 +118,49 @@ def train_baseline(
     checked = duplicates_checked(index, cache)
     check_leakage(index, allow=DATASETS[name], duplicates=checked is None)
     images = ImageCache(index, config, accelerator, cache, progress)
-    store = CheckpointStore(out / CHECKPOINTS)
-    trainer = Trainer(
-        model,
-        chosen,
-        images,
-        accelerator,
-        store,
-        RunLog(out, progress),
-        seed=seed,
-        identity=identity,
-        deadline=None if max_seconds is None else started + max_seconds,
-        graphs=graphs,
-    )
-    state = trainer.fit()
-    if not state.finished(chosen) or state.best is None:
+    deadline = None if max_seconds is None else started + max_seconds
+    options: dict[str, Any] = dict(identity=identity, deadline=deadline, graphs=graphs)
+    state = fit(model, chosen, images, accelerator, out, seed, progress, **options)
+    if state is None:
         return False
-    model.load_state_dict(store.load_best(state.best["epoch"]))
     record = training_record(index, entry, chosen, identity, state, accelerator, "as the data are arranged")
     if DATASETS[name]:
         record["allowed_leakage"] = list(DATASETS[name])
+    if is_teacher:
+        record["init"] = "ImageNet"
     if checked:
         record["duplicates_checked"] = checked
+    if is_teacher:
+        description = json.dumps(config.to_dict(), indent=1)
+        write_text(out / teacher.DESCRIPTION, description + "\n")
+        save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, out / teacher.WEIGHTS)
     scored = score_splits(model, images, accelerator, name)
     write_results(out, scored, training=record, calibration=model.config.calibration)
-    store.clear()
+    CheckpointStore(out / CHECKPOINTS).clear()
     return True
+
+
+def fit(
+    model: MedMamba,
+    recipe: Recipe,
+    images: ImageCache,
+    accelerator: Accelerator,
+    out: Path,
+    seed: int,
+    progress: bool = False,
+    **options: Any,
+) -> Progress | None:
+    """Trains a network and gives it the weights of its best epoch; returns None if the run was stopped before its end.
+
+    Args:
+        model: with the part of MedMamba's interface that `TimmClassifier` has.
+        out: for history and checkpoints, which the caller clears.
+        options: of `Trainer`.
+    """
+    store = CheckpointStore(out / CHECKPOINTS)
+    trainer = Trainer(model, recipe, images, accelerator, store, RunLog(out, progress), seed=seed, **options)
+    state = trainer.fit()
+    if not state.finished(recipe) or state.best is None:
+        return None
+    model.load_state_dict(store.load_best(state.best["epoch"]))
+    return state

@@ -17,22 +17,28 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medmamba import MedMamba, PreprocessConfig
-from medmamba.config import ORGANISATION
+from medmamba.config import ORGANISATION, variant_config
 from medmamba.data import ImageDataset, open_dataset
 from medmamba.imaging.preprocess import preprocess
 from medmamba.inference.predict import predict_features
 from medmamba.metrics import evaluate
 from medmamba.pretrained import fetch, read_config
 from medmamba.training import train
+from medmamba.training.finalise import score_splits
+from medmamba.training.recipe import load_recipe
+from medmamba.training.setup import ImageCache
+from medmamba.utils.devices import make_accelerator
 from medmamba.utils.text import json_text
 
-from . import transfer_table
+from . import teacher, transfer_table
+from .baseline import fit
 
 WAYS = ("probe", "ten", "full")
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the linear probe
@@ -40,18 +46,18 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the linea
 
 def own_size(start: str) -> int:
     """Returns the side in pixels of the images that a start was made for; its own name may stand for its folder."""
-    if start == "scratch":
+    if start in ("scratch", teacher.NAME):
         return PreprocessConfig().input_size[0]
     name = start if Path(start).is_dir() else f"{ORGANISATION}/{Path(start).name}"
     return read_config(fetch(name)).preprocess.input_size[0]
 
 
-def probe(start: MedMamba, index: ImageDataset, device: str, seed: int, size: int) -> dict[str, float]:
+def probe(start: MedMamba | teacher.Lite2Classifier, index: ImageDataset, device: str, seed: int, size: int) -> dict[str, float]:
     """A logistic regression on the pooled features of a frozen backbone, of images of `size` pixels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
-    start = start.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")).eval()
+    start.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")).eval()
     settings = dataclasses.replace(start.config.preprocess, input_size=(size, size))
     features, labels = {}, {}
     for split in ("train", "val", "test"):
@@ -62,7 +68,7 @@ def probe(start: MedMamba, index: ImageDataset, device: str, seed: int, size: in
                 preprocess(part.image(i), settings, start.config.in_chans)
                 for i in range(first, min(first + 64, len(part)))
             ]
-            rows.append(predict_features(start, torch.stack(batch))[0])
+            rows.append(_features(start, torch.stack(batch)))
         features[split], labels[split] = torch.cat(rows).numpy(), part.labels
     mean, std = features["train"].mean(0), features["train"].std(0) + 1e-6
     scaled = {split: (values - mean) / std for split, values in features.items()}
@@ -76,6 +82,10 @@ def probe(start: MedMamba, index: ImageDataset, device: str, seed: int, size: in
     return _scores(best[2].predict_proba(scaled["test"]), labels["test"], index) | {"strength": -best[1]}
 
 
+def _features(start: MedMamba | teacher.Lite2Classifier, batch: Tensor) -> Tensor:
+    return start.features(batch) if isinstance(start, teacher.Lite2Classifier) else predict_features(start, batch)[0]
+
+
 def fine_tune(
     start: str, index: ImageDataset, out: Path, device: str, seed: int, variant: str, size: int
 ) -> dict[str, float]:
@@ -83,12 +93,30 @@ def fine_tune(
     options: dict[str, Any] = dict(
         seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size
     )
+    if start == teacher.NAME:
+        return fine_tune_teacher(index, out, device, seed, size)
     if start == "scratch":  # the first layers must learn as fast as the last
         result = train(index, out, "finetune", variant, allow_leakage=("duplicates",), layer_decay=1.0, **options)
     else:
         result = train(index, out, "finetune", init=start, allow_leakage=("duplicates",), **options)
     assert result.test is not None and result.val is not None
     overall = result.test.overall
+    return {name: overall[name].value for name in ("accuracy", "balanced_accuracy", "auroc")}
+
+
+def fine_tune_teacher(index: ImageDataset, out: Path, device: str, seed: int, size: int) -> dict[str, float]:
+    """The recipe `finetune` with EfficientNet-Lite2 from ImageNet, with `teacher.SETTINGS`."""
+    chosen = load_recipe("finetune", size=size, **teacher.SETTINGS)
+    torch.manual_seed(seed)
+    labels = dict(enumerate(index.classes))
+    config = variant_config("tiny", num_classes=len(labels), id2label=labels, preprocess={"input_size": (size, size)})
+    network = teacher.Lite2Classifier(config.replace(architecture=teacher.NAME))
+    accelerator = make_accelerator(device)
+    out.mkdir(parents=True, exist_ok=True)
+    images, model = ImageCache(index, config, accelerator), cast(MedMamba, network)
+    if fit(model, chosen, images, accelerator, out, seed) is None:
+        raise RuntimeError(f"{out}: the run did not finish")
+    overall = score_splits(model, images, accelerator, index.name)["test"].evaluation.overall
     return {name: overall[name].value for name in ("accuracy", "balanced_accuracy", "auroc")}
 
 
@@ -162,13 +190,19 @@ def measure(
                     part = ten_per_class(index, seed) if way == "ten" else index
                     side = size or own_size(start)
                     if way == "probe":
-                        scores = probe(MedMamba.from_pretrained(start), part, device, seed, side)
+                        scores = probe(_frozen(start), part, device, seed, side)
                     else:
                         scores = fine_tune(start, part, out / "runs" / tag, device, seed, variant, side)
                     record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
                     record |= scores | {"images": part.split_sizes, "size": side}
                     file.write_text(json_text(record, indent=1), encoding="utf-8")
                     print(json_text(record), flush=True)
+
+
+def _frozen(start: str) -> MedMamba | teacher.Lite2Classifier:
+    if start == teacher.NAME:
+        return teacher.Lite2Classifier(variant_config("tiny", num_classes=1))
+    return MedMamba.from_pretrained(start)
 
 
 def _scores(probabilities: np.ndarray, labels: np.ndarray, index: ImageDataset) -> dict[str, float]:

@@ -29,6 +29,8 @@ import torch
 
 from medmamba import MedMamba
 from medmamba.cli.train import STOPPED
+from medmamba.config import ORGANISATION
+from medmamba.data import registry
 from medmamba.training import TrainResult, train
 from medmamba.training.graphed_step import GRAPHS
 from medmamba.training.recipe import parse_setting
@@ -37,6 +39,8 @@ from medmamba.utils.devices import make_accelerator
 
 from .baseline import train_baseline
 from .job_queue import Job, Queue
+from .teacher import NAME as TEACHER
+from .teacher import load_teachers
 from .zoo_data import DATASETS, DECODED, JOINT, decode, duplicates_checked, open_joint, open_one
 
 QUICK = ("breastmnist", "pneumoniamnist")  # small enough to train baselines with several seeds
@@ -56,12 +60,14 @@ def train_one(
     out: str | Path,
     recipe: str | None = None,
     init: str | Path | None = None,
+    teachers: Sequence[Path] = (),
     **options: Any,
 ) -> TrainResult:
     """Trains on one dataset, from the weights in the folder `init` or from scratch.
 
     Args:
         recipe: default zoo-`name`.
+        teachers: folders of fine-tuned teachers, see `hub.teacher`.
         options: passed to `medmamba.train`.
     """
     notes: dict[str, Any] = {}
@@ -69,12 +75,17 @@ def train_one(
     if init is not None:
         source = MedMamba.from_pretrained(init)
         earlier = source.config.training
-        options["init_name"] = f"{earlier.get('recipe')}, seed {earlier.get('seed')}"
+        backbone = Path(init).name if not source.config.num_classes else None
+        options["init_name"] = backbone or f"{earlier.get('recipe')}, seed {earlier.get('seed')}"
         notes = {"pretraining": earlier.get("datasets", [])}
+        notes |= {"base_model": f"{ORGANISATION}/{backbone}"} if backbone else {}
     index = open_one(data, name)
     if checked := duplicates_checked(index, options.get("cache")):
         options["check_duplicates"], notes["duplicates_checked"] = False, checked
     options.setdefault("allow_leakage", DATASETS[name])
+    if teachers:
+        options["teacher"] = load_teachers(teachers, list(registry.get(name).id2label.values()))
+        notes["teacher"] = f"{len(teachers)} x {TEACHER}"
     return train(index, out, recipe or f"zoo-{name}", init=source, dataset=name, notes=notes, **options)
 
 
@@ -165,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             init = args.init if args.command == "train" else None
             if init and args.wait:
                 wait_for(init, args.device)
-            result = train_one(args.dataset, args.data, args.out, args.recipe, init, **options)
+            result = train_one(args.dataset, args.data, args.out, args.recipe, init, args.teacher, **options)
         finished = result.finished
     if not finished:
         print("stopped; rerun the same command to resume")
@@ -199,13 +210,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("dataset", choices=DATASETS)
     one.add_argument("--recipe", help="default: zoo-DATASET")
     one.add_argument("--init", type=Path, help="folder of the joint model; default: from scratch")
+    one.add_argument("--teacher", type=Path, nargs="+", default=[], metavar="DIR", help="runs of hub.teacher to learn from")
     one.add_argument("--wait", action="store_true", help="wait until the model in --init exists")
     base = commands.add_parser(
         "baseline", parents=[run], help="train on one dataset with the published recipe, from scratch"
     )
     base.add_argument("dataset", choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
-    base.add_argument("--model", default="medmamba", help="medmamba or a timm model such as resnet50")
+    base.add_argument("--model", default="medmamba", help="medmamba, efficientnet-lite2 or a timm model")
     every = commands.add_parser("all", parents=[common], help="train all models and baselines, on all available GPUs")
     every.add_argument("--out", type=Path, required=True, help="parent folder of the runs")
     every.add_argument("--only", nargs="+", metavar="RUN", help="only these runs and their dependencies")

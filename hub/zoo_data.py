@@ -22,7 +22,10 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "pneumoniamnist": ("duplicates",),
     "dermamnist": (),
     "bloodmnist": (),
+    "pad_ufes_20": (),
+    "cpn_xray": ("duplicates",),
 }
+TABLE = "index.csv"  # lists the images of a dataset whose folders do not show splits, or that shares images
 # Training data of the joint model. Without dermamnist, whose non-commercial licence would extend to all the weights.
 JOINT = ("breastmnist", "pneumoniamnist", "bloodmnist")
 DECODED = "decoded.json"  # record of `decode` in the cache folder of a dataset
@@ -30,7 +33,8 @@ DECODED = "decoded.json"  # record of `decode` in the cache folder of a dataset
 
 def open_one(root: str | Path, name: str) -> ImageDataset:
     """Opens one dataset in `root`, with classes and patients from the registry."""
-    return open_dataset(Path(root) / name, dataset=name)
+    folder = Path(root) / name
+    return open_dataset(folder / TABLE if (folder / TABLE).is_file() else folder, dataset=name)
 
 
 def open_joint(root: str | Path, names: Sequence[str] = JOINT) -> ImageDataset:

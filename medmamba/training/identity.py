@@ -21,6 +21,7 @@ _NAMES = {
     "network": "network or preprocessing",
     "init_weights": "model to start from",
     "reader": "version of the code that reads images",
+    "teacher": "teacher",
     "parts": "division of a batch (processes times accumulate)",
     "stored": "type of the stored weights",
 }
@@ -74,7 +75,15 @@ def model_fingerprint(model: MedMamba) -> str:
 
 
 def run_identity(
-    recipe: Recipe, model: MedMamba, source: MedMamba | None, data: str, *, seed: int, precision: str, parts: int
+    recipe: Recipe,
+    model: MedMamba,
+    source: MedMamba | None,
+    data: str,
+    *,
+    seed: int,
+    precision: str,
+    parts: int,
+    teacher: str = "",
 ) -> dict[str, Any]:
     """Returns the inputs that a checkpoint and a run that resumes from it must share.
 
@@ -86,9 +95,10 @@ def run_identity(
         seed: of the run.
         precision: "no", "bf16" or "fp16".
         parts: parts of a batch over all processes, which batch norm sees separately.
+        teacher: digest of the teacher's weights; empty: none.
     """
     return {
-        "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("name", "description")},
+        "recipe": _settings(recipe),
         "seed": seed,
         "data": data,
         "model": model.config.architecture,
@@ -99,7 +109,13 @@ def run_identity(
         "precision": precision,
         "parts": parts,
         "reader": reading_code(),
-    }
+    } | ({"teacher": teacher} if teacher else {})
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns the settings that affect a result; without distillation, as runs recorded them before it existed."""
+    unused = ("name", "description") if recipe.distill else ("name", "description", "distill")
+    return {key: value for key, value in recipe.to_dict().items() if key not in unused}
 
 
 def differences(

@@ -103,6 +103,7 @@ class Recipe:
     cutmix: float = 0.0
     mix_prob: float = 1.0  # fraction of the images that are mixed, if mixup or cutmix is on
     ema: float = 0.0  # decay per step of averaged weights, which are then validated and kept; 0: off
+    distill: float = 0.0  # weight of a teacher's probabilities beside the labels, see `train(teacher=...)`
     balance: str = "none"  # class imbalance: "none", "loss" (class weights) or "sampling"
     augment: Augment = field(default_factory=Augment)
 
@@ -132,6 +133,7 @@ class Recipe:
             _check(value is None or 0 <= value < 1, f"{name} must be in [0, 1), got {value}")
         for name in ("weight_decay", "clip_grad", "mixup", "cutmix", "patience", "warmup_epochs"):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _check(0 <= self.distill <= 1, f"distill is a weight, 0 to 1, got {self.distill}")
         _check(0 <= self.mix_prob <= 1, f"mix_prob is a probability, got {self.mix_prob}")
         _check(len(self.select) >= 1, "select needs at least one metric")
         for metric in self.select:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..data import (
     DatasetError,
@@ -38,6 +39,7 @@ from .identity import data_table, fingerprint, known_files, run_identity
 from .recipe import Recipe, load_recipe
 from .run_log import HISTORY, RunLog
 from .setup import KEEP, ImageCache, build_model, check_splits
+from .teacher import load_teacher, weights_digest
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def train(
     graphs: str = "auto",
     init_name: str | None = None,
     notes: Mapping[str, Any] | None = None,
+    teacher: str | os.PathLike | nn.Module | None = None,
     restart: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
@@ -144,6 +147,9 @@ def train(
             never.
         init_name: how to record `init` with the model, where its name or path would mean nothing to others.
         notes: more entries for the model's record, such as {"pretraining": ["dermamnist"]}.
+        teacher: distillation: a trained model for the same classes (bundled name, "org/name", folder, `MedMamba`), or
+            any module that maps images (B, C, H, W) in [0, 1] to probabilities (B, K). It answers each augmented
+            batch; the recipe's `distill` is the weight of its answers, the rest that of the labels.
         restart: deletes the run in `out` first.
         progress: shows progress bars.
         tensorboard: writes TensorBoard logs to `out`/tensorboard.
@@ -172,6 +178,7 @@ def train(
     torch.manual_seed(seed)
     labels = entry.id2label if entry else dict(enumerate(index.classes))
     model = build_model(chosen, index, variant, source, in_chans, labels)
+    adviser = None if teacher is None else load_teacher(teacher, model.config, accelerator.device)
     files = known_files(folder)
     table = data_table(index, files)
     identity = run_identity(
@@ -182,6 +189,7 @@ def train(
         seed=seed,
         precision=accelerator.mixed_precision,
         parts=accelerator.num_processes * accumulate,
+        teacher="" if adviser is None else weights_digest(adviser),
     )
     stored = {"stored": "float16" if half else "float32"}  # affects the files, not the training
     if not restart and (done := _already_done(out, identity | stored)) is not None:
@@ -233,6 +241,7 @@ def train(
             deadline=None if max_seconds is None else started + max_seconds,
             checkpoint_seconds=checkpoint_seconds,
             graphs=graphs,
+            teacher=adviser,
         )
         try:
             state = trainer.fit()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from ..data import CachedDataset
 
+# Images (B, 3, H, W) in [0, 1], augmented and mixed as the student sees them, to probabilities (B, K).
+Teacher = Callable[[Tensor], Tensor]
 Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) -> decoded images
 
 
@@ -64,6 +66,7 @@ class Trainer:
         deadline: `time.monotonic()` after which to stop once the current step is done; None: never.
         checkpoint_seconds: minimum time between two checkpoints.
         graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphed_step`; "off": never.
+        teacher: see `Teacher`; its answers count `recipe.distill`, the labels the rest.
     """
 
     def __init__(
@@ -81,7 +84,11 @@ class Trainer:
         deadline: float | None = None,
         checkpoint_seconds: float = 60.0,
         graphs: str = "auto",
+        teacher: Teacher | None = None,
     ):
+        if (teacher is None) != (recipe.distill == 0):
+            raise RecipeError("distillation needs both a teacher and the setting distill, the weight of its answers")
+        self.teacher = teacher
         self.recipe, self.images, self.accelerator, self.store, self.log = recipe, images, accelerator, store, log
         self.seed, self.identity, self.deadline = seed, identity or {}, deadline
         self.checkpoint_seconds, self._saved_at = checkpoint_seconds, time.monotonic()
@@ -254,6 +261,10 @@ class Trainer:
         images = augment.augment(images, drawn, self.recipe.augment, size)
         targets = loss.soft_targets(labels, self.classes, self.recipe.label_smoothing)
         images, targets = augment.mix(images, targets, drawn)
+        if self.teacher is not None:
+            with torch.no_grad(), autocast(self.accelerator):
+                answers = self.teacher(images)
+            targets = targets.lerp(answers.to(targets.dtype), self.recipe.distill)
         return normalise(images, self.config.preprocess).contiguous(memory_format=torch.channels_last), targets
 
     def _end_epoch(self, bar: Any) -> None:
