@@ -30,6 +30,7 @@ from medmamba.training.setup import ImageCache, check_splits
 from medmamba.training.trainer import Trainer
 from medmamba.utils.devices import make_accelerator
 from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
 
 from . import teacher
 from .zoo_data import DATASETS, duplicates_checked, open_one
@@ -131,7 +132,7 @@ def train_baseline(
     if checked:
         record["duplicates_checked"] = checked
     if is_teacher:
-        description = json.dumps(config.to_dict(), indent=1)
+        description = json_text(config.to_dict(), indent=1)
         write_text(out / teacher.DESCRIPTION, description + "\n")
         save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, out / teacher.WEIGHTS)
     scored = score_splits(model, images, accelerator, name)

@@ -52,7 +52,9 @@ def own_size(start: str) -> int:
     return read_config(fetch(name)).preprocess.input_size[0]
 
 
-def probe(start: MedMamba | teacher.Lite2Classifier, index: ImageDataset, device: str, seed: int, size: int) -> dict[str, float]:
+def probe(
+    start: MedMamba | teacher.Lite2Classifier, index: ImageDataset, device: str, seed: int, size: int
+) -> dict[str, float]:
     """A logistic regression on the pooled features of a frozen backbone, of images of `size` pixels."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score

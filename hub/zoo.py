@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             init = args.init if args.command == "train" else None
             if init and args.wait:
                 wait_for(init, args.device)
+            options["finish_early"] = args.finish_early
             result = train_one(args.dataset, args.data, args.out, args.recipe, init, args.teacher, **options)
         finished = result.finished
     if not finished:
@@ -210,7 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("dataset", choices=DATASETS)
     one.add_argument("--recipe", help="default: zoo-DATASET")
     one.add_argument("--init", type=Path, help="folder of the joint model; default: from scratch")
-    one.add_argument("--teacher", type=Path, nargs="+", default=[], metavar="DIR", help="runs of hub.teacher to learn from")
+    one.add_argument(
+        "--teacher", type=Path, nargs="+", default=[], metavar="DIR", help="runs of hub.teacher to learn from"
+    )
+    one.add_argument("--finish-early", action="store_true", help="with --max-seconds: keep the best epoch so far")
     one.add_argument("--wait", action="store_true", help="wait until the model in --init exists")
     base = commands.add_parser(
         "baseline", parents=[run], help="train on one dataset with the published recipe, from scratch"

@@ -23,7 +23,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "dermamnist": (),
     "bloodmnist": (),
     "pad_ufes_20": (),
-    "cpn_xray": ("duplicates",),
+    "cpn_xray": ("duplicates", "patients"),
 }
 TABLE = "index.csv"  # lists the images of a dataset whose folders do not show splits, or that shares images
 # Training data of the joint model. Without dermamnist, whose non-commercial licence would extend to all the weights.

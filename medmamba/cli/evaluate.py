@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from .messages import say
-from .predict import add_reading
+from .predict import add_reading, add_tta
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
         "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
     )
     add_reading(parser)
+    add_tta(parser)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="images per forward pass (default: found by itself)"
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         resamples=args.resamples,
         seed=args.seed,
+        tta=args.tta,
         progress=not args.quiet,
         by=args.by,
         metadata=args.metadata,

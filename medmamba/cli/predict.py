@@ -61,6 +61,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_grouping(parser)
     add_reading(parser)
+    add_tta(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per line and image")
     output.add_argument("--csv", action="store_true", help="print CSV: source, label, probability, all classes, error")
@@ -91,6 +92,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         type=window,
         metavar="CENTER,WIDTH",
         help="window of grey values shown from black to white, in the units of the file",
+    )
+
+
+def add_tta(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of test-time augmentation."""
+    parser.add_argument(
+        "--tta",
+        default="none",
+        choices=("none", "hflip", "flips", "dihedral"),
+        help="average over mirrored or turned views of each image: 1, 2, 4 or 8 forward passes (default: %(default)s)",
     )
 
 
@@ -136,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         "frame": args.frame,
         "window": args.window,
         "decide": args.decide,
+        "tta": args.tta,
     }
     if args.per:
         return run_groups(args, model, sources, options)

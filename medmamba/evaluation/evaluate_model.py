@@ -43,6 +43,7 @@ def evaluate_model(
     workers: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    tta: str = "none",
     progress: bool = False,
     by: Sequence[str] = (),
     metadata: str | os.PathLike | None = None,
@@ -69,6 +70,7 @@ def evaluate_model(
         workers: processes that read images, see `iter_predict`.
         resamples: bootstrap resamples; 0 for no intervals.
         seed: of the bootstrap.
+        tta: test-time augmentation as in `predict`; recorded with the results.
         progress: shows progress bars.
         by: columns of `metadata` whose groups are scored and compared, such as ("age", "sex"); see
             `metrics.subgroups`.
@@ -109,7 +111,7 @@ def evaluate_model(
     if corruptions is not None:  # fails before the long part
         published_for(str(config.training.get("dataset", "")) if corruptions == "auto" else corruptions)
     accelerator = make_accelerator(device, "fp32")
-    logits = dataset_logits(network, index, accelerator, batch_size, workers, progress)
+    logits = dataset_logits(network, index, accelerator, batch_size, workers, progress, tta)
     undefined = ~logits.isfinite().all(1)
     if undefined.any():
         first = int(undefined.nonzero()[0])
@@ -120,6 +122,7 @@ def evaluate_model(
         "data": index.name,
         "split": split or "all",
         "input_size": list(config.preprocess.input_size),
+        **({"tta": tta} if tta != "none" else {}),
     }
     scored = score(logits, index, config, resamples=resamples, seed=seed, context=context)
     if columns is not None:

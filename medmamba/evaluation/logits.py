@@ -51,10 +51,11 @@ def dataset_logits(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    tta: str = "none",
 ) -> Tensor:
     """Returns float32 logits (N, K) on the CPU of all images in order, read as they are needed and not kept.
 
-    Pixels are rounded to the levels of the files as in `decode`, and TF32 is off. Each process computes its share.
+    `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as in `decode`, and TF32 is off. Each process computes its share.
 
     Raises:
         ImageError: an image that cannot be read.
@@ -65,7 +66,7 @@ def dataset_logits(
         [row % count for row in range(accelerator.process_index * share, (accelerator.process_index + 1) * share)]
     )
     order = Order(model.config.preprocess, model.config.in_chans, stored=True)
-    options = Options(batch_size, workers, precision="float32", devices=[accelerator.device])
+    options = Options(batch_size, workers, precision="float32", devices=[accelerator.device], tta=tta)
     found = []
     with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:
         for batch in stream(model, RecordImages(mine), order, options):

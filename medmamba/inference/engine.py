@@ -21,6 +21,7 @@ from ..imaging.preprocess import normalise
 from ..utils.modes import eval_view, frozen_view
 from ..utils.precision import FullPrecision
 from .fingerprint import stamp
+from .tta import mean_logits
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBED = (32, 64, 128, 256, 512)
@@ -66,12 +67,13 @@ class Engine:
         model: in any mode; not changed.
         device: where to compute.
         precision: see `PRECISIONS`; None: that of the model's weights.
+        tta: views whose logits are averaged, see `tta`; features are those of the image itself.
     """
 
-    def __init__(self, model: Any, device: torch.device, precision: str | None = None) -> None:
+    def __init__(self, model: Any, device: torch.device, precision: str | None = None, tta: str = "none") -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        self.model, self.device, self.precision = model, device, precision
+        self.model, self.device, self.precision, self.tta = model, device, precision, tta
         weight = model.patch_embed.proj.weight
         self.dtype = weight.dtype if precision is None else PRECISIONS[precision]
         self.exact = device.type == "cuda" and self.dtype == torch.float32 and precision != "tf32"
@@ -128,9 +130,9 @@ class Engine:
         self._seen.clear()
         # Else an explanation in another thread, which turns TF32 off for the process, would change the answer.
         with FullPrecision() if self.exact else contextlib.nullcontext():
-            logits = network(batch.to(self.dtype))
+            logits = mean_logits(network, batch.to(self.dtype), self.tta)
         check_logits(logits, len(batch), network.config.num_classes)
-        return Running(self._seen[-1] if self._seen else None, logits, self.device)
+        return Running(self._seen[0] if self._seen else None, logits, self.device)
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -89,6 +89,7 @@ def predict(
     frame: int | None = None,
     window: Window | None = None,
     decide: Any = None,
+    tta: str = "none",
 ) -> Prediction | list[Prediction]:
     """Classifies one image or a list of them, on the device and in the dtype of the model.
 
@@ -103,6 +104,8 @@ def predict(
         batch_size: images per forward pass; None: found automatically.
         frame, window: as in `load_image`, for every image.
         decide: names of operating points, sets and abstentions of the model (`medmamba.decision`), or "all".
+        tta: test-time augmentation, the views whose logits are averaged: "none", "hflip", "flips" or "dihedral", see
+            `medmamba.inference.tta`. One forward pass per view.
 
     Returns:
         A `Prediction`, or a list of them in the order of the images.
@@ -113,10 +116,10 @@ def predict(
         DecisionError: the model has no such decision, or it is not valid for these weights or this preprocessing.
     """
     if not isinstance(images, list | tuple):
-        found = predict(model, [images], top_k, batch_size, frame=frame, window=window, decide=decide)
+        found = predict(model, [images], top_k, batch_size, frame=frame, window=window, decide=decide, tta=tta)
         return found[0]  # type: ignore[index]
     results = []
-    for result in iter_predict(model, images, top_k, batch_size, frame=frame, window=window, decide=decide):
+    for result in iter_predict(model, images, top_k, batch_size, frame=frame, window=window, decide=decide, tta=tta):
         if isinstance(result, NotFinite):
             raise NotFiniteError(result.error)
         if isinstance(result, Failure):
@@ -138,12 +141,13 @@ def iter_predict(
     devices: Sequence[str | torch.device] | None = None,
     reduced: bool = False,
     decide: Any = None,
+    tta: str = "none",
 ) -> Iterator[Prediction | Failure]:
     """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
     the model returns NaN or infinity.
 
     Args:
-        model, top_k, batch_size, frame, window, decide: as in `predict`.
+        model, top_k, batch_size, frame, window, decide, tta: as in `predict`.
         images: any number of them, also from a generator: they are taken a little ahead of the results, in the caller's
             thread, and memory does not grow with their number.
         workers: processes that read images; 0: none. None: one per core, as soon as more than 2 seconds of reading are
@@ -152,7 +156,7 @@ def iter_predict(
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    options = Options(batch_size, workers, precision, devices, reduced)
+    options = Options(batch_size, workers, precision, devices, reduced, tta)
     model = unwrap(model)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..imaging.ahead import CHUNK, Chunk, Order, Prepared, Unread, read_ahead
 from ..utils.modes import unwrap
 from .engine import Answer, Engine, Running, pinned
+from .tta import check
 
 MOST = 256  # images in a batch that is chosen here
 MOST_BYTES = 1 << 29  # of their pixels, float32
@@ -28,7 +29,7 @@ _NICE = 5  # on a CPU the network comes before reading ahead
 
 @dataclass(frozen=True)
 class Options:
-    """How a stream runs; the answers do not depend on it, apart from `precision` and `reduced`.
+    """How a stream runs; the answers do not depend on it, apart from `precision`, `reduced` and `tta`.
 
     Attributes:
         batch_size: images per forward pass; None: the smallest that is about as fast as the best, found by trying on a
@@ -37,6 +38,7 @@ class Options:
         precision: "float32" (TF32 off), "tf32", "bfloat16" or "float16"; None: that of the model's weights.
         devices: where to compute, such as ["cuda:0", "cuda:1"]; None: where the model is.
         reduced: decode JPEG at reduced size, see `Order.reduced`.
+        tta: test-time augmentation, see `medmamba.inference.tta`.
     """
 
     batch_size: int | None = None
@@ -44,8 +46,10 @@ class Options:
     precision: str | None = None
     devices: Sequence[str | torch.device] | None = None
     reduced: bool = False
+    tta: str = "none"
 
     def __post_init__(self) -> None:
+        check(self.tta)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.workers is not None and self.workers < 0:
@@ -115,7 +119,7 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
 class _Run:
     def __init__(self, model: Any, order: Order, options: Options, devices: list[torch.device]) -> None:
         self.model, self.order, self.options = model, order, options
-        self.engines = [Engine(model, device, options.precision) for device in devices]
+        self.engines = [Engine(model, device, options.precision, options.tta) for device in devices]
         self._size = options.batch_size
         self._going: deque[tuple[list[Chunk], Running | None]] = deque()
 

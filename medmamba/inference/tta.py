@@ -32,7 +32,7 @@ def check(name: str) -> None:
 
 
 def mean_logits(network: Callable[[Tensor], Tensor], images: Tensor, name: str = "none") -> Tensor:
-    """Returns the mean of the logits (B, K) over the views of images (B, C, H, W), in float32.
+    """Returns the mean of the logits (B, K) over the views of images (B, C, H, W), in float32 where there are several.
 
     The mean is of logits, before temperature and softmax, so a calibration that was fitted without views still
     applies; it was measured to stay about as good (docs/accuracy.md).
@@ -46,6 +46,8 @@ def mean_logits(network: Callable[[Tensor], Tensor], images: Tensor, name: str =
     """
     check(name)
     views = VIEWS[name]
+    if len(views) == 1:
+        return network(images)
     if images.shape[2] != images.shape[3] and any(turns % 2 for turns, _ in views):
         raise ValueError(f"tta={name!r} turns images by 90 degrees, and this model takes {tuple(images.shape[2:])}")
     total: Tensor | None = None
