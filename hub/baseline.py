@@ -75,7 +75,7 @@ def train_baseline(
     progress: bool = True,
     **settings: Any,
 ) -> bool:
-    """Trains on `data`/`name` and writes results and history to `out`; weights only of the teacher. Call again to resume.
+    """Trains on `data`/`name` and writes results and history, of the teacher also weights. Call again to resume.
 
     Args:
         architecture: a model name of timm, such as "resnet50", or `hub.teacher.NAME`.

@@ -29,7 +29,7 @@ import torch
 
 from medmamba import MedMamba
 from medmamba.cli.train import STOPPED
-from medmamba.config import ORGANISATION
+from medmamba.config import BACKBONES, ORGANISATION
 from medmamba.data import registry
 from medmamba.training import TrainResult, train
 from medmamba.training.graphed_step import GRAPHS
@@ -41,8 +41,9 @@ from .baseline import train_baseline
 from .job_queue import Job, Queue
 from .teacher import NAME as TEACHER
 from .teacher import load_teachers
-from .zoo_data import DATASETS, DECODED, JOINT, decode, duplicates_checked, open_joint, open_one
+from .zoo_data import DATASETS, DECODED, JOINT, NOTES, decode, duplicates_checked, open_joint, open_one
 
+FROM_BACKBONE = ("pad_ufes_20", "cpn_xray")  # the others start from the joint model
 QUICK = ("breastmnist", "pneumoniamnist")  # small enough to train baselines with several seeds
 SMALL_RECIPE = "zoo-bloodmnist-nano"  # of the small model, a starting point for others: trained on one dataset alone
 
@@ -70,14 +71,14 @@ def train_one(
         teachers: folders of fine-tuned teachers, see `hub.teacher`.
         options: passed to `medmamba.train`.
     """
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"note": NOTES[name]} if name in NOTES else {}
     source: MedMamba | None = None
     if init is not None:
         source = MedMamba.from_pretrained(init)
         earlier = source.config.training
         backbone = Path(init).name if not source.config.num_classes else None
         options["init_name"] = backbone or f"{earlier.get('recipe')}, seed {earlier.get('seed')}"
-        notes = {"pretraining": earlier.get("datasets", [])}
+        notes |= {"pretraining": earlier.get("datasets", [])}
         notes |= {"base_model": f"{ORGANISATION}/{backbone}"} if backbone else {}
     index = open_one(data, name)
     if checked := duplicates_checked(index, options.get("cache")):
@@ -112,8 +113,10 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
         return Job(name, (*command, *settings), out / name / "results.json", tuple(after))
 
     def fine_tuned(dataset: str, seed: int) -> Job:
-        words = ("train", dataset, "--init", str(out / "joint"), "--seed", str(seed))
-        return training(f"{dataset}-{seed}", *words, after=["joint", f"decode-{dataset}"])
+        start = BACKBONES[0] if dataset in FROM_BACKBONE else str(out / "joint")
+        words = ("train", dataset, "--init", start, "--seed", str(seed))
+        needed = [*([] if dataset in FROM_BACKBONE else ["joint"]), f"decode-{dataset}"]
+        return training(f"{dataset}-{seed}", *words, after=needed)
 
     def small(dataset: str, seed: int) -> Job:
         words = ("train", dataset, "--recipe", SMALL_RECIPE, "--variant", args.small, "--seed", str(seed))
@@ -186,6 +189,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _folder(name: str) -> str:
+    """Returns the folder of a dataset, which has an underscore where the registry has a hyphen."""
+    return name.replace("-", "_")
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", type=Path, required=True, help="folder with one folder per dataset")
@@ -208,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     joint = commands.add_parser("pretrain", parents=[run], help="train the joint model")
     joint.add_argument("--recipe", default="zoo-joint")
     one = commands.add_parser("train", parents=[run], help="train on one dataset with the recipe of this project")
-    one.add_argument("dataset", choices=DATASETS)
+    one.add_argument("dataset", type=_folder, choices=DATASETS)
     one.add_argument("--recipe", help="default: zoo-DATASET")
     one.add_argument("--init", type=Path, help="folder of the joint model; default: from scratch")
     one.add_argument(
@@ -219,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     base = commands.add_parser(
         "baseline", parents=[run], help="train on one dataset with the published recipe, from scratch"
     )
-    base.add_argument("dataset", choices=DATASETS)
+    base.add_argument("dataset", type=_folder, choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
     base.add_argument("--model", default="medmamba", help="medmamba, efficientnet-lite2 or a timm model")
     every = commands.add_parser("all", parents=[common], help="train all models and baselines, on all available GPUs")
@@ -240,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings for all recipes"
     )
     only = commands.add_parser("decode", parents=[common], help="decode images into --cache")
-    only.add_argument("dataset", nargs="+", choices=[*DATASETS, "joint"])
+    only.add_argument("dataset", type=_folder, nargs="+", choices=[*DATASETS, "joint"])
     only.add_argument("--size", type=int, nargs="+", default=[224])
     only.add_argument("--processes", type=int, default=1, help="processes for decoding (%(default)s)")
     return parser

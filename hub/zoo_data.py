@@ -25,6 +25,15 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "pad_ufes_20": (),
     "cpn_xray": ("duplicates", "patients"),
 }
+NOTES = {  # what a card must say of the images used, where they are not those that the registry describes
+    "pad_ufes_20": "780 of the 2,298 images were used, which were not drawn at random (ACK, BCC and SCC are "
+    "under-represented, 7 SCC are in test), split by patient: compare with published results with care.",
+    "cpn_xray": "The published set could not be had. These images are a rebuilt set of its size: COVID and half of the "
+    "normals from the COVID-19 Radiography Database (adults; Chowdhury et al., IEEE Access 8:132665 (2020); Rahman et "
+    "al., Computers in Biology and Medicine 132:104319 (2021)), pneumonia and the other normals from Kermany et al. "
+    "(children of one hospital), so sources and classes are confounded. 87 of the patient numbers in test also occur "
+    "in train or val.",
+}
 TABLE = "index.csv"  # lists the images of a dataset whose folders do not show splits, or that shares images
 # Training data of the joint model. Without dermamnist, whose non-commercial licence would extend to all the weights.
 JOINT = ("breastmnist", "pneumoniamnist", "bloodmnist")

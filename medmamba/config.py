@@ -15,6 +15,7 @@ __all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "var
 
 MODEL_TYPE = "medmamba"
 ORGANISATION = "medmamba"  # on the Hub; a model name without one means this
+BACKBONES = (f"{ORGANISATION}/tiny-medical", f"{ORGANISATION}/nano-medical")  # general starts for fine-tuning
 DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
 # Upper limits, checked before anything of that size is allocated.
 MAX_STAGES, MAX_BLOCKS = 8, 512

@@ -2,7 +2,16 @@
 
 from .card import CARD_NAME, METRICS, NOTICE, card_data, default_repo, render_card, write_card
 from .check import TOLERANCE, check_card
-from .facts import EXAMPLE_NAME, PICTURES, RESULTS_NAME, TRANSFER_NAME, CardError, ModelFacts, read_facts
+from .facts import (
+    EXAMPLE_NAME,
+    PICTURES,
+    RESULTS_NAME,
+    SHORTCUTS_NAME,
+    TRANSFER_NAME,
+    CardError,
+    ModelFacts,
+    read_facts,
+)
 from .licences import HUB_LICENCES, LicenceError, Terms, hub_licence, terms_of
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "NOTICE",
     "PICTURES",
     "RESULTS_NAME",
+    "SHORTCUTS_NAME",
     "TOLERANCE",
     "TRANSFER_NAME",
     "CardError",

@@ -21,6 +21,7 @@ from .licences import Terms, terms_of
 
 EXAMPLE_NAME = "attribution.json"
 TRANSFER_NAME = "transfer.json"
+SHORTCUTS_NAME = "shortcuts.json"
 PICTURES = ("confusion.png", "reliability.png", "roc.png", "attribution.png")
 MAX_FILE = 64 * 2**20  # bytes
 
@@ -41,6 +42,7 @@ class ModelFacts:
         transfer: rows of transfer.json, for a backbone; see `hub.transfer_table.summary`.
         corruptions: errors on corrupted images, if measured for these weights; see `hub.corruptions`.
         decided: content of decisions.json, how the decisions in the configuration fare; {} where there is none.
+        shortcuts: rows of shortcuts.json by classifier, see `hub.shortcuts`; {} where there is none.
     """
 
     config: MedMambaConfig
@@ -54,6 +56,7 @@ class ModelFacts:
     transfer: tuple[dict[str, Any], ...] = ()
     corruptions: Corruptions | None = None
     decided: dict[str, Any] = field(default_factory=dict)
+    shortcuts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_backbone(self) -> bool:
@@ -119,6 +122,7 @@ def read_facts(folder: str | os.PathLike, licence: str | None = None, permission
         tuple(_read_object(folder / TRANSFER_NAME, "write it again: python -m hub.transfer table").get("rows", ())),
         _corruptions(folder),
         _read_object(folder / DECISIONS_NAME, "write it again: medmamba decide ... --write"),
+        dict(_read_object(folder / SHORTCUTS_NAME, "measure again: python -m hub.shortcuts").get("rows", {})),
     )
 
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from ..config import BACKBONES, ORGANISATION
+
 STOPPED = 3  # exit code of a run that stopped cleanly and can be resumed
 
 
@@ -24,7 +26,16 @@ def add_parser(subparsers: Any) -> None:
         "--variant", default="tiny", metavar="NAME", help="nano, tiny, small, base, ... (default: %(default)s)"
     )
     parser.add_argument(
-        "--from", dest="init", metavar="MODEL", help="start from this model: bundled name, org/name or folder"
+        "--from",
+        dest="init",
+        metavar="MODEL",
+        nargs="?",
+        const="",
+        help="start from this model: bundled name, org/name or folder; without a name, the general backbone of the "
+        f"--variant ({', '.join(BACKBONES)})",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="distil from this model for the same classes, with --set distill=0.7"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
@@ -111,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         args.recipe,
         args.variant,
-        args.init,
+        _start(args.init, args.variant),
         seed=args.seed,
         dataset=args.dataset,
         split=_split(args.split),
@@ -130,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         graphs=args.graphs,
         restart=args.restart,
+        teacher=args.teacher,
         progress=not args.quiet,
         tensorboard=args.tensorboard,
         **settings,
@@ -143,6 +155,16 @@ def run(args: argparse.Namespace) -> int:
             scores = ", ".join(f"{name} {found.overall[name]}" for name in ("accuracy", "balanced_accuracy", "auroc"))
             print(f"{split}: {scores}")
     return 0
+
+
+def _start(init: str | None, variant: str) -> str | None:
+    """Returns the model to start from: for `--from` without a name the general backbone of the variant."""
+    if init != "":
+        return init
+    name = f"{ORGANISATION}/{variant}-medical"
+    if name not in BACKBONES:
+        raise ValueError(f"--from without a name takes {' or '.join(BACKBONES)}: there is none for --variant {variant}")
+    return name
 
 
 def _split(text: str | None) -> str | list[float] | None:

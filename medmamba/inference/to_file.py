@@ -48,6 +48,7 @@ def predict_to_file(
     precision: str | None = None,
     reduced: bool = False,
     decide: Any = None,
+    tta: str = "none",
     record: Callable[[str, Prediction | Failure], dict[str, Any]] | None = None,
     done: Callable[[int], object] | None = None,
     **options: Any,
@@ -60,8 +61,8 @@ def predict_to_file(
         model: see `iter_predict`.
         sources: names of images, or what `medmamba.data.sources.open_sources` found; any number.
         out: file ending in .jsonl, .csv or .parquet, or a folder of Parquet parts; see `medmamba.inference.sinks`.
-        top_k, frame, window, precision, reduced, decide: see `iter_predict`. A file that was begun with others, or with
-            another model, is refused.
+        top_k, frame, window, precision, reduced, decide, tta: see `iter_predict`. A file that was begun with others, or
+            with another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
         options: further ones of `iter_predict`, on which the answers do not depend.
@@ -80,6 +81,7 @@ def predict_to_file(
         "window": window,
         "precision": precision,
         "reduced": reduced,
+        **({"tta": tta} if tta != "none" else {}),
     }
     if decide:
         identity["decide"] = [
@@ -101,6 +103,7 @@ def predict_to_file(
 
         reading: dict[str, Any] = {"frame": frame, "window": window, "precision": precision, "reduced": reduced}
         reading["decide"] = decide
+        reading["tta"] = tta
         for result in iter_predict(model, wanted(), top_k, **reading, **options):
             name = names.popleft()
             row = record(name, result) if record else {**result.to_dict(), "source": name}

@@ -35,7 +35,7 @@ def mean_logits(network: Callable[[Tensor], Tensor], images: Tensor, name: str =
     """Returns the mean of the logits (B, K) over the views of images (B, C, H, W), in float32 where there are several.
 
     The mean is of logits, before temperature and softmax, so a calibration that was fitted without views still
-    applies; it was measured to stay about as good (docs/accuracy.md).
+    applies; it was measured to stay about as good (docs/weights.md).
 
     Args:
         network: images to logits; called once per view, with the images themselves first.

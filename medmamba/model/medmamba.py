@@ -33,9 +33,10 @@ class MedMamba(PretrainedMixin, MedMambaNetwork):
         frame: int | None = None,
         window=None,
         decide=None,
+        tta: str = "none",
     ):
         """Classifies an image, path, array or list of them; see `medmamba.inference.predict.predict`."""
-        return predict(self, images, top_k, batch_size, frame=frame, window=window, decide=decide)
+        return predict(self, images, top_k, batch_size, frame=frame, window=window, decide=decide, tta=tta)
 
     def fuse(self, dtype: torch.dtype | None = None) -> "MedMamba":
         """Returns a copy for inference with the batch norms folded into the convolutions.

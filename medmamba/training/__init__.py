@@ -5,6 +5,7 @@ identity    inputs of a run             setup          decoded images, model
 sampling    order of the images         augment        augmentation, mixup, cutmix
 loss        classification loss         optim          optimiser, schedule, averaged weights
 trainer     the loop                    graphed_step   a batch as one CUDA graph
+teacher     distillation from a trained model
 validation  selection of the epoch      data_parallel  several processes
 progress    position of a run           checkpoint     stop and resume
 run_log     progress bar, history       finalise       calibration, test, the model folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from ..imaging.preprocess import normalise
 from ..model import MedMamba
 from ..utils.names import shown
 from .recipe import RecipeError
+
+# Images (B, C, H, W) in [0, 1], augmented and mixed as the student sees them, to probabilities (B, K).
+Teacher = Callable[[Tensor], Tensor]
 
 
 class MedMambaTeacher(nn.Module):

@@ -26,6 +26,7 @@ from .progress import Progress
 from .recipe import Recipe, RecipeError
 from .run_log import RunLog
 from .stopping import stop_on_sigterm
+from .teacher import Teacher
 from .validation import selection_score, validate, validation_batch
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
     from ..data import CachedDataset
 
-# Images (B, 3, H, W) in [0, 1], augmented and mixed as the student sees them, to probabilities (B, K).
-Teacher = Callable[[Tensor], Tensor]
 Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) -> decoded images
 
 
@@ -66,7 +65,7 @@ class Trainer:
         deadline: `time.monotonic()` after which to stop once the current step is done; None: never.
         checkpoint_seconds: minimum time between two checkpoints.
         graphs: "auto": forward and backward as one CUDA graph on each GPU, see `graphed_step`; "off": never.
-        teacher: see `Teacher`; its answers count `recipe.distill`, the labels the rest.
+        teacher: its answers count `recipe.distill`, the labels the rest.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from medmamba.pretrained import has_classes
 
 BACKBONES = [folder for folder in model_folders() if not has_classes(folder)]
 FOLDERS = [folder for folder in model_folders() if folder not in BACKBONES]
-WHOLE_ZOO = 160 * 2**20  # bytes, of a clone
+WHOLE_ZOO = 300 * 2**20  # bytes, of a clone; replace a file only by one that is better by more than seed noise
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
