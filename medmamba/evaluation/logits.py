@@ -55,7 +55,8 @@ def dataset_logits(
 ) -> Tensor:
     """Returns float32 logits (N, K) on the CPU of all images in order, read as they are needed and not kept.
 
-    `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as in `decode`, and TF32 is off. Each process computes its share.
+    `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as
+    in `decode`, and TF32 is off. Each process computes its share.
 
     Raises:
         ImageError: an image that cannot be read.
