@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +73,34 @@ def score_figure(reference: np.ndarray | None, found: np.ndarray, threshold: flo
     axes.axvline(threshold, color="black", linestyle="--", linewidth=0.9, label="threshold")
     axes.set(xlabel="distance to the training images", ylabel="density")
     axes.legend(fontsize=8)
+    return figure
+
+
+def risk_coverage_figure(selective: Mapping[str, Any]) -> Figure:
+    """Draws the share of wrong answers against the share of images that get one, from `RiskCoverage.to_dict`."""
+    figure = _figure(4.8, 2.6)
+    axes = figure.subplots()
+    axes.plot(selective["coverage"], selective["risk"], linewidth=1.4)
+    axes.set(xlabel="share of images that get an answer", ylabel="of which wrong", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.grid(color="0.9")
+    return figure
+
+
+def net_benefit_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draws decision curves by operating point, from `DecisionCurve.to_dict`."""
+    figure = _figure(5.6, 3.0)
+    axes = figure.subplots()
+    top = 0.02
+    for name, curve in curves.items():
+        model = np.array([math.nan if v is None else v for v in curve["model"]])
+        everybody = np.array([math.nan if v is None else v for v in curve["treat_all"]])
+        (line,) = axes.plot(curve["thresholds"], model, linewidth=1.4, label=name)
+        axes.plot(curve["thresholds"], everybody, linewidth=0.9, linestyle=":", color=line.get_color())
+        top = max(top, float(np.nanmax(model)))
+    axes.axhline(0, color="0.5", linewidth=0.9)
+    axes.set(xlabel="threshold probability", ylabel="net benefit", xlim=(0, 1), ylim=(-0.3 * top, 1.15 * top))
+    axes.legend(fontsize=8, title="dotted: acting on everybody; line at 0: on nobody", title_fontsize=8)
     return figure
 
 

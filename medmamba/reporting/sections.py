@@ -13,6 +13,7 @@ from ..evaluation import figures
 from ..metrics.result import TITLES, Estimate
 from . import checklists
 from .blocks import Block, Bullets, Section, Table, Text, picture
+from .decisions import decisions
 from .findings import corruptions, explanations, failures, flagged_text, subgroups, unusual
 from .study import Study
 
@@ -29,6 +30,7 @@ def report_sections(study: Study, statements: dict[str, dict[str, str]]) -> list
         ("data", "Data and splits", _data),
         ("training", "Training", _training),
         ("performance", "Performance", _performance),
+        ("decisions", "From probability to decision", decisions),
         ("calibration", "Calibration", _calibration),
         ("subgroups", "Subgroups", subgroups),
         ("corruptions", "Corrupted images", corruptions),

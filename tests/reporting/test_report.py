@@ -95,6 +95,28 @@ def test_a_report_is_one_file_that_says_what_was_measured(trial, tmp_path):
     assert flagged and 0 <= int(flagged[1]) <= 18
 
 
+def test_decisions_are_checked_on_the_evaluated_images(trial, tmp_path):
+    import shutil
+
+    import medmamba
+    from medmamba.decision import Rule
+    from medmamba.evaluation.decide import decide_model
+
+    model = medmamba.MedMamba.from_pretrained(trial / "model")
+    points = [(["c"], Rule("sensitivity", 0.5, margin=False))]
+    decide_model(model, open_dataset(trial / "data.csv"), points, coverage=0.6, answer_share=0.5)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(trial / "model" / "unusual.json", tmp_path / "model")
+    options = dict(resamples=20, explain=0, device="cpu", pdf=False)
+    paths = write_report(tmp_path / "model", trial / "data.csv", tmp_path / "out", **options)
+    page = Page(paths["html"].read_text(encoding="utf-8"))
+    words = " ".join(page.words)
+    assert "decisions" in page.ids and "checked here on images that chose nothing" in words
+    assert "Decision curves" in words and "Risk-coverage curve" in words and "sets that hold it" in words
+    val = write_report(tmp_path / "model", trial / "data.csv", tmp_path / "val", split="val", **options)
+    assert "the figures are too good" in val["html"].read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_explanations_come_with_their_checks(trial, tmp_path):
     paths = write_report(trial / "model", trial / "data.csv", tmp_path, explain=1, resamples=0, device="cpu", pdf=False)
