@@ -83,7 +83,8 @@ class Drift:
             standard deviations; None without stored statistics.
         prevalence: by class: share among the predictions for the reference images, and among the new ones.
         evaluation: metrics, if the images have labels.
-        scores: out-of-distribution scores of the new images, ascending; empty without a detector.
+        scores, reference_scores: out-of-distribution scores of the new and of the reference images, ascending; empty
+            where there are none.
         notes: caveats.
     """
 
@@ -97,6 +98,7 @@ class Drift:
     prevalence: dict[str, tuple[float, float]]
     evaluation: Evaluation | None = None
     scores: tuple[float, ...] = ()
+    reference_scores: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,7 +127,7 @@ class Drift:
         header = ["Compared", "Reference images", "New images", "p", "p, corrected"]
         rows = []
         for test in self.tests:
-            p = ["not tested", test.note] if math.isnan(test.p) else [f"{test.p:.2g}", f"{test.corrected:.2g}"]
+            p = ["not tested", test.note] if math.isnan(test.p) else [_p_text(test.p), _p_text(test.corrected)]
             rows.append([test.name, test.reference, test.found, *p])
         return header, rows
 
@@ -146,6 +148,10 @@ class Drift:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return write_text(folder / DRIFT_NAME, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+
+def _p_text(p: float) -> str:
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def detect_drift(
@@ -232,6 +238,7 @@ def detect_drift(
         prevalence=prevalence,
         evaluation=evaluation,
         scores=tuple(np.sort(detector.score(seen.features)).tolist()) if detector else (),
+        reference_scores=tuple(stored.scores.tolist()) if stored else (),
         notes=tuple(notes),
     )
 

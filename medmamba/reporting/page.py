@@ -13,18 +13,21 @@ from .blocks import Section
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
-def render(title: str, sections: Sequence[Section], *, notice: str, about: Mapping[str, str]) -> str:
+def render(
+    title: str, sections: Sequence[Section], *, notice: str, about: Mapping[str, str], compact: bool = False
+) -> str:
     """Returns the HTML of a report; all texts are escaped.
 
     Args:
         notice: shown under the title.
         about: facts by name for the table on top.
+        compact: in smaller type, for a single page.
     """
     jinja2 = require("jinja2", "reports", "report")
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(autoescape=True, **options)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(title=title, sections=sections, notice=notice, about=about)
+    return template.render(title=title, sections=sections, notice=notice, about=about, compact=compact)
 
 
 def to_pdf(html: str) -> bytes:

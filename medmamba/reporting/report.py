@@ -27,6 +27,7 @@ from .study import make_study
 
 REPORT_NAME = "report"
 DRIFT_PAGE = "drift"
+_MOST_CLASSES = 6  # in the table of predicted classes, those that changed most, for one page
 
 
 def write_report(
@@ -88,14 +89,15 @@ def write_drift(
 ) -> dict[str, Path]:
     """Writes a page on the result of `detect_drift`: `drift.html`, `drift.pdf` and `drift.json`; returns the paths."""
     header, rows = drift.rows()
-    blocks: list[Block] = [Text(drift.summary()), Table(header, rows)]
-    if drift.prevalence:
-        shares = [[name, f"{before:.1%}", f"{now:.1%}"] for name, (before, now) in drift.prevalence.items()]
-        blocks.append(Table(["Predicted class", "Reference images", "New images"], shares))
+    blocks: list[Block] = [Text(drift.summary()), Table(header, rows, small=True)]
     if detector is not None and drift.scores:
-        stored = detector.reference.scores if detector.reference else None
+        stored = np.array(drift.reference_scores) if drift.reference_scores else None
         drawn = score_figure(stored, np.array(drift.scores), detector.threshold)
-        blocks.append(picture(drawn, "Distance to the training images.", 62))
+        blocks.append(picture(drawn, "Distance to the training images.", 58))
+    if drift.prevalence:
+        changes = sorted(drift.prevalence.items(), key=lambda item: -abs(item[1][1] - item[1][0]))[:_MOST_CLASSES]
+        shares = [[name, f"{before:.1%}", f"{now:.1%}"] for name, (before, now) in changes]
+        blocks.append(Table(["Predicted class", "Reference images", "New images"], shares, small=True))
     if drift.evaluation is not None:
         names = ("accuracy", "balanced_accuracy", "auroc", "ece")
         found = [[name.replace("_", " "), str(drift.evaluation.overall[name])] for name in names]
@@ -108,10 +110,10 @@ def write_drift(
     if drift.failures:
         notes.append(f"{len(drift.failures)} images could not be read, such as {': '.join(drift.failures[0])}.")
     blocks.append(Bullets(notes))
-    about = {"Model": drift.model, "Images": f"{drift.data}, {drift.n_images} images", **_about()}
-    html = render(
-        f"Drift: {Path(drift.data).name}", [Section("drift", "Comparison", tuple(blocks))], notice=NOTICE, about=about
-    )
+    name = "/".join(Path(drift.data).parts[-2:])
+    about = {"Model": drift.model, "Images": f"{name}, {drift.n_images} images", **_about()}
+    sections = [Section("drift", "Comparison", tuple(blocks))]
+    html = render(f"Drift: {name}", sections, notice=NOTICE, about=about, compact=True)
     paths = write(Path(out), DRIFT_PAGE, html, pdf)
     return {**paths, "json": drift.save(out)}
 

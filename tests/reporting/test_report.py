@@ -164,6 +164,26 @@ def test_a_page_on_drift(tiny_model, tmp_path):
     assert json.loads(paths["json"].read_text())["n_images"] == 12
 
 
+@pytest.mark.slow
+def test_a_page_on_drift_is_one_page(tmp_path):
+    """Also with labels, many classes and every test."""
+    weasyprint = pytest.importorskip("weasyprint")
+    from medmamba.evaluation.drift import Drift, DriftTest
+    from medmamba.metrics import evaluate
+
+    rng = np.random.default_rng(0)
+    names = [f"class number {i}" for i in range(12)]
+    p = rng.dirichlet(np.ones(12), 100)
+    tests = tuple(DriftTest("what is compared", "a value " * 4, "another value " * 6, 0.5, 1.0) for _ in range(5))
+    scores = tuple(np.sort(rng.random(100)).tolist())
+    shares = dict.fromkeys(names, (0.1, 0.2))
+    evaluation = evaluate(rng.integers(0, 12, 100), p, names, resamples=20)
+    found = Drift("m", "d", 100, (), tests, 0.05, (1, 2, 0.3), shares, evaluation, scores, scores)
+    detector = fit_unusual(rng.normal(size=(60, 4)), rng.integers(0, 2, 60), rng.normal(size=(60, 4)))
+    paths = write_drift(found, tmp_path, detector)
+    assert len(weasyprint.HTML(string=paths["html"].read_text(encoding="utf-8")).render().pages) == 1
+
+
 def test_tables_of_markdown_become_tables():
     table, text = from_markdown(["| a | b |", "| --- | --- |", "| 1 | x\\|y |", "", "Words."])
     assert list(table.header) == ["a", "b"] and [list(row) for row in table.rows] == [["1", "x|y"]]
