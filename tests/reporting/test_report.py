@@ -95,6 +95,7 @@ def test_a_report_is_one_file_that_says_what_was_measured(trial, tmp_path):
     assert flagged and 0 <= int(flagged[1]) <= 18
 
 
+@pytest.mark.slow
 def test_decisions_are_checked_on_the_evaluated_images(trial, tmp_path):
     import shutil
 
@@ -122,6 +123,28 @@ def test_explanations_come_with_their_checks(trial, tmp_path):
     paths = write_report(trial / "model", trial / "data.csv", tmp_path, explain=1, resamples=0, device="cpu", pdf=False)
     words = " ".join(Page(paths["html"].read_text(encoding="utf-8")).words)
     assert "max-sensitivity" in words and "the check with random weights" in words
+
+
+def test_models_without_records_and_images_of_several_labels(tmp_path):
+    """A model with neither training record, calibration nor detector, and a dataset with one split."""
+    import medmamba
+
+    model = medmamba.create_model("test", num_classes=3)
+    model.config = model.config.replace(id2label={0: "x", 1: "y", 2: "z"}, task="multilabel")
+    model.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    rows = ["path,label,patient"]
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (16, 24), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{['x;y', 'z', 'y;z', ''][i % 4]},p{i // 2}")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    options = dict(split=None, resamples=20, explain=0, device="cpu", pdf=False, external=True)
+    paths = write_report(tmp_path / "model", tmp_path / "data.csv", tmp_path / "out", **options)
+    page = Page(paths["html"].read_text(encoding="utf-8"))
+    assert not {"training", "ood", "decisions", "subgroups", "corruptions"} & page.ids
+    words = " ".join(page.words)
+    assert "The data have one split" in words and "24 images of 12 patients" in words
+    assert "Subgroups were not analysed" in words and "The model has no calibration" in words
 
 
 def test_statements_on_items_that_do_not_exist_are_refused(trial, tmp_path):
