@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         _start(args.init, args.variant),
         seed=args.seed,
         dataset=args.dataset,
-        split=_split(args.split),
+        split=split_option(args.split),
         patient_pattern=args.patient_pattern,
         allow_leakage=args.allow_leakage,
         in_chans=args.in_chans,
@@ -167,7 +167,8 @@ def _start(init: str | None, variant: str) -> str | None:
     return name
 
 
-def _split(text: str | None) -> str | list[float] | None:
+def split_option(text: str | None) -> str | list[float] | None:
+    """Parses --split: three fractions, or "published"."""
     if text is None or text == "published":
         return text
     try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +12,6 @@ from torch import Tensor
 from ..config import PreprocessConfig
 from ..imaging.preprocess import adapt_channels, placement, resize
 from .dataset import DetectionDataset
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass
@@ -53,6 +48,15 @@ class CachedBoxes:
         for rows in parts:
             yield self.batch(rows, device)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the images to a device; boxes stay, since they are moved one image at a time."""
+        self.images = self.images.to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the images in memory."""
+        return self.images.nbytes
+
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Returns images (B, C, H, W) in [0, 1] on a device, and boxes and labels of each on the CPU."""
         chosen = self.images[rows.to(self.images.device)].to(device, non_blocking=True)
@@ -88,50 +92,3 @@ def cache_boxes(
         moved = found * scale + np.array([left, top] * 2, np.float32)
         boxes.append((torch.from_numpy(moved.astype(np.float32)), torch.from_numpy(labels)))
     return CachedBoxes(dataset, images, boxes, [f"{kind}: {count} images" for kind, count in sorted(kinds.items())])
-
-
-@dataclass
-class BoxCache:
-    """Decodes the images of a split at a size on first use, and keeps one size of each split in memory.
-
-    Args:
-        dataset: with splits.
-        config: for crop mode and interpolation.
-        in_chans: channels of the model.
-        accelerator: on whose GPU the images are kept where they take less than a third of its free memory.
-        progress: shows a progress bar.
-        say: receives the warnings of the image reader.
-    """
-
-    dataset: DetectionDataset
-    config: PreprocessConfig
-    in_chans: int
-    accelerator: Accelerator
-    progress: bool = False
-    say: Callable[[str], None] | None = None
-    _kept: dict[str, tuple[int, CachedBoxes]] = field(default_factory=dict)
-
-    def __call__(self, split: str, size: int) -> CachedBoxes:
-        """Returns the images and boxes of a split, decoded at `size` pixels."""
-        if split not in self._kept or self._kept[split][0] != size:
-            self._kept.pop(split, None)
-            self._kept[split] = (size, self._load(split, size))
-        return self._kept[split][1]
-
-    def _load(self, split: str, size: int) -> CachedBoxes:
-        from tqdm import tqdm
-
-        part = self.dataset.split(split)
-        visible = self.progress and self.accelerator.process_index == 0
-
-        def bar(items: Iterable[int]) -> Iterable[int]:
-            return tqdm(items, f"reading {split}", len(part), unit="img", disable=not visible)
-
-        found = cache_boxes(part, dataclasses.replace(self.config, input_size=(size, size)), self.in_chans, bar)
-        for line in found.warnings if self.say else ():
-            self.say(f"{split}: {line}")  # type: ignore[misc]
-        if self.accelerator.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.accelerator.device)
-            if found.images.nbytes < free // 3:
-                found.images = found.images.to(self.accelerator.device)
-        return found

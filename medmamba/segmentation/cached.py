@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +12,6 @@ from torch import Tensor
 from ..config import PreprocessConfig
 from ..imaging.preprocess import adapt_channels, placement, resize
 from .dataset import IGNORED, SegmentationDataset
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass
@@ -50,6 +45,15 @@ class CachedPairs:
         """Yields the batch of each part in turn."""
         for rows in parts:
             yield self.batch(rows, device)
+
+    def to(self, device: torch.device) -> None:
+        """Moves images and masks to a device."""
+        self.images, self.masks = self.images.to(device), self.masks.to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return self.images.nbytes + self.masks.nbytes
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns images (B, C, H, W) in [0, 1] and masks (B, M, H, W) uint8 on a device."""
@@ -94,51 +98,3 @@ def resize_mask(mask: Tensor, config: PreprocessConfig) -> Tensor:
     inner, (left, right, top, bottom) = placement((mask.shape[1], mask.shape[2]), config)
     small = torch.nn.functional.interpolate(mask[None].float(), inner, mode="nearest-exact")[0].to(torch.uint8)
     return torch.nn.functional.pad(small, (left, right, top, bottom), value=IGNORED)
-
-
-@dataclass
-class PairCache:
-    """Decodes the images of a split at a size on first use, and keeps one size of each split in memory.
-
-    Args:
-        dataset: with splits.
-        config: for crop mode and interpolation.
-        in_chans: channels of the model.
-        accelerator: on whose GPU the images are kept where they take less than a third of its free memory.
-        progress: shows a progress bar.
-        say: receives the warnings of the image reader.
-    """
-
-    dataset: SegmentationDataset
-    config: PreprocessConfig
-    in_chans: int
-    accelerator: Accelerator
-    progress: bool = False
-    say: Callable[[str], None] | None = None
-    _kept: dict[str, tuple[int, CachedPairs]] = field(default_factory=dict)
-
-    def __call__(self, split: str, size: int) -> CachedPairs:
-        """Returns the images and masks of a split, decoded at `size` pixels."""
-        if split not in self._kept or self._kept[split][0] != size:
-            self._kept.pop(split, None)
-            self._kept[split] = (size, self._load(split, size))
-        return self._kept[split][1]
-
-    def _load(self, split: str, size: int) -> CachedPairs:
-        from tqdm import tqdm
-
-        part = self.dataset.split(split)
-        visible = self.progress and self.accelerator.process_index == 0
-
-        def bar(items: Iterable[int]) -> Iterable[int]:
-            return tqdm(items, f"reading {split}", len(part), unit="img", disable=not visible)
-
-        found = cache_pairs(part, dataclasses.replace(self.config, input_size=(size, size)), self.in_chans, bar)
-        for line in found.warnings if self.say else ():
-            self.say(f"{split}: {line}")  # type: ignore[misc]
-        if self.accelerator.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.accelerator.device)
-            if found.images.nbytes + found.masks.nbytes < free // 3:
-                found.images = found.images.to(self.accelerator.device)
-                found.masks = found.masks.to(self.accelerator.device)
-        return found

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from ..data import DatasetError
+from ..dense.split_cache import SplitCache
 from ..detection import MedMambaDetector, create_detector
-from ..detection.cached import BoxCache
+from ..detection.cached import cache_boxes
 from ..detection.dataset import DetectionDataset, open_detection
 from ..detection.evaluate import evaluate_detector
 from ..imaging.preprocess import normalise
@@ -111,10 +112,11 @@ class Detecting:
 
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def images(self, dataset: DetectionDataset, model: Any, accelerator: Any, progress: bool, say: Any) -> BoxCache:
+    def images(self, dataset: DetectionDataset, model: Any, accelerator: Any, progress: bool, say: Any) -> SplitCache:
         for note in dataset.notes:
             say(f"{dataset.name}: {note}")
-        return BoxCache(dataset, model.config.preprocess, model.config.in_chans, accelerator, progress, say)
+        config = model.config
+        return SplitCache(cache_boxes, dataset, config.preprocess, config.in_chans, accelerator, progress, say)
 
     def trainer(self, *args: Any, **options: Any) -> DetectionTrainer:
         return DetectionTrainer(*args, **options)

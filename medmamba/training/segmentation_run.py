@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from ..data import DatasetError
+from ..dense.split_cache import SplitCache
 from ..imaging.preprocess import normalise
 from ..metrics.segmentation import SegmentationEvaluation
 from ..segmentation import MedMambaSegmenter, create_segmenter
-from ..segmentation.cached import PairCache
+from ..segmentation.cached import cache_pairs
 from ..segmentation.dataset import SegmentationDataset
 from ..segmentation.evaluate import evaluate_segmenter
 from ..segmentation.open import make_segmentation_splits, open_segmentation
@@ -130,8 +131,11 @@ class Segmenting:
     def __post_init__(self) -> None:
         self.settings = {"loss": self.loss}
 
-    def images(self, dataset: SegmentationDataset, model: Any, accelerator: Any, progress: bool, say: Any) -> PairCache:
-        return PairCache(dataset, model.config.preprocess, model.config.in_chans, accelerator, progress, say)
+    def images(
+        self, dataset: SegmentationDataset, model: Any, accelerator: Any, progress: bool, say: Any
+    ) -> SplitCache:
+        config = model.config
+        return SplitCache(cache_pairs, dataset, config.preprocess, config.in_chans, accelerator, progress, say)
 
     def trainer(self, *args: Any, **options: Any) -> SegmentationTrainer:
         return SegmentationTrainer(*args, loss=self.loss, **options)

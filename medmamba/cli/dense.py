@@ -1,0 +1,92 @@
+"""Options that `medmamba segment` and `medmamba detect` share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .train import STOPPED, split_option
+
+RESUMES = (
+    f"Rerun the same command to resume an interrupted run; the exit code is {STOPPED} if --max-seconds or SIGTERM "
+    "stopped it."
+)
+
+
+def add_training(parser: argparse.ArgumentParser, recipe: str) -> None:
+    """Adds output, model, recipe and machine."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, results and checkpoints")
+    parser.add_argument("--recipe", default=recipe, metavar="NAME", help="name or .json file (default: %(default)s)")
+    parser.add_argument("--variant", default="nano", metavar="NAME", help="encoder: nano, tiny, ... (default: nano)")
+    parser.add_argument("--from", dest="init", metavar="MODEL", help="pretrained encoder, such as nano-medical")
+    parser.add_argument("--split", metavar="A,B,C", help="fractions for data without splits (default: 0.7,0.1,0.2)")
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per step, summed over processes")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the network's input, a multiple of 32")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the recipe"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds; rerun to resume")
+    parser.add_argument("--restart", action="store_true", help="discard the run in --out and start again")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments that `add_training` stands for.
+
+    Raises:
+        ValueError: --split is not three fractions.
+    """
+    from ..training.recipe import parse_setting
+
+    settings = dict(parse_setting(text) for text in args.set)
+    for name in ("epochs", "batch_size", "size"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    split = split_option(args.split)
+    if isinstance(split, str):
+        raise ValueError("--split takes three fractions such as 0.7,0.1,0.2")
+    names = ("recipe", "variant", "init", "seed", "patient_pattern", "device", "precision", "max_seconds", "restart")
+    return {name: getattr(args, name) for name in names} | {"split": split, "progress": not args.quiet, **settings}
+
+
+def report(result: Any) -> int:
+    """Prints the result of a training; returns the exit code."""
+    if not result.finished:
+        print(f"stopped in epoch {result.epoch + 1}; rerun the same command to resume")
+        return STOPPED
+    print(f"best epoch {result.best_epoch} of {result.epoch}; model in {result.out}")
+    for name, found in (("val", result.val), ("test", result.test)):
+        if found:
+            print(f"\n{name}, {found.n} images\n{found.table()}")
+    return 0
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Adds model, data, split and output."""
+    parser.add_argument("--model", required=True, help="folder or org/name of the model")
+    parser.add_argument("--data", required=True, metavar="PATH", help="as for train")
+    parser.add_argument("--split", default="test", help="train, val, test or all (default: test)")
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
+    parser.add_argument("--out", metavar="FILE", help="write the metrics to this JSON file")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
+
+
+def add_tiles(parser: argparse.ArgumentParser) -> None:
+    """Adds tile and overlap."""
+    parser.add_argument("--tile", type=int, metavar="N", help="cut into overlapping tiles of N pixels")
+    parser.add_argument("--overlap", type=float, default=0.25, help="of neighbouring tiles (default: %(default)s)")
+
+
+def write_metrics(found: Any, out: str | None) -> None:
+    """Writes an evaluation as JSON, if a file was named."""
+    import json
+
+    from ..utils.files import write_text
+
+    if out:
+        write_text(out, json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
