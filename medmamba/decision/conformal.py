@@ -79,8 +79,7 @@ class ConformalSets:
 
     def statement(self, classes: Sequence[str]) -> str:
         """Returns in plain words what is promised, for whom, and on what condition."""
-        share = f"{self.coverage:.3g}"
-        share = f"{100 * self.coverage:g} %" if self.coverage else share
+        share = f"{100 * self.coverage:g} %"
         own = [name for name, alone in zip(classes, self.conditional, strict=True) if alone]
         always = [name for name, limit in zip(classes, self.thresholds, strict=True) if limit >= INFINITE]
         rest = [name for name in classes if name not in own and name not in always]
@@ -98,10 +97,25 @@ class ConformalSets:
         if always and own:
             text += f" {_listed(always)} {'is' if len(always) == 1 else 'are'} in every set, for lack of images."
         return (
-            f"{text} This holds for any model and any kind of images, averaged over validation sets of "
-            f"{sum(self.counts)} images, as long as new images come from the same source as those: not for another "
-            "hospital, device or mix of patients."
+            f"{text} This holds for any model and any kind of images, on average over validation sets like the one of "
+            f"{sum(self.counts)} images that was used{self._spread(classes)}, as long as new images come from the same "
+            "source: not for another hospital, device or mix of patients."
         )
+
+    def _spread(self, classes: Sequence[str]) -> str:
+        """Returns how far below the promise a validation set of this size may end, for the rarest class.
+
+        The share held by a threshold that is the k-th smallest of n scores is distributed as Beta(k, n + 1 - k), whose
+        quantile is a limit of Clopper and Pearson.
+        """
+        sizes = [(n, name) for n, name, alone in zip(self.counts, classes, self.conditional, strict=True) if alone]
+        n, name = min(sizes) if sizes else (sum(self.counts), "")
+        k = math.ceil((n + 1) * self.coverage - 1e-9)
+        if not 0 < k <= n:
+            return ""
+        low = proportion(k, n, 0.8, "clopper-pearson").low
+        of = f" images of {name}" if name else ""
+        return f" (with {n}{of}, nine in ten such sets keep at least {100 * low:.0f} %)"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for `config.json`."""
