@@ -166,8 +166,8 @@ def readout(
     rows = [
         ["Sensitivity", rate(found.sensitivity), f"finds {counts.tp} of {positives} with {what}"],
         ["Specificity", rate(found.specificity), f"clears {counts.tn} of {negatives} without"],
-        ["PPV", rate(found.ppv), f"of the images called positive are, where {prevalence:g} % of all are"],
-        ["NPV", rate(found.npv), "of the images called negative are"],
+        ["PPV", rate(found.ppv), f"share of {what} among images called positive, if {prevalence:g} % of all are"],
+        ["NPV", rate(found.npv), f"share without {what} among images called negative"],
     ]
     note = tag(
         '<p class="mm-hint">Measured on the {} validation images that chose it, with 95 % intervals: expect slightly '
