@@ -1,6 +1,6 @@
 """From probabilities to decisions: operating points, sets with a guarantee, abstaining, patients. Needs no model.
 
-All functions take arrays. `medmamba.evaluation.decide_model` fits decisions of a model on validation images, and
+All functions take arrays. `medmamba.evaluation.decide.decide_model` fits decisions of a model on validation images, and
 `predict(..., decide="NAME")` applies them.
 """
 
