@@ -73,7 +73,7 @@ TRIPOD: dict[str, _Item] = {
     "24": ("Results of model updating", ("calibration",), "recalibration on validation only"),
     "25": ("Interpretation", (), ""),
     "26": ("Limitations", ("limits",), "those that follow from the results"),
-    "27a": ("Poor or missing input", ("ood", "limits"), ""),
+    "27a": ("Poor or missing input", ("ood", "limits"), "unlike images only, not poor quality"),
     "27b": ("Interaction and expertise of users", (), ""),
     "27c": ("Next steps", (), ""),
 }
@@ -98,7 +98,7 @@ CLAIM: dict[str, _Item] = {
     "17": ("Annotation of the test set", (), ""),
     "18": ("Variability between and within raters", (), ""),
     "19": ("Assignment to partitions", ("data",), ""),
-    "20": ("Level at which partitions are disjoint", ("data",), ""),
+    "20": ("Level at which partitions are disjoint", ("data", "patients"), ""),
     "21": ("Intended sample size", (), ""),
     "22": ("Description of the model", ("model",), ""),
     "23": ("Software libraries", ("training",), ""),
@@ -110,7 +110,7 @@ CLAIM: dict[str, _Item] = {
     "29": ("Significance and uncertainty", ("performance",), ""),
     "30": ("Robustness", ("corruptions",), ""),
     "31": ("Explainability", ("explanations",), ""),
-    "32": ("Evaluation on internal data", ("performance",), ""),
+    "32": ("Evaluation on internal data", ("internal",), ""),
     "33": ("Testing on external data", ("external",), ""),
     "34": ("Registration of a trial", (), ""),
     "35": ("Numbers included and excluded", ("data",), "files that were passed over, not patients"),
@@ -124,7 +124,7 @@ CLAIM: dict[str, _Item] = {
     "39": ("Failure analysis", ("failures",), ""),
     "40": ("Limitations", ("limits",), "those that follow from the results"),
     "41": ("Implications for practice", (), ""),
-    "42": ("Protocol or technical details", ("training",), ""),
+    "42": ("Protocol or technical details", ("training",), "technical details, no protocol"),
     "43": ("Availability of software, model, data", ("model", "data"), ""),
     "44": ("Funding", (), ""),
 }
@@ -148,7 +148,8 @@ def answers(name: str, present: Collection[str], statements: Mapping[str, str]) 
 
     Args:
         name: "TRIPOD+AI" or "CLAIM".
-        present: keys of the sections that the report has.
+        present: keys of the sections that the report has, and "internal" or "external" for the source of its data, and
+            "patients" where these are known.
         statements: what the authors state, by number of the item.
 
     Raises:
@@ -179,6 +180,8 @@ _HOW = {
     "corruptions": "no corrupted images: give --corruptions",
     "explanations": "no explanations: give --explain",
     "external": "only if the evaluated data are of another source: give --external",
+    "internal": "these data are of another source",
+    "patients": "patients are not known: give --patient-pattern, or a column of patients",
     "training": "the model folder records no training",
     "ood": "the model has no detector of unusual images",
     "failures": "no image was misclassified",

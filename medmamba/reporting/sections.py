@@ -41,7 +41,8 @@ def report_sections(study: Study, statements: dict[str, dict[str, str]]) -> list
     )
     sections = [Section(key, title, tuple(make(study))) for key, title, make in makers]
     sections = [section for section in sections if section.blocks]
-    present = {section.key for section in sections} | ({"external"} if study.external else set())
+    present = {section.key for section in sections} | {"external" if study.external else "internal"}
+    present |= {"patients"} if any(study.dataset.patients) else set()
     titles = {section.key: f"{i} {section.title}" for i, section in enumerate(sections, 1)}
     for name in checklists.CHECKLISTS:
         found = checklists.answers(name, present, statements.get(name, {}))
@@ -272,12 +273,15 @@ def _limits(study: Study) -> list[Block]:
     return [Bullets(items)]
 
 
+_SHOWN_IN = {"internal": "performance", "external": "performance", "patients": "data"}
+
+
 def _checklist(name: str, found: list[checklists.Answer], titles: dict[str, str]) -> list[Block]:
     counts = {status: sum(a.status == status for a in found) for status in dict.fromkeys(a.status for a in found)}
     said = ", ".join(f"{n} {status}" for status, n in counts.items())
     rows = []
     for answer in found:
-        where = ", ".join(titles[key] for key in answer.sections if key in titles)
+        where = ", ".join(dict.fromkeys(titles[_SHOWN_IN.get(key, key)] for key in answer.sections))
         rows.append([answer.number, answer.topic, answer.status, where, answer.note])
     text = (
         f"{checklists.SOURCES[name]}. Topics are paraphrased, numbers are those of the checklist. Of "

@@ -161,7 +161,7 @@ def test_checklists_are_complete_and_say_what_is_missing():
     mains = {re.match(r"\d+", number)[0] for number in CHECKLISTS["TRIPOD+AI"]}
     assert mains == {str(i) for i in range(1, 28)}
     keys = {"summary", "model", "data", "training", "performance", "calibration", "subgroups", "corruptions", "ood"}
-    keys |= {"explanations", "failures", "limits", "decisions", "external"}
+    keys |= {"explanations", "failures", "limits", "decisions", "external", "internal", "patients"}
     for items in CHECKLISTS.values():
         assert {section for _, sections, _ in items.values() for section in sections} <= keys
     found = {answer.number: answer for answer in answers("CLAIM", {"performance"}, {"44": "Nobody."})}
