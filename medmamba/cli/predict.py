@@ -53,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
         help="decode large JPEG files at a half, a quarter or an eighth of their size: faster, not the same pixels",
     )
     parser.add_argument(
+        "--gpu-decode",
+        action="store_true",
+        help="decode plain JPEG files on the GPU (extra gpu-decode): faster, pixels differ by a few levels",
+    )
+    parser.add_argument(
         "--decide",
         "--operating-point",
         nargs="+",
@@ -144,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         "devices": devices,
         "precision": args.precision,
         "reduced": args.reduced_jpeg,
+        "gpu_decode": args.gpu_decode,
         "frame": args.frame,
         "window": args.window,
         "decide": args.decide,

@@ -18,7 +18,7 @@ import numpy as np
 
 from .image import warning_note
 
-_GRID, _COARSE_GRID = 128, 12
+GRID, _COARSE_GRID = 128, 12
 _SMALLEST = 256  # pixels; below, a few values are all there can be
 _NEAR = 1 / 512
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
@@ -34,7 +34,7 @@ def picture_notes(pixels: np.ndarray, raw: np.ndarray | None = None) -> list[str
     """
     if pixels.shape[0] * pixels.shape[1] < _SMALLEST or _passes(pixels):
         return []
-    values = np.sort(_grid(pixels, _GRID))
+    values = np.sort(_grid(pixels, GRID))
     last = len(values) - 1
     spread = values[int(last * 0.995)] - values[int(last * 0.005)]
     low, high = float(values[0]), float(values[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -235,7 +236,8 @@ def _pil_array(image: Image.Image, bits: int, signed: bool | None, grey_alpha: b
             notes.append(f"{mode} converted to RGB without its colour profile")
     if bits == 16:
         notes.append("16 bits per channel read as the upper 8")
-    return np.asarray(image.convert(target + ("A" if transparent else "")))
+    target += "A" if transparent else ""
+    return np.asarray(image if mode == target else image.convert(target))  # which would copy
 
 
 def _finish(
@@ -386,3 +388,25 @@ def load_reduced_jpeg(path: str | os.PathLike[str], name: str, least: tuple[int,
     except (ImageError, OSError, ValueError, SyntaxError, TypeError, KeyError):
         return None  # the usual way in says what is wrong with it
     return found.with_notes(f"decoded at {found.size[0]}x{found.size[1]} of {size[1]}x{size[0]} pixels")
+
+
+def plain_jpeg(content: bytes) -> tuple[tuple[int, int, int], list[str]] | None:
+    """Returns (H, W, C) and the notes of the header of a JPEG that any decoder reads alike; None for others.
+
+    Grey, or YCbCr as JFIF has it; of 8 bits, not rotated, and not cut off.
+    """
+    if b"\xff\xd9" not in content[-64:]:
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            check_size(image.height, image.width)
+            if image.format != "JPEG" or image.mode not in ("L", "RGB") or "adobe_transform" in image.info:
+                return None
+            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                return None
+            notes: list[str] = []
+            _note_profile(image, notes)
+            _note_display(image, notes)
+            return (image.height, image.width, 1 if image.mode == "L" else 3), notes
+    except Exception:  # damaged headers fail in any way; the usual reader says what is wrong
+        return None

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MedMambaConfig
-from ..imaging.ahead import Chunk, Prepared
+from ..imaging.ahead import Chunk, Order, Prepared, Unread
 from ..imaging.preprocess import normalise
 from ..utils.modes import eval_view, frozen_view
 from ..utils.precision import FullPrecision
 from .fingerprint import stamp
+from .gpu_decode import GpuDecoder
 from .tta import mean_logits
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,12 +69,21 @@ class Engine:
         device: where to compute.
         precision: see `PRECISIONS`; None: that of the model's weights.
         tta: views whose logits are averaged, see `tta`; features are those of the image itself.
+        order: how images are read, where the device decodes some of them.
     """
 
-    def __init__(self, model: Any, device: torch.device, precision: str | None = None, tta: str = "none") -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        precision: str | None = None,
+        tta: str = "none",
+        order: Order | None = None,
+    ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        self.model, self.device, self.precision, self.tta = model, device, precision, tta
+        self.model, self.device, self.precision, self.tta, self.order = model, device, precision, tta, order
+        self._decoder: GpuDecoder | None = None
         weight = model.patch_embed.proj.weight
         self.dtype = weight.dtype if precision is None else PRECISIONS[precision]
         self.exact = device.type == "cuda" and self.dtype == torch.float32 and precision != "tf32"
@@ -139,11 +149,35 @@ class Engine:
 
     def _transferred(self, chunk: Chunk) -> list[Tensor]:
         """Returns the pixels of a chunk on the device, in order, each (n, h, w, c) of one dtype."""
+        if any(isinstance(item, Prepared) and item.encoded for item in chunk.items):
+            return self._decoded(chunk)
         arrays = _runs([item.pixels for item in chunk.items if isinstance(item, Prepared)])
         if self._copies is None:
             return [_tensor(array).to(self.device) for array in arrays]
         with torch.cuda.stream(self._copies):
             return [_tensor(array).to(self.device, non_blocking=True) for array in arrays]
+
+    def _decoded(self, chunk: Chunk) -> list[Tensor]:
+        """Like `_transferred`, where some images are still compressed."""
+        assert self.order is not None and self._copies is not None
+        if self._decoder is None:
+            self._decoder = GpuDecoder(self.device)
+        found: dict[int, Tensor | Unread] = {}
+        groups: dict[Any, list[int]] = {}
+        for i, item in enumerate(chunk.items):
+            if isinstance(item, Prepared):
+                groups.setdefault(item.encoded or i, []).append(i)
+        with torch.cuda.stream(self._copies):
+            for rows in groups.values():
+                items = [item for item in (chunk.items[i] for i in rows) if isinstance(item, Prepared)]
+                if items[0].encoded:
+                    found.update(zip(rows, self._decoder.decode(items, self.order), strict=True))
+                else:
+                    found[rows[0]] = _tensor(items[0].pixels[None]).to(self.device)
+        for i, result in found.items():
+            if isinstance(result, Unread):
+                chunk.items[i] = result
+        return [result for _, result in sorted(found.items()) if isinstance(result, Tensor)]
 
     def best_batch(self, config: MedMambaConfig, most: int) -> int:
         """Returns the batch size that computes fastest, by trying; on a CPU, where it matters little, 16.

@@ -142,6 +142,7 @@ def iter_predict(
     reduced: bool = False,
     decide: Any = None,
     tta: str = "none",
+    gpu_decode: bool = False,
 ) -> Iterator[Prediction | Failure]:
     """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
     the model returns NaN or infinity.
@@ -152,11 +153,11 @@ def iter_predict(
             thread, and memory does not grow with their number.
         workers: processes that read images; 0: none. None: one per core, as soon as more than 2 seconds of reading are
             left.
-        precision, devices, reduced: see `medmamba.inference.stream.Options`.
+        precision, devices, reduced, gpu_decode: see `medmamba.inference.stream.Options`.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    options = Options(batch_size, workers, precision, devices, reduced, tta)
+    options = Options(batch_size, workers, precision, devices, reduced, tta, gpu_decode)
     model = unwrap(model)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")

@@ -7,6 +7,7 @@ one or several devices compute (`engine`). Memory does not grow with the number 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..imaging.ahead import CHUNK, Chunk, Order, Prepared, Unread, read_ahead
+from ..utils.extras import require
 from ..utils.modes import unwrap
 from .engine import Answer, Engine, Running, pinned
 from .tta import check
@@ -39,6 +41,7 @@ class Options:
         devices: where to compute, such as ["cuda:0", "cuda:1"]; None: where the model is.
         reduced: decode JPEG at reduced size, see `Order.reduced`.
         tta: test-time augmentation, see `medmamba.inference.tta`.
+        gpu_decode: decode plain JPEG files on the GPU that computes, see `gpu_decode`.
     """
 
     batch_size: int | None = None
@@ -47,6 +50,7 @@ class Options:
     devices: Sequence[str | torch.device] | None = None
     reduced: bool = False
     tta: str = "none"
+    gpu_decode: bool = False
 
     def __post_init__(self) -> None:
         check(self.tta)
@@ -97,6 +101,11 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
     """
     model = unwrap(model)
     devices = [torch.device(d) for d in options.devices or [model.patch_embed.proj.weight.device]]
+    if options.gpu_decode:
+        if not all(device.type == "cuda" for device in devices):
+            raise ValueError("gpu_decode needs NVIDIA GPUs to compute on")
+        require("nvidia.nvimgcodec", "decoding on a GPU", "gpu-decode")
+        order = dataclasses.replace(order, encoded=True)
     run = _Run(model, order, options, devices)
     chunk = min(CHUNK, options.batch_size or _FEW)
     ahead = 2 + -(-(_IN_FLIGHT + 1) * len(devices) * min(options.batch_size or MOST, MOST) // chunk)
@@ -119,7 +128,7 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
 class _Run:
     def __init__(self, model: Any, order: Order, options: Options, devices: list[torch.device]) -> None:
         self.model, self.order, self.options = model, order, options
-        self.engines = [Engine(model, device, options.precision, options.tta) for device in devices]
+        self.engines = [Engine(model, device, options.precision, options.tta, order) for device in devices]
         self._size = options.batch_size
         self._going: deque[tuple[list[Chunk], Running | None]] = deque()
 

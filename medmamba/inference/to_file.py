@@ -49,6 +49,7 @@ def predict_to_file(
     reduced: bool = False,
     decide: Any = None,
     tta: str = "none",
+    gpu_decode: bool = False,
     record: Callable[[str, Prediction | Failure], dict[str, Any]] | None = None,
     done: Callable[[int], object] | None = None,
     **options: Any,
@@ -61,8 +62,8 @@ def predict_to_file(
         model: see `iter_predict`.
         sources: names of images, or what `medmamba.data.sources.open_sources` found; any number.
         out: file ending in .jsonl, .csv or .parquet, or a folder of Parquet parts; see `medmamba.inference.sinks`.
-        top_k, frame, window, precision, reduced, decide, tta: see `iter_predict`. A file that was begun with others, or
-            with another model, is refused.
+        top_k, frame, window, precision, reduced, gpu_decode, decide, tta: see `iter_predict`. A file that was begun with
+            others, or with another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
         options: further ones of `iter_predict`, on which the answers do not depend.
@@ -74,19 +75,16 @@ def predict_to_file(
     told = done or (lambda _count: None)
     found = Summary()
     inner: Any = unwrap(model)
-    identity: dict[str, Any] = {
-        "model": model_identity(model),
-        "top_k": top_k,
-        "frame": frame,
-        "window": window,
-        "precision": precision,
-        "reduced": reduced,
-        **({"tta": tta} if tta != "none" else {}),
-    }
+    reading: dict[str, Any] = {"frame": frame, "window": window, "precision": precision}
+    reading |= {"reduced": reduced, "gpu_decode": gpu_decode}
+    identity: dict[str, Any] = {"model": model_identity(model), "top_k": top_k, **reading}
+    if tta != "none":
+        identity["tta"] = tta
     if decide:
         identity["decide"] = [
             entry if isinstance(entry, str) else entry.name for entry in chosen(in_force(inner), decide)
         ]
+    reading |= {"decide": decide, "tta": tta}
     names: deque[str] = deque()  # of the images that are on their way
 
     with open_sink(out, list(inner.config.labels), identity) as sink:
@@ -101,9 +99,6 @@ def predict_to_file(
                     found.before += 1
                     told(1)
 
-        reading: dict[str, Any] = {"frame": frame, "window": window, "precision": precision, "reduced": reduced}
-        reading["decide"] = decide
-        reading["tta"] = tta
         for result in iter_predict(model, wanted(), top_k, **reading, **options):
             name = names.popleft()
             row = record(name, result) if record else {**result.to_dict(), "source": name}

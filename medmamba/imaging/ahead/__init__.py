@@ -5,6 +5,19 @@
 """
 
 from .decoders import CHUNK, Chunk, cores, read_ahead
-from .order import Deferred, Order, Prepared, Unread, prepare, read_source
+from .order import Deferred, Order, Prepared, Unread, constant_note, prepare, prepare_bytes, read_source
 
-__all__ = ["CHUNK", "Chunk", "Deferred", "Order", "Prepared", "Unread", "cores", "prepare", "read_ahead", "read_source"]
+__all__ = [
+    "CHUNK",
+    "Chunk",
+    "Deferred",
+    "Order",
+    "Prepared",
+    "Unread",
+    "constant_note",
+    "cores",
+    "prepare",
+    "prepare_bytes",
+    "read_ahead",
+    "read_source",
+]

@@ -47,7 +47,8 @@ def put(items: list[Prepared | Unread], memory: memoryview) -> bytes:
         pixels = np.ascontiguousarray(item.pixels)
         np.frombuffer(memory, pixels.dtype, pixels.size, offset)[:] = pixels.ravel()
         offset += pixels.nbytes + -pixels.nbytes % 4
-        rows.append([item.source, item.notes, pixels.dtype.char, pixels.shape, item.deep])
+        rows.append([item.source, item.notes, pixels.dtype.char, pixels.shape, item.deep, item.encoded])
+        rows[-1].append(item.picture_notes_at)
     return json.dumps(rows).encode("utf-8", "surrogatepass")
 
 
@@ -64,10 +65,10 @@ def take(message: bytes, memory: memoryview) -> list[Prepared | Unread]:
             if len(row) == 3:
                 items.append(Unread(row[0], row[1], _remade(row[2], row[1])))
                 continue
-            source, notes, kind, shape, deep = row
+            source, notes, kind, shape, deep, encoded, at = row
             pixels = np.frombuffer(memory, _DTYPES[kind], shape[0] * shape[1] * shape[2], offset).reshape(shape)
             offset += pixels.nbytes + -pixels.nbytes % 4
-            items.append(Prepared(source, notes, pixels, deep))
+            items.append(Prepared(source, notes, pixels, deep, tuple(encoded) if encoded else None, at))
     except (ValueError, KeyError, TypeError, IndexError):
         raise EOFError from None
     return items

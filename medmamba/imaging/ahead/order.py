@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from ...config import PreprocessConfig
 from ..fit import fit
 from ..image import ImageError, MedicalImage, Window, source_name
-from ..load import load_image
+from ..load import load_image, load_named
 
 
 class Deferred(abc.ABC):
@@ -56,6 +57,7 @@ class Order:
         frame, window: as in `load_image`.
         stored: keep 8 bits where the file has no more, else 16, as decoded data sets do, instead of float32.
         sized: whether notes say how the image was brought to the size of the network.
+        encoded: leave plain JPEG files compressed, for a device that decodes them, see `inference.gpu_decode`.
         reduced: decode JPEG at a half, a quarter or an eighth of its size where that is still at least twice the
             network's input. Fast, but not the same pixels.
     """
@@ -67,6 +69,7 @@ class Order:
     stored: bool = False
     sized: bool = True
     reduced: bool = False
+    encoded: bool = False
 
     @property
     def bytes_per_image(self) -> int:
@@ -84,12 +87,16 @@ class Prepared:
         notes: what was done to it, see `Prediction.image_notes`.
         pixels: (h, w, c), see `fit`; uint16 of 65535 for 1 is possible too.
         deep: whether the file has more than 8 bits.
+        encoded: (H, W, C) of a JPEG whose bytes are in `pixels`, (1, bytes, 1); None for pixels.
+        picture_notes_at: where in `notes` those belong that depend on the values of such an image.
     """
 
     source: str
     notes: list[str]
     pixels: np.ndarray
     deep: bool = False
+    encoded: tuple[int, int, int] | None = None
+    picture_notes_at: int = 0
 
 
 @dataclass
@@ -118,6 +125,8 @@ def read_source(source: Any, frame: int | None = None, window: Window | None = N
 
 def prepare(source: Any, order: Order) -> Prepared | Unread:
     """Reads one image and fits it to the network's input."""
+    if order.encoded and (compressed := _compressed(source, order)):
+        return compressed
     try:
         image = _read_reduced(source, order) if order.reduced else read_source(source, order.frame, order.window)
         notes = [*image.notes, *(input_notes(image, order.preprocess) if order.sized else ())]
@@ -137,8 +146,13 @@ def as_stored(pixels: np.ndarray, deep: bool) -> np.ndarray:
 
 
 def input_notes(image: MedicalImage, config: PreprocessConfig) -> list[str]:
-    """Returns notes and warnings about resizing to the input size of the network."""
-    height, width = image.size
+    """Returns notes and warnings about resizing to the input size of the network, and on an image of one value."""
+    return [*size_notes(image.size, config), *([constant_note()] if image.constant else [])]
+
+
+def size_notes(size: tuple[int, int], config: PreprocessConfig) -> list[str]:
+    """Returns notes and warnings about resizing an image of this (height, width)."""
+    height, width = size
     target = config.input_size
     notes = [f"resized from {height}x{width} to {target[0]}x{target[1]} ({config.crop_mode})"]
     stretch = abs(math.log((width / height) / (target[1] / target[0])))
@@ -146,9 +160,45 @@ def input_notes(image: MedicalImage, config: PreprocessConfig) -> list[str]:
         notes.append("warning: the aspect ratio is far from the model's; the image is visibly distorted")
     if min(height, width) < min(target) / 4:
         notes.append("warning: the image is much smaller than the training images; detail is missing")
-    if image.constant:
-        notes.append("warning: all pixels of the image are equal; the prediction is meaningless")
     return notes
+
+
+def constant_note() -> str:
+    """Returns the warning for an image of one value."""
+    return "warning: all pixels of the image are equal; the prediction is meaningless"
+
+
+def prepare_bytes(content: bytes, name: str, order: Order) -> Prepared | Unread:
+    """Reads an image from the bytes of a file of that name."""
+    try:
+        image = load_named(content, name)
+    except (ValueError, OSError, MemoryError) as error:
+        return Unread(name, str(error), error)
+    return prepare(image, dataclasses.replace(order, encoded=False, reduced=False, frame=None, window=None))
+
+
+def _compressed(source: Any, order: Order) -> Prepared | None:
+    """Returns a plain JPEG as it is, with the notes that its header makes; None for all else."""
+    from ..raster import plain_jpeg
+
+    if not isinstance(source, str | os.PathLike) or order.window is not None or order.frame is not None:
+        return None
+    try:
+        with open(source, "rb") as file:
+            if file.read(3) != b"\xff\xd8\xff":
+                return None
+            content = b"\xff\xd8\xff" + file.read()
+    except OSError:
+        return None
+    found = plain_jpeg(content) if len(content) <= order.bytes_per_image else None
+    if found is None:
+        return None
+    shape, notes = found
+    if shape[2] == 3 and order.in_chans == 1:
+        return None
+    sized = size_notes(shape[:2], order.preprocess) if order.sized else []
+    pixels = np.frombuffer(content, np.uint8).reshape(1, -1, 1)
+    return Prepared(source_name(source), [*notes, *sized], pixels, False, shape, len(notes))
 
 
 def _read_reduced(source: Any, order: Order) -> MedicalImage:
