@@ -47,7 +47,8 @@ class GpuDecoder:
         pictures: dict[int, Tensor] = {}
         for i, image in enumerate(found):
             if image is not None:
-                picture = torch.as_tensor(image.cuda(), device=self.device)
+                picture = torch.as_tensor(image, device=self.device)
+                picture = picture[..., None] if picture.ndim == 2 else picture
                 if tuple(picture.shape) == (height, width, channels):
                     pictures[i] = picture
         fitted = self._fitted(list(pictures.values()), order, [items[i] for i in pictures])
