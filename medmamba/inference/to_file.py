@@ -62,8 +62,8 @@ def predict_to_file(
         model: see `iter_predict`.
         sources: names of images, or what `medmamba.data.sources.open_sources` found; any number.
         out: file ending in .jsonl, .csv or .parquet, or a folder of Parquet parts; see `medmamba.inference.sinks`.
-        top_k, frame, window, precision, reduced, gpu_decode, decide, tta: see `iter_predict`. A file that was begun with
-            others, or with another model, is refused.
+        top_k, frame, window, precision, reduced, gpu_decode, decide, tta: see `iter_predict`. A file that was begun
+            with others, or with another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
         options: further ones of `iter_predict`, on which the answers do not depend.
