@@ -32,7 +32,9 @@ def decisions(study: Study) -> list[Block]:
     ]
     if found.points:
         blocks += from_markdown(points_table(found.points, checked))
-        curves = {name: row["net_benefit"] for name, row in checked["operating_points"].items() if "net_benefit" in row}
+        # Points of the same classes have the same curve.
+        rows = checked["operating_points"].values()
+        curves = {" or ".join(row["classes"]): row["net_benefit"] for row in rows if "net_benefit" in row}
         if curves:
             caption = "Decision curves: net benefit of acting on the model, on nobody and on everybody, by threshold."
             blocks.append(picture(net_benefit_figure(curves), caption, 62))

@@ -39,7 +39,7 @@ def subgroup_figure(found: Subgroups, whole: Any) -> Figure:
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="0.9")
     axes[0].set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)  # the first on top
     return figure
 
 
@@ -88,7 +88,7 @@ def risk_coverage_figure(selective: Mapping[str, Any]) -> Figure:
 
 
 def net_benefit_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draws decision curves by operating point, from `DecisionCurve.to_dict`."""
+    """Draws decision curves by class or group of classes, from `DecisionCurve.to_dict`."""
     figure = _figure(5.6, 3.0)
     axes = figure.subplots()
     top = 0.02
