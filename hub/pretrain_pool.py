@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 from collections import Counter
@@ -123,11 +124,20 @@ def read(path: Path) -> tuple[bytes, NDArray[np.float32]]:
     return stream.getvalue(), thumbnail(image)
 
 
-def build(data: Path, out: Path, threads: int = 2) -> dict[str, int]:
+def digest(path: Path) -> bytes:
+    """Returns the first eight bytes of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).digest()[:8]
+
+
+def build(data: Path, out: Path, threads: int = 2, hashes: Path | None = None) -> dict[str, int]:
     """Writes the pool; returns the numbers of images of each source in it, and of those left out as near-duplicates.
 
     The file holds `data` (uint8, all images concatenated), `ends` (int64, where each ends), `labels` (int32, -1:
     none), `free` (bool: commercial use is allowed) and `meta` (JSON: classes, counts).
+
+    Args:
+        hashes: file for the `digest` of each image that may be used commercially, one after the other, sorted; a test
+            compares those of the released backbones (hub/results/pretraining-images.sha) with all held-out images.
     """
     every = sorted(items(data), key=lambda item: str(item.path))
     with ThreadPoolExecutor(threads) as pool:
@@ -161,6 +171,8 @@ def build(data: Path, out: Path, threads: int = 2) -> dict[str, int]:
         free=np.array([every[index].free for index in kept]),
         meta=np.frombuffer(json_text(meta).encode(), np.uint8),
     )
+    if hashes is not None:
+        hashes.write_bytes(b"".join(sorted(digest(every[index].path) for index in kept if every[index].free)))
     return dict(counts)
 
 
@@ -196,8 +208,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="hub.pretrain_pool", description="The training images of a general backbone.")
     parser.add_argument("--data", type=Path, required=True, metavar="DATA")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+    parser.add_argument(
+        "--hashes", type=Path, metavar="FILE", help="also write a digest of each image that may be used"
+    )
     args = parser.parse_args()
-    for name, count in sorted(build(args.data, args.out).items()):
+    for name, count in sorted(build(args.data, args.out, hashes=args.hashes).items()):
         print(f"{count:6d} {name}")
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 

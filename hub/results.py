@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medmamba.cards import terms_of
 from medmamba.data import registry
+from medmamba.pretrained import read_config
 from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
@@ -232,7 +234,7 @@ def readme(runs: Sequence[Run], text: str) -> str:
             cells = [f"[`medmamba/{folder}`](hub/models/{folder})", entry.modality, size]
             cells += [_interval(run.data["test"][metric]) for metric in ("accuracy", "auroc")]
             cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
-            cells += [entry.licence.id or ""]
+            cells += [_licence(folder)]
             rows.append("| " + " | ".join(cells) + " |")
     rows += _backbones()
     before, first, rest = text.partition(MARKERS[0])
@@ -240,6 +242,12 @@ def readme(runs: Sequence[Run], text: str) -> str:
     if not (first and last):
         raise SystemExit(f"{README} lacks the markers {MARKERS}")
     return "\n".join([before + first, "", *rows, "", last + after])
+
+
+def _licence(folder: str) -> str:
+    """Returns the licence of released weights, as the table shows it."""
+    config = read_config(MODELS / folder)
+    return terms_of(config, registry.get(config.training["dataset"])).licence.upper()
 
 
 def _backbones() -> list[str]:

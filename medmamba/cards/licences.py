@@ -82,6 +82,10 @@ def terms_of(
     if start := _non_commercial_start(config):
         reason += f", from weights trained on {start.title}, which is under {start.licence.id}"
         non_commercial, of_data = True, "cc-by-nc-4.0" if of_data == "cc-by-4.0" else of_data
+    unlicensed = [start for start in _starts(config) if start.licence.id is None]
+    if unlicensed and not non_commercial:
+        reason += f", from weights that have also seen images of {unlicensed[0].title}, which have no standard licence"
+        return Terms("other", "mixed-see-card", "README.md", reason=reason)
     if of_data is None or of_data == "other":
         if licence not in (None, "other"):
             raise LicenceError(
@@ -103,15 +107,18 @@ def hub_licence(spdx: str | None) -> str | None:
 
 def _non_commercial_start(config: MedMambaConfig) -> DatasetEntry | None:
     """A dataset for non-commercial use that the weights have seen before their own, by the record of their training."""
-    earlier = [str(config.training.get("init") or ""), *config.training.get("pretraining", [])]
-    for name in earlier:
+    return next((entry for entry in _starts(config) if entry.licence.non_commercial), None)
+
+
+def _starts(config: MedMambaConfig) -> list[DatasetEntry]:
+    """The datasets of the registry that the weights have seen before their own, by the record of their training."""
+    found = []
+    for name in [str(config.training.get("init") or ""), *config.training.get("pretraining", [])]:
         try:
-            entry = registry.get(re.split(r"[/@]", name)[1 if re.match(r"[\w.-]+/[\w.-]", name) else 0])
+            found.append(registry.get(re.split(r"[/@]", name)[1 if re.match(r"[\w.-]+/[\w.-]", name) else 0]))
         except registry.RegistryError:
             continue
-        if entry.licence.non_commercial:
-            return entry
-    return None
+    return found
 
 
 def _terms_of_converted(config: MedMambaConfig, permission: str) -> Terms:

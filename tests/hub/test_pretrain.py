@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from hub import pretrain, pretrain_pool, transfer, transfer_table
+from hub.pretrain_pool import SOURCES
 from medmamba import MedMamba
 from medmamba.cards import read_facts, render_card
 from medmamba.data import ImageDataset
@@ -55,6 +57,33 @@ def test_a_near_duplicate_of_a_held_out_image_is_left_out(pool):
     assert images.shape == (8, 224, 224, 3) and labels.tolist().count(0) == 4
     assert meta["classes"] == ["breastmnist: benign", "breastmnist: malignant", "dermamnist: nevus"]
     assert len(pretrain_pool.load(path, non_commercial=True)[0]) == 12
+
+
+def test_the_pool_can_be_told_from_its_hashes(data, tmp_path):
+    pretrain_pool.build(data, tmp_path / "pool.npz", hashes=tmp_path / "hashes")
+    written = (tmp_path / "hashes").read_bytes()
+    found = {written[i : i + 8] for i in range(0, len(written), 8)}
+    folder = data / "breastmnist" / "train"
+    expected = {pretrain_pool.digest(path) for path in folder.rglob("*.png") if path.name != "copy.png"}
+    assert found == expected and len(written) == 8 * 8
+
+
+@pytest.mark.slow
+def test_no_released_backbone_has_seen_a_held_out_image(shared):
+    """Of the images as files; near-duplicates were left out by the pool, see the test above."""
+    if not (shared / "data" / "bloodmnist").is_dir():
+        pytest.skip("the datasets are not here")
+    written = (Path(pretrain_pool.__file__).parent / "results" / "pretraining-images.sha").read_bytes()
+    seen = {written[i : i + 8] for i in range(0, len(written), 8)}
+    models = Path(pretrain_pool.__file__).parent / "models"
+    counts = json.loads((models / "tiny-medical" / "pretrain.json").read_text(encoding="utf-8"))["pool"]["counts"]
+    free = sum(count for name, count in counts.items() if name in pretrain_pool.SOURCES and SOURCES[name].free)
+    assert len(written) == 8 * free
+    every = list(pretrain_pool.items(shared / "data"))
+    learnt = {pretrain_pool.digest(item.path) for item in every if item.learn}
+    held_out = {pretrain_pool.digest(item.path) for item in every if not item.learn}
+    assert seen <= learnt and len(held_out) > 10_000  # the hashes are those of these files
+    assert not seen & held_out
 
 
 class StandIn(nn.Module):
