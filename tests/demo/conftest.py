@@ -7,6 +7,7 @@ other folders must not find.
 from pathlib import Path
 
 import pytest
+from demo_cases import SECRET
 from demo_helpers import CHROMIUM, FLAGS, save_model, serving
 
 
@@ -45,3 +46,29 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def url(model_folder, root):
+    with serving([model_folder], root, batch_files=4, image_mb=1) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return pytest.importorskip("gradio_client").Client(url, verbose=False)
+
+
+@pytest.fixture
+def dicom_with_patient(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    ds = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm", download=False))
+    ds.PatientName, ds.PatientID = SECRET, "ID-" + SECRET
+    path = tmp_path / "scan.dcm"
+    ds.save_as(path)
+    return path

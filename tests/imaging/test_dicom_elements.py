@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from test_dicom import TWELVE, flat, linear, lut, make, shipped, to_bytes
+from dicom_files import TWELVE, lut, make, shipped, to_bytes
+from test_dicom import flat, linear
 
 from medmamba.imaging.dicom import dicom_window_presets
 from medmamba.imaging.load import ImageError, load_image

@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
+from image_files import encode, png_bytes
 from PIL import Image
-from test_images import encode, png_bytes
 
 from medmamba.imaging.load import ImageError, load_image
 

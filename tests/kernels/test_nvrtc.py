@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_cuda_kernels import DEVICE, emulate, problem, saved_states
-from test_fused_ops import network, step
+from test_fused_ops_model import network, step
 
 from medmamba.kernels.backends import cuda as cuda_backend
 from medmamba.kernels.block import eligibility, training, training_conv

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import SCRIPT, make_folder
+from training_cases import SCRIPT, make_folder
 
 import medmamba
 from medmamba import create_model
