@@ -263,15 +263,16 @@ def rows(args: argparse.Namespace, folder: Path) -> None:
                 "batch_size": args.batch_size[0],
                 "epochs": 1000,
                 "device": args.device,
-                "cache": None if keep == "nowhere" else str(folder / f"cache-{form}"),
+                "cache": str(folder / f"cache-{form}"),
                 "keep": keep,
                 "workers": args.workers,
                 "steps": 0,
             }
-            if keep != "nowhere" and not (folder / f"cache-{form}" / "train-32.npy.json").exists():
+            made = "files.json" if keep == "nowhere" else "train-32.npy.json"
+            if not (folder / f"cache-{form}" / made).exists():
                 started = time.time()
                 run({**options, "max_seconds": 0.0})
-                print(f"decoded into a cache in {time.time() - started:.0f} s", file=sys.stderr)
+                print(f"the cache was made in {time.time() - started:.0f} s", file=sys.stderr)
             found = run({**options, "max_seconds": args.seconds})
             cells = [f"{args.rows:,}", form, keep, f"{found['start']:.1f}", f"{found['rate']:.0f}"]
             cells += [str(found["first"]["anonymous"]), str(found["peak"]["anonymous"]), str(found["peak"]["mapped"])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def with_splits(self, splits: Sequence[str | None]) -> ImageDataset:
         """Returns the same images assigned to `splits`, one entry per image."""
         pairs = zip(self.records, splits, strict=True)
-        return self.with_records([dataclasses.replace(record, split=split) for record, split in pairs])
+        return self.with_records([Record(one.source, one.label, split, one.patient) for one, split in pairs])
 
     def _check_labels(self) -> None:
         count = len(self.classes)

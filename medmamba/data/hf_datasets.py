@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..imaging.load import ImageError, MedicalImage, load_named
 from ..utils.extras import require
@@ -16,7 +15,7 @@ from .dataset import SPLITS, DatasetError, ImageDataset, Record, split_name
 from .labels import is_missing, notes_on_names, resolve_classes
 from .registry import DatasetEntry
 from .table import COLUMNS
-from .webdataset import lone_split
+from .webdataset import holds_only, lone_split
 
 SCHEME = "hf://"
 _SAVED = ("dataset_dict.json", "state.json")  # of `DatasetDict.save_to_disk` and `Dataset.save_to_disk`
@@ -74,7 +73,7 @@ def is_hf(path: str | os.PathLike[str]) -> bool:
     folder = Path(path)
     if folder.suffix.lower() == ".parquet":
         return folder.is_file()
-    return folder.is_dir() and (any((folder / name).is_file() for name in _SAVED) or bool(_parquets(folder)))
+    return folder.is_dir() and (any((folder / name).is_file() for name in _SAVED) or holds_only(folder, ".parquet"))
 
 
 def open_hf(
@@ -123,21 +122,25 @@ def open_hf(
     names = _class_names(datasets, features[label])
     values = {name: _values(part, label) for name, part in parts.items()}
     multilabel = any(isinstance(value, list) for column in values.values() for value in column[:1])
-    texts = {name: [_texts(v, names, f"{where}, {name}") for v in column] for name, column in values.items()}
-    found = {text for column in texts.values() for row in column for text in row}
+    where_of = {name: f"{where}, {name}" for name in parts}
+    texts = _Texts(names)
+    found = {text for name, column in values.items() for value in column for text in texts(value, where_of[name])}
     if names is not None and classes is None and entry is None:
         classes = names  # in their own order, with those that no image has
     order, index = resolve_classes(found, entry, classes, class_order, where)
     notes += notes_on_names(found)
     records = []
     for name, part in parts.items():
-        ids = _values(part, patient) if patient else [None] * len(part)
+        ids = _values(part, patient) if patient else itertools.repeat(None, len(part))
         split = split_name(name)
-        for row, (text, who) in enumerate(zip(texts[name], ids, strict=True)):
-            numbers = {index[t] for t in text}
-            one = tuple(int(i in numbers) for i in range(len(order))) if multilabel else numbers.pop()
+        for row, (value, who) in enumerate(zip(values[name], ids, strict=True)):
+            text = texts(value, name)
+            number: int | tuple[int, ...] = index[text[0]] if not multilabel else 0
+            if multilabel:
+                numbers = {index[t] for t in text}
+                number = tuple(int(i in numbers) for i in range(len(order)))
             known = None if who is None or is_missing(str(who)) else str(who)
-            records.append(Record(f"{name}:{row}", one, split, known))
+            records.append(Record(f"{name}:{row}", number, split, known))
     task = "multilabel" if multilabel else "multiclass"
     undecoded = {name: _undecoded(datasets, part.select_columns([image]), image) for name, part in parts.items()}
     first = next(iter(undecoded.values()))[0][image]
@@ -209,13 +212,22 @@ def _values(part: Any, column: str) -> list[Any]:
     return table[:][column].to_pylist()
 
 
-def _texts(value: Any, names: Sequence[str] | None, where: str) -> list[str]:
-    """Returns the class names of one row."""
-    found = []
-    for one in value if isinstance(value, list | np.ndarray) else [value]:
+class _Texts:
+    """The class names of a row; of each different value they are made once, as there may be millions of rows."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self._names, self._known = names, dict[Any, list[str]]()
+
+    def __call__(self, value: Any, where: str) -> list[str]:
+        key = tuple(value) if isinstance(value, list) else value
+        if key not in self._known:
+            self._known[key] = [self._text(one, where) for one in (value if isinstance(value, list) else [value])]
+        return self._known[key]
+
+    def _text(self, one: Any, where: str) -> str:
+        names = self._names
         if one is None or (names is not None and not 0 <= one < len(names)) or (names is None and is_missing(str(one))):
             raise DatasetError(f"{where}: a row has the label {one!r}; remove the rows without a label")
         if isinstance(one, float):
             raise DatasetError(f"{where}: a label is {one!r}, a fraction; classes are names or whole numbers")
-        found.append(names[one] if names is not None else str(one))
-    return found
+        return names[one] if names is not None else str(one)

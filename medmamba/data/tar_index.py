@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,9 @@ def _plain(data: mmap.mmap, wanted: frozenset[str]) -> list[Member] | None:
         kind = header[156]
         if (kind not in _FILE_TYPES and kind != tarfile.DIRTYPE[0]) or header[124] & 0x80:
             return None
-        if sum(header) - sum(header[148:156]) + 8 * 32 != _size(header[148:156]):
+        check = header[148:156]
+        # The sum of all bytes, in which those of the checksum count as spaces; Adler-32 has it in its lower half.
+        if (zlib.adler32(header) & 0xFFFF) != (1 + _size(check) - 8 * 32 + sum(check)) % 65521:
             raise ValueError(f"a damaged header at byte {position}")
         size = _size(header[124:136])
         start = position + _BLOCK

@@ -26,8 +26,8 @@ from .registry import DatasetEntry
 from .table import known_class
 from .tar_index import Member, tar_members
 
-_LABELS = (".cls", ".txt", ".json")
-_WANTED = frozenset(_LABELS)
+_WANTED = frozenset((".cls", ".txt", ".json"))
+_OTHERS = (".csv", ".tsv", ".npz", ".zip")
 _WORDS = str.maketrans("-_.", "   ")
 
 
@@ -79,10 +79,30 @@ class _Sample(NamedTuple):
 
 
 def is_shards(path: Path) -> bool:
-    """Returns whether a path is a tar, a pattern of tars, or a folder of tars, also in folders named after splits."""
+    """Returns whether a path is a tar, a pattern of tars, or a folder of tars, also in folders named after splits.
+
+    Not a folder that holds another dataset too, beside which a tar may just be its download.
+    """
     if not path.is_dir():
         return path.suffix.lower() == ".tar"
-    return any(_tars(path))
+    return holds_only(path, ".tar")
+
+
+def holds_only(folder: Path, suffix: str) -> bool:
+    """Returns whether a folder holds files of a suffix, also in folders named after splits or "data", and neither other
+    folders nor a file of another kind of dataset."""
+    try:
+        children = [child for child in folder.iterdir() if not child.name.startswith((".", "_"))]
+        inner = [child for child in children if child.is_dir()]
+        files = [child for child in children if child.suffix.lower() == suffix]
+        for child in inner:
+            below = [file for file in child.glob(f"*{suffix}") if file.is_file()]
+            if not below or (split_name(child.name) is None and child.name != "data"):
+                return False
+            files += below
+    except OSError:
+        return False  # reported by the reader of folders
+    return bool(files) and not any(child.suffix.lower() in _OTHERS for child in children)
 
 
 def open_shards(
@@ -115,9 +135,10 @@ def open_shards(
     for shard in shards:
         samples += _samples(shard, _split_of(shard), tar_members(root / shard, _WANTED), where, unlabelled)
     if not samples:
+        without = f". Without a label: {shown(*unlabelled)}" if unlabelled else ""
         raise DatasetError(
             f"{where}: no image with a label in {len(files)} tar files; a sample is an image and a .cls, .txt or .json "
-            f"of the same name{f'. Without a label: {shown(*unlabelled)}' if unlabelled else ''}"
+            f"of the same name, and a tar of class folders is unpacked first{without}"
         )
     notes = []
     if unlabelled:
@@ -136,8 +157,10 @@ def open_shards(
         raise DatasetError(f"{where}: the JSON of the samples names patients; leave patient_pattern out")
     records = []
     for sample, parts, patient in zip(samples, texts, patients, strict=True):
-        numbers = {index[part] for part in parts}
-        label = tuple(int(i in numbers) for i in range(len(names))) if multilabel else numbers.pop()
+        label: int | tuple[int, ...] = index[parts[0]] if not multilabel else 0
+        if multilabel:
+            numbers = {index[part] for part in parts}
+            label = tuple(int(i in numbers) for i in range(len(names)))
         records.append(Record(sample.source, label, sample.split, patient))
     task = "multilabel" if multilabel else "multiclass"
     return lone_split(ImageDataset(records, names, TarReader(root, shards), task, None, path.stem, notes))
@@ -184,7 +207,7 @@ def _shards(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _tars(folder: Path) -> Iterator[Path]:
-    inner = (child for child in folder.iterdir() if child.is_dir() and split_name(child.name))
+    inner = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     for place in (folder, *inner):
         for file in place.glob("*.tar"):
             if reason_by_path(file.name) is None:
@@ -206,58 +229,64 @@ def _samples(
     shard: str, split: str | None, members: Iterable[Member], where: str, unlabelled: list[str]
 ) -> Iterator[_Sample]:
     """Groups consecutive members by key."""
+    # Written for speed: there may be millions of members.
     key, files = None, dict[str, Member]()
     for member in members:
-        folder, _, name = member.name.rpartition("/")
-        stem, dot, suffix = name.partition(".")
-        if name.startswith((".", "__MACOSX")) or folder.startswith("__MACOSX"):
+        name = member.name
+        start = name.rfind("/") + 1
+        dot = name.find(".", start)
+        dot = len(name) if dot < 0 else dot
+        if dot == start or name.startswith("__MACOSX/"):  # hidden, or of the operating system
             continue
-        this = f"{folder}/{stem}"
-        if this != key:
-            yield from _sample(shard, split, files, where, unlabelled)
-            key, files = this, {}
-        suffix = (dot + suffix).lower()
+        if name[:dot] != key:
+            if files and (sample := _sample(shard, split, files, where, unlabelled)):
+                yield sample
+            key, files = name[:dot], {}
+        suffix = name[dot:].lower()
         if suffix in files:
-            raise DatasetError(f"{where}: {shard} holds {member.name!r} twice in one sample")
+            raise DatasetError(f"{where}: {shard} holds {name!r} twice in one sample")
         files[suffix] = member
-    yield from _sample(shard, split, files, where, unlabelled)
+    if files and (sample := _sample(shard, split, files, where, unlabelled)):
+        yield sample
 
 
 def _sample(
     shard: str, split: str | None, files: dict[str, Member], where: str, unlabelled: list[str]
-) -> Iterator[_Sample]:
-    images = [member for suffix, member in files.items() if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+) -> _Sample | None:
+    """Returns the sample that these files are, or None where there is no image or no label."""
+    images = [member for suffix, member in files.items() if suffix[suffix.rfind(".") :] in IMAGE_SUFFIXES]
     if not images:
-        return
+        return None
     if len(images) > 1:
         raise DatasetError(
             f"{where}: {shard} has {len(images)} images in one sample, {shown(*[m.name for m in images])}; a sample is "
             "one image"
         )
-    (image,) = images
+    image = images[0]
     if image.size > MAX_MEMBER_BYTES:
         raise DatasetError(
             f"{where}: {image.name!r} in {shard} has {image.size} bytes; the limit is {MAX_MEMBER_BYTES}"
         )
     label, patient = None, None
-    for suffix in _LABELS:
-        if suffix not in files or files[suffix].content is None:
-            continue
-        text = (files[suffix].content or b"").decode("utf-8-sig", "replace").strip()
-        if suffix == ".json":
-            found = _json(text, files[suffix].name, shard, where)
-            label = found.get("label", label) if label is None else label
-            patient = found.get("patient")
-            split = split_name(str(found["split"])) if found.get("split") else split
-        elif label is None:
-            label = text
+    for suffix in (".cls", ".txt"):
+        if label is None and suffix in files:
+            label = _text(files[suffix])
+    if ".json" in files:
+        found = _json(_text(files[".json"]), files[".json"].name, shard, where)
+        label = found.get("label") if label is None else label
+        patient = found.get("patient")
+        split = split_name(str(found["split"])) if found.get("split") else split
     if label is None:
         unlabelled.append(image.name)
-        return
+        return None
     if isinstance(label, list):
         label = LABEL_SEPARATOR.join(map(str, label))
     patient = None if patient is None or is_missing(str(patient)) else str(patient)
-    yield _Sample(f"{shard}:{image.offset}:{image.size}:{image.name}", str(label), split, patient)
+    return _Sample(f"{shard}:{image.offset}:{image.size}:{image.name}", str(label), split, patient)
+
+
+def _text(member: Member) -> str:
+    return (member.content or b"").decode("utf-8", "replace").removeprefix("\ufeff").strip()
 
 
 def _json(text: str, name: str, shard: str, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 
 from ..data import ImageDataset
-from ..data.identity import FileIndex, contents, reading_code
+from ..data.identity import FileIndex, contents, files_of, reading_code
 from ..model import MedMamba
+from ..utils.files import write_text
 from ..utils.text import json_text
 from .recipe import Recipe
 
+FILES = "files.json"  # hashes of the image files, beside decoded images
 _EXAMPLES = 3
 _NOT_LEARNT_WITH = ("calibration", "training", "medmamba_version")  # fields of a config that do not affect training
 _NAMES = {
@@ -30,12 +33,21 @@ _NAMES = {
 def known_files(cache: Path | None) -> FileIndex:
     """Returns the file hashes that earlier runs stored beside their decoded images in `cache`."""
     index = FileIndex()
-    for file in sorted(cache.glob("*.npy.json")) if cache else []:
+    for file in [*sorted(cache.glob("*.npy.json")), cache / FILES] if cache else []:
         try:
             index.add(json.loads(file.read_text(encoding="utf-8")).get("files"))
         except (OSError, ValueError, AttributeError):
             continue  # it will be rewritten
     return index
+
+
+def remember_files(cache: Path | None, index: ImageDataset, files: FileIndex) -> None:
+    """Stores the hashes of the files of a dataset in `cache`, for sets of which no decoded images are kept there."""
+    if cache is None or not files.read:
+        return
+    with contextlib.suppress(OSError):  # the cache itself reports it
+        cache.mkdir(parents=True, exist_ok=True)
+        write_text(cache / FILES, json_text({"files": files.table(files_of(index))}))
 
 
 def data_table(index: ImageDataset, files: FileIndex | None = None) -> dict[str, str]:

@@ -35,7 +35,7 @@ from .checked import Checked
 from .checkpoint import LOCK, CheckpointStore, check_same_run
 from .finalise import RESULT_FILES, finish, finished_before, training_record
 from .graphed_step import GRAPHS
-from .identity import data_table, fingerprint, known_files, run_identity
+from .identity import data_table, fingerprint, known_files, remember_files, run_identity
 from .recipe import Recipe, load_recipe
 from .run_log import HISTORY, RunLog
 from .setup import KEEP, ImageCache, build_model, check_splits
@@ -212,6 +212,7 @@ def train(
                     check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
                     checked.note()
             store.note_run(identity, table)
+            remember_files(folder, index, files)
         log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
         for note in index.notes:
             log.note(f"{index.name}: {note}")

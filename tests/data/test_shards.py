@@ -97,6 +97,12 @@ def _gzipped(path):
         archive.addfile(tarfile.TarInfo("a"))
 
 
+@pytest.mark.parametrize("other", ["download.tar", "metadata.parquet"])
+def test_a_file_beside_class_folders_does_not_make_them_another_dataset(other, folder):
+    (folder / other).write_bytes(b"x" * 100)
+    assert open_dataset(folder).split_sizes == {"train": 10, "val": 4, "test": 4}
+
+
 CASES = {
     "no label at all": (lambda p: write_tar(p, [("a.png", png())]), "no image with a label"),
     "two images": (lambda p: write_tar(p, [("a.png", png()), ("a.jpg", png()), ("a.cls", b"1")]), "one image"),
@@ -220,6 +226,29 @@ def test_datasets_without_images_or_labels_are_refused(datasets, rows, message, 
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(DatasetError, match=message):
         open_dataset(tmp_path / "saved")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("hf://owner/name", (("owner/name",), None)),
+        ("hf://owner/name@v1", (("owner/name",), "v1")),
+        ("hf://datasets/owner/name/small", (("owner/name", "small"), None)),
+    ],
+)
+def test_addresses_name_repository_revision_and_configuration(
+    datasets, folder, tmp_path, monkeypatch, address, expected
+):
+    loaded = datasets.load_from_disk(str(write_hf(open_dataset(folder), tmp_path / "saved")))
+    asked = []
+
+    def load(*names, revision=None):
+        asked.append((names, revision))
+        return loaded
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(open_dataset(address)) == 18 and asked == [expected]
 
 
 def test_addresses_that_make_no_sense_are_refused(datasets):
