@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from medmamba.imaging.image import FrameNeeded, WindowNeeded
-from medmamba.utils.advice import spelled
+from medmamba.serving.record import WARNING, for_programs, problem_for_programs
 
-WARNING = "warning: "
+__all__ = ["WARNING", "for_programs", "in_app", "of_problem", "plain"]
+
 _KIND = re.compile(r"^[a-z][a-z0-9-]*: ")
 _FOR_PYTHON = re.compile(r"\b(?:frame|window|classes)=|numpy\.|\bpass \w|medmamba \w+ --|--(?:frame|window)\b")
 """Advice that applies only to Python code or the command line."""
@@ -26,18 +27,6 @@ def in_app(text: object) -> str:
     return kept.strip().rstrip(";,") or said
 
 
-def for_programs(text: object) -> str:
-    """Rewrites a note, warning or error with the field names of the API."""
-    return spelled(str(text), {"window": _window_fields})
-
-
-def _window_fields(value: str) -> str:
-    center, _, width = value.strip("()").partition(", ")
-    if not re.match(r"-?[\d.]", center):
-        return "window_center and window_width"
-    return f"window_center={center} and window_width={width}"
-
-
 def of_problem(problem: Exception, program: bool = False, alone: bool = True) -> str:
     """Returns advice for an image that could not be read.
 
@@ -45,13 +34,14 @@ def of_problem(problem: Exception, program: bool = False, alone: bool = True) ->
         program: whether the reader is an API client, with fields instead of controls.
         alone: whether it is the only image, so that its controls are visible.
     """
+    if program:
+        return problem_for_programs(problem)
     if isinstance(problem, FrameNeeded):
-        how = f"set frame, 0 to {problem.n_frames - 1}" if program else "open it on its own and choose one under Frame"
-        return f"this file has {problem.n_frames} frames; {how}"
+        return f"this file has {problem.n_frames} frames; open it on its own and choose one under Frame"
     if isinstance(problem, WindowNeeded):
         low, high = problem.value_range
         how = "set level and width, or use its full value range"
-        how = "set window_center and window_width" if program else how if alone else f"open it on its own to {how}"
+        how = how if alone else f"open it on its own to {how}"
         return f"its values run from {low:g} to {high:g}, and the file declares no display window; {how}"
     return str(problem)
 

@@ -21,8 +21,9 @@ from medmamba.explain import methods
 from medmamba.imaging.load import ImageError
 from medmamba.inference.predict import Failure
 from medmamba.pretrained import PretrainedError
+from medmamba.serving.record import Server, check_view, classification, finite
 
-from .advice import WARNING, for_programs, of_problem, plain
+from .advice import for_programs, of_problem, plain
 from .context import Context, Known
 from .options import NOTICE
 from .service import Answer, View
@@ -200,15 +201,6 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def finite(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON cannot represent, with None in plain data."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @contextmanager
 def client_errors(*uploads: str | None) -> Iterator[None]:
     """Converts errors to `gr.Error` with a message for API clients, without paths of the server."""
@@ -229,53 +221,12 @@ def client_errors(*uploads: str | None) -> Iterator[None]:
 
 
 def _view(frame: float | None, center: float | None, width: float | None) -> View:
-    if (center is None) != (width is None):
-        raise ValueError("set both window_center and window_width, or neither")
-    if width is not None and not width > 0:
-        raise ValueError(f"window_width must be above 0, not {width:g}")
-    if frame is not None and (frame != int(frame) or frame < 0):
-        raise ValueError(f"frame must be a whole number from 0, not {frame:g}")
-    window = None if center is None or width is None else (float(center), float(width))
-    return View(None if frame is None else int(frame), window)
+    return View(*check_view(frame, center, width))
 
 
 def _record(found: Answer, loaded: Loaded) -> dict[str, Any]:
-    prediction = found.prediction
-    return finite(
-        {
-            "label": prediction.label,
-            "probability": prediction.probability,
-            "probabilities": dict(prediction.top),
-            "calibrated": loaded.calibrated,
-            "unsure": found.unsure,
-            "unusual": found.unusual,
-            "frame": found.frame,
-            "frames": found.n_frames,
-            "window": list(found.window) if found.window else None,
-            "better_window": list(found.better_window) if found.better_window else None,
-            "warnings": _warnings(found),
-            "notes": [for_programs(note) for note in prediction.image_notes],
-            "model": loaded.title,
-            "architecture": loaded.config.architecture,
-            "backend": loaded.backend,
-            "device": str(loaded.device),
-            "milliseconds": round(found.milliseconds, 1),
-            "notice": NOTICE,
-        }
-    )
-
-
-def _warnings(found: Answer) -> list[str]:
-    """Returns the warnings that affect how reliable an answer is, for API clients."""
-    warnings = [for_programs(text.removeprefix(WARNING)) for text in found.warnings]
-    if found.better_window is not None:
-        center, width = found.better_window
-        warnings.append(f"window_center={center:g} and window_width={width:g} cover the full value range")
-    if found.unusual:
-        warnings.append("this image does not look like the training images (out of distribution)")
-    if found.n_frames > 1:
-        warnings.append(f"this answer is for frame {found.frame} of {found.n_frames} only")
-    return warnings
+    about = Server(loaded.title, loaded.config, loaded.calibrated, loaded.backend, str(loaded.device))
+    return classification(found.prediction, found.how, found.milliseconds, about)
 
 
 def _model_record(title: str, known: Known | None) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medmamba.serving.record import NOTICE
+
+__all__ = ["EXAMPLES", "NOTICE", "SAMPLE_SET", "Limits", "Options"]
+
 EXAMPLES = Path(__file__).parent / "examples"
 SAMPLE_SET = EXAMPLES / "chest_xray_sample.zip"
-NOTICE = (
-    "For research and teaching only. Not a medical device: do not use it for diagnosis or treatment, and do not "
-    "upload images that identify a person."
-)
 
 BUSY = "Too many requests are waiting, or the server had a problem. Try again in a minute."
 

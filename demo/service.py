@@ -19,14 +19,13 @@ from medmamba.imaging.dicom import DicomWindows, dicom_window_presets
 from medmamba.imaging.image import FrameNeeded, WindowNeeded
 from medmamba.imaging.load import ImageError, MedicalImage, load_image
 from medmamba.imaging.preprocess import preprocess, to_display
-from medmamba.inference.predict import UNUSUAL, Failure, Prediction, iter_predict
+from medmamba.inference.predict import Failure, Prediction, iter_predict
+from medmamba.serving.record import WARNING, Applied, applied, is_unsure, warnings_of, without_unusual
 
-from .advice import WARNING, of_problem
+from .advice import of_problem
 from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
 
-UNSURE = 0.7
-"""A top-class probability below this, wrong in three of ten cases, is reported as unsure."""
 THUMBNAIL = 48
 MAPS_SHARE = 0.3
 """Fraction of the time of an explanation with checks that the maps themselves take."""
@@ -75,12 +74,7 @@ class Answer:
         unusual: whether the image is out of distribution, or None if the model has no threshold.
         seen: (H, W, 3) uint8, the image as preprocessed for the model; for several files, a thumbnail.
         milliseconds: total time from file to prediction.
-        window: applied window, or None.
-        window_from: origin of the window, see `MedicalImage`.
-        better_window: full-range window, if the applied one hides most of the image.
-        values: minimum and maximum of a greyscale image.
-        frame: frame index.
-        n_frames: number of frames.
+        how: how the file was read; its fields are attributes of the answer too.
     """
 
     prediction: Prediction
@@ -88,34 +82,41 @@ class Answer:
     unusual: bool | None
     seen: np.ndarray
     milliseconds: float
-    window: Window | None = None
-    window_from: str = ""
-    better_window: Window | None = None
-    values: tuple[float, float] | None = None
-    frame: int = 0
-    n_frames: int = 1
+    how: Applied = field(default_factory=Applied)
+
+    @property
+    def window(self) -> Window | None:
+        return self.how.window
+
+    @property
+    def window_from(self) -> str:
+        return self.how.window_from
+
+    @property
+    def better_window(self) -> Window | None:
+        return self.how.better_window
+
+    @property
+    def values(self) -> tuple[float, float] | None:
+        return self.how.values
+
+    @property
+    def frame(self) -> int:
+        return self.how.frame
+
+    @property
+    def n_frames(self) -> int:
+        return self.how.n_frames
 
     @property
     def warnings(self) -> list[str]:
         """Notes that affect how reliable the answer is, apart from the out-of-distribution warning."""
-        found = [note for note in self.prediction.image_notes if note.startswith(WARNING)]
-        if self.better_window is not None and not any(is_of_contrast(note) for note in found):
-            found.append(f"{WARNING}unused-range: another window would show far more of this image")
-        return found
+        return warnings_of(self.prediction, self.how)
 
     @property
     def notes(self) -> list[str]:
         """The remaining notes: how the file was processed."""
         return [note for note in self.prediction.image_notes if not note.startswith(WARNING)]
-
-
-CONTRAST = frozenset(("unused-range", "saturated", "two-valued", "almost-constant", "constant"))
-"""Kinds of `MedicalImage.warnings` that another window may resolve."""
-
-
-def is_of_contrast(note: str) -> bool:
-    """Returns whether another window may resolve a warning."""
-    return note.removeprefix(WARNING).partition(": ")[0] in CONTRAST
 
 
 class AnswerError(ValueError):
@@ -276,33 +277,16 @@ class Seen:
     """Display data of an image, kept after prediction: a thumbnail, and fields of its `Answer`."""
 
     thumbnail: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
-    applied: dict[str, Any] = field(default_factory=dict)
-
-
-def applied(image: MedicalImage) -> dict[str, Any]:
-    """Returns how an image was read, as fields of `Answer`."""
-    doubtful = image.low_contrast or not CONTRAST.isdisjoint(image.warning_kinds)
-    better = image.range_window if doubtful and image.range_window != image.window else None
-    chosen = image.bit_depth > 8 or image.window_from != "range"  # else the usual 0 to 255
-    return {
-        "window": image.window if chosen else None,
-        "window_from": image.window_from if chosen else "",
-        "better_window": better,
-        "values": image.value_range,
-        "frame": image.frame,
-        "n_frames": image.n_frames,
-    }
+    applied: Applied = field(default_factory=Applied)
 
 
 def answer(
-    loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float, how: dict[str, Any] | None = None
+    loaded: Loaded, prediction: Prediction, seen: np.ndarray, milliseconds: float, how: Applied | None = None
 ) -> Answer:
     """Builds an `Answer`; the out-of-distribution note is removed, because pages show it separately."""
-    notes = [note for note in prediction.image_notes if note != UNUSUAL]
-    prediction = dataclasses.replace(prediction, image_notes=notes)
-    limit = 0.5 if loaded.config.task == "multilabel" else UNSURE
-    unsure = prediction.probability < limit
-    return Answer(prediction, unsure, prediction.unusual, seen, milliseconds, **(how or {}))
+    prediction = without_unusual(prediction)
+    unsure = is_unsure(prediction, loaded.config)
+    return Answer(prediction, unsure, prediction.unusual, seen, milliseconds, how or Applied())
 
 
 def small(comparison: Comparison) -> Comparison:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from medmamba.serving.record import is_of_contrast
+
 from ..advice import in_app
 from ..html import NOTHING, Markup
-from ..service import Answer, is_of_contrast
+from ..service import Answer
 from ..store import Loaded
 
 Remark = tuple[str, str, str, Markup]

@@ -14,6 +14,7 @@ from .messages import message, say
 # Each is a module with `add_parser(subparsers)`, which imports what it needs only when it runs.
 SUBCOMMANDS = (
     *("predict", "doctor", "train", "evaluate", "decide", "explain", "export", "segment", "detect", "report", "drift"),
+    "serve",
 )
 
 INTERRUPTED = 130  # exit codes that shells use for SIGINT

@@ -22,6 +22,7 @@ from demo.context import Context
 from demo.options import Limits, Options
 from demo.service import Answer, View, inspect
 from demo.tabs import answers, classify, finetune, models, remarks
+from medmamba.serving.record import UNSURE, Applied
 
 GOOD = {**CALIBRATION, "n": 1000, "ece_after": 0.02}
 
@@ -62,7 +63,7 @@ def by_calibration(loaded_with):
 def answer(probability=0.92, notes=(), unusual=False, **how) -> Answer:
     top = [("neutrophil", probability), ("monocyte", 1 - probability)]
     prediction = Prediction("a.png", "neutrophil", probability, top, list(notes), [1.0, 0.0], unusual)
-    return Answer(prediction, probability < service.UNSURE, unusual, np.zeros((8, 8, 3), np.uint8), 1.0, **how)
+    return Answer(prediction, probability < UNSURE, unusual, np.zeros((8, 8, 3), np.uint8), 1.0, Applied(**how))
 
 
 def said(found: Answer, loaded: store.Loaded) -> str:
