@@ -118,6 +118,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []  # seconds of this process and of those it started
         self.peak = {"anonymous": 0, "mapped": 0}
         self.first = dict(self.peak)  # at the first step
         self._stop = threading.Event()
@@ -135,6 +136,20 @@ class Watch:
         if not self.times:
             self.first = self._memory()
         self.times.append(time.time())
+        self.cpu.append(self._cpu())
+
+    @staticmethod
+    def _cpu() -> float:
+        import psutil
+
+        total = time.process_time()
+        for child in psutil.Process().children():
+            try:
+                spent = child.cpu_times()
+            except psutil.Error:
+                continue
+            total += spent.user + spent.system
+        return total
 
     def _sample(self) -> None:
         while not self._stop.wait(0.2):
@@ -185,10 +200,12 @@ def child(started: float, options: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as out, watch:
         result = train(options.pop("data"), out, "default", **options, progress=False, check_duplicates=False)
     times = watch.times[WARM_UP : WARM_UP + until + 1] if until else watch.times[WARM_UP:]
+    cpu = watch.cpu[WARM_UP : WARM_UP + until + 1] if until else watch.cpu[WARM_UP:]
     rate = batch * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     return {
         "start": watch.times[0] - started if watch.times else None,
         "rate": rate,
+        "cpu": 1e3 * (cpu[-1] - cpu[0]) / (batch * (len(cpu) - 1)) if len(cpu) > 1 else 0.0,
         "steps": len(watch.times),
         "first": watch.first,
         "peak": watch.peak,
@@ -203,8 +220,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def bare(variant: str, size: int, batch: int, device: str, steps: int) -> float:
-    """Returns images per second of forward, backward and optimiser on a batch that is ready on the device."""
+def bare(variant: str, size: int, batch: int, device: str, steps: int) -> tuple[float, float]:
+    """Returns images per second of forward, backward and optimiser on a batch that is ready on the device, and
+    milliseconds of CPU per image."""
     import torch
 
     from medmamba.config import variant_config
@@ -231,16 +249,17 @@ def bare(variant: str, size: int, batch: int, device: str, steps: int) -> float:
             soft_targets(index.targets.to(accelerator.device), CLASSES, recipe.label_smoothing),
         )
         trainer._batch = lambda *_: ready  # type: ignore[method-assign]
-        started = 0.0
+        started = cpu = 0.0
         for done in range(-WARM_UP, steps):
             if done == 0:
                 if accelerator.device.type == "cuda":
                     torch.cuda.synchronize()
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.process_time()
             trainer._step((size, size), iter([ready]), 0, 0)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        return batch * steps / (time.perf_counter() - started)
+        spent = 1e3 * (time.process_time() - cpu) / (batch * steps)
+        return batch * steps / (time.perf_counter() - started), spent
 
 
 # --- tables ---
@@ -281,8 +300,9 @@ def rows(args: argparse.Namespace, folder: Path) -> None:
 
 def rate(args: argparse.Namespace, folder: Path) -> None:
     data = make_pictures(folder, args.images, args.source_size)
-    print("| batch | bare step, images/s | kept | trained, images/s | of bare | first step, s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    heads = ["batch", "bare step, images/s", "CPU, ms/image", "kept", "trained, images/s", "of bare", "CPU, ms/image"]
+    print(f"| {' | '.join(heads)} | first step, s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in args.batch_size:
         for keep in args.keep:
             options = {
@@ -300,10 +320,11 @@ def rate(args: argparse.Namespace, folder: Path) -> None:
             }
             if keep != "nowhere" and not (folder / "cache" / f"train-{args.size}.npy.json").exists():
                 run({**options, "max_seconds": 0.0})
-            best = bare(args.variant, args.size, batch, args.device, args.steps)  # beside each, as machines drift
+            best, cpu = bare(args.variant, args.size, batch, args.device, args.steps)  # beside each, as machines drift
             found = run(options)
-            cells = [str(batch), f"{best:.0f}", keep, f"{found['rate']:.0f}", f"{found['rate'] / best:.2f}"]
-            print(f"| {' | '.join([*cells, format(found['start'], '.1f')])} |", flush=True)
+            cells = [str(batch), f"{best:.0f}", f"{cpu:.1f}", keep, f"{found['rate']:.0f}"]
+            cells += [f"{found['rate'] / best:.2f}", f"{found['cpu']:.1f}", f"{found['start']:.1f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:

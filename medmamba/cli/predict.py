@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -76,6 +77,11 @@ def add_parser(subparsers: Any) -> None:
         help="write results to a .jsonl, .csv or .parquet file, or a folder of Parquet parts, as they come; after an "
         "interruption the same command goes on",
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute on a Ray cluster at this address; auto: the running one, or a new one on this machine",
+    )
     parser.set_defaults(run=run)
 
 
@@ -125,6 +131,7 @@ def window(text: str) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> int:
     from ..data.sources import open_sources
+    from ..inference.predict import iter_predict
     from ..inference.to_file import Summary
     from ..model import MedMamba
     from ..utils.devices import pick_devices
@@ -140,7 +147,9 @@ def run(args: argparse.Namespace) -> int:
     sources = open_sources(args.images, lists=args.list, column=args.column)
     for note in sources.notes:
         say(note, sys.stderr)
-    devices = pick_devices(args.device)
+    if args.ray and args.device != "auto":
+        raise ValueError("--device has no effect on --ray, where each actor takes a GPU if there are any: leave it out")
+    devices = pick_devices("cpu" if args.ray else args.device)
     model = MedMamba.from_pretrained(args.model).to(devices[0])
     args.top_k = None if whole else 3 if args.top_k is None else args.top_k
     options = {
@@ -156,7 +165,15 @@ def run(args: argparse.Namespace) -> int:
         "tta": args.tta,
     }
     if args.per:
+        if args.ray:
+            raise ValueError("--per has no effect on a cluster: leave --ray out, or group its results")
         return run_groups(args, model, sources, options)
+    args.predict = iter_predict
+    if args.ray:
+        from ..inference.cluster import predict_on_ray
+
+        del options["devices"]
+        args.predict = functools.partial(predict_on_ray, address=args.ray)
     summary: Summary = _to_file(args, model, sources, options) if args.out else _print(args, model, sources, options)
     total = summary.answered
     for count, what in ((summary.unread, "could not be read"), (summary.undefined, "got no answer from the model")):
@@ -175,7 +192,16 @@ def _to_file(args: argparse.Namespace, model: Any, sources: Any, options: dict[s
         def record(name: str, result: Any) -> dict[str, Any]:
             return {**_record(name, result, args.parser), "source": name}
 
-        summary = predict_to_file(model, sources, args.out, top_k=args.top_k, record=record, done=bar.update, **options)
+        summary = predict_to_file(
+            model,
+            sources,
+            args.out,
+            top_k=args.top_k,
+            record=record,
+            done=bar.update,
+            predict=args.predict,
+            **options,
+        )
     before = f", {summary.before} had been answered before" if summary.before else ""
     say(f"{args.out}: {summary.answered} images answered{before}", sys.stderr)
     return summary
@@ -185,7 +211,7 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     from tqdm import tqdm
 
     from ..data.sources import name_of
-    from ..inference.predict import Failure, NotFinite, iter_predict
+    from ..inference.predict import Failure, NotFinite
     from ..inference.to_file import Summary
 
     write = _json if args.json else _csv(model.config.labels, _names(model, args.decide)) if args.csv else _lines
@@ -199,7 +225,7 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
 
     given = _Counted(named(), sources.count)
     with tqdm(total=sources.count, unit="image", disable=None, file=sys.stderr) as bar:
-        for result in iter_predict(model, given, args.top_k, **options):
+        for result in args.predict(model, given, args.top_k, **options):
             bar.update()
             summary.answered += 1
             summary.undefined += isinstance(result, NotFinite)

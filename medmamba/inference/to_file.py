@@ -52,6 +52,7 @@ def predict_to_file(
     gpu_decode: bool = False,
     record: Callable[[str, Prediction | Failure], dict[str, Any]] | None = None,
     done: Callable[[int], object] | None = None,
+    predict: Callable[..., Iterator[Prediction | Failure]] = iter_predict,
     **options: Any,
 ) -> Summary:
     """Classifies images and writes the results as they come; the same call goes on after an interruption.
@@ -66,7 +67,8 @@ def predict_to_file(
             with others, or with another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
-        options: further ones of `iter_predict`, on which the answers do not depend.
+        predict: `iter_predict`, or what answers like it, such as `medmamba.inference.cluster.predict_on_ray`.
+        options: further ones of `predict`, on which the answers do not depend.
 
     Raises:
         SinkError: `out` was begun with another model or other options, or is of another kind.
@@ -99,7 +101,7 @@ def predict_to_file(
                     found.before += 1
                     told(1)
 
-        for result in iter_predict(model, wanted(), top_k, **reading, **options):
+        for result in predict(model, wanted(), top_k, **reading, **options):
             name = names.popleft()
             row = record(name, result) if record else {**result.to_dict(), "source": name}
             sink.write(row)
