@@ -1,5 +1,6 @@
 """The subcommand `medmamba segment`, from a folder of images and masks to masks of new images."""
 
+import importlib.util
 import json
 
 import pytest
@@ -7,7 +8,9 @@ from PIL import Image
 
 from medmamba.cli.main import main
 
-pytest.importorskip("segmentation_models_pytorch", reason="needs the extra segment: make setup")
+# Importing it takes seconds, which every process would spend while it collects.
+if importlib.util.find_spec("segmentation_models_pytorch") is None:
+    pytest.skip("needs the extra segment: make setup", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,13 @@
 """Fixtures for tests of segmentation."""
 
+import importlib.util
+
 import pytest
 import torch
 
-pytest.importorskip("segmentation_models_pytorch", reason="needs the extra segment: make setup")
+# Importing it takes seconds, which every process would spend while it collects.
+if importlib.util.find_spec("segmentation_models_pytorch") is None:
+    pytest.skip("needs the extra segment: make setup", allow_module_level=True)
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """Training of segmentation models: learning, resuming, thresholds, and what is refused."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("segmentation_models_pytorch", reason="needs the extra segment: make setup")
+# Importing it takes seconds, which every process would spend while it collects.
+if importlib.util.find_spec("segmentation_models_pytorch") is None:
+    pytest.skip("needs the extra segment: make setup", allow_module_level=True)
 pytest.importorskip("accelerate")
 from segmentation_data import write_pairs
 
