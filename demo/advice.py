@@ -11,13 +11,27 @@ from medmamba.serving.record import WARNING, for_programs, problem_for_programs
 __all__ = ["WARNING", "for_programs", "in_app", "of_problem", "plain"]
 
 _KIND = re.compile(r"^[a-z][a-z0-9-]*: ")
-_FOR_PYTHON = re.compile(r"\b(?:frame|window|classes)=|numpy\.|\bpass \w|medmamba \w+ --|--(?:frame|window)\b")
+_FOR_PYTHON = re.compile(
+    r"\b(?:frame|window|classes|allow|allow_leakage)=|numpy\.|\bpass \w|medmamba \w+ --|--[a-z]+|\bmake_splits\b"
+)
 """Advice that applies only to Python code or the command line."""
+_PLAIN = {
+    r"Split again with make_splits[^;\n]*": (
+        "Remove the duplicates, or upload class folders without splits, which are then made here"
+    ),
+    r"Choose one label, remove the others, or accept them with [^;\n]*": "Choose one label and remove the others",
+    r"\bpatient_pattern\b": "the pattern",
+    r"\s*<_?io\.[^>]*>": "",
+    r"\bUnidentifiedImageError\b[^;\n]*": "not a readable image",
+}
+"""Advice to programmers, and the same for a page."""
 
 
 def in_app(text: object) -> str:
     """Strips the prefix, the kind and programmer-only clauses from a note, warning or error."""
     said = str(text).removeprefix(WARNING)
+    for pattern, plain_words in _PLAIN.items():
+        said = re.sub(pattern, plain_words, said)
     said = _KIND.sub("", said, count=1) if str(text).startswith(WARNING) else said
     clauses = re.split(r"(; |(?<=[^.])\. (?=[A-Z])| \((?=frame=))", said)
     kept = re.split(r", (?=pass |window=|frame=)", clauses[0])[0]

@@ -31,8 +31,13 @@ def chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     width: int = WIDTH,
+    mark: tuple[float, str] | None = None,
 ) -> Markup:
-    """Draws a figure with legend. Lines with the same name share an entry; `width` is in SVG units, like the font."""
+    """Draws a figure with legend. Lines with the same name share an entry; `width` is in SVG units, like the font.
+
+    Args:
+        mark: x and label of a vertical line.
+    """
     xs = [float(v) for line in lines for v in line.x] or [0.0, 1.0]
     ys = [float(v) for line in lines for v in line.y if math.isfinite(v)] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
@@ -60,13 +65,18 @@ def chart(
         parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>', x, y, tick))
     end = width - _RIGHT
     parts.append(tag('<text x="{}" y="{}" text-anchor="end" class="axis">{}</text>', end, HEIGHT - 4, x_label))
-    for line in sorted(
-        lines, key=lambda line: ("faint", "dash", "b", "a").index(line.style)
-    ):  # draws the main line on top
+    if mark is not None:
+        x, right = px(mark[0]), mark[0] > (x0 + x1) / 2
+        parts.append(tag('<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>', _TOP, HEIGHT - _BOTTOM, x=x))
+        beside, anchor = (x - 5, "end") if right else (x + 5, "start")
+        low = HEIGHT - _BOTTOM - 6
+        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', beside, low, anchor, mark[1]))
+    # Dashed lines are drawn last: over a solid line of equal values, both remain visible.
+    for line in sorted(lines, key=lambda line: ("faint", "b", "a", "dash").index(line.style)):
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(tag('<polyline class="line-{}" points="{}"/>', line.style, path))
-        if len(points) == 1 or (line.style in ("a", "b") and len(points) <= 40):
+        if len(points) == 1 or (line.style in ("a", "b", "dash") and len(points) <= 40):
             parts += [
                 tag('<circle class="dot-{}" cx="{:.1f}" cy="{:.1f}" r="2.4"/>', line.style, x, y) for x, y in points
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.inference.ood import Unusual, load_unusual
@@ -24,12 +25,14 @@ class Known:
         facts: configuration, results and licence from its folder.
         unusual: its out-of-distribution detector, if any.
         bytes: size of the weights.
+        folder: location of its files.
     """
 
     title: str
     facts: ModelFacts
     unusual: Unusual | None
     bytes: int
+    folder: Path | None = None
 
 
 @dataclass
@@ -111,7 +114,7 @@ def known_models(names: tuple[str, ...]) -> list[Known]:
             except LicenceError:  # no licence stated; the page says so
                 facts = read_facts(folder, licence="other")
             size = (folder / WEIGHTS_NAME).stat().st_size
-            found.append(Known(display_name(name), facts, load_unusual(folder), size))
+            found.append(Known(display_name(name), facts, load_unusual(folder), size, folder))
         except (OSError, ValueError):  # missing or damaged: reported when it is used
             continue
     return found

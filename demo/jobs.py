@@ -19,10 +19,12 @@ from medmamba.cli.train import STOPPED
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset, val_from_train
 from medmamba.evaluation import RESULTS_NAME, evaluations
 from medmamba.metrics import Evaluation
+from medmamba.utils.text import json_text
 
 from .options import Limits
 
 FRACTIONS = (0.6, 0.2, 0.2)
+PATTERN_SECONDS = 3.0
 _PERCENT = re.compile(rb"(\d+)%\|")
 _LOSS = re.compile(rb"epoch (\d+) loss (\d+\.\d+)")
 
@@ -36,12 +38,14 @@ class Plan:
         index: the dataset with the splits that will be used.
         made: whether the splits were created here rather than given by the file.
         val_taken: whether val was taken from train, because the file has only train and test.
+        pattern: regular expression for patients in file names; "" if none was given.
     """
 
     data: Path
     index: ImageDataset
     made: bool
     val_taken: bool = False
+    pattern: str = ""
 
     @property
     def batch_size(self) -> int:
@@ -72,8 +76,11 @@ class JobError(RuntimeError):
     """Training failed; the message says why."""
 
 
-def plan(path: Path, limits: Limits) -> Plan:
+def plan(path: Path, limits: Limits, pattern: str = "") -> Plan:
     """Validates a zip of class folders without unpacking it.
+
+    Args:
+        pattern: regular expression whose group 1 in a file name is the patient; all images of one stay in one split.
 
     Raises:
         DatasetError: too large, unsafe (path traversal, links, nested archives, zip bombs) or not an image dataset.
@@ -84,6 +91,7 @@ def plan(path: Path, limits: Limits) -> Plan:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
             count = len(archive.infolist())
+            names = [info.filename.rpartition("/")[2] for info in archive.infolist()]
     except zipfile.BadZipFile as error:
         raise DatasetError(f"{path.name} is not a complete zip file; create it again") from error
     if unpacked > limits.zip_unpacked_mb * 2**20:
@@ -92,7 +100,9 @@ def plan(path: Path, limits: Limits) -> Plan:
         )
     if count > 4 * limits.zip_images:
         raise DatasetError(f"{path.name} holds {count} files; the limit is {limits.zip_images} images")
-    index = open_dataset(path)
+    if pattern:
+        check_pattern(pattern, names)
+    index = open_dataset(path, patient_pattern=pattern or None)
     if len(index) > limits.zip_images:
         raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has no limit")
     if len(index.classes) > limits.zip_classes:
@@ -108,7 +118,29 @@ def plan(path: Path, limits: Limits) -> Plan:
     for split in ("train", "val"):
         if not index.split_sizes.get(split):
             raise DatasetError(f"there are split folders, but none called {split!r}; add it, or use class folders only")
-    return Plan(path, index, made, val_taken)
+    return Plan(path, index, made, val_taken, pattern)
+
+
+def check_pattern(pattern: str, names: list[str]) -> None:
+    """Tries a visitor's pattern on all names in a process of its own: matching can take exponential time.
+
+    Raises:
+        DatasetError: it takes longer than `PATTERN_SECONDS`.
+    """
+    code = (
+        "import json, re, sys\npattern, names = json.load(sys.stdin)\n"
+        "try: compiled = re.compile(pattern)\nexcept re.error: sys.exit()\n"
+        "for name in names: compiled.search(name)"
+    )
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", code],
+            input=json_text([pattern, names]).encode(),
+            timeout=PATTERN_SECONDS,
+            capture_output=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise DatasetError("the pattern takes too long to match; use a simpler one") from None
 
 
 class Job:
@@ -129,6 +161,8 @@ class Job:
         command += ["--checkpoint-seconds", "3600"]
         if plan.made:
             command += ["--split", ",".join(map(str, FRACTIONS))]
+        if plan.pattern:
+            command += [f"--patient-pattern={plan.pattern}"]
         # Output goes to a file of the session: no visitor data reaches the log of the server.
         with open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(

@@ -59,11 +59,35 @@
     event.target.nextElementSibling.value = `${event.target.value} %`;
   });
 
-  // On a phone, scroll to the answer, which is below the controls.
-  window.mmShowAnswer = () => {
-    if (window.innerWidth > 760) return;
-    document.querySelector("#mm-result, #mm-batch")?.scrollIntoView({ behavior: "smooth", block: "start" });
+  // Scroll to the answer: on a narrow page, below the controls; `opened` from a table, if it is out of view.
+  window.mmShowAnswer = (opened = false) => {
+    const found = document.querySelector(opened ? "#mm-result" : "#mm-result, #mm-batch");
+    const top = found?.getBoundingClientRect().top;
+    if (opened ? top < 0 || top > 0.6 * window.innerHeight : window.innerWidth <= 900)
+      found?.scrollIntoView({ behavior: "smooth", block: "start" });
   };
+
+  // Arrow keys, Home and End move between tabs, as the ARIA pattern for tabs demands.
+  document.addEventListener("keydown", (event) => {
+    const tab = event.target.closest?.("[role=tab]");
+    const list = tab?.closest("[role=tablist]");
+    if (list) {
+      const tabs = [...list.querySelectorAll("[role=tab]")].filter((other) => !other.disabled);
+      const at = tabs.indexOf(tab);
+      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      const next = tabs[(to + tabs.length) % tabs.length];
+      next.click();
+      setTimeout(() => document.getElementById(next.id)?.focus(), 60);  // Gradio draws the tabs again
+    }
+  });
+  // Tab leaves an open menu and closes it; otherwise it stays over the page.
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Tab" || !event.target.matches?.("input[role=listbox], input[aria-haspopup=listbox]")) return;
+    const input = event.target;
+    setTimeout(() => { if (document.activeElement !== input) input.blur(); input.dispatchEvent(new FocusEvent("blur")); }, 0);
+  });
 
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
 

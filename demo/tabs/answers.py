@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from pathlib import Path
 
 from medmamba.inference.predict import Failure
-from medmamba.metrics import PAPER_COLUMNS
-from medmamba.metrics.result import TITLES
 from medmamba.utils.tables import csv_row
 
 from ..advice import in_app, plain
@@ -22,7 +19,7 @@ from ..html import (
     card,
     data_uri,
     facts,
-    interval_text,
+    icon,
     join,
     licence_name,
     percent,
@@ -34,13 +31,18 @@ from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
 from .decide import remarks as decide_remarks
 from .remarks import WINDOW_BUTTON, remarks_of
+from .results import results_html
 
 EMPTY_TITLE = "No image yet"
 EMPTY_TEXT = "Drop, paste or choose an image, or pick an example. The prediction appears here."
 
 
-def answer_html(found: Answer, loaded: Loaded) -> Markup:
-    """Renders a prediction: the image as the model sees it, probabilities, remarks on reliability, and details."""
+def answer_html(found: Answer, loaded: Loaded, truth: str = "") -> Markup:
+    """Renders a prediction: the image as the model sees it, probabilities, remarks on reliability, and details.
+
+    Args:
+        truth: true class of an example, if known.
+    """
     prediction, config = found.prediction, loaded.config
     if config.task == "multilabel":
         above = [label for label, p in prediction.top if p >= 0.5]
@@ -64,7 +66,7 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
         '<div class="mm-answer-top"><figure class="mm-seen"><img src="{seen}" '
         'alt="The image as the model sees it, resized and windowed"><figcaption>Model input, '
         '{width}×{height}</figcaption></figure><div class="mm-verdict"><p class="mm-kicker">{kicker}</p>'
-        '<h2>{title}</h2>{bars}</div></div><div class="mm-remarks">{rest}</div>{made}'
+        '<h2>{title}</h2>{truth}{bars}</div></div><div class="mm-remarks">{rest}</div>{made}'
         '<details class="mm-notes"><summary>How the file was processed</summary>{notes}</details></section>',
         doubt="mm-doubt" if before else "",
         first=join(callout(*remark) for remark in before),  # before anything that looks like a prediction
@@ -73,11 +75,21 @@ def answer_html(found: Answer, loaded: Loaded) -> Markup:
         height=height,
         kicker=kicker,
         title=title,
+        truth=_truth_html(prediction.label, truth),
         bars=bars(prediction.top, caption),
         rest=join([decide_remarks(loaded, prediction), *(callout(*remark) for remark in after)]),
         made=made,
         notes=bullets(in_app(note) for note in found.notes),
     )
+
+
+def _truth_html(label: str, truth: str) -> Markup:
+    """Renders whether the prediction of an example is right."""
+    if not truth:
+        return NOTHING
+    if label == truth:
+        return tag('<p class="mm-truth">{} Right: this test image shows {}.</p>', icon("good"), truth)
+    return tag('<p class="mm-truth mm-wrong">{} Wrong: this test image shows {}.</p>', icon("error"), truth)
 
 
 WINDOW_ORIGINS = {
@@ -211,24 +223,13 @@ def _figures(loaded: Loaded) -> Markup:
     if not split:
         return callout("info", "This model has no test results", "Its accuracy is unknown.")
     evaluation = loaded.facts.evaluations[split]
-    names = ["accuracy", "balanced_accuracy", *(n for n in PAPER_COLUMNS if n != "accuracy"), "ece"]
-    rows = []
-    intervals = False
-    for name in names:
-        estimate = evaluation.overall.get(name)
-        if estimate is None or math.isnan(estimate.value):
-            continue
-        between = interval_text(estimate)
-        intervals = intervals or bool(between)
-        detail = tag("<span>{}</span>", between) if between else NOTHING
-        rows.append((TITLES[name], tag("<strong>{:.3f}</strong>{}", estimate.value, detail)))
     said = [counted(evaluation.n_images, evaluation.n_patients, f"{evaluation.unit}s")]
-    if intervals:
+    if evaluation.resamples:
         said.append(f"with {evaluation.level:.0%} intervals")
     if split != "test":
         said.append("not a test set: the weights may have been selected on these images")
     head = tag("<h3>On the {} split <span>{}</span></h3>", split, ", ".join(said))
-    return tag('<div class="mm-figures">{}{}</div>', head, facts(rows))
+    return tag('<div class="mm-figures">{}{}</div>', head, results_html(evaluation, split, loaded.folder))
 
 
 def counted(images: int, groups: int | None, unit: str) -> str:
@@ -251,9 +252,9 @@ def _calibration(loaded: Loaded) -> Markup:
 def _unusual(loaded: Loaded) -> Markup:
     if loaded.unusual:
         measured = loaded.unusual.measured
-        each = ", ".join(f"{name} {row['auroc']:.3f}" for name, row in measured.get("auroc", {}).items())
+        each = ", ".join(f"{row['called_unusual']:.0%} of {name}" for name, row in measured.get("auroc", {}).items())
         text = f"{loaded.unusual.coverage:.0%} of validation images pass. "
-        text += f"AUROC against {each}" if each else "Its performance was not measured"
+        text += f"It flags {each} images" if each else "How many foreign images it flags was not measured"
         return with_detail("By feature distance", text)
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:

@@ -18,7 +18,7 @@ from medmamba.pretrained import PretrainedError
 
 from ..advice import of_problem
 from ..context import Context
-from ..examples import examples_html, load_examples
+from ..examples import Example, examples_html, load_examples
 from ..html import Markup, empty, error, tag
 from ..service import AnswerError, FileFacts, View, Window, inspect
 from ..sessions import Session
@@ -195,7 +195,7 @@ def build(context: Context) -> ClassifyTab:
             return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), **hidden}
         session.prediction = found.prediction
         return {
-            result: answers.answer_html(found, loaded),
+            result: answers.answer_html(found, loaded, truth_of(examples, path, loaded)),
             explain: gr.update(visible=True),
             **panel.update(loaded, found.prediction),
         }
@@ -218,6 +218,11 @@ def build(context: Context) -> ClassifyTab:
         session = context.sessions.of(request)
         session.current = min(max(int(event.index), 0), len(session.images) - 1)
         return single(session, context.load(session, title), View())
+
+    def pressed(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        if not context.sessions.of(request).images:
+            return {result: error("No image yet", "Drop, paste or choose an image first, or pick an example.")}
+        return rerun(title, preset_, c, w, f, request)
 
     def rerun(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
@@ -282,8 +287,10 @@ def build(context: Context) -> ClassifyTab:
     ]
     for event in given:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
-    batch.click(open_row, [model], [result, explain, *panel.parts], **shared)
-    gr.on([button.click, model.input], rerun, [model, *view], shown, **shared)
+    opened = batch.click(open_row, [model], [result, explain, *panel.parts], **shared)
+    opened.then(None, js="() => mmShowAnswer(true)", api_visibility="private")
+    button.click(pressed, [model, *view], shown, **shared)
+    model.input(rerun, [model, *view], shown, **shared)
     model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
     result.click(by_range, [model, frame], shown, **shared)
     preset.input(use_preset, [model, *view], shown, **shared)
@@ -296,6 +303,17 @@ def build(context: Context) -> ClassifyTab:
 def dataset_of(loaded: Loaded) -> str | None:
     """Returns the registry name of a model's training dataset."""
     return loaded.facts.entry.name if loaded.facts.entry else None
+
+
+def truth_of(examples: list[Example], path: Path, loaded: Loaded) -> str:
+    """Returns the true class of a bundled example of the model's own dataset, else ""."""
+    dataset = dataset_of(loaded)
+    known = next((e for e in examples if e.path.name == path.name and e.dataset == dataset), None)
+    if known is None or not path.is_file() or path.read_bytes() != known.path.read_bytes():
+        return ""
+    assert loaded.facts.entry is not None
+    index = loaded.facts.entry.class_index(known.what)
+    return loaded.config.labels[index] if index is not None and index < len(loaded.config.labels) else ""
 
 
 FIRST = View(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from medmamba.config import ConfigError
 from medmamba.data import DatasetError
 from medmamba.imaging.load import ImageError
 from medmamba.metrics import Evaluation
-from medmamba.metrics.result import TITLES
 from medmamba.pretrained import PretrainedError
 
+from ..advice import in_app
 from ..charts import Line, chart
 from ..context import Context
 from ..gpu import ZERO_GPU
@@ -31,9 +32,6 @@ from ..html import (
     empty,
     error,
     facts,
-    interval_text,
-    join,
-    table,
     tag,
     with_detail,
 )
@@ -41,7 +39,9 @@ from ..jobs import Job, JobError, Plan, Progress, plan
 from ..options import BUSY, SAMPLE_SET
 from ..sessions import Session
 from ..theme import Html
+from . import answers
 from .classify import ClassifyTab
+from .results import results_html
 
 EMPTY = empty(
     "Train a model on your own classes",
@@ -54,6 +54,14 @@ FEW_IMAGES = 100
 CHOSEN_BY_VAL = (
     "These images were used to select the best epoch and to fit the calibration, so the results are optimistic. Add a "
     "test folder for an unbiased estimate."
+)
+UNKNOWN_PATIENTS = (
+    "The split is by image. If a patient has several images, results will be too optimistic: enter below how file "
+    "names tell the patient, or upload train, val and test folders that keep patients apart."
+)
+SAME_PATIENT = (
+    "Patients are not known, so the split is by image, and results may be too optimistic. If file names contain the "
+    "patient, enter a pattern under “Patients in file names”."
 )
 Updates = dict[Any, Any]
 
@@ -77,6 +85,13 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             )
             sample = gr.Button("Use the sample dataset: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")
+            with gr.Accordion("Patients in file names", open=False, visible=False, elem_id="mm-patients") as patients:
+                pattern = gr.Textbox(
+                    label="Pattern (regular expression)", placeholder=r"^(patient\d+)_", max_lines=1, max_length=200,
+                    info="What the first pair of brackets matches is the patient. All images of a patient then stay in "
+                    "one split.",
+                )  # fmt: skip
+                apply = gr.Button("Apply", size="sm", elem_id="mm-apply-pattern")
             base = gr.Dropdown(
                 context.choices(None),
                 value=first_base(context),
@@ -98,7 +113,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
 
     def take(path: str | None, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
-        hidden = {seen: gr.update(visible=False), run: gr.update(interactive=False)}
+        hidden = {seen: gr.update(visible=False), run: gr.update(interactive=False), patients: gr.update(visible=False)}
         if not path:
             return hidden
         session.data = None
@@ -109,15 +124,30 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             found = plan(target, limits)
         except (DatasetError, ImageError, OSError, ValueError) as problem:
             shutil.rmtree(target.parent, ignore_errors=True)
-            text = str(problem).replace(str(target), target.name)
-            return {**hidden, picture: error("This dataset cannot be used", text), done: gr.update(visible=False)}
+            shown = error("This dataset cannot be used", answers.reason(str(problem), target))
+            # Empties the drop zone, so that another file can be dropped.
+            return {**hidden, file: None, picture: shown, done: gr.update(visible=False)}
         session.data = found
         return {
             seen: gr.update(value=set_html(found), visible=True),
             run: gr.update(interactive=True),
+            patients: gr.update(visible=True, open=False),
+            pattern: "",
             picture: EMPTY,
             done: gr.update(visible=False),
         }
+
+    def group(text: str, request: gr.Request) -> Updates:
+        """Reads the dataset again with a pattern for patients."""
+        session = context.sessions.of(request)
+        if session.data is None:
+            return {seen: gr.update(visible=False)}
+        try:
+            session.data = plan(session.data.data, limits, text.strip())
+        except (DatasetError, ImageError, OSError, ValueError) as problem:
+            shown = callout("error", "This pattern cannot be used", answers.reason(str(problem), session.data.data))
+            return {seen: set_html(session.data) + shown, run: gr.update(interactive=False)}
+        return {seen: set_html(session.data), run: gr.update(interactive=True)}
 
     def take_sample(request: gr.Request) -> Updates:
         return take(str(SAMPLE_SET), request)
@@ -184,10 +214,11 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         return gr.update(choices=context.choices(session), value=newest), gr.Tabs(selected="classify")
 
     private: dict[str, Any] = dict(api_visibility="private")
-    taken = [seen, run, picture, done]
+    taken = [file, seen, run, patients, pattern, picture, done]
     file.upload(take, file, taken, show_progress_on=[picture], **private)
     file.clear(take, file, taken, **private)
     sample.click(take_sample, None, taken, show_progress_on=[picture], **private)
+    gr.on([apply.click, pattern.submit], group, pattern, [seen, run], show_progress_on=[seen], **private)
     panel = [picture, done, download, run, stop]
     started = run.click(begin, epochs, panel, queue=False, show_progress="hidden", **private)
     trained = started.then(
@@ -236,9 +267,25 @@ def set_html(found: Plan) -> Markup:
         (f"{len(index)} images, {len(index.classes)} classes", classes),
         ("Split", with_detail(sizes, how_divided(found))),
     ]
+    if any(index.patients):
+        rows.append(("Patients", matched_html(found)))
     if index.notes:
-        rows.append(("Notes", bullets(index.notes)))
-    return card(facts(rows), found.data.name, css="mm-tight")
+        rows.append(("Notes", bullets(in_app(note) for note in index.notes)))
+    unknown = NOTHING
+    if found.made and not any(index.patients):
+        unknown = callout("warn", "Images of one patient may be in several splits", UNKNOWN_PATIENTS)
+    return card(facts(rows) + unknown, found.data.name, css="mm-tight")
+
+
+def matched_html(found: Plan) -> Markup:
+    """Renders the number of patients, and which patient some of the file names belong to."""
+    index = found.index
+    groups = Counter(patient for patient in index.patients if patient is not None)
+    without = sum(patient is None for patient in index.patients)
+    said = f"{len(groups):,}, with up to {max(groups.values()):,} images each"
+    said += f"; {without:,} images without one" if without else ""
+    shown = [(Path(str(r.source)).name, r.patient or "none") for r in index.records[:: max(1, len(index) // 4)]]
+    return with_detail(said, bullets(f"{name} → {patient}" for name, patient in shown[:5]))
 
 
 def how_divided(found: Plan) -> str:
@@ -249,7 +296,7 @@ def how_divided(found: Plan) -> str:
         return "as in the folders"
     if any(found.index.patients):
         return "random, with each group of images (patient, lesion) kept together"
-    return "random within each class; images of one patient may be in several splits, as patients are unknown"
+    return "random within each class, by image, as patients are unknown"
 
 
 def progress_html(found: Progress, epochs: int, stage: str = "") -> Markup:
@@ -271,8 +318,8 @@ def progress_html(found: Progress, epochs: int, stage: str = "") -> Markup:
     return card(bar + curves_html(found, epochs), title, text, attributes=Markup('aria-live="off"'))
 
 
-def curves_html(found: Progress, epochs: int) -> Markup:
-    """Renders loss and accuracy over epochs."""
+def curves_html(found: Progress, epochs: int, best: int | None = None) -> Markup:
+    """Renders loss and accuracy over epochs, with a mark at the epoch that was kept, if known."""
 
     def column(name: str) -> list[float]:
         return [math.nan if row[name] is None else row[name] for row in found.history]
@@ -280,63 +327,42 @@ def curves_html(found: Progress, epochs: int) -> Markup:
     x = column("epoch")
     loss = [Line("training", [p[0] for p in found.losses], [p[1] for p in found.losses], "faint")]
     if found.history:
-        loss = [Line("training", x, column("loss"), "b"), Line("validation", x, column("val_loss"), "a")]
+        loss = [Line("training", x, column("loss"), "dash"), Line("validation", x, column("val_loss"), "a")]
     scores = [
         Line("accuracy", x, column("val_accuracy"), "a"),
-        Line("balanced accuracy", x, column("val_balanced_accuracy"), "b"),
+        Line("balanced accuracy", x, column("val_balanced_accuracy"), "dash"),
     ]
     limit = (0.0, float(epochs))
-    drawn = chart(scores, "Validation accuracy", "epoch", "higher is better", limit, (0, 1))
-    return tag('<div class="mm-chart-grid">{}{}</div>', chart(loss, "Loss", "epoch", "lower is better", limit), drawn)
+    mark = (float(best), "kept") if best else None
+    drawn = chart(scores, "Validation accuracy", "epoch", "higher is better", limit, (0, 1), mark=mark)
+    losses = chart(loss, "Loss", "epoch", "lower is better", limit, mark=mark)
+    return tag('<div class="mm-chart-grid">{}{}</div>', losses, drawn)
 
 
 def result_html(found: dict[str, Evaluation], job: Job, name: str, minutes: float) -> Markup:
-    """Renders the metrics, confusion matrix and curves of the finished model."""
+    """Renders the results and curves of the finished model."""
     split = "test" if "test" in found else "val"
     evaluation = found[split]
     progress = job.progress()
     best = read_facts(job.out, licence="other").config.training.get("best_epoch")
-    estimates = {key: evaluation.overall.get(key) for key in ("accuracy", "balanced_accuracy", "auroc")}
-    known = {key: found for key, found in estimates.items() if found is not None and not math.isnan(found.value)}
-    rows: list[list[object]] = [
-        [TITLES[key], f"{estimate.value:.3f}", interval_text(estimate)] for key, estimate in known.items()
-    ]
     few = NOTHING
     if evaluation.n_images < FEW_IMAGES:
-        wide = any(interval_text(estimate) for estimate in known.values())
         text = f"These results are based on {evaluation.n_images} images"
-        few = callout("warn", "Few images", text + (", hence the wide intervals." if wide else "."))
+        few = callout("warn", "Few images", text + (", hence the wide intervals." if evaluation.resamples else "."))
     chosen = callout("warn", "No test images", CHOSEN_BY_VAL) if split != "test" else NOTHING
-    metrics = table(["Metric", "Value", f"{evaluation.level:.0%} interval"], rows, f"On the {split} images")
+    unknown = NOTHING
+    if job.plan.made and not any(job.plan.index.patients):
+        unknown = callout("warn", "Images of one patient may be in several splits", SAME_PATIENT)
     epochs = len(progress.history)
     ended = f"Epoch {best} of {epochs} was best on validation." if best else f"{epochs} epochs."
     text = f"{ended} Total time {duration(progress.seconds)}. {kept_until(minutes)}"
-    both = tag('<div class="mm-result-grid"><div>{}</div><div>{}</div></div>', metrics, confusion_html(evaluation))
-    return card(both + few + chosen, f"{name} is ready", text) + card(curves_html(progress, epochs))
+    results = few + chosen + unknown + results_html(evaluation, split, job.out)
+    return card(results, f"{name} is ready", text) + card(curves_html(progress, epochs, best))
 
 
 def kept_until(minutes: float) -> str:
     """Says when a visitor's model is deleted."""
     return f"It is deleted when you leave the page or after {minutes:g} minutes of inactivity."
-
-
-def confusion_html(evaluation: Evaluation) -> Markup:
-    """Renders the confusion matrix, shaded by fraction of the true class."""
-    if evaluation.task != "multiclass":
-        return NOTHING
-    head = join(tag('<th scope="col">{}</th>', name) for name in evaluation.classes)
-    rows = []
-    for name, row in zip(evaluation.classes, evaluation.confusion, strict=True):
-        total = sum(row) or 1
-        cells = join(tag('<td style="--share:{:.3f}">{}</td>', count / total, count) for count in row)
-        rows.append(tag('<tr><th scope="row">{}</th>{}</tr>', name, cells))
-    return tag(
-        '<div class="mm-scroll" tabindex="0" role="region" aria-label="Confusion matrix"><table class="mm-confusion">'
-        "<caption>Rows: true class. Columns: predicted class.</caption>"
-        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>",
-        head,
-        join(rows),
-    )
 
 
 def duration(seconds: float) -> str:

@@ -80,17 +80,20 @@ def _warnings(found: Comparison) -> list[str]:
 def _map(explanation: Explanation, below: str) -> Markup:
     about = methods()[explanation.method].summary
     more = NOTHING
-    if notes := [in_app(note) for note in explanation.notes if not note.startswith(WARNING)]:
+    shown = (note for note in explanation.notes if not note.startswith(WARNING) and note != explanation.location)
+    if notes := [in_app(note) for note in shown]:
         more = tag("<details><summary>Notes</summary>{}</details>", bullets(notes))
     return tag(
         '<figure class="mm-map"><div class="mm-stack"><img src="{below}" alt=""><img class="mm-over" src="{above}" '
         'alt="{title}: the image, coloured by attribution"></div>'
-        "<figcaption><strong>{title}</strong><span>{about}. {seconds:.1f}&nbsp;s</span></figcaption>{more}</figure>",
+        "<figcaption><strong>{title}</strong><span>{about}. {seconds:.1f}&nbsp;s</span></figcaption>{where}{more}"
+        "</figure>",
         below=below,
         above=data_uri(explanation.overlay_pixels(1.0)),
         title=title_of(explanation),
         about=about[:1].upper() + about[1:],
         seconds=explanation.seconds,
+        where=tag('<p class="mm-where">{}.</p>', explanation.location) if explanation.location else NOTHING,
         more=more,
     )
 
@@ -142,8 +145,43 @@ def trust_html(found: Comparison, checking: int | None = None) -> Markup:
         "Regions of the image are blurred, or restored from a blurred image, in order of attribution. For a faithful "
         "map the logit falls fast on deletion and rises fast on insertion; grey lines are random orders."
     )
-    removal = card(tag('<div class="mm-chart-grid mm-narrow">{}</div>', curves), "Deletion and insertion", lead)
-    return card(checks + wait + agreement, "Reliability checks") + removal
+    removal = tag('<p>{}</p><div class="mm-chart-grid mm-narrow">{}</div>', lead, curves) if curves else NOTHING
+    details = tag('<details class="mm-more"><summary>Results of each check</summary>{}</details>', checks + agreement)
+    if removal:
+        details += tag('<details class="mm-more"><summary>Deletion and insertion curves</summary>{}</details>', removal)
+    return card(_verdicts(found) + wait + details, "Can these maps be trusted?", VERDICT_LEAD)
+
+
+VERDICT_LEAD = (
+    "A map is better than chance if blurring the regions it marks lowers the score faster, and restoring them raises "
+    "it faster, than doing so in each of several random orders."
+)
+_VERDICTS = {
+    "yes": (
+        "good",
+        "Better than chance: yes",
+        "What it marks matters to the model; that need not be the disease.",
+    ),
+    "no": ("error", "Better than chance: no", "Do not use this map."),
+    "unclear": (
+        "warn",
+        "Better than chance: unclear",
+        "It does not beat every random order in both tests.",
+    ),
+}
+
+
+def _verdicts(found: Comparison) -> Markup:
+    """Renders one line per map: whether it is better than chance."""
+    lines = []
+    for explanation, trust in zip(found.explanations, found.trust, strict=False):
+        if (verdict := trust.better_than_chance) is None:
+            continue
+        kind, title, text = _VERDICTS[verdict]
+        if trust.randomisation is not None and not trust.randomisation.passed:
+            text = "It hardly changes when the model’s weights are replaced by random ones: it shows the image."
+        lines.append(callout(kind, f"{title_of(explanation)}. {title}", text))
+    return tag('<div class="mm-verdicts">{}</div>', join(lines))
 
 
 def _compared(name: str, good: str) -> str:
@@ -162,7 +200,8 @@ def _agreement(found: Comparison) -> Markup:
         for name, row in zip(titles, found.agreement, strict=True)
     ]
     caption = (
-        "Rank correlation between maps; 1 means the same order of pixels. If two maps disagree, at least one is wrong."
+        "Rank correlation between maps; 1 means the same order of pixels. Methods ask different questions, so maps may "
+        "differ and both be right; trust what several maps that are better than chance agree on."
     )
     return tag('<div class="mm-agreement">{}</div>', table(["", *titles], rows, caption))
 

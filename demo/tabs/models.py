@@ -14,6 +14,7 @@ from ..context import Context, Known
 from ..html import NOTHING, Markup, card, interval_text, join, licence_name, table, tag
 from ..theme import Html
 from .classify import ClassifyTab, pick_js
+from .results import results_html
 
 HEADER = ["Dataset", "Images", "Licence", "Accuracy, paper", "Accuracy, here", "AUC, paper", "AUC, here", "Weights"]
 VARIANTS = ("tiny", "small", "base")
@@ -23,7 +24,11 @@ NONE = Markup('<span class="mm-none">–</span>')
 def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
     """Builds the tab and its events, without network access. Call inside `gr.Tab`."""
     known = list(context.known.values())
-    page = Html(models_html(known) + warnings_html(known), js_on_load=pick_js("mm-use", "click"), elem_id="mm-zoo")
+    page = Html(
+        models_html(known) + classes_html(known) + warnings_html(known),
+        js_on_load=pick_js("mm-use", "click"),
+        elem_id="mm-zoo",
+    )
 
     def use(event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:
         session = context.sessions.of(request)
@@ -61,6 +66,31 @@ def models_html(known: list[Known]) -> Markup:
         lead.append("† Measured on the split used for model selection, as there is no test split: optimistic.")
     text = " ".join(lead)
     return card(table(HEADER, rows, "Datasets and results", css="mm-zoo"), "The sixteen datasets of the paper", text)
+
+
+def classes_html(known: list[Known]) -> Markup:
+    """Renders the results of each model per class, collapsed."""
+    parts = []
+    for model in known:
+        if (split := model.facts.split) is None:
+            continue
+        evaluation = model.facts.evaluations[split]
+        lowest = min(
+            (row for row in evaluation.per_class if not math.isnan(row.scores["sensitivity"].value)),
+            key=lambda row: row.scores["sensitivity"].value,
+            default=None,
+        )
+        worst = f"lowest sensitivity: {lowest.name}, {lowest.scores['sensitivity'].value:.3f}" if lowest else ""
+        parts.append(
+            tag(
+                '<details class="mm-model-results"><summary><strong>{}</strong><span>{}</span></summary>{}</details>',
+                model.title,
+                worst,
+                results_html(evaluation, split, model.folder),
+            )
+        )
+    lead = "Averages hide the class that matters: these are the results of each class, with the confusion matrix."
+    return card(join(parts), "Results per class", lead) if parts else NOTHING
 
 
 def warnings_html(known: list[Known]) -> Markup:

@@ -45,7 +45,9 @@ def remarks_of(found: Answer, loaded: Loaded) -> tuple[list[Remark], list[Remark
         second = (
             f" The second most likely class is {found.prediction.top[1][0]}." if len(found.prediction.top) > 1 else ""
         )
-        after.append(("warn", "The model is unsure", how_often_right(found, loaded) + second, NOTHING))
+        # A rate measured on validation images says nothing about an image unlike them.
+        rate = "" if found.unusual else how_often_right(found, loaded)
+        after.append(("warn", "The model is unsure", (rate + second).strip(), NOTHING))
     elif not before and loaded.calibrated:
         after.append(_sure(found, loaded))
     return before, after + _of_the_model(loaded)
@@ -134,10 +136,10 @@ def _coverage(loaded: Loaded) -> float:
 def _auroc_text(loaded: Loaded) -> str:
     """Describes the measured performance of the warning."""
     measured = loaded.unusual.measured.get("auroc", {}) if loaded.unusual else {}
-    values = [row["auroc"] for row in measured.values()]
-    if not values:
+    if not measured:
         return " The performance of this warning was not measured for this model."
+    shares = [row["called_unusual"] for row in measured.values()]
     return (
-        f" The warning is a heuristic: it separated the model’s own test images from those of {len(values)} other "
-        f"datasets with an AUROC of at least {min(values):.3f}."
+        f" The warning is a heuristic: it flagged {min(shares):.0%} to {max(shares):.0%} of the images of "
+        f"{len(shares)} other datasets."
     )

@@ -38,8 +38,8 @@ class Comparison:
         explanations: in the order of the request.
         trust: results of the checks, one per explanation; empty if none were requested.
         agreement: float64 (n, n) rank correlation between the maps, averaged over 14x14 cells because resolutions
-            differ. Where methods disagree, at most one is right. NaN between a constant map and another; 1 on the
-            diagonal.
+            differ. Methods ask different questions, so a low value calls for caution and proves none of them wrong. NaN
+            between a constant map and another; 1 on the diagonal.
     """
 
     explanations: tuple[Explanation, ...]

@@ -29,6 +29,7 @@ from ..utils import modes
 from ..utils.extras import missing_text
 from ..utils.text import json_text
 from .conditions import SeededNumPy, controlled
+from .location import location_note
 from .methods import METHODS, Attribution, Method, check_options
 from .render import Map, colour_limit, faint_range, overlay_figure, overlay_pixels
 from .subject import Progress, Subject, blocks, default_batch_size, frozen_view, resolve_target
@@ -86,6 +87,11 @@ class Explanation:
     def attribution_full(self) -> np.ndarray:
         """float32 (h, w) at the size of the original image, interpolated; 0 where preprocessing cropped the image."""
         return to_image_size(self.attribution, self.image.size, self.preprocess)
+
+    @property
+    def location(self) -> str:
+        """A sentence if much of the weight lies in a corner or in the border of the model's input, else ""."""
+        return location_note(self.attribution)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the pixels and the map, in plain types, for JSON."""
@@ -195,9 +201,11 @@ def explain(
     result = attribute(subject, chosen, filled, seed)
     subject.report(1.0)
     assert subject.logits is not None and subject.target is not None
+    values = result.values.detach().cpu().float().numpy()
+    where = [note] if (note := location_note(values)) else []
     return Explanation(
         method=chosen.name,
-        attribution=result.values.detach().cpu().float().numpy(),
+        attribution=values,
         signed=chosen.signed,
         target=subject.target,
         label=config.id2label[subject.target],
@@ -217,6 +225,7 @@ def explain(
             *_notes(picture, config, original),
             *(note.removeprefix("warning: ") for note in changes),
             *result.notes,
+            *where,
         ),
         image=picture,
         preprocess=config.preprocess,

@@ -19,7 +19,7 @@ from .conditions import controlled
 from .explanation import Explanation, attribute, check_batch_size, find_method
 from .methods import Method, check_options
 from .randomisation import SIMILAR, Randomisation, State, random_states, randomisation_check
-from .removal import Curves, infidelity, removal_curves
+from .removal import Curves, area, infidelity, removal_curves
 from .subject import Progress, Subject, frozen_view
 
 METRICS = ("infidelity", "sensitivity", "removal", "randomisation")
@@ -51,6 +51,23 @@ class Trust:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def better_than_chance(self) -> str | None:
+        """Whether the map finds what the model uses: "yes", "no" or "unclear"; None without deletion and insertion.
+
+        "yes" if both curves are better than those of every random order; "no" if neither is better than the mean of the
+        random orders, or if models with random weights give a similar map, which then shows the image.
+        """
+        if (curves := self.curves) is None or not len(curves.random_deletion):
+            return None
+        if self.randomisation is not None and not self.randomisation.passed:
+            return "no"
+        deletion = [area(curve, curves.fractions) - curves.deletion_auc for curve in curves.random_deletion]
+        insertion = [curves.insertion_auc - area(curve, curves.fractions) for curve in curves.random_insertion]
+        if min(*deletion, *insertion) > 0:
+            return "yes"
+        return "no" if sum(deletion) <= 0 and sum(insertion) <= 0 else "unclear"
+
     def rows(self) -> list[tuple[str, str, str]]:
         """Returns rows of (check, result, good value) for a table."""
         rows = []
@@ -78,7 +95,15 @@ class Trust:
         """Returns the record in plain types, for JSON."""
         record: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("method", "infidelity", "unexplained", "sensitivity", "settings", "seconds")
+            for name in (
+                "method",
+                "better_than_chance",
+                "infidelity",
+                "unexplained",
+                "sensitivity",
+                "settings",
+                "seconds",
+            )
         }
         if (curves := self.curves) is not None:
             record["curves"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(curves).items()}

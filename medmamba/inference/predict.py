@@ -163,7 +163,8 @@ def iter_predict(
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     if decide:
         chosen(in_force(model), decide)  # refused before the first image is read
-    order = Order(model.config.preprocess, model.config.in_chans, frame, window, reduced=reduced)
+    colour = trained_on_colour(model.config)
+    order = Order(model.config.preprocess, model.config.in_chans, frame, window, reduced=reduced, colour=colour)
     for batch in stream(model, images, order, options):
         yield from _finish(model, batch, top_k, decide)
 
@@ -292,3 +293,14 @@ def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[
         return detector.is_unusual(features.numpy()).tolist()
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
     return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
+
+
+def trained_on_colour(config) -> bool | None:
+    """Returns whether the training images of a model were in colour, by the registry; None if unknown."""
+    from ..data import registry
+
+    try:
+        entry = registry.get(str(config.training.get("dataset") or ""))
+    except registry.RegistryError:
+        return None
+    return entry.channels == 3

@@ -16,7 +16,7 @@ import medmamba
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from demo.options import EXAMPLES
+from demo.options import EXAMPLES, SAMPLE_SET
 
 pytestmark = [
     pytest.mark.browser,
@@ -224,6 +224,33 @@ def test_errors_are_shown_in_place_with_a_way_out(open_page, tmp_path):
     answer_of(page, NEUTROPHIL)  # and on it goes
 
 
+def test_keys_rows_and_examples(open_page):
+    page = open_page(width=800)
+    page.get_by_role("button", name="Classify", exact=True).click()
+    page.get_by_text("choose an image first").wait_for()
+    page.get_by_role("button", name="platelet, blood cell").click()
+    page.locator(".mm-truth", has_text="this test image shows platelet").wait_for()
+    for name in page.locator(".mm-bars th").all()[:8]:  # words are not broken into letters
+        assert name.bounding_box()["width"] > 60
+    assert page.locator(".mm-bar").first.bounding_box()["width"] > 60
+    page.locator("#mm-model input").click()
+    page.get_by_role("option", name="other").wait_for()
+    page.keyboard.press("Tab")
+    page.get_by_role("option", name="other").wait_for(state="hidden")
+    page.get_by_role("tab", name="Classify").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("Check the maps").wait_for()
+    page.keyboard.press("End")
+    page.get_by_text("The sixteen datasets of the paper").wait_for()
+    page.keyboard.press("ArrowRight")
+    page.locator("#mm-drop").wait_for()
+    give(page, *sorted(EXAMPLES.glob("*.webp")))
+    page.locator(".mm-batch").wait_for()
+    page.get_by_role("button", name="blood_basophil.webp").click()
+    page.locator(".mm-answer").wait_for()
+    page.wait_for_function("document.querySelector('.mm-answer').getBoundingClientRect().top < 600")
+
+
 # --- Explain ---
 
 
@@ -238,8 +265,11 @@ def test_explaining_an_answer(open_page):
     page.get_by_label("Occlusion").uncheck()
     page.get_by_label("Check the maps").check()
     page.locator("#mm-run-explain").click()
-    page.get_by_text("Reliability checks").wait_for()
+    page.get_by_text("Can these maps be trusted?").wait_for()
     page.locator("#mm-downloads button").first.wait_for()
+    assert page.locator(".mm-verdicts strong", has_text="Better than chance:").count() == 2
+    assert not page.locator(".mm-trust").is_visible(), "the numbers are folded"
+    page.get_by_text("Results of each check").click()
     assert page.locator(".mm-map").count() == 2 and page.locator("#mm-trust .mm-chart").count() == 2
     trust = page.locator(".mm-trust").inner_text()
     assert "Deletion AUC" in trust and "Same map with random weights" in trust
@@ -304,8 +334,18 @@ def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_
         archive.writestr("../../a/1.png", b"x")
     page.locator("#mm-zip input[type=file]").set_input_files(tmp_path / "evil.zip")
     page.get_by_text("leads out of the archive").wait_for()
-    page.locator("#mm-sample").click()
-    page.locator("#mm-set .mm-card").wait_for()
+    # The drop zone takes another file at once.
+    page.locator("#mm-zip input[type=file]").set_input_files(SAMPLE_SET)
+    page.locator("#mm-set", has_text="Images of one patient may be in several splits").wait_for()
+    page.get_by_text("Patients in file names").click()
+    field = page.get_by_label("Pattern (regular expression)")
+    field.fill("(nothing)")
+    field.press("Enter")
+    page.locator("#mm-set", has_text="matches none of the 64 file names").wait_for()
+    assert page.locator("#mm-run-train").is_disabled()
+    field.fill(r"(\d)\.")
+    page.locator("#mm-apply-pattern").click()
+    page.locator("#mm-set", has_text="with up to").wait_for()
     page.locator("#mm-run-train").click()
     page.locator("#mm-stop-train").click()
     page.get_by_text("Nothing was saved").wait_for()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from demo_helpers import CALIBRATION, save_model
 from PIL import Image
 
 import medmamba
-from medmamba.data import registry
+from medmamba.data import DatasetError, registry
 from medmamba.imaging.load import load_image
 from medmamba.inference.predict import Prediction
 from medmamba.metrics import evaluate
@@ -185,7 +186,8 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
     import demo.jobs as jobs
 
     found = jobs.plan(jobs.Path(str(classify.__file__)).parents[1] / "examples" / "chest_xray_sample.zip", Limits())
-    assert "as patients are unknown" in finetune.set_html(found)
+    page = finetune.set_html(found)
+    assert "as patients are unknown" in page and "Images of one patient may be in several splits" in page
     index = found.index
     records = [dataclasses.replace(record, patient="p") for record in index.records]
     grouped = dataclasses.replace(found, index=index.with_records(records))
@@ -318,3 +320,77 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path, loaded_with):
     Image.new("L", (8, 8)).save(buffer, "PNG")
     (tmp_path / "picture").write_bytes(buffer.getvalue())
     assert inspect(tmp_path / "picture").image.format == "PNG"
+
+
+# --- results and patients ---
+
+
+def test_results_are_per_class_and_averages_are_called_so(loaded_with):
+    loaded = loaded_with("per-class")
+    found = evaluation(False)
+    page = answers.card_html(
+        dataclasses.replace(loaded, facts=dataclasses.replace(loaded.facts, evaluations={"test": found}))
+    )
+    for row in found.per_class:
+        assert f"{row.scores['sensitivity'].value:.3f}" in page and f"{row.scores['npv'].value:.3f}" in page
+    assert page.index("PPV") < page.index("AUROC, macro average"), "classes come before averages"
+    assert "Rows: true class" in page
+    assert ">Sensitivity, macro average<" not in page, "averages of sensitivity hide the class that matters"
+
+
+def test_an_unusual_image_is_not_said_to_be_right_so_often(by_calibration):
+    loaded = by_calibration["good"]
+    usual, unusual = (said(answer(0.51, unusual=flag), loaded) for flag in (False, True))
+    assert "51 of 100" in usual and "of 100" not in unusual
+    assert "Do not rely on" in unusual
+
+
+def test_patients_in_file_names_stay_in_one_split(tmp_path):
+    from demo import jobs
+
+    path = tmp_path / "patients.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for label in "ab":
+            for i in range(24):
+                content = io.BytesIO()
+                pixels = np.random.default_rng([ord(label), i]).integers(0, 255, (9, 9), np.uint8)
+                Image.fromarray(pixels).save(content, "png")
+                archive.writestr(f"{label}/{label}{i // 3}_{i}.png", content.getvalue())
+    found = jobs.plan(path, Limits(), r"^(\w\d+)_")
+    splits: dict[str, set] = {}
+    for record in found.index.records:
+        splits.setdefault(record.patient, set()).add(record.split)
+    assert len(splits) == 16 and all(len(where) == 1 for where in splits.values())
+    page = finetune.set_html(found)
+    assert "16, with up to 3 images each" in page and "a0_0.png → a0" in page
+    assert "may be in several splits" not in page
+    for pattern, reason in (("(", "not a regular expression"), ("^(x)", "matches none")):
+        with pytest.raises(DatasetError, match=reason):
+            jobs.plan(path, Limits(), pattern)
+
+
+def test_a_pattern_that_never_ends_is_refused(tmp_path, monkeypatch):
+    from demo import jobs
+
+    monkeypatch.setattr(jobs, "PATTERN_SECONDS", 0.5)
+    with pytest.raises(DatasetError, match="too long"):
+        jobs.check_pattern(r"(a+)+$", ["a" * 60 + "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (
+            "x: 2 images are in more than one split: a = b. Results on such a test set are too optimistic. Split again "
+            "with make_splits (it keeps patients together), remove the duplicates, or pass allow= (allow_leakage= of "
+            "train, --allow-leakage) and report that",
+            "Remove the duplicates",
+        ),
+        ("a.png: cannot be read (UnidentifiedImageError: cannot identify <_io.BufferedReader name='a'>)", "a.png"),
+    ],
+)
+def test_no_words_of_python_in_messages(text, plain):
+    shown = advice.in_app(text)
+    assert plain in shown
+    for word in ("make_splits", "allow", "UnidentifiedImageError", "_io", "--"):
+        assert word not in shown

@@ -9,11 +9,12 @@ import torch
 from explain_cases import picture, squares
 
 import medmamba
-from medmamba.explain import Assessor, ExplainCancelled, assess, explain
+from medmamba.explain import Assessor, ExplainCancelled, Trust, assess, explain
 from medmamba.explain.conditions import controlled
+from medmamba.explain.location import location_note
 from medmamba.explain.randomisation import SIMILAR, random_states
 from medmamba.explain.regions import make_baseline
-from medmamba.explain.removal import area, infidelity, removal_curves
+from medmamba.explain.removal import Curves, area, infidelity, removal_curves
 from medmamba.explain.similarity import rank_correlation, similarities, ssim, top_overlap
 from medmamba.explain.subject import Subject, frozen_view
 from medmamba.imaging.load import load_image
@@ -329,3 +330,36 @@ def test_ssim():
     assert ssim(a, 3 * a) == pytest.approx(1)
     assert abs(ssim(a, b)) < 0.1
     assert ssim(a, a + 0.3 * b) > ssim(a, a + b) > ssim(a, b)
+
+
+def test_better_than_chance_is_yes_no_or_unclear():
+    fractions = np.linspace(0, 1, 5)
+    falls, rises = np.array([1, 0.2, 0.1, 0, 0]), np.array([0, 0.8, 0.9, 1, 1])
+    random = np.array([[1, 0.7, 0.5, 0.3, 0], [1, 0.8, 0.5, 0.2, 0]])
+
+    def trust(deletion, insertion):
+        curves = Curves(fractions, deletion, insertion, random, random[:, ::-1])
+        return Trust("m", curves=curves)
+
+    assert trust(falls, rises).better_than_chance == "yes"
+    assert trust(rises, falls).better_than_chance == "no"
+    assert trust(falls, falls).better_than_chance == "unclear"
+    assert Trust("m").better_than_chance is None
+    assert trust(falls, rises).to_dict()["better_than_chance"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        (slice(0, 8), slice(0, 8), "top left corner"),
+        (slice(0, 40), slice(0, 2), "border"),
+        (slice(15, 25), slice(15, 25), ""),
+        (slice(0, 40), slice(0, 40), ""),
+    ],
+)
+def test_weight_in_a_corner_or_the_border_is_reported(rows, columns, expected):
+    map_ = np.full((40, 40), 1e-4)
+    map_[rows, columns] = -1
+    note = location_note(map_)
+    assert expected in note and bool(note) == bool(expected)
+    assert location_note(np.zeros((40, 40))) == ""

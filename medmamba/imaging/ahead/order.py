@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...config import PreprocessConfig
+from ..colour import colour_note
 from ..fit import fit
 from ..image import ImageError, MedicalImage, Window, source_name
 from ..load import load_image, load_named
@@ -60,6 +61,7 @@ class Order:
         encoded: leave plain JPEG files compressed, for a device that decodes them, see `inference.gpu_decode`.
         reduced: decode JPEG at a half, a quarter or an eighth of its size where that is still at least twice the
             network's input. Fast, but not the same pixels.
+        colour: whether the model was trained on colour images, for a warning; None if unknown.
     """
 
     preprocess: PreprocessConfig
@@ -70,6 +72,7 @@ class Order:
     sized: bool = True
     reduced: bool = False
     encoded: bool = False
+    colour: bool | None = None
 
     @property
     def bytes_per_image(self) -> int:
@@ -129,7 +132,7 @@ def prepare(source: Any, order: Order) -> Prepared | Unread:
         return compressed
     try:
         image = _read_reduced(source, order) if order.reduced else read_source(source, order.frame, order.window)
-        notes = [*image.notes, *(input_notes(image, order.preprocess) if order.sized else ())]
+        notes = [*image.notes, *(input_notes(image, order.preprocess, order.colour) if order.sized else ())]
         pixels = fit(image, order.preprocess, order.in_chans)
         deep = image.bit_depth > 8
         return Prepared(image.source, notes, as_stored(pixels, deep) if order.stored else pixels, deep)
@@ -145,9 +148,12 @@ def as_stored(pixels: np.ndarray, deep: bool) -> np.ndarray:
     return np.rint(pixels * np.float32(65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
 
 
-def input_notes(image: MedicalImage, config: PreprocessConfig) -> list[str]:
-    """Returns notes and warnings about resizing to the input size of the network, and on an image of one value."""
-    return [*size_notes(image.size, config), *([constant_note()] if image.constant else [])]
+def input_notes(image: MedicalImage, config: PreprocessConfig, colour: bool | None = None) -> list[str]:
+    """Returns notes and warnings about resizing to the input size of the network, an image of one value, and colour."""
+    notes = [*size_notes(image.size, config), *([constant_note()] if image.constant else [])]
+    if note := colour_note(image, colour):
+        notes.append(note)
+    return notes
 
 
 def size_notes(size: tuple[int, int], config: PreprocessConfig) -> list[str]:
