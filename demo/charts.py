@@ -69,8 +69,7 @@ def chart(
         x, right = px(mark[0]), mark[0] > (x0 + x1) / 2
         parts.append(tag('<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>', _TOP, HEIGHT - _BOTTOM, x=x))
         beside, anchor = (x - 5, "end") if right else (x + 5, "start")
-        low = HEIGHT - _BOTTOM - 6
-        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', beside, low, anchor, mark[1]))
+        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', beside, _TOP + 8, anchor, mark[1]))
     # Dashed lines are drawn last: over a solid line of equal values, both remain visible.
     for line in sorted(lines, key=lambda line: ("faint", "b", "a", "dash").index(line.style)):
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from medmamba.data import ImageDataset
 
 from .html import NOTHING, Markup, bullets, data_uri, join, tag
 from .options import EXAMPLES
@@ -19,6 +22,8 @@ KINDS = {
 """First word of a file name to (dataset whose test split it comes from, kind of image, source)."""
 LICENCE = "CC BY 4.0"
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
+HELD_OUT = 8
+"""Number of test images shown after fine-tuning."""
 FOREIGN = 1
 """Number of examples per other kind of image, which demonstrate out-of-distribution detection."""
 
@@ -48,12 +53,42 @@ def load_examples() -> list[Example]:
     return found
 
 
-def examples_html(examples: list[Example], dataset: str | None) -> Markup:
+def held_out(index: ImageDataset, folder: Path) -> list[Example]:
+    """Writes some 8-bit test images of a visitor's dataset, of each class in turn; [] if there are none."""
+    if not index.split_sizes.get("test"):
+        return []
+    test = index.split("test")
+    by_class = [[r for r in test.records if r.label == k] for k in range(len(test.classes))]
+    turns = [records[i] for i in range(HELD_OUT) for records in by_class if i < len(records)]
+    found: list[Example] = []
+    for record in turns[:HELD_OUT]:
+        try:
+            image = test.reader.read(record)
+        except (ValueError, OSError):
+            continue
+        if image.bit_depth > 8 or not isinstance(record.label, int):
+            continue
+        path = folder / f"{len(found)}_{Path(str(record.source)).stem[:60]}.png"
+        picture = image.to_pil()
+        picture.save(path)
+        small = picture.convert("RGB")
+        small.thumbnail((120, 120))
+        what = test.classes[record.label]
+        found.append(Example(path, what, "your test image", "", data_uri(np.asarray(small), exact=False)))
+    return found
+
+
+def examples_html(examples: list[Example], dataset: str | None, yours: Sequence[Example] = ()) -> Markup:
     """Renders thumbnails as buttons: examples of the model's own kind first, then others.
 
     Args:
         dataset: training dataset of the model.
+        yours: test images of a model that the visitor trained, numbered after `examples`.
     """
+    if yours:
+        lead = "Test images of your dataset, not used for training or selection, labelled with their true class."
+        own_images = list(enumerate(yours, len(examples)))
+        return tag('<div class="mm-examples">{}</div>', _group("Or try a held-out image", own_images, lead))
     numbered = list(enumerate(examples))
     own = [(i, e) for i, e in numbered if e.dataset == dataset]
     others: list[tuple[int, Example]] = []

@@ -18,6 +18,7 @@ from .options import Limits
 if TYPE_CHECKING:
     from medmamba.inference.predict import Prediction
 
+    from .examples import Example
     from .jobs import Plan
 
 
@@ -32,6 +33,7 @@ class Session:
         current: index of the displayed image.
         prediction: of that image, or None.
         models: folders of the models fine-tuned in this session, by displayed name.
+        examples: test images of those models, by displayed name.
         data: the dataset to fine-tune on.
         stop_explaining: set to cancel a running explanation.
         stop_training: set to cancel a running training.
@@ -45,6 +47,7 @@ class Session:
         self.current = 0
         self.prediction: Prediction | None = None
         self.models: dict[str, Path] = {}
+        self.examples: dict[str, list[Example]] = {}
         self.data: Plan | None = None
         self.stop_explaining = threading.Event()
         self.stop_training = threading.Event()

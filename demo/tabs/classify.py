@@ -195,7 +195,9 @@ def build(context: Context) -> ClassifyTab:
             return {result: answers.failure_html(of_problem(problem, alone=lacking), path, lacking), **hidden}
         session.prediction = found.prediction
         return {
-            result: answers.answer_html(found, loaded, truth_of(examples, path, loaded)),
+            result: answers.answer_html(
+                found, loaded, truth_of([*examples, *session.examples.get(loaded.title, ())], path, loaded)
+            ),
             explain: gr.update(visible=True),
             **panel.update(loaded, found.prediction),
         }
@@ -211,8 +213,11 @@ def build(context: Context) -> ClassifyTab:
         return {file: None, **controls(session), **answer(session, title, FIRST)}
 
     def choose(event: gr.EventData, title: str, request: gr.Request) -> Updates:
+        offered = [*examples, *context.sessions.of(request).examples.get(title, ())]
         index = int(event.index)
-        return take([str(examples[index].path)], title, request)
+        if not 0 <= index < len(offered):  # not sent by the page
+            return {result: gr.skip()}
+        return take([str(offered[index].path)], title, request)
 
     def open_row(event: gr.EventData, title: str, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
@@ -274,7 +279,9 @@ def build(context: Context) -> ClassifyTab:
 
     def examples_of(title: str, request: gr.Request) -> Markup:
         try:
-            return examples_html(examples, dataset_of(context.load(context.sessions.of(request), title)))
+            session = context.sessions.of(request)
+            dataset = dataset_of(context.load(session, title))
+            return examples_html(examples, dataset, session.examples.get(title, ()))
         except (PretrainedError, ConfigError, OSError, ValueError):  # reported with the prediction
             return examples_html(examples, None)
 
@@ -306,14 +313,19 @@ def dataset_of(loaded: Loaded) -> str | None:
 
 
 def truth_of(examples: list[Example], path: Path, loaded: Loaded) -> str:
-    """Returns the true class of a bundled example of the model's own dataset, else ""."""
+    """Returns the true class of a test image of the model's own dataset, bundled or held out, else ""."""
     dataset = dataset_of(loaded)
-    known = next((e for e in examples if e.path.name == path.name and e.dataset == dataset), None)
-    if known is None or not path.is_file() or path.read_bytes() != known.path.read_bytes():
-        return ""
-    assert loaded.facts.entry is not None
-    index = loaded.facts.entry.class_index(known.what)
-    return loaded.config.labels[index] if index is not None and index < len(loaded.config.labels) else ""
+    for known in examples:
+        if known.path.name != path.name or known.dataset not in ("", dataset) or not known.path.is_file():
+            continue
+        if path.read_bytes() != known.path.read_bytes():
+            continue
+        if not known.dataset:
+            return known.what if known.what in loaded.config.labels else ""
+        entry = loaded.facts.entry
+        index = entry.class_index(known.what) if entry else None
+        return loaded.config.labels[index] if index is not None and index < len(loaded.config.labels) else ""
+    return ""
 
 
 FIRST = View(0)

@@ -22,6 +22,7 @@ from medmamba.pretrained import PretrainedError
 from ..advice import in_app
 from ..charts import Line, chart
 from ..context import Context
+from ..examples import held_out
 from ..gpu import ZERO_GPU
 from ..html import (
     NOTHING,
@@ -192,6 +193,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             found = job.result()
             name = own_name(session)
             session.models[name] = job.out
+            session.examples[name] = held_out(session.data.index, session.new_folder())
             yield {
                 picture: result_html(found, job, name, limits.idle_minutes),
                 done: gr.update(visible=True),

@@ -322,8 +322,8 @@ def test_fine_tuning_and_trying_the_new_model(open_page):
     assert {"model/config.json", "model/model.safetensors"} <= set(zipfile.ZipFile(path).namelist())
     assert medmamba.MedMamba.from_pretrained(path).config.labels == ["normal", "pneumonia"]
     page.locator("#mm-try").click()
-    page.get_by_role("button", name="pneumonia, chest X-ray").click()
-    page.locator(".mm-answer").wait_for()
+    page.get_by_role("button", name="pneumonia, your test image").first.click()
+    page.locator(".mm-truth", has_text="this test image shows pneumonia").wait_for()
     assert "Yours: chest_xray_sample" in page.locator(".mm-answer").inner_text()
 
 
