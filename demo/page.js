@@ -79,6 +79,7 @@
       event.preventDefault();
       const next = tabs[(to + tabs.length) % tabs.length];
       next.click();
+      next.focus();
       setTimeout(() => document.getElementById(next.id)?.focus(), 60);  // Gradio draws the tabs again
     }
   });
