@@ -7,8 +7,9 @@ fetched while the next ones are computed. On a CPU the network runs in the calle
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from .gpu_decode import GpuDecoder
 from .tta import mean_logits
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PROBED = (32, 64, 128, 256, 512)
+_PROBED = (64, 128, 256, 512)
 _ENOUGH = 0.95  # of the best rate: the smallest batch that reaches it is taken
 _CPU_BATCH = 16
 
@@ -40,6 +41,13 @@ class Answer(NamedTuple):
 
     features: Tensor | None
     logits: Tensor
+
+
+class Transferred(NamedTuple):
+    """Images on their way to a device: (n, h, w, c) each, and the event after which they are there."""
+
+    arrays: list[Tensor]
+    event: torch.cuda.Event | None
 
 
 class Running:
@@ -83,19 +91,16 @@ class Engine:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.model, self.device, self.precision, self.tta, self.order = model, device, precision, tta, order
-        self._decoder: GpuDecoder | None = None
         weight = model.patch_embed.proj.weight
         self.dtype = weight.dtype if precision is None else PRECISIONS[precision]
         self.exact = device.type == "cuda" and self.dtype == torch.float32 and precision != "tf32"
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._looks = torch.cuda.Stream(weight.device) if weight.is_cuda else None
+        self._own = threading.local()
         self._seen: list[Tensor] = []
         self._made: tuple[Any, Any] | None = None
 
     def network(self) -> Any:
         """Returns the network to call, made again where the model's weights have changed."""
-        # On a stream of its own, since looking at values waits for all that was asked of a stream before.
-        with torch.cuda.stream(self._looks) if self._looks is not None else contextlib.nullcontext():
+        with looking(self.model):
             now = stamp(self.model)
         if self._made is None or self._made[0] != now:
             self._made = now, self._make()
@@ -111,25 +116,43 @@ class Engine:
                 return _with_features(fused.float() if cast == torch.float32 else fused, self._seen)
         return _with_features(frozen_view(self.model, cast, self.device), self._seen)
 
-    def submit(self, chunks: Sequence[Chunk], config: MedMambaConfig, many: bool = True) -> Running | None:
-        """Starts to compute the images of some chunks that could be read; None where there are none.
+    def transfer(self, chunk: Chunk) -> Transferred:
+        """Starts to bring the images of a chunk that could be read to the device, and to decode what is left to it.
 
-        The chunks may be released once the answer is there.
+        Any thread may do that; copies run on a stream of the thread's own. The chunk may be released once the answer to
+        its images is there.
+        """
+        with self._on_device():
+            if self.device.type != "cuda":
+                return Transferred(self._arrays(chunk), None)
+            with torch.cuda.stream(self._stream()):
+                if any(isinstance(item, Prepared) and item.encoded for item in chunk.items):
+                    parts = self._decoded(chunk)
+                else:
+                    parts = self._arrays(chunk)
+                event = torch.cuda.Event()
+                event.record()
+            return Transferred(parts, event)
+
+    def submit(self, parts: Sequence[Transferred], config: MedMambaConfig, many: bool = True) -> Running | None:
+        """Starts to compute transferred images; None where there are none.
 
         Args:
             many: whether a copy of the network, made for speed, is worth it.
         """
         with self._on_device():
-            pixels = [part for chunk in chunks for part in self._transferred(chunk)]
+            pixels = [array for part in parts for array in part.arrays]
             if not pixels:
                 return None
-            if self._copies is not None:
-                current = torch.cuda.current_stream(self.device)
-                current.wait_stream(self._copies)
-                for part in pixels:
-                    part.record_stream(current)
-            batch = [as_input(part, config) for part in pixels]
-            return self.compute(torch.cat(batch) if len(batch) > 1 else batch[0], many)
+            for part in parts:
+                if part.event is not None:
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(part.event)
+                    for array in part.arrays:
+                        array.record_stream(current)
+            if len({(array.dtype, array.shape[1:]) for array in pixels}) == 1:
+                return self.compute(as_input(_joined(pixels), config), many)
+            return self.compute(_joined([as_input(array, config) for array in pixels]), many)
 
     @torch.inference_mode()
     def compute(self, batch: Tensor, many: bool = True) -> Running:
@@ -147,37 +170,37 @@ class Engine:
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def _transferred(self, chunk: Chunk) -> list[Tensor]:
+    def _arrays(self, chunk: Chunk) -> list[Tensor]:
         """Returns the pixels of a chunk on the device, in order, each (n, h, w, c) of one dtype."""
-        if any(isinstance(item, Prepared) and item.encoded for item in chunk.items):
-            return self._decoded(chunk)
-        arrays = _runs([item.pixels for item in chunk.items if isinstance(item, Prepared)])
-        if self._copies is None:
-            return [_tensor(array).to(self.device) for array in arrays]
-        with torch.cuda.stream(self._copies):
-            return [_tensor(array).to(self.device, non_blocking=True) for array in arrays]
+        arrays = chunk.runs or _runs([item.pixels for item in chunk.items if isinstance(item, Prepared)])
+        return [_tensor(array).to(self.device, non_blocking=True) for array in arrays]
 
     def _decoded(self, chunk: Chunk) -> list[Tensor]:
-        """Like `_transferred`, where some images are still compressed."""
-        assert self.order is not None and self._copies is not None
-        if self._decoder is None:
-            self._decoder = GpuDecoder(self.device)
+        """Like `_arrays`, where some images are still compressed."""
+        assert self.order is not None
+        decoder = self._own.__dict__.setdefault("decoder", None) or GpuDecoder(self.device)
+        self._own.decoder = decoder
         found: dict[int, Tensor | Unread] = {}
         groups: dict[Any, list[int]] = {}
         for i, item in enumerate(chunk.items):
             if isinstance(item, Prepared):
                 groups.setdefault(item.encoded or i, []).append(i)
-        with torch.cuda.stream(self._copies):
-            for rows in groups.values():
-                items = [item for item in (chunk.items[i] for i in rows) if isinstance(item, Prepared)]
-                if items[0].encoded:
-                    found.update(zip(rows, self._decoder.decode(items, self.order), strict=True))
-                else:
-                    found[rows[0]] = _tensor(items[0].pixels[None]).to(self.device)
+        for rows in groups.values():
+            items = [item for item in (chunk.items[i] for i in rows) if isinstance(item, Prepared)]
+            if items[0].encoded:
+                found.update(zip(rows, decoder.decode(items, self.order), strict=True))
+            else:
+                found[rows[0]] = _tensor(items[0].pixels[None]).to(self.device)
         for i, result in found.items():
             if isinstance(result, Unread):
                 chunk.items[i] = result
         return [result for _, result in sorted(found.items()) if isinstance(result, Tensor)]
+
+    def _stream(self) -> torch.cuda.Stream:
+        """Returns the stream of the present thread for copies."""
+        if "stream" not in self._own.__dict__:
+            self._own.stream = torch.cuda.Stream(self.device)
+        return self._own.stream
 
     def best_batch(self, config: MedMambaConfig, most: int) -> int:
         """Returns the batch size that computes fastest, by trying; on a CPU, where it matters little, 16.
@@ -242,6 +265,10 @@ def as_input(pixels: Tensor, config: MedMambaConfig) -> Tensor:
     return normalise(values.expand(-1, config.in_chans, -1, -1), config.preprocess).contiguous()
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _runs(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Stacks neighbours of one kind, without a copy where they lie side by side in shared memory."""
     found: list[np.ndarray] = []
@@ -267,6 +294,14 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), (step, *first.strides))
 
 
+@contextlib.contextmanager
+def looking(model: Any) -> Iterator[None]:
+    """Reads values of a model's weights without waiting for what its GPU has been asked to compute."""
+    weight = model.patch_embed.proj.weight
+    with torch.cuda.stream(torch.cuda.Stream(weight.device)) if weight.is_cuda else contextlib.nullcontext():
+        yield
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     if not array.flags.writeable:  # PyTorch would warn; nothing here writes
         array = np.array(array)
@@ -287,7 +322,7 @@ def _hooked(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def pinned(memory: Any, devices: Sequence[torch.device]) -> Any:
+def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
     """Pins memory that processes share, so that copies from it run beside all else; does nothing where it cannot."""
     registered = False
     if memory is not None and any(device.type == "cuda" for device in devices):

@@ -12,7 +12,7 @@ from ..imaging.image import Window
 from ..imaging.load import ImageError
 from ..utils.modes import unwrap
 from .decide import Decision, chosen, decisions_of
-from .engine import Engine
+from .engine import Engine, looking
 from .fitted import in_force
 from .stream import Batch, Options, stream
 
@@ -238,10 +238,12 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
     if batch.answer is None:
         yield from (_failure(item) for item in batch.items if isinstance(item, Unread))
         return
-    found = in_force(model)
+    with looking(model):
+        found = in_force(model)
     config, detector, changes = found
     features, logits = batch.answer
     finite = logits.isfinite().all(1)
+    good = enumerate(finite.tolist())
     known = None if features is None else features[finite]
     chances = probabilities(logits[finite], config)
     order = chances.argsort(dim=1, descending=True, stable=True)[:, :top_k]
@@ -259,13 +261,13 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
         strict=True,
     )
     labels = config.id2label
-    for item, row_logits in batch.rows():
+    for item in batch.items:
         if isinstance(item, Unread):
             yield _failure(item)
             continue
-        assert row_logits is not None
-        if not row_logits.isfinite().all():
-            yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, row_logits)}")
+        position, is_finite = next(good)
+        if not is_finite:
+            yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, logits[position])}")
             continue
         values, classes, shares, unusual, said = next(rows)
         yield Prediction(

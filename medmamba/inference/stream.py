@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from ..imaging.ahead import CHUNK, Chunk, Order, Prepared, Unread, read_ahead
 from ..utils.extras import require
 from ..utils.modes import unwrap
-from .engine import Answer, Engine, Running, pinned
+from .engine import Answer, Engine, Running, Transferred, pinned
 from .tta import check
 
 MOST = 256  # images in a batch that is chosen here
 MOST_BYTES = 1 << 29  # of their pixels, float32
 _FEW = 16  # images in a batch as long as it is not known whether there will be many
 _IN_FLIGHT = 2  # batches per GPU: one is computed, the next is on its way
+_DECODERS = 2  # threads per GPU that have it decode
 _NICE = 5  # on a CPU the network comes before reading ahead
 
 
@@ -108,6 +110,7 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
         order = dataclasses.replace(order, encoded=True)
     run = _Run(model, order, options, devices)
     chunk = min(CHUNK, options.batch_size or _FEW)
+    chunk = 2 * chunk if options.gpu_decode else chunk  # more at once decode faster
     ahead = 2 + -(-(_IN_FLIGHT + 1) * len(devices) * min(options.batch_size or MOST, MOST) // chunk)
     if all(device.type == "cpu" for device in devices):
         ahead = 2 + -(-2 * (options.batch_size or _FEW) // chunk)
@@ -131,37 +134,48 @@ class _Run:
         self.engines = [Engine(model, device, options.precision, options.tta, order) for device in devices]
         self._size = options.batch_size
         self._going: deque[tuple[list[Chunk], Running | None]] = deque()
+        # Decoding on a GPU waits for it, so threads do that; copies are only asked for.
+        self._threads = ThreadPoolExecutor(_DECODERS * len(devices)) if options.gpu_decode else None
 
     def batches(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         """Yields the answers to chunks, `_IN_FLIGHT` batches per GPU behind."""
-        waiting: list[Chunk] = []
-        turn = 0
+        try:
+            yield from self._batches(chunks)
+        finally:
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+
+    def _batches(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
+        waiting: list[tuple[Chunk, Transferred | Future[Transferred]]] = []
+        count = turn = 0
+        many = False
         depth = sum(_IN_FLIGHT if engine.device.type == "cuda" else 0 for engine in self.engines)
         for chunk in chunks:
-            waiting.append(chunk)
             many = chunk.slot is not None
-            if sum(len(c.items) for c in waiting) < self._batch_size(many):
-                continue
             engine = self.engines[turn % len(self.engines)]
-            turn += 1
-            self._going.append((waiting, self._start(engine, waiting, many)))
-            waiting = []
+            submit = self._threads.submit if self._threads is not None else None
+            waiting.append((chunk, submit(engine.transfer, chunk) if submit else engine.transfer(chunk)))
+            count += len(chunk.items)
+            if count < self._batch_size(many):
+                continue
+            self._start(engine, waiting, many)
+            waiting, count, turn = [], 0, turn + 1
             while len(self._going) > (depth if many else 0):
                 yield self._finished()
         if waiting:
-            engine = self.engines[turn % len(self.engines)]
-            self._going.append((waiting, self._start(engine, waiting, turn > 1)))
+            self._start(self.engines[turn % len(self.engines)], waiting, many)
         while self._going:
             yield self._finished()
+
+    def _start(self, engine: Engine, waiting: list[tuple[Chunk, Any]], many: bool) -> None:
+        parts = [part.result() if isinstance(part, Future) else part for _, part in waiting]
+        self._going.append(([chunk for chunk, _ in waiting], engine.submit(parts, self.model.config, many)))
 
     def _batch_size(self, many: bool) -> int:
         if self._size is None and many:
             most = min(MOST, max(_FEW, MOST_BYTES // self.order.bytes_per_image))
             self._size = self.engines[0].best_batch(self.model.config, most)
         return self._size or _FEW
-
-    def _start(self, engine: Engine, chunks: list[Chunk], many: bool) -> Running | None:
-        return engine.submit(chunks, self.model.config, many)
 
     def _finished(self) -> Batch:
         chunks, running = self._going.popleft()

@@ -15,7 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .memory import SharedMemory
+from .messages import take
 from .order import Order, Prepared, Unread, prepare
 from .process import DecodeProcess, ProcessGone, can_start, portable
 
@@ -34,11 +37,13 @@ class Chunk:
         items: what became of each.
         slot: its place in shared memory; None: memory of its own.
         seconds: of decoding, in one process or thread.
+        runs: the pixels of neighbours of one kind, (n, h, w, c), where they lie in shared memory; else empty.
     """
 
     items: list[Prepared | Unread]
     slot: int | None = None
     seconds: float = 0.0
+    runs: list[np.ndarray] = field(default_factory=list, repr=False)
     _free: deque[int] | None = field(default=None, repr=False)
 
     def release(self) -> None:
@@ -139,6 +144,13 @@ def _in_this_thread(source: Iterator[Any], order: Order, chunk: int, left: int, 
 
 
 @dataclass
+class _Answer:
+    slot: int
+    message: bytes
+    seconds: float
+
+
+@dataclass
 class _Job:
     number: int
     slot: int
@@ -154,7 +166,7 @@ class _Pool:
         slots = max(min(2 * count + ahead, MEMORY // self._size), ahead + 1)
         self._free = deque(range(slots))
         self._jobs: deque[_Job] = deque()
-        self._done: dict[int, Chunk | BaseException] = {}
+        self._done: dict[int, Chunk | _Answer | BaseException] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._nice = nice
@@ -205,7 +217,20 @@ class _Pool:
                 found = self._done.pop(number)
             if isinstance(found, BaseException):
                 raise found
-            yield found
+            yield self._understood(found) if isinstance(found, _Answer) else found
+
+    def _understood(self, answer: _Answer) -> Chunk:
+        # Here and not in the threads, which would take turns with the caller's for the interpreter.
+        assert self._memory is not None
+        try:
+            items, runs = take(answer.message, self._part(answer.slot))
+        except EOFError:
+            raise RuntimeError("a process that reads images sent something else than an answer") from None
+        return Chunk(items, answer.slot, answer.seconds, runs, self._free)
+
+    def _part(self, slot: int) -> memoryview:
+        assert self._memory is not None
+        return memoryview(self._memory.map)[slot * self._size : (slot + 1) * self._size]
 
     def _feed(self, index: int) -> None:
         while True:
@@ -215,19 +240,23 @@ class _Pool:
                 if self._closed:
                     return
                 job = self._jobs.popleft()
-            found: Chunk | BaseException
+            found: Chunk | _Answer | BaseException
             try:
                 start = time.perf_counter()
-                items = self._read(index, job)
+                read = self._read(index, job)
+                took = time.perf_counter() - start
                 # A chunk keeps its slot even where it does not use it: slots bound the memory.
-                found = Chunk(items, job.slot, time.perf_counter() - start, self._free)
+                if isinstance(read, bytes):
+                    found = _Answer(job.slot, read, took)
+                else:
+                    found = Chunk(read, job.slot, took, [], self._free)
             except BaseException as error:
                 found = error
             with self._changed:
                 self._done[job.number] = found
                 self._changed.notify_all()
 
-    def _read(self, index: int, job: _Job) -> list[Prepared | Unread]:
+    def _read(self, index: int, job: _Job) -> list[Prepared | Unread] | bytes:
         process = self._processes[index]
         if process is None or not process.ready.is_set() or not all(map(portable, job.sources)):
             return [prepare(source, self.order) for source in job.sources]
@@ -238,17 +267,17 @@ class _Pool:
             pass
         items: list[Prepared | Unread] = []
         for source in job.sources:  # one by one, each answer copied, to find the one that ended it
-            items += self._alone(index, source, offset)
+            items += self._alone(index, source, job.slot)
         return items
 
-    def _alone(self, index: int, source: Any, offset: int) -> list[Prepared | Unread]:
+    def _alone(self, index: int, source: Any, slot: int) -> list[Prepared | Unread]:
         process = self._processes[index]
         if process is None or process.ended:
             process = self._processes[index] = self._start()
         if self._closed or process is None or not self._wait(process):
             raise RuntimeError("a process that reads images has ended, and no other could be started")
         try:
-            found = process.run([source], offset, self._size)
+            found, _ = take(process.run([source], slot * self._size, self._size), self._part(slot))
         except ProcessGone:
             name = str(source) if not isinstance(source, bytes) else "bytes"
             text = f"{name}: reading it ended the process that did (damaged file, or not enough memory)"

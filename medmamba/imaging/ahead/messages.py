@@ -4,6 +4,7 @@ the child that decodes files from strangers."""
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 import struct
 from typing import Any, BinaryIO
@@ -52,26 +53,41 @@ def put(items: list[Prepared | Unread], memory: memoryview) -> bytes:
     return json.dumps(rows).encode("utf-8", "surrogatepass")
 
 
-def take(message: bytes, memory: memoryview) -> list[Prepared | Unread]:
-    """Returns what `put` was given; pixels are views of the memory.
+def take(message: bytes, memory: memoryview) -> tuple[list[Prepared | Unread], list[np.ndarray]]:
+    """Returns what `put` was given, and the pixels of neighbours of one kind as arrays (n, h, w, c).
+
+    Both are views of the memory.
 
     Raises:
         EOFError: the message makes no sense.
     """
     items: list[Prepared | Unread] = []
+    runs: list[np.ndarray] = []
     offset = 0
     try:
-        for row in json.loads(message):
-            if len(row) == 3:
-                items.append(Unread(row[0], row[1], _remade(row[2], row[1])))
+        rows = json.loads(message)
+        for (kind, *shape), group in itertools.groupby(rows, _kind_of):
+            if kind == "unread":
+                items += [Unread(name, text, _remade(described, text)) for name, text, described in group]
                 continue
-            source, notes, kind, shape, deep, encoded, at = row
-            pixels = np.frombuffer(memory, _DTYPES[kind], shape[0] * shape[1] * shape[2], offset).reshape(shape)
-            offset += pixels.nbytes + -pixels.nbytes % 4
-            items.append(Prepared(source, notes, pixels, deep, tuple(encoded) if encoded else None, at))
+            dtype, (height, width, channels) = np.dtype(_DTYPES[kind]), shape
+            size = height * width * channels * dtype.itemsize
+            together = list(group)
+            for part in [together] if size % 4 == 0 else [[row] for row in together]:
+                count = len(part)
+                run = np.frombuffer(memory, dtype, count * size // dtype.itemsize, offset)
+                run = run.reshape(count, height, width, channels)
+                offset += count * (size + -size % 4)
+                runs.append(run)
+                for (source, notes, _, _, deep, encoded, at), pixels in zip(part, run, strict=True):
+                    items.append(Prepared(source, notes, pixels, deep, tuple(encoded) if encoded else None, at))
     except (ValueError, KeyError, TypeError, IndexError):
         raise EOFError from None
-    return items
+    return items, runs
+
+
+def _kind_of(row: list[Any]) -> tuple[Any, ...]:
+    return ("unread",) if len(row) == 3 else (row[2], *row[3])
 
 
 def _described(error: Exception | None) -> list[Any]:

@@ -12,8 +12,8 @@ import threading
 from typing import Any, BinaryIO, cast
 
 from .memory import SharedMemory
-from .messages import receive, send, take
-from .order import Deferred, Order, Prepared, Unread
+from .messages import receive, send
+from .order import Deferred, Order
 
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
@@ -75,8 +75,8 @@ class DecodeProcess:
         except (EOFError, OSError, ValueError):
             self.failed = True
 
-    def run(self, sources: list[Any], offset: int, size: int) -> list[Prepared | Unread]:
-        """Reads images into a part of the shared memory.
+    def run(self, sources: list[Any], offset: int, size: int) -> bytes:
+        """Reads images into a part of the shared memory, and returns the message that `messages.take` understands.
 
         Raises:
             ProcessGone: it has ended, by one of these images or by somebody else.
@@ -87,7 +87,7 @@ class DecodeProcess:
             answer = receive(self._answers)
             if answer[:1] == b"!":
                 raise RuntimeError(f"a process that reads images failed:\n{answer[1:].decode('utf-8', 'replace')}")
-            return take(answer, memoryview(self._memory.map)[offset : offset + size])
+            return answer
         except (EOFError, OSError, ValueError):
             self.end()
             raise ProcessGone from None
