@@ -33,7 +33,7 @@ from PIL import Image
 from medmamba import MedMamba, create_model
 from medmamba.imaging.ahead import Order, Prepared, cores, prepare, read_ahead
 from medmamba.imaging.find import find_in
-from medmamba.inference.engine import Engine
+from medmamba.inference.engine import Engine, as_input
 from medmamba.inference.predict import Failure, iter_predict
 
 KINDS = ("webp", "png", "jpeg", "big", "dicom")
@@ -190,7 +190,8 @@ def network_alone(model: Any, devices: list[str], precision: str, batch: int | N
         engine = Engine(model, torch.device(name), precision)
         size = batch or engine.best_batch(config, 256)
         with torch.cuda.device(name) if name.startswith("cuda") else torch.no_grad():
-            inputs = torch.rand(size, config.in_chans, *config.preprocess.input_size, device=name)
+            inputs = torch.rand(size, *config.preprocess.input_size, config.in_chans, device=name)
+            inputs = as_input(inputs, config)
             engine.compute(inputs).answer()
             start, n = time.perf_counter(), 0
             while time.perf_counter() - start < 3:

@@ -224,7 +224,7 @@ class Engine:
         return min(size for size, rate in rates.items() if rate >= _ENOUGH * max(rates.values()))
 
     def _rate(self, size: int, config: MedMambaConfig) -> float:
-        batch = torch.rand(size, config.in_chans, *config.preprocess.input_size, device=self.device)
+        batch = as_input(torch.rand(size, *config.preprocess.input_size, config.in_chans, device=self.device), config)
         best = float("inf")
         with self._on_device():
             for _ in range(3):  # the first compiles
@@ -262,7 +262,8 @@ def as_input(pixels: Tensor, config: MedMambaConfig) -> Tensor:
     else:
         values = pixels
     values = values.permute(0, 3, 1, 2)
-    return normalise(values.expand(-1, config.in_chans, -1, -1), config.preprocess).contiguous()
+    layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
+    return normalise(values.expand(-1, config.in_chans, -1, -1), config.preprocess).contiguous(memory_format=layout)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -172,8 +172,7 @@ class Frame:
 
     def grey(self, window: Window | None) -> np.ndarray:
         """Returns pixels `(H, W, 1)` in [0, 1], or `(H, W, 3)` if a supplemental palette colours some."""
-        raw, allowed = self.modality()
-        pixels = self._voi(raw, allowed, window)
+        pixels = self._by_value(window)
         # Exporters write INVERSE together with MONOCHROME1, so the two are one inversion.
         shape = str(self.find("PresentationLUTShape") or "").upper()
         if self.photometric == "MONOCHROME1" or shape == "INVERSE":
@@ -193,6 +192,22 @@ class Frame:
             pixels = np.repeat(pixels, 3, axis=-1)
             pixels[mask] = palette(self.stored[mask])
         return pixels
+
+    def _by_value(self, window: Window | None) -> np.ndarray:
+        """Returns the pixels after steps 2 to 4, computed once for each stored value where those are few and fit."""
+        stored = self.stored
+        simple = not self.is_float and self.padding is None and self.colored is None
+        if not simple or self.find("ModalityLUTSequence") or self.find("VOILUTSequence"):
+            return self._voi(*self.modality(), window)
+        low, high = (int(value) for value in self._extent)
+        if 4 * (high - low) > stored.size:
+            return self._voi(*self.modality(), window)
+        self.stored = np.arange(low, high + 1).astype(stored.dtype)
+        try:
+            by_value = self._voi(*self.modality(), window).astype(np.float32)
+        finally:
+            self.stored = stored
+        return by_value.take(stored if low == 0 else stored.astype(np.int64) - low)
 
     def _voi(self, raw: np.ndarray, allowed: tuple[float, float], window: Window | None) -> np.ndarray:
         """Maps raw values to [0, 1] by the requested window, the file's VOI LUT, its window, or the allowed range."""
