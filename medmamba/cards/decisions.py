@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..decision import Decisions
-from ..evaluation.decide import abstention_table, coverage_table, points_table, shown
+from ..decision.tables import abstention_table, coverage_table, points_table, risk_text, shown
 from ..metrics import TITLES
 
 if TYPE_CHECKING:
@@ -65,11 +65,9 @@ def _abstaining(found: Decisions, facts: ModelFacts) -> list[str]:
         return []
     text = ["### Abstaining", "\n".join(abstention_table(found.abstentions, checked))]
     if curve := checked.get("selective"):
-        interval = f" ({curve['low']:.4f} to {curve['high']:.4f})" if "low" in curve else ""
         text.append(
-            f"An image flagged as unusual gets no answer first, then those of low probability. Area under the "
-            f"risk-coverage curve: {curve['aurc']:.4f}{interval}, {curve['excess']:.4f} above that of an ideal order; "
-            f"{curve['plain_confidence']:.4f} by the probability alone."
+            f"An image flagged as unusual gets no answer first, then those of low probability. {risk_text(curve)} By "
+            f"the probability alone it is {curve['plain_confidence']:.4f}."
         )
     return text
 

@@ -122,17 +122,12 @@ def _areas(e: NDArray, last: NDArray, weights: NDArray) -> NDArray[np.float64]:
     wrong = np.add.reduceat(weights * e, first, axis=1).astype(np.float64)
     before, errors = np.cumsum(mass, axis=1) - mass, np.cumsum(wrong, axis=1) - wrong
     rate = np.divide(wrong, mass, out=np.zeros_like(wrong), where=mass > 0)
-    if len(last) == e.shape[0]:  # no ties: the common case, in one step
-        done = before + mass
-        risk = np.divide(errors + wrong, done, out=np.zeros_like(done), where=done > 0)
-        return (risk * mass).sum(axis=1) / mass.sum(axis=1)
-    # Within a tie the expected risk after j of m images is (errors + rate j) / (before + j); summed over j.
-    found = np.zeros(len(weights))
-    for g in range(mass.shape[1]):
-        for row in range(len(weights)):
-            j = np.arange(1, round(mass[row, g]) + 1)
-            found[row] += ((errors[row, g] + rate[row, g] * j) / (before[row, g] + j)).sum()
-    return found / mass.sum(axis=1)
+    # After j of the m images of a tie the expected risk is (errors + rate j) / (before + j); summed over j this is
+    # rate m + (errors - rate before) (H(before + m) - H(before)), with the harmonic numbers H.
+    start, stop = np.rint(before).astype(np.int64), np.rint(before + mass).astype(np.int64)
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, int(stop.max()) + 1))])
+    summed = rate * mass + (errors - rate * before) * (harmonic[stop] - harmonic[start])
+    return summed.sum(axis=1) / mass.sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from ..decision import (
-    Abstention,
-    ConformalSets,
     DecisionError,
     Decisions,
-    OperatingPoint,
     Rule,
     choose_abstention,
     choose_method,
     choose_point,
     confidence_of,
-    coverage_of,
-    decision_curve,
     errors_of,
     fit_sets,
     group,
-    indices,
     input_checksum,
-    performance,
-    positives,
-    risk_coverage,
-    score,
-    selected,
 )
+from ..decision.checking import check
 from ..decision.record import Entry
+from ..decision.tables import abstention_table, coverage_table, points_table, shown
 from ..inference.fingerprint import fingerprint
 from ..inference.fitted import in_force
-from ..metrics import evaluate
 from ..pretrained import read_config
 from ..pretrained.config_file import write_config
 from ..utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, file_hash
@@ -46,7 +36,6 @@ from ..utils.weights import read_weights
 from .observed import Observed, observe
 
 DECISIONS_NAME = "decisions.json"
-CURVE_THRESHOLDS = tuple(round(0.02 * i, 2) for i in range(1, 50))
 
 
 def fit_decisions(
@@ -138,41 +127,21 @@ def check_decisions(
         "operating_points" and "sets" and "abstentions" with intervals by name, "selective" (risk-coverage),
         "patients" (metrics of one answer per patient), "data" (what they were checked on).
     """
-    p, truth, task = observed.probabilities, observed.labels, observed.task
-    groups, classes = observed.groups, observed.classes
-    boot: dict[str, Any] = dict(groups=groups, resamples=resamples, level=level, seed=seed)
-    found: dict[str, Any] = {"operating_points": {}, "sets": {}, "abstentions": {}}
-    for point in decisions.points:
-        at = performance(p, truth, classes, point, task=task, groups=groups, prevalence=prevalence, level=level)
-        wanted = indices(point.classes, classes)
-        shown = positives(truth, wanted)
-        row: dict[str, Any] = {"classes": list(point.classes), **at.to_dict()}
-        if shown.any() and not shown.all():
-            curve = decision_curve(score(p, wanted, task), shown, CURVE_THRESHOLDS, prevalence=prevalence, **boot)
-            row["net_benefit"] = {**curve.to_dict(), "useful": curve.useful()}
-        found["operating_points"][point.name] = row
-    for sets in decisions.sets:
-        covered = coverage_of(sets, p, truth, classes, task=task, groups=groups, level=level)
-        found["sets"][sets.name] = {**covered.to_dict(), "statement": sets.statement(classes)}
-    errors, sure = errors_of(p, truth, task), confidence_of(p, observed.unusual, task)
-    for abstention in decisions.abstentions:
-        found["abstentions"][abstention.name] = selected(abstention, errors, sure, groups, level).to_dict()
-    found["selective"] = risk_coverage(errors, sure, **boot).to_dict()
-    found["selective"]["plain_confidence"] = risk_coverage(errors, confidence_of(p, None, task)).aurc
-    if groups is not None and decisions.patients:
-        combined = group(p, groups, truth, decisions.patients["method"], task)
-        assert combined.labels is not None
-        by_patient = evaluate(
-            combined.labels, combined.probabilities, classes, task=task, resamples=resamples, level=level, seed=seed
-        )
-        alone = evaluate(truth, p, classes, task=task, patients=groups, resamples=resamples, level=level, seed=seed)
-        found["patients"] = {
-            "method": decisions.patients["method"],
-            "groups": len(combined),
-            "mixed": combined.mixed,
-            "overall": by_patient.to_dict()["overall"],
-            "images": alone.to_dict()["overall"],
-        }
+    p, truth = observed.probabilities, observed.labels
+    found = check(
+        decisions,
+        p,
+        truth,
+        observed.classes,
+        task=observed.task,
+        groups=observed.groups,
+        unusual=observed.unusual,
+        prevalence=prevalence,
+        resamples=resamples,
+        level=level,
+        seed=seed,
+    )
+    groups = observed.groups
     found["data"] = {"name": observed.name, "split": observed.split, "images": len(observed)}
     if groups is not None:
         found["data"]["patients"] = len(group(p, groups))
@@ -271,56 +240,10 @@ def describe(decisions: Decisions, classes: Sequence[str], checked: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def points_table(points: Sequence[OperatingPoint], checked: Mapping[str, Any] | None = None) -> list[str]:
-    """Returns rows of a Markdown table of operating points: on validation, and where checked on test."""
-    rows = [
-        "| name | positive | rule | threshold | images | sensitivity | specificity | PPV | NPV |",
-        "| --- " * 9 + "|",
-    ]
-    for point in points:
-        c = point.counts
-        head = f"| {point.name} | {' or '.join(point.classes)} | {point.rule} | {point.threshold:.4f} |"
-        rows.append(f"{head} validation | {c.sensitivity()} | {c.specificity()} | | |")
-        if checked and (row := checked["operating_points"].get(point.name)):
-            cells = [shown(row[name]) for name in ("sensitivity", "specificity", "ppv", "npv")]
-            rows.append(f"| | | | | {checked['data']['split']} | {' | '.join(cells)} |")
-    return rows
-
-
-def coverage_table(row: Mapping[str, Any]) -> list[str]:
-    """Returns rows of a Markdown table of the coverage of sets, overall and by class."""
-    rows = ["| class | images | sets that hold it |", "| --- " * 3 + "|"]
-    rows += [f"| {one['name']} | {one['images']} | {shown(one)} |" for one in row["by_class"]]
-    total = sum(one["images"] for one in row["by_class"])
-    sizes = ", ".join(f"{n} of size {size}" for size, n in enumerate(row["sizes"]) if n)
-    rows.append(f"| all | {total} | {shown(row['overall'])} |")
-    return [*rows, "", f"Mean size of a set: {row['mean_size']:.2f} classes ({sizes})."]
-
-
-def abstention_table(abstentions: Sequence[Abstention], checked: Mapping[str, Any] | None = None) -> list[str]:
-    """Returns rows of a Markdown table of abstentions."""
-    rows = ["| name | images | get an answer | of which wrong | wrong without abstaining |", "| --- " * 5 + "|"]
-    for entry in abstentions:
-        share = entry.errors / entry.answered if entry.answered else float("nan")
-        rows.append(f"| {entry.name} | validation | {entry.answered / entry.n:.3f} | {share:.3f} | |")
-        if checked and (row := checked["abstentions"].get(entry.name)):
-            cells = [shown(row["coverage"]), shown(row["risk"]), f"{row['full_risk']:.3f}"]
-            rows.append(f"| | {checked['data']['split']} | {' | '.join(cells)} |")
-    return rows
-
-
-def shown(row: Mapping[str, Any]) -> str:
-    """Returns an estimate in plain data with its interval as text."""
-    if row["value"] is None:
-        return "n/a"
-    interval = "" if row.get("low") is None else f" ({row['low']:.3f} to {row['high']:.3f})"
-    return f"{row['value']:.3f}{interval}"
-
-
 __all__ = [
     "DECISIONS_NAME",
-    "ConformalSets",
     "abstention_table",
+    "bound",
     "check_decisions",
     "coverage_table",
     "decide_model",

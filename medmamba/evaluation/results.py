@@ -15,6 +15,9 @@ import torch
 
 from ..config import MedMambaConfig
 from ..data import ImageDataset, registry
+from ..decision import Decisions
+from ..decision.checking import check
+from ..decision.tables import coverage_table, points_table, risk_text
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
 from ..metrics.group_result import Subgroups
@@ -39,6 +42,8 @@ class Scored:
         notes: what was skipped, merged or guessed when the images were listed (`ImageDataset.notes`).
         subgroups: metrics of each subgroup, if requested.
         corruptions: errors on corrupted images, if requested.
+        decided: the risk-coverage curve, and how the operating points and sets of the model fare (`decision.checking`).
+        decisions: those of the model.
     """
 
     evaluation: Evaluation
@@ -48,6 +53,8 @@ class Scored:
     notes: tuple[str, ...] = ()
     subgroups: Subgroups | None = None
     corruptions: Corruptions | None = None
+    decided: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decisions: Decisions = dataclasses.field(default_factory=Decisions)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the evaluation as plain data, with the metrics that calibration changed under "uncalibrated"."""
@@ -61,6 +68,13 @@ class Scored:
     def to_markdown(self) -> str:
         """Returns the tables of the evaluation, of the subgroups and of the corruptions."""
         text = self.evaluation.to_markdown()
+        if self.decided:
+            text += f"\n{risk_text(self.decided['selective'])}\n"
+        if self.decisions.points:
+            text += "\n## Operating points\n\n" + "\n".join(points_table(self.decisions.points, self.decided)) + "\n"
+        for sets in self.decisions.sets:
+            table = coverage_table(self.decided["sets"][sets.name])
+            text += "\n".join([f"\n## {sets.name}\n\n{sets.statement(self.evaluation.classes)}\n", *table, ""])
         if self.subgroups:
             text += f"\n## Subgroups\n\n{self.subgroups.to_markdown()}"
         if self.corruptions:
@@ -95,7 +109,23 @@ def score(
     before = None
     if config.calibration:
         before = evaluate(dataset.labels, to_probabilities(raw, config.task), config.labels, resamples=0, **options)
-    return Scored(found, before, dataset.labels, raw, dataset.notes)
+    # Abstaining needs the features of the images, which are not computed here: `medmamba decide` checks it.
+    decisions = dataclasses.replace(Decisions.from_config(config), abstentions=())
+    shares = to_probabilities(raw, config.task, temperature)
+    groups = options["patients"]
+    decided = check(
+        decisions,
+        shares,
+        dataset.labels,
+        config.labels,
+        task=config.task,
+        groups=groups,
+        resamples=min(resamples, 200),
+        seed=seed,
+    )
+    decided["data"] = {"name": dataset.name, "split": str(context.get("split", "all")), "images": len(dataset)}
+    scored = Scored(found, before, dataset.labels, raw, dataset.notes)
+    return dataclasses.replace(scored, decided=decided, decisions=decisions)
 
 
 def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record: Any) -> Path:
@@ -109,7 +139,8 @@ def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record
     write_text(folder / "results.md", "\n".join(sections))
     if scored.corruptions:
         scored.corruptions.save(folder / CORRUPTIONS_NAME)
-    data = {**record, "splits": {name: result.to_dict() for name, result in splits.items()}}
+    decided = {name: dict(result.decided) for name, result in splits.items() if result.decided}
+    data = {**record, "decisions": decided, "splits": {name: result.to_dict() for name, result in splits.items()}}
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text(folder / RESULTS_NAME, text)
 
