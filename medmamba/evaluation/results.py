@@ -123,7 +123,7 @@ def score(
         resamples=min(resamples, 200),
         seed=seed,
     )
-    decided["data"] = {"name": dataset.name, "split": str(context.get("split", "all")), "images": len(dataset)}
+    decided["data"] = {"name": dataset.name, "split": str(context.get("split", "all")), "images": len(raw)}
     scored = Scored(found, before, dataset.labels, raw, dataset.notes)
     return dataclasses.replace(scored, decided=decided, decisions=decisions)
 
