@@ -70,7 +70,7 @@ class Answer:
 
     Attributes:
         prediction: labels and probabilities.
-        unsure: whether the top probability is below `UNSURE` (multilabel: no label reaches 0.5).
+        unsure: whether the top probability is below `UNSURE` (multilabel: no label is above its threshold).
         unusual: whether the image is out of distribution, or None if the model has no threshold.
         seen: (H, W, 3) uint8, the image as preprocessed for the model; for several files, a thumbnail.
         milliseconds: total time from file to prediction.

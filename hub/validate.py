@@ -177,7 +177,7 @@ def _check_results(report: Report) -> None:
     if not facts.evaluations[facts.split].resamples:
         report.problems.append("the results have no confidence intervals: evaluate again with resamples")
     for name in ("confusion.png", "reliability.png"):
-        if name not in facts.pictures and (name != "confusion.png" or facts.config.task == "multiclass"):
+        if name not in facts.pictures and (name != "confusion.png" or facts.config.task != "multilabel"):
             report.problems.append(f"{name} is missing: medmamba evaluate writes it")
     if "attribution.png" not in facts.pictures:
         report.warnings.append("the card has no attribution example: python -m hub.card FOLDER --example IMAGE")

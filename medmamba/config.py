@@ -14,6 +14,7 @@ from .utils.decision_checks import decisions as checked_decisions
 __all__ = ["VARIANTS", "ConfigError", "MedMambaConfig", "PreprocessConfig", "variant_config"]
 
 MODEL_TYPE = "medmamba"
+TASKS = ("multiclass", "multilabel", "ordinal")
 ORGANISATION = "medmamba"  # on the Hub; a model name without one means this
 BACKBONES = (f"{ORGANISATION}/tiny-medical", f"{ORGANISATION}/nano-medical")  # general starts for fine-tuning
 DEFAULT_MODEL = f"{ORGANISATION}/bloodmnist-nano"  # small, quick on a laptop, and the one model in the package
@@ -81,7 +82,7 @@ class MedMambaConfig:
     drop_path_rate: float = 0.1  # of the last block; grows linearly from 0
     drop_rate: float = 0.0  # dropout before the classifier; 0 in the published model
 
-    task: str = "multiclass"  # or "multilabel": independent sigmoids instead of a softmax
+    task: str = "multiclass"  # "multilabel": independent sigmoids instead of a softmax; "ordinal": ordered classes
     id2label: dict[int, str] = field(default_factory=dict)  # default: class_0, class_1, ...
     preprocess: PreprocessConfig = field(default_factory=dict)  # type: ignore[assignment]  # see __post_init__
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -93,11 +94,17 @@ class MedMambaConfig:
         self.architecture = checks.text(self.architecture, "architecture", 100)
         self.medmamba_version = checks.text(self.medmamba_version, "medmamba_version", 100)
         self._check_network()
-        if self.task not in ("multiclass", "multilabel"):
-            raise ConfigError(f"task must be multiclass or multilabel, got {self.task!r}")
+        if self.task not in TASKS:
+            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         self.id2label = checks.labels(self.id2label, self.num_classes)
         self._check_preprocess()
         self.calibration = checks.calibration(self.calibration)
+        thresholds = self.calibration.get("thresholds")
+        if thresholds is not None and (self.task != "multilabel" or len(thresholds) != self.num_classes):
+            raise ConfigError(
+                f"calibration.thresholds are one per label of a multilabel model; this one is {self.task} with "
+                f"{self.num_classes} classes and has {len(thresholds)}"
+            )
         self.decisions = checked_decisions(self.decisions, self.labels, self.task)
         self.training = checks.training(self.training)
 

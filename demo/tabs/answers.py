@@ -45,11 +45,10 @@ def answer_html(found: Answer, loaded: Loaded, truth: str = "") -> Markup:
     """
     prediction, config = found.prediction, loaded.config
     if config.task == "multilabel":
-        above = [label for label, p in prediction.top if p >= 0.5]
-        kicker, title = "Labels predicted", ", ".join(above) or "none"
+        kicker, title = "Labels predicted", ", ".join(prediction.labels or ()) or "none"
         caption = "Calibrated probability per label" if loaded.calibrated else "Score per label (not calibrated)"
     else:
-        kicker, title = "Prediction", prediction.label
+        kicker, title = "Predicted grade" if config.task == "ordinal" else "Prediction", prediction.label
         caption = "Calibrated probability" if loaded.calibrated else "Score (not calibrated)"
     before, after = remarks_of(found, loaded)
     made = facts(

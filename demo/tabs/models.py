@@ -46,9 +46,8 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
 def models_html(known: list[Known]) -> Markup:
     """Renders the table of datasets, those with weights first, and its legend."""
     by_dataset = {name: [k for k in known if k.facts.entry and k.facts.entry.name == name] for name in registry.names()}
-    rows = [
-        _row(registry.get(name), by_dataset[name]) for name in sorted(registry.names(), key=lambda n: not by_dataset[n])
-    ]
+    names = [name for name in registry.names() if registry.get(name).in_paper or by_dataset[name]]
+    rows = [_row(registry.get(name), by_dataset[name]) for name in sorted(names, key=lambda n: not by_dataset[n])]
     lead = [
         "“Paper” columns are as published, for the variants T (tiny), S (small) and B (base); they were not verified "
         "here."

@@ -39,8 +39,8 @@ def remarks_of(found: Answer, loaded: Loaded) -> tuple[list[Remark], list[Remark
         )
     if loaded.config.task == "multilabel":
         if found.unsure:
-            text = "The model considers none of its labels more likely than not."
-            after.append(("info", "No label reaches a probability of 50%", text, NOTHING))
+            text = "No label is above its threshold, which was chosen on validation images (0.5 where none was)."
+            after.append(("info", "The model finds none of its labels", text, NOTHING))
     elif found.unsure:
         second = (
             f" The second most likely class is {found.prediction.top[1][0]}." if len(found.prediction.top) > 1 else ""

@@ -68,7 +68,7 @@ def overall_html(evaluation: Evaluation) -> Markup:
 
 def confusion_html(evaluation: Evaluation) -> Markup:
     """Renders the confusion matrix, shaded by fraction of the true class."""
-    if evaluation.task != "multiclass":
+    if evaluation.task == "multilabel":
         return NOTHING
     head = join(tag('<th scope="col">{}</th>', name) for name in evaluation.classes)
     rows = []

@@ -34,6 +34,9 @@ METRICS = {
     "sensitivity": ("recall", "Sensitivity, macro"),
     "specificity": ("specificity", "Specificity, macro"),
     "ece": ("ece", "Expected calibration error"),
+    "quadratic_kappa": ("quadratic_kappa", "Quadratic-weighted kappa"),
+    "mae": ("mae", "Mean absolute error in grades"),
+    "subset_accuracy": ("subset_accuracy", "Subset accuracy"),
 }
 START, END = "<!-- metrics: generated from results.json, do not edit -->", "<!-- end of metrics -->"
 MARK = "{metrics}"  # where a section has the tables of metrics

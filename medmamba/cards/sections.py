@@ -55,7 +55,10 @@ def _model(facts: ModelFacts) -> str:
     c = facts.config
     modality = f" of {facts.entry.modality}" if facts.entry else ""
     classes = "\n".join(f"{i}. {label}" for i, label in enumerate(c.labels))
-    task = "Several labels can apply to one image." if c.task == "multilabel" else "One class applies to an image."
+    task = {
+        "multilabel": "Several labels can apply to one image, or none.",
+        "ordinal": "The classes are grades in ascending order, of which one applies to an image.",
+    }.get(c.task, "One class applies to an image.")
     return (
         f"MedMamba-{c.architecture}, {parameters(facts) / 1e6:.1f}M parameters: convolutions and a four-direction "
         f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation. It classifies images"
@@ -207,13 +210,20 @@ def _shortcuts(facts: ModelFacts) -> str:
 def _calibration(facts: ModelFacts) -> str:
     calibration = facts.config.calibration
     if not calibration.get("temperature"):
-        return "Not calibrated: the probabilities are a softmax of the logits, which is usually overconfident."
+        kind = "sigmoids" if facts.config.task == "multilabel" else "a softmax"
+        return f"Not calibrated: the probabilities are {kind} of the logits, which is usually overconfident."
     text = f"Logits are divided by {calibration['temperature']:.3f}, fitted on the validation split"
     before = facts.results.get("splits", {}).get(facts.split, {}).get("uncalibrated", {}).get("ece")
     if facts.split and before is not None:
         after = facts.evaluations[facts.split]["ece"]
         text += f"; on {facts.split}, the expected calibration error is {before:.3f} without and {after:.3f} with it"
     text += "."
+    if limits := calibration.get("thresholds"):
+        text += (
+            " A label counts as present above its own threshold, which gives the largest F1 on the validation split: "
+            + ", ".join(f"{label} {limit:.3g}" for label, limit in zip(facts.config.labels, limits, strict=True))
+            + "."
+        )
     if calibration.get("ood") and not facts.unusual:
         ood = calibration["ood"]
         text += (

@@ -214,7 +214,7 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     from ..inference.predict import Failure, NotFinite
     from ..inference.to_file import Summary
 
-    write = _json if args.json else _csv(model.config.labels, _names(model, args.decide)) if args.csv else _lines
+    write = _json if args.json else _csv(model, _names(model, args.decide)) if args.csv else _lines
     names: deque[str] = deque()
     summary = Summary()
 
@@ -261,18 +261,21 @@ def _names(model: Any, decide: list[str] | None) -> list[str]:
     return [entry.name for entry in chosen(in_force(model), decide)]
 
 
-def _csv(labels: list[str], decisions: list[str]) -> Callable[..., None]:
+def _csv(model: Any, decisions: list[str]) -> Callable[..., None]:
+    labels = model.config.labels
     table = csv.writer(_Printable())
-    table.writerow(csv_row(["source", "label", "probability", *labels, *decisions, "error"]))
+    extra = {"multilabel": ["labels"], "ordinal": ["grade"]}.get(model.config.task, [])
+    table.writerow(csv_row(["source", "label", "probability", *extra, *labels, *decisions, "error"]))
 
     def write(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) -> None:
         record = _record(path, result, parser)
         if "error" in record:
-            row = ["", "", *[""] * (len(labels) + len(decisions)), record["error"]]
+            row = ["", "", *[""] * len(extra + labels + decisions), record["error"]]
         else:
             scores = dict(result.top)
             shares = [scores[label] for label in labels]
-            row = [result.label, result.probability, *shares, *map(str, result.decisions), ""]
+            own = [";".join(result.labels) if result.labels is not None else result.grade] if extra else []
+            row = [result.label, result.probability, *own, *shares, *map(str, result.decisions), ""]
         table.writerow(csv_row([path, *row]))
 
     return write
@@ -292,6 +295,10 @@ def _lines(bar: Any, path: str, result: Any, parser: argparse.ArgumentParser) ->
         bar.write(for_stream(record["error"], sys.stderr), file=sys.stderr)
         return
     top = "  ".join(f"{printable(label)} {probability:.1%}" for label, probability in result.top)
+    if result.labels is not None:
+        top = f"{', '.join(map(printable, result.labels)) or 'none of the labels'}  ({top})"
+    if result.grade is not None:
+        top += f"  (mean grade {result.grade:.2f})"
     warnings = [printable(note) for note in record["image_notes"] if note.startswith("warning")]
     said = [f"{printable(decision.name)}: {printable(decision.answer)}" for decision in result.decisions]
     bar.write(for_stream("\n    ".join([f"{printable(path)}: {top}", *said, *warnings]), sys.stdout), file=sys.stdout)

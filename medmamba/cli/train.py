@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..config import BACKBONES, ORGANISATION
+from ..config import BACKBONES, ORGANISATION, TASKS
 
 STOPPED = 3  # exit code of a run that stopped cleanly and can be resumed
 
@@ -44,6 +44,12 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument("--split", metavar="A,B,C", help="fractions for new splits, or 'published' with --dataset")
     data.add_argument(
         "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
+    )
+    data.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all class names in the order of the labels (default: sorted)"
+    )
+    data.add_argument(
+        "--task", choices=TASKS, help="ordinal: the classes are grades in ascending order (default: from the data)"
     )
     data.add_argument(
         "--allow-leakage",
@@ -127,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         dataset=args.dataset,
         split=split_option(args.split),
         patient_pattern=args.patient_pattern,
+        classes=args.classes,
+        task=args.task,
         allow_leakage=args.allow_leakage,
         in_chans=args.in_chans,
         device=args.device,
@@ -152,7 +160,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"best epoch {result.best_epoch} of {result.epoch}; model in {result.out}")
     for split, found in (("val", result.val), ("test", result.test)):
         if found:
-            scores = ", ".join(f"{name} {found.overall[name]}" for name in ("accuracy", "balanced_accuracy", "auroc"))
+            shown = ("accuracy", "balanced_accuracy", "auroc", "quadratic_kappa")
+            scores = ", ".join(f"{name} {found.overall[name]}" for name in shown if name in found.overall)
             print(f"{split}: {scores}")
     return 0
 

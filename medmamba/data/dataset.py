@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..config import TASKS
 from ..imaging.load import MedicalImage
 
 SPLITS = ("train", "val", "test")
@@ -66,7 +67,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         records: the images.
         classes: names in the order of the label indices.
         reader: gives the pixels of a record.
-        task: "multiclass" (two classes included) or "multilabel".
+        task: "multiclass" (two classes included), "multilabel", or "ordinal": one class per image, and `classes` are
+            grades in ascending order.
         transform: `MedicalImage` to float32 tensor, for example a model's preprocessing.
         name: for messages.
         notes: what the reader passed over, merged or guessed, for display; kept by all methods.
@@ -89,8 +91,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         self.transform = transform
         self.name = name
         self.notes = tuple(notes)
-        if task not in ("multiclass", "multilabel"):
-            raise DatasetError(f"{name}: task must be multiclass or multilabel, got {task!r}")
+        if task not in TASKS:
+            raise DatasetError(f"{name}: task must be one of {', '.join(TASKS)}, got {task!r}")
         if len(set(self.classes)) != len(self.classes):
             raise DatasetError(f"{name}: class names are not unique: {', '.join(self.classes)}")
         self._check_labels()
@@ -168,6 +170,14 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def with_records(self, records: Sequence[Record]) -> ImageDataset:
         return ImageDataset(records, self.classes, self.reader, self.task, self.transform, self.name, self.notes)
 
+    def with_task(self, task: str) -> ImageDataset:
+        """Returns the same images for another task, such as "ordinal" where the classes are grades in order.
+
+        Raises:
+            DatasetError: the labels do not fit the task.
+        """
+        return ImageDataset(self.records, self.classes, self.reader, task, self.transform, self.name, self.notes)
+
     def with_notes(self, *notes: str) -> ImageDataset:
         """Returns the same images with further notes."""
         both = (*self.notes, *notes)
@@ -184,7 +194,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
             if isinstance(record.label, tuple):
                 good = self.task == "multilabel" and len(record.label) == count and set(record.label) <= {0, 1}
             else:
-                good = self.task == "multiclass" and 0 <= record.label < count
+                good = self.task != "multilabel" and 0 <= record.label < count
             if not good:
                 raise DatasetError(
                     f"{self.name}: label {record.label} of {record.source} does not fit the {count} classes of a "

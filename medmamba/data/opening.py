@@ -93,6 +93,9 @@ def open_dataset(
     else:
         found = open_csv(path, entry=entry, classes=classes, class_order=class_order, patient_pattern=patient_pattern)
     found = found.with_notes(*notes)
+    known = entry or (_by_file_name(path) if suffix == ".npz" else None)
+    if known is not None and known.task == "ordinal" and found.task == "multiclass" and found.classes == known.classes:
+        found = found.with_task("ordinal")
     if transform is not None:
         found = found.with_transform(transform)
     return found if split is None else found.split(split)

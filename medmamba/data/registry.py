@@ -1,4 +1,4 @@
-"""The sixteen datasets of the MedMamba paper: classes in order, splits, licence, source and published metrics.
+"""The sixteen datasets of the MedMamba paper, and ChestMNIST: classes, splits, licence, source, published metrics.
 
 One file, `registry.json`, is read by training, evaluation, conversion, model cards, demo and documentation alike.
 Unknown facts are None; metrics are fractions in [0, 1], whatever the source printed.
@@ -86,7 +86,7 @@ class DatasetEntry:
 
     Attributes:
         name: key, lower case, such as "pad-ufes-20".
-        task: "multiclass", "binary" or "multilabel".
+        task: "multiclass", "binary", "multilabel" or "ordinal" (classes are grades in ascending order).
         channels: 1 for grey, 3 for colour images, as distributed.
         classes: names in the order of the label indices.
         display_names: the same, for people, where `classes` are abbreviations or numbers.
@@ -127,6 +127,11 @@ class DatasetEntry:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def in_paper(self) -> bool:
+        """Whether the MedMamba paper has results on it."""
+        return bool(self.published)
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -16,7 +16,7 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
         DatasetError: a class that the model does not know, or another task.
     """
     wanted = config.labels
-    if dataset.task != config.task:
+    if (dataset.task == "multilabel") != (config.task == "multilabel"):  # grades are classes, in order
         raise DatasetError(f"{dataset.name} is a {dataset.task} task and the model is {config.task}")
     if list(dataset.classes) == wanted:
         return dataset

@@ -91,7 +91,7 @@ def score(
     seed: int = 0,
     context: dict[str, Any] | None = None,
 ) -> Scored:
-    """Scores logits (N, K), scaled by the temperature in `config.calibration`."""
+    """Scores logits (N, K) by the temperature and, for several labels, the thresholds in `config.calibration`."""
     patients = dataset.patients
     unit = registry.group_unit(dataset.name)
     options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed, unit=unit)
@@ -104,6 +104,7 @@ def score(
         config.labels,
         resamples=resamples,
         context=context,
+        threshold=config.calibration.get("thresholds", 0.5),
         **options,
     )
     before = None
@@ -159,7 +160,7 @@ def evaluations(results: Mapping[str, Any]) -> dict[str, Evaluation]:
 
 
 def figures(scored: Scored, title: str = "") -> dict[str, matplotlib.figure.Figure]:
-    """Draws the ROC curves, the reliability diagram and, for multi-class tasks, the confusion matrix, by name."""
+    """Draws the ROC curves, the reliability diagram and, for one class per image, the confusion matrix, by name."""
     from ..metrics.plots import confusion_matrix_figure, reliability_figure, roc_figure
 
     task = scored.evaluation.task
@@ -170,6 +171,6 @@ def figures(scored: Scored, title: str = "") -> dict[str, matplotlib.figure.Figu
         "roc": roc_figure(scored.labels, curves["as trained"], scored.evaluation.classes, title=title),
         "reliability": reliability_figure(scored.labels, curves, title=title),
     }
-    if task == "multiclass":
+    if task != "multilabel":
         found["confusion"] = confusion_matrix_figure(scored.evaluation, title=title)
     return found

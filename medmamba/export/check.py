@@ -173,7 +173,7 @@ def open_check_data(path: str | os.PathLike[str], config: MedMambaConfig, limit:
         DatasetError: no such dataset, or the model lacks some of its classes.
         ExportError: the model is multilabel, or `limit` is below 1.
     """
-    if config.task != "multiclass":
+    if config.task == "multilabel":
         raise ExportError("accuracy is defined for models with one class per image; this one is multilabel")
     if limit is not None and limit < 1:
         raise ExportError(f"the number of images to check must be at least 1, got {limit}")

@@ -29,6 +29,9 @@ class Prediction:
         top: the `top_k` most probable (label, probability) pairs, in descending order.
         image_notes: how the file was decoded and preprocessed; notes that deserve attention begin with "warning".
         logits: raw outputs in class order, before temperature and softmax.
+        labels: of a multi-label model, the labels whose probability is above their threshold (`calibration.thresholds`,
+            chosen on validation images; else 0.5), in class order; None for other models.
+        grade: of an ordinal model, the mean of the predicted distribution over grades, 0 to K - 1; None for others.
         unusual: whether the image is out-of-distribution (a heuristic): by its features if the model has a detector
             (see `medmamba.inference.ood`), otherwise by its logits (see `calibration.OutOfDistribution`); None if
             the model has a threshold for neither.
@@ -43,15 +46,18 @@ class Prediction:
     logits: list[float]
     unusual: bool | None = None
     decisions: tuple[Decision, ...] = ()
+    labels: list[str] | None = None
+    grade: float | None = None
 
     def __str__(self) -> str:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in self.top)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain types for JSON; "decisions" only where some were asked for."""
+        """Returns plain types for JSON; "decisions", "labels" and "grade" only where there are any."""
         data = asdict(self)
-        decided = [decision.to_dict() for decision in self.decisions]
-        return {**data, "decisions": decided} if decided else {k: v for k, v in data.items() if k != "decisions"}
+        data["decisions"] = [decision.to_dict() for decision in self.decisions] or None
+        optional = ("decisions", "labels", "grade")
+        return {name: value for name, value in data.items() if name not in optional or value is not None}
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,7 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
         chances.gather(1, order).tolist(),
         flags,
         decided,
+        chances,
         strict=True,
     )
     labels = config.id2label
@@ -269,7 +276,7 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
         if not is_finite:
             yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, logits[position])}")
             continue
-        values, classes, shares, unusual, said = next(rows)
+        values, classes, shares, unusual, said, row = next(rows)
         yield Prediction(
             source=item.source,
             label=labels[classes[0]],
@@ -279,11 +286,19 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
             logits=values,
             unusual=unusual,
             decisions=said,
+            labels=_above(row, config) if config.task == "multilabel" else None,
+            grade=float(row @ torch.arange(len(row), dtype=row.dtype)) if config.task == "ordinal" else None,
         )
 
 
 def _failure(item: Unread) -> Failure:
     return Failure(item.source, item.error, item.cause)
+
+
+def _above(row: Tensor, config) -> list[str]:
+    """Returns the labels above their thresholds, of probabilities (K,)."""
+    limits = config.calibration.get("thresholds") or [0.5] * len(row)
+    return [config.id2label[i] for i, limit in enumerate(limits) if row[i].item() > limit]
 
 
 def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[bool] | list[None]:

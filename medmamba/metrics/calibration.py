@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..config import TASKS
 from . import scores
 from .scores import Floats
+from .thresholds import best_f1_thresholds
 
 ECE_BINS = 15
 OOD_SCORES = ("energy", "max_prob")
@@ -65,7 +67,8 @@ class Calibration:
         ece_before: expected calibration error on them without the temperature, 15 bins.
         ece_after: the same with the temperature.
         ood: the OOD score and threshold, if fitted.
-        task: "multiclass" or "multilabel".
+        task: "multiclass", "multilabel" or "ordinal".
+        thresholds: of a multi-label task, the calibrated probability above which each label counts as present.
     """
 
     method: str
@@ -75,6 +78,7 @@ class Calibration:
     ece_after: float
     ood: OutOfDistribution | None = None
     task: str = "multiclass"
+    thresholds: tuple[float, ...] | None = None
 
     def probabilities(self, logits: ArrayLike) -> Floats:
         """Returns calibrated probabilities `(N, K)` of logits `(N, K)`."""
@@ -91,6 +95,8 @@ class Calibration:
         }
         if self.ood is not None:
             data["ood"] = {"score": self.ood.score, "threshold": self.ood.threshold, "coverage": self.ood.coverage}
+        if self.thresholds is not None:
+            data["thresholds"] = list(self.thresholds)
         return data
 
     @classmethod
@@ -111,7 +117,8 @@ class Calibration:
             raise CalibrationError(f"the temperature must be above 0, got {values['temperature']}")
         if ood is not None and ood.score not in OOD_SCORES:
             raise CalibrationError(f"unknown out-of-distribution score {ood.score!r}; known: {', '.join(OOD_SCORES)}")
-        return cls(**values, ood=ood, task=task)
+        thresholds = None if data.get("thresholds") is None else tuple(data["thresholds"])
+        return cls(**values, ood=ood, task=task, thresholds=thresholds)
 
 
 def fit_calibration(
@@ -122,12 +129,14 @@ def fit_calibration(
     ood: str | None = "energy",
     coverage: float = 0.95,
 ) -> Calibration:
-    """Fits the temperature and the OOD threshold on validation data (never on test data).
+    """Fits the temperature, the OOD threshold and, for several labels, their thresholds on validation data.
+
+    Never on test data. See `best_f1_thresholds` for how the threshold of a label is chosen.
 
     Args:
         logits: `(N, K)`, raw outputs of the model.
         labels: integers `(N,)`, or 0 and 1 `(N, K)` for a multi-label task.
-        task: "multiclass" or "multilabel".
+        task: "multiclass", "multilabel" or "ordinal".
         ood: OOD score: "energy", "max_prob", or None for no threshold.
         coverage: fraction of these images that pass the threshold.
 
@@ -144,10 +153,11 @@ def fit_calibration(
         value = float(np.quantile(ood_score(z, ood, task), coverage, method="higher"))
         threshold = OutOfDistribution(ood, value, coverage)
     before = _ece(to_probabilities(z, task), onehot, task)
+    p = to_probabilities(z / (temperature or 1.0), task)
+    of_labels = tuple(best_f1_thresholds(onehot, p).tolist()) if task == "multilabel" else None
     if temperature is None:
-        return Calibration("none", 1.0, len(z), before, before, threshold, task)
-    after = _ece(to_probabilities(z / temperature, task), onehot, task)
-    return Calibration("temperature", temperature, len(z), before, after, threshold, task)
+        return Calibration("none", 1.0, len(z), before, before, threshold, task, of_labels)
+    return Calibration("temperature", temperature, len(z), before, _ece(p, onehot, task), threshold, task, of_labels)
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: str = "multiclass") -> float | None:
@@ -221,8 +231,8 @@ def ood_auroc(usual: ArrayLike, unusual: ArrayLike, score: str = "energy", task:
 def _checked(logits: ArrayLike, labels: ArrayLike, task: str) -> tuple[Floats, Floats]:
     """Returns float64 logits and 0/1 labels, both `(N, K)`."""
     z, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    if task not in ("multiclass", "multilabel"):
-        raise CalibrationError(f"task must be multiclass or multilabel, got {task!r}")
+    if task not in TASKS:
+        raise CalibrationError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if z.ndim != 2 or len(z) == 0 or truth.shape != (z.shape if task == "multilabel" else z.shape[:1]):
         raise CalibrationError(f"logits {z.shape} and labels {truth.shape} do not match for a {task} task")
     if not np.isfinite(z).all():

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..config import TASKS
 from . import scores
 from .bootstrap import bootstrap_weights, resampling_units
 from .result import ClassResult, Estimate, Evaluation
 from .scores import Floats, Ints
+
+Thresholds = float | Sequence[float]
 
 
 class EvaluationError(ValueError):
@@ -25,7 +28,7 @@ def evaluate(
     *,
     task: str = "multiclass",
     patients: Sequence[str | None] | None = None,
-    threshold: float = 0.5,
+    threshold: Thresholds = 0.5,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -38,7 +41,9 @@ def evaluate(
     Macro averages are over the classes that occur in `labels`; a note lists the others, which have no sensitivity.
     Accuracy of a multi-label task is the mean over labels, as in MedMNIST's evaluator; `subset_accuracy` requires all
     labels of an image to be correct. AUROC is one class against the rest. ECE is that of the largest probability, or of
-    every label's probability in a multi-label task.
+    every label's probability in a multi-label task. Where thresholds differ from 0.5, `accuracy_at_half` is the
+    accuracy at 0.5, for comparison with results published so. An ordinal task has two more scores, see
+    `scores.ordinal`: quadratic-weighted kappa and the mean absolute error in grades.
 
     Intervals are percentiles of resamples that draw patients (where given, else images) with replacement within each
     class. They reflect the variation between test sets of the same kind, not between training runs.
@@ -48,9 +53,9 @@ def evaluate(
         probabilities: `(N, K)` in [0, 1], rows summing to 1 unless multi-label; for two classes also `(N,)`, the
             probability of the second.
         classes: K names.
-        task: "multiclass" or "multilabel".
+        task: "multiclass", "multilabel" or "ordinal".
         patients: patient of each image, None where unknown: that image is resampled on its own.
-        threshold: probability above which a label is predicted, in a multi-label task.
+        threshold: probability above which a label is predicted, in a multi-label task; one for all or one per label.
         resamples: number of bootstrap resamples; 0 for no intervals.
         level: coverage of the intervals.
         seed: of the bootstrap.
@@ -65,7 +70,7 @@ def evaluate(
     truth, p = check_predictions(labels, probabilities, k, task)
     if patients is not None and len(patients) != len(truth):
         raise EvaluationError(f"{len(patients)} patients for {len(truth)} images")
-    scorer = Scorer(truth, p, k, task == "multilabel", threshold, ece_bins)
+    scorer = Scorer(truth, p, k, task, threshold, ece_bins)
     point = scorer.under(lambda: iter([np.ones((1, len(truth)))]))
     unit_of, stratum_of = resampling_units(truth, patients)
     resampled = scorer.under(lambda: bootstrap_weights(unit_of, stratum_of, resamples, seed)) if resamples else {}
@@ -98,7 +103,7 @@ def evaluate(
         level=level,
         resampled_by="image" if patients is None else "patient",
         seed=seed,
-        threshold=threshold if task == "multilabel" else None,
+        threshold=_as_given(scorer.limits) if task == "multilabel" else None,
         ece_bins=ece_bins,
         notes=_notes(classes, support, len(truth), task),
         context=dict(context or {}),
@@ -109,11 +114,12 @@ def evaluate(
 class Scorer:
     """Computes all scores of fixed labels and probabilities under weights `(R, N)`."""
 
-    def __init__(self, truth: Ints, p: Floats, k: int, multilabel: bool, threshold: float, bins: int) -> None:
-        self.k, self.multilabel = k, multilabel
+    def __init__(self, truth: Ints, p: Floats, k: int, task: str, threshold: Thresholds, bins: int) -> None:
+        self.k, self.multilabel, self.ordinal = k, task == "multilabel", task == "ordinal"
+        multilabel, self.limits = self.multilabel, _limits(threshold, k)
         self.truth, self.p = truth, p
         self.support = truth.sum(axis=0) if multilabel else np.bincount(truth, minlength=k)
-        self.said: Any = p > threshold if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
+        self.said: Any = p > self.limits if multilabel else p.argmax(axis=1)  # (N, K) or (N,)
         self.brier = scores.brier(truth, p) / (k if multilabel else 2 if k == 2 else 1)
         right: Any = truth if multilabel else (self.said == truth).astype(float)
         self.gaps = scores.calibration_gaps(p if multilabel else p.max(axis=1), right, bins)
@@ -122,6 +128,7 @@ class Scorer:
             self.shown = truth.astype(bool)
             same = self.said == self.shown
             self.right, self.all_right = same.mean(axis=1), same.all(axis=1)
+            self.at_half = None if (self.limits == 0.5).all() else ((p > 0.5) == self.shown).mean(axis=1)
         else:
             self.right = self.said == truth
 
@@ -168,6 +175,10 @@ class Scorer:
         overall = {"accuracy": weights @ self.right / total}
         if self.multilabel:
             overall["subset_accuracy"] = weights @ self.all_right / total
+            if self.at_half is not None:
+                overall["accuracy_at_half"] = weights @ self.at_half / total
+        if self.ordinal:
+            overall |= scores.ordinal(self.truth, self.said, weights)
         present = by_class["sensitivity"] >= 0  # not NaN
         overall["balanced_accuracy"] = self._balanced(by_class)
         for name in ("precision", "sensitivity", "specificity", "f1", "auroc", "auprc"):
@@ -225,11 +236,11 @@ def check_predictions(labels: ArrayLike, probabilities: ArrayLike, k: int, task:
         EvaluationError: shapes, values or labels that do not match.
     """
     truth, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    if task not in ("multiclass", "multilabel"):
-        raise EvaluationError(f"task must be multiclass or multilabel, got {task!r}")
-    if p.ndim == 1 and k == 2 and task == "multiclass":
+    if task not in TASKS:
+        raise EvaluationError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if p.ndim == 1 and k == 2 and task != "multilabel":
         p = np.stack([1 - p, p], axis=1)
-    if truth.ndim == 2 and truth.shape[1] == 1 and task == "multiclass":
+    if truth.ndim == 2 and truth.shape[1] == 1 and task != "multilabel":
         truth = truth[:, 0]
     expected = (len(p), k) if task == "multilabel" else (len(p),)
     if p.shape != (len(p), k) or truth.shape != expected or k < 1 or len(p) == 0:
@@ -248,11 +259,24 @@ def check_predictions(labels: ArrayLike, probabilities: ArrayLike, k: int, task:
         raise EvaluationError(f"{bad} of {len(p)} images have probabilities that are NaN or infinite")
     if p.min() < -1e-6 or p.max() > 1 + 1e-6:
         raise EvaluationError("probabilities must be in [0, 1]; these look like logits")
-    if task == "multiclass" and np.abs(p.sum(axis=1) - 1).max() > 1e-2:
+    if task != "multilabel" and np.abs(p.sum(axis=1) - 1).max() > 1e-2:
         raise EvaluationError(
             "the probabilities of an image must sum to 1; for independent labels use task='multilabel'"
         )
     return truth, np.clip(p, 0, 1) if p.min() < 0 or p.max() > 1 else p
+
+
+def _limits(threshold: Thresholds, k: int) -> Floats:
+    """Returns the thresholds of the labels, `(K,)`."""
+    limits = np.asarray(threshold, dtype=np.float64)
+    if limits.shape not in ((), (k,)) or not ((limits >= 0) & (limits <= 1)).all():
+        raise EvaluationError(f"threshold must be a probability, or one per label ({k}); got {threshold}")
+    return np.broadcast_to(limits, (k,))
+
+
+def _as_given(limits: Floats) -> float | tuple[float, ...]:
+    """Returns one threshold where all labels share it."""
+    return float(limits[0]) if (limits == limits[0]).all() else tuple(limits.tolist())
 
 
 def _notes(classes: Sequence[str], support: np.ndarray, n: int, task: str) -> tuple[str, ...]:

@@ -27,12 +27,12 @@ _BLOCK = 2**22  # elements in memory at once
 
 
 def confusion_matrix_figure(evaluation: Evaluation, *, title: str = "") -> Figure:
-    """Draws counts as text and fractions of the true class as colour; above 40 classes only colour. Multi-class only.
+    """Draws counts as text and fractions of the true class as colour; above 40 classes only colour.
 
     Raises:
         ValueError: a multi-label evaluation, which has one 2x2 table per label instead.
     """
-    if evaluation.task != "multiclass":
+    if evaluation.task == "multilabel":
         raise ValueError("a multi-label evaluation has no single confusion matrix; see evaluation.confusion")
     counts = np.array(evaluation.confusion)  # (K, K)
     totals = counts.sum(axis=1, keepdims=True)

@@ -25,6 +25,9 @@ MAX_TABLE = 50
 TITLES = {
     "accuracy": "Accuracy",
     "subset_accuracy": "Subset accuracy",
+    "accuracy_at_half": "Accuracy at a threshold of 0.5",
+    "quadratic_kappa": "Quadratic-weighted kappa",
+    "mae": "Mean absolute error in grades",
     "balanced_accuracy": "Balanced accuracy",
     "precision": "Precision",
     "sensitivity": "Sensitivity",
@@ -68,7 +71,7 @@ class Evaluation:
     """Result of `evaluate`.
 
     Attributes:
-        task: "multiclass" or "multilabel".
+        task: "multiclass", "multilabel" or "ordinal".
         classes: names in the order of the label indices.
         n_images: number of images.
         n_patients: number of patients, or of other groups (see `unit`); None where unknown.
@@ -80,7 +83,7 @@ class Evaluation:
         level: coverage of the intervals.
         resampled_by: "image" or "patient".
         seed: of the bootstrap.
-        threshold: probability above which a label is predicted, in multi-label tasks.
+        threshold: probability above which a label is predicted, in multi-label tasks; a tuple: one per label.
         ece_bins: bins of the ECE.
         notes: caveats, such as classes without images.
         context: further information on the evaluation: model, dataset, split, date.
@@ -98,7 +101,7 @@ class Evaluation:
     level: float
     resampled_by: str
     seed: int
-    threshold: float | None
+    threshold: float | tuple[float, ...] | None
     ece_bins: int
     notes: tuple[str, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +129,7 @@ class Evaluation:
             for row in values["per_class"]
         )
         values["classes"], values["notes"] = tuple(values["classes"]), tuple(values["notes"])
-        values["confusion"] = _tuples(values["confusion"])
+        values["confusion"], values["threshold"] = _tuples(values["confusion"]), _tuples(values["threshold"])
         return cls(**values)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -149,10 +152,15 @@ class Evaluation:
         lines += table(["Score", "Value"], [[overall_title(name), str(score)] for name, score in self.overall.items()])
         columns = list(self.per_class[0].scores) if self.per_class else []
         rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
-        lines += ["", *table(["Class", "Images", *(TITLES[name] for name in columns)], rows)]
-        if self.task == "multiclass" and len(self.classes) > MAX_TABLE:
+        header = ["Class", "Images", *(TITLES[name] for name in columns)]
+        if isinstance(self.threshold, tuple):
+            header.insert(2, "Threshold")
+            for row, limit in zip(rows, self.threshold, strict=True):
+                row.insert(2, f"{limit:.3g}")
+        lines += ["", *table(header, rows)]
+        if self.task != "multilabel" and len(self.classes) > MAX_TABLE:
             lines += ["", f"The confusion matrix of {len(self.classes)} classes is in `confusion`, not printed here."]
-        elif self.task == "multiclass":
+        elif self.task != "multilabel":
             matrix = [[name, *map(str, row)] for name, row in zip(self.classes, self.confusion, strict=True)]
             lines += ["", "Rows: true class. Columns: predicted class.", ""]
             lines += table(["", *self.classes], matrix)
@@ -164,7 +172,7 @@ class Evaluation:
         if not self.resamples:
             return "No intervals."
         unit = "image" if self.resampled_by == "image" else self.unit
-        by = f"by {unit}" + (", stratified by class" if self.task == "multiclass" else "")
+        by = f"by {unit}" + (", stratified by class" if self.task != "multilabel" else "")
         return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
 
 

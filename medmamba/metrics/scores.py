@@ -81,6 +81,20 @@ def rates(tables: Floats) -> dict[str, Floats]:
     }
 
 
+def ordinal(truth: Ints, said: Ints, weights: Floats) -> dict[str, Floats]:
+    """Returns quadratic-weighted kappa and mean absolute error of grades, each `(R,)`.
+
+    Kappa (Cohen 1968, doi:10.1037/h0026256) is 1 minus the mean squared difference of true and predicted grade over
+    the one expected if both were drawn independently from their own distributions; NaN where both are one grade. Unlike
+    accuracy, both scores punish a distant grade more than the next one.
+    """
+    t, s = truth.astype(np.float64), np.asarray(said, dtype=np.float64)
+    total = weights.sum(axis=1)
+    found = weights @ ((t - s) ** 2)
+    expected = weights @ t**2 + weights @ s**2 - 2 * (weights @ t) * (weights @ s) / total
+    return {"quadratic_kappa": 1 - _ratio(found, expected), "mae": _ratio(weights @ np.abs(t - s), total)}
+
+
 def rank(scores: Floats) -> Ranks:
     """Returns the ascending order of the scores `(N,)`, and the position in it where each distinct score starts.
 

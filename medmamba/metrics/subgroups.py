@@ -45,7 +45,7 @@ def evaluate_subgroups(
     resamples: int = 1000,
     seed: int = 0,
     notes: Sequence[str] = (),
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
 ) -> Subgroups:
     """Scores every group of every column, and tests each against the other images.
 
@@ -67,7 +67,7 @@ def evaluate_subgroups(
             raise EvaluationError(f"column {name!r} has {len(values)} values for {len(truth)} images")
     if not 0 < alpha < 1 or (permutations or 0) < 0:
         raise EvaluationError(f"alpha must be in (0, 1) and permutations at least 0, got {alpha} and {permutations}")
-    whole = Scorer(truth, p, len(classes), task == "multilabel", threshold, 15)
+    whole = Scorer(truth, p, len(classes), task, threshold, 15)
     if unknown := set(tested) - set(whole.overall_names):
         raise EvaluationError(f"unknown metrics {', '.join(sorted(unknown))}; known: {', '.join(whole.overall_names)}")
     options: dict[str, Any] = dict(task=task, resamples=resamples, seed=seed, threshold=threshold)
@@ -230,9 +230,9 @@ def _warnings(labels: Ints, everything: Ints, classes: Sequence[str]) -> tuple[s
     return tuple(said)
 
 
-def _overconfidence(labels: Ints, p: Floats, threshold: float) -> float:
+def _overconfidence(labels: Ints, p: Floats, threshold: float | Sequence[float]) -> float:
     if labels.ndim == 2:
-        return float((np.maximum(p, 1 - p) - ((p > threshold) == labels)).mean())
+        return float((np.maximum(p, 1 - p) - ((p > np.asarray(threshold)) == labels)).mean())
     return float((p.max(axis=1) - (p.argmax(axis=1) == labels)).mean())
 
 

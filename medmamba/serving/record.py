@@ -90,8 +90,8 @@ def without_unusual(prediction: Prediction) -> Prediction:
 
 
 def is_unsure(prediction: Prediction, config: MedMambaConfig) -> bool:
-    """Returns whether the top probability is below `UNSURE` (multilabel: no label reaches 0.5)."""
-    return prediction.probability < (0.5 if config.task == "multilabel" else UNSURE)
+    """Returns whether the top probability is below `UNSURE` (multilabel: no label is above its threshold)."""
+    return not prediction.labels if config.task == "multilabel" else prediction.probability < UNSURE
 
 
 def classification(prediction: Prediction, how: Applied, milliseconds: float, server: Server) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Classification loss and its soft targets."""
+"""Losses of the three tasks, and their soft targets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ def soft_targets(targets: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def classification_loss(logits: Tensor, targets: Tensor, task: str, weights: Tensor | None = None) -> Tensor:
-    """Returns the mean cross entropy, or the binary cross entropy averaged over images and labels, in float32.
+    """Returns the mean loss over images in float32.
+
+    One class per image: cross entropy. Several labels: binary cross entropy, averaged over labels. Grades: cross
+    entropy plus the squared earth mover's distance between the distributions over grades, sum_k (P_k - T_k)^2 of the
+    cumulative probabilities (Hou et al. 2016, arXiv:1611.05916), so that a distant grade costs more than the next.
 
     The mean is over images, not class weights, so it does not depend on which rare classes share a batch.
 
     Args:
         logits: (B, K).
         targets: (B, K) probabilities.
-        task: "multiclass" or "multilabel".
+        task: "multiclass", "multilabel" or "ordinal".
         weights: (K,) class weights; for multi-label tasks, weights of the positive labels.
     """
     logits = logits.float()
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
-    return F.cross_entropy(logits, targets, weight=weights)
+    entropy = F.cross_entropy(logits, targets, weight=weights)
+    if task != "ordinal":
+        return entropy
+    distance = (logits.softmax(1).cumsum(1) - targets.cumsum(1)).square().sum(1)  # (B,)
+    return entropy + (distance if weights is None else distance * (targets @ weights)).mean()

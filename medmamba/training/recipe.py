@@ -183,6 +183,7 @@ SELECTABLE = (
     "balanced_accuracy",
     "auroc",
     "f1",
+    "quadratic_kappa",
     "loss",
     "dice",
     "iou",

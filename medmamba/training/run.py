@@ -86,6 +86,8 @@ def train(
     dataset: str | None = None,
     split: str | Sequence[float] | None = None,
     patient_pattern: str | None = None,
+    classes: Sequence[str] | None = None,
+    task: str | None = None,
     allow_leakage: Collection[str] = (),
     check_duplicates: bool = True,
     in_chans: int | None = None,
@@ -126,6 +128,11 @@ def train(
         dataset: name in the registry, for order and names of classes, patients and licence, recorded with the weights.
         split: how to split `data` that has no splits: three fractions, or "published" for the registry's rule.
         patient_pattern: regular expression; group 1 in a file name is the patient.
+        classes: names of all classes in the order of the labels, for an ordinal task from the lowest grade to the
+            highest; default: the names found, sorted.
+        task: "ordinal" where the classes are grades in order: the loss then counts how far off a grade is, and
+            quadratic-weighted kappa is measured (recipes select by it with `select=["quadratic_kappa"]`). Default: as
+            in the registry, else from the data ("multiclass", or "multilabel" where images have several labels).
         allow_leakage: "patients", "duplicates": accept those in more than one split. "conflicts": accept identical
             images with different labels within one split.
         check_duplicates: False skips the search for duplicates, which decodes every image, for instance because an
@@ -173,7 +180,8 @@ def train(
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
     accelerator = make_accelerator(device, precision)
     out, folder = Path(out), Path(cache) if cache else None
-    index, entry, rule = _open(data, dataset, split, patient_pattern, seed)
+    index, entry, rule = _open(data, dataset, split, patient_pattern, classes, seed)
+    index = _as_task(index, task, ordered=entry is not None or classes is not None or isinstance(data, ImageDataset))
     check_splits(index)
     torch.manual_seed(seed)
     labels = entry.id2label if entry else dict(enumerate(index.classes))
@@ -286,15 +294,18 @@ def _open(
     dataset: str | None,
     split: str | Sequence[float] | None,
     patient_pattern: str | None,
+    classes: Sequence[str] | None,
     seed: int,
 ) -> tuple[ImageDataset, registry.DatasetEntry | None, str]:
     """Returns the images with their splits, their registry entry, and a description of how the splits were made."""
     entry = registry.get(dataset) if dataset else None
-    index = (
-        data if isinstance(data, ImageDataset) else open_dataset(data, dataset=entry, patient_pattern=patient_pattern)
-    )
-    if isinstance(data, ImageDataset) and patient_pattern is not None:
-        raise DatasetError("patient_pattern would have no effect on an ImageDataset; give it to open_dataset")
+    if isinstance(data, ImageDataset):
+        for name, value in (("patient_pattern", patient_pattern), ("classes", classes)):
+            if value is not None:
+                raise DatasetError(f"{name} would have no effect on an ImageDataset; give it to open_dataset")
+        index = data
+    else:
+        index = open_dataset(data, dataset=entry, patient_pattern=patient_pattern, classes=classes)
     if len(index) == 0:
         raise DatasetError(f"{index.name} has no images")
     found = index.split_sizes
@@ -310,6 +321,25 @@ def _open(
         rest = ": val is then taken from train" if "val" not in found and "train" in found else ""
         raise DatasetError(f"{index.name} has splits already ({index!r}); leave split= (--split) out{rest}")
     return make_splits(index, split, seed=seed), entry, f"made by make_splits: {', '.join(map(str, split))}"
+
+
+def _as_task(index: ImageDataset, task: str | None, ordered: bool) -> ImageDataset:
+    """Returns the images for the task that is asked for.
+
+    Args:
+        ordered: the order of the classes was given, not guessed by sorting their names.
+
+    Raises:
+        DatasetError: labels that do not fit the task, or grades whose order is unknown.
+    """
+    if task is None or task == index.task:
+        return index
+    if task == "ordinal" and not ordered and not all(name.isdecimal() for name in index.classes):
+        raise DatasetError(
+            f"{index.name}: an ordinal task needs its grades in order, from the lowest to the highest, and "
+            f"{', '.join(index.classes)} are only sorted by name; give them with classes=[...] (--classes ...)"
+        )
+    return index.with_task(task)
 
 
 def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:

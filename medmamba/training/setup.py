@@ -161,7 +161,7 @@ def check_splits(index: ImageDataset, needed: Iterable[str] = ("train", "val")) 
     missing = [name for name in needed if not sizes.get(name)]
     if missing:
         raise DatasetError(f"{index.name} has no images in {' and '.join(missing)}; {_how_to_split(sizes)}")
-    if len(index.classes) < 2 and index.task == "multiclass":
+    if len(index.classes) < 2 and index.task != "multilabel":
         raise DatasetError(f"{index.name} has one class, {index.classes[0]!r}: a classifier needs at least two")
     counts = index.split("train").class_counts
     empty = [name for name, count in zip(index.classes, counts, strict=True) if count == 0]

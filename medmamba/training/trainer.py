@@ -100,6 +100,8 @@ class Trainer:
         self._best: dict[str, Tensor] | None = None  # weights of the best epoch not yet written by a checkpoint
         if recipe.balance == "sampling" and model.config.task == "multilabel":
             raise RecipeError("balance='sampling' needs one label per image; use balance='loss' for several")
+        if "quadratic_kappa" in recipe.select and model.config.task != "ordinal":
+            raise RecipeError("select='quadratic_kappa' needs an ordinal task: grades in order (task='ordinal')")
 
         labels = self._labels(images("train", recipe.size_at(0)))
         self.labels, self.classes = labels, self.config.num_classes

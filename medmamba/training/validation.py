@@ -14,6 +14,7 @@ from ..metrics import evaluate
 from ..metrics.calibration import to_probabilities
 from ..model import MedMamba
 from . import loss
+from .recipe import SELECTABLE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ def validate(model: MedMamba, data: CachedDataset, accelerator: Accelerator, bat
     targets = loss.soft_targets(labels, model.config.num_classes, 0.0)
     probabilities = to_probabilities(logits.numpy(), task)
     found = evaluate(data.index.labels, probabilities, data.index.classes, task=task, resamples=0)
-    scores = {name: found[name] for name in ("accuracy", "balanced_accuracy", "auroc", "f1")}
+    scores = {name: found[name] for name in SELECTABLE if name in found.overall}
     return {"loss": float(loss.classification_loss(logits, targets, task)), **scores}
 
 

@@ -140,6 +140,9 @@ def calibration(found: Any) -> dict[str, Any]:
     for name in ("ece_before", "ece_after"):
         if name in record:
             real(record[name], f"calibration.{name}", 0, 1)
+    if "thresholds" in record:
+        values = several(record["thresholds"], "calibration.thresholds", MAX_RECORD)
+        record["thresholds"] = [real(value, "calibration.thresholds", 0, 1) for value in values]
     if "weights" in record:
         fingerprint(record["weights"], "calibration.weights")
     if "ood" in record and record["ood"] is not None:

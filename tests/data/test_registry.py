@@ -43,7 +43,16 @@ CLASSES = dict(zip(TABLE, (6, 4, 6, 3, 8, 9, 9, 7, 4, 2, 5, 2, 8, 11, 11, 11), s
 
 
 def test_sixteen_datasets() -> None:
-    assert set(registry.names()) == set(TABLE)
+    assert set(registry.names()) == {*TABLE, "chestmnist"}
+    assert {name for name in registry.names() if registry.get(name).in_paper} == set(TABLE)
+
+
+def test_the_sets_with_several_labels_and_with_grades() -> None:
+    tasks = {name: registry.get(name).task for name in registry.names()}
+    assert {name for name, task in tasks.items() if task == "multilabel"} == {"chestmnist"}
+    assert {name for name, task in tasks.items() if task == "ordinal"} == {"retinamnist"}
+    chest = registry.get("chestmnist")
+    assert chest.num_classes == 14 and sum((chest.splits or {}).values()) == chest.n_images == 112120
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -97,10 +106,10 @@ def test_alphabetical_order_is_that_of_the_published_trainer() -> None:
 
 def test_medmnist_sets_carry_checksums_and_the_grey_or_colour_of_the_source() -> None:
     md5 = [value for name in registry.names() for value in registry.get(name).source.md5.values()]
-    assert len(md5) == len(set(md5)) == 10 * 4 and all(re.fullmatch("[0-9a-f]{32}", value) for value in md5)
+    assert len(md5) == len(set(md5)) == 11 * 4 and all(re.fullmatch("[0-9a-f]{32}", value) for value in md5)
     grey = {name for name in registry.names() if registry.get(name).channels == 1}
     assert grey == {
-        "octmnist", "pneumoniamnist", "breastmnist", "organamnist", "organcmnist", "organsmnist",
+        "octmnist", "pneumoniamnist", "breastmnist", "organamnist", "organcmnist", "organsmnist", "chestmnist",
     }  # fmt: skip
 
 

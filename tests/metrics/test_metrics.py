@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medmamba.metrics import PAPER_COLUMNS, Evaluation, EvaluationError, evaluate
+from medmamba.metrics import PAPER_COLUMNS, Evaluation, EvaluationError, evaluate, scores
+from medmamba.metrics.thresholds import best_f1_thresholds
 
 sk = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn")
 
@@ -398,3 +399,57 @@ def test_scores_that_are_nan_are_refused():
         roc_curve(np.array([True, False]), np.array([np.nan, 0.5]))
     with pytest.raises(EvaluationError, match="1 of 2 images have probabilities that are NaN"):
         evaluate([0, 1], [[0.5, 0.5], [np.nan, 0.5]], ["a", "b"])
+
+
+# ---- grades, and thresholds of labels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_quadratic_kappa_is_that_of_scikit_learn(seed: int) -> None:
+    labels, p = example(seed)
+    result = evaluate(labels, p, NAMES, task="ordinal", resamples=50)
+    assert result["quadratic_kappa"] == pytest.approx(sk.cohen_kappa_score(labels, p.argmax(1), weights="quadratic"))
+    assert result["mae"] == pytest.approx(sk.mean_absolute_error(labels, p.argmax(1)))
+    assert result.overall["quadratic_kappa"].low < result["quadratic_kappa"] < result.overall["quadratic_kappa"].high
+    assert result["accuracy"] == evaluate(labels, p, NAMES, resamples=0)["accuracy"]
+    assert Evaluation.from_json(result.to_json()) == result
+    weights = np.random.default_rng(seed).integers(0, 3, (3, len(labels))).astype(float)
+    found = scores.ordinal(labels, p.argmax(1), weights)["quadratic_kappa"]
+    for row, value in zip(weights.astype(int), found, strict=True):
+        drawn = np.repeat(labels, row), np.repeat(p.argmax(1), row)
+        assert value == pytest.approx(sk.cohen_kappa_score(*drawn, weights="quadratic"))
+
+
+def test_quadratic_kappa_of_one_grade_is_undefined() -> None:
+    p = np.eye(3)[[1, 1, 1]]
+    assert np.isnan(evaluate([1, 1, 1], p, "abc", task="ordinal", resamples=0)["quadratic_kappa"])
+
+
+def test_thresholds_reach_the_best_f1_that_scikit_learn_finds() -> None:
+    labels, p = several(3)
+    p = p.round(2)  # with ties
+    limits = best_f1_thresholds(labels, p)
+    result = evaluate(labels, p, NAMES, task="multilabel", threshold=limits, resamples=0)
+    for i in range(K):
+        precision, recall, _ = sk.precision_recall_curve(labels[:, i], p[:, i])
+        best = np.nanmax(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+        assert sk.f1_score(labels[:, i], p[:, i] > limits[i]) == pytest.approx(best)
+        assert result.per_class[i].scores["f1"].value == pytest.approx(best)
+        assert limits[i] not in p[:, i]
+    assert result.threshold == tuple(limits) and Evaluation.from_json(result.to_json()) == result
+    assert result["accuracy_at_half"] == pytest.approx((labels == (p > 0.5)).mean())
+    assert f"| {NAMES[0]} | {labels[:, 0].sum()} | {limits[0]:.3g} |" in result.to_markdown()
+
+
+def test_a_label_without_positives_keeps_the_threshold_of_a_half() -> None:
+    limits = best_f1_thresholds([[0, 1, 1], [0, 1, 0]], [[0.9, 0.1, 0.3], [0.2, 0.3, 0.1]])
+    assert limits.tolist() == [0.5, 0.5, pytest.approx(0.2)]
+    with pytest.raises(ValueError, match=r"must be \(N, K\)"):
+        best_f1_thresholds([0, 1], [0.1, 0.9])
+
+
+@pytest.mark.parametrize("threshold", [1.5, (0.5, 0.5), np.nan])
+def test_thresholds_that_do_not_fit_are_refused(threshold) -> None:
+    labels, p = several()
+    with pytest.raises(EvaluationError, match="threshold must be a probability"):
+        evaluate(labels, p, NAMES, task="multilabel", threshold=threshold, resamples=0)

@@ -155,7 +155,7 @@ def _to_input(pictures: Tensor, grey: bool, config: MedMambaConfig) -> Tensor:
 def _scorer(logits: np.ndarray, labels: np.ndarray, config: MedMambaConfig) -> Scorer:
     temperature = float(config.calibration.get("temperature", 1.0))
     p = to_probabilities(logits, config.task, temperature)
-    return Scorer(labels, p, len(config.labels), config.task == "multilabel", 0.5, 15)
+    return Scorer(labels, p, len(config.labels), config.task, config.calibration.get("thresholds", 0.5), 15)
 
 
 def _summary(
