@@ -1,6 +1,7 @@
 """Released weights (`hub/models`), and the commands that train, convert, document and publish models.
 
 python -m hub.zoo       trains the released models and their baselines
+python -m hub.make      makes a model of any public dataset of the registry, from the download on
 python -m hub.results   collects the results of runs into docs/results.md and README.md
 python -m hub.convert   converts a published .pth checkpoint to a model folder
 python -m hub.card      writes the model card of a folder from its results

@@ -40,11 +40,16 @@ class Licence:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the images come from. `md5` maps the image size to the checksum of the MedMNIST `.npz` of that size."""
+    """Where the images come from.
+
+    `md5` maps the image size to the checksum of the MedMNIST `.npz` of that size; `contact` says whom to ask for images
+    that are not public.
+    """
 
     url: str
     doi: str | None = None
     public: bool = True
+    contact: str = ""
     md5: Mapping[int, str] = field(default_factory=dict)
 
 

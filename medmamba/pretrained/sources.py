@@ -21,6 +21,7 @@ from ..config import ORGANISATION, ConfigError
 from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME, Damaged, PretrainedError, checked, file_hash, verify
 from ..utils.files import is_disk_full
 from ..utils.network import unreachable
+from .advice import how_to_make
 from .archives import MAX_SIDECAR, SIDECARS, extract, inspect
 from .config_file import MAX_CONFIG
 
@@ -192,7 +193,7 @@ def _hub_message(error: BaseException, repo: str, revision: str | None, offline:
     if isinstance(error, GatedRepoError | RepositoryNotFoundError):
         return (
             f"there is no model {repo!r} on the Hub that you may read (private and gated models need `hf auth login` "
-            f"or token=...). {exists}"
+            f"or token=...).{how_to_make(repo)} {exists}"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo!r} has no revision {revision!r}; omit it for the latest"
@@ -378,15 +379,8 @@ def _complete(folder: Path) -> Path:
 
 
 def _without_network(repo: str) -> str:
-    """Says what to do without a network: connect, train the model where a recipe is known, or use another one."""
-    from ..data import registry
-
-    made = ""
-    owner, _, name = repo.partition("/")
-    with contextlib.suppress(registry.RegistryError):
-        if owner == ORGANISATION and registry.get(name):
-            made = f" To train it in a clone of medmamba: `python -m hub.zoo train {name} --data DATA --out DIR`."
-    return f"Connect once, or point HF_ENDPOINT at a mirror.{made} {_what_exists(bundled_models())}"
+    """Says what to do without a network: connect, make the model where the dataset is known, or use another one."""
+    return f"Connect once, or point HF_ENDPOINT at a mirror.{how_to_make(repo)} {_what_exists(bundled_models())}"
 
 
 def _what_exists(bundled: dict[str, Path]) -> str:

@@ -27,6 +27,8 @@ EXTRAS = {
     "highdicom": "segment",
     "nibabel": "segment",
     "pycocotools": "segment",
+    "pooch": "hub",
+    "requests": "hub",
 }
 """Top-level modules, and the extra of `medmamba` that installs them."""
 
