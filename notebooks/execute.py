@@ -143,9 +143,11 @@ def main(arguments: list[str]) -> int:
     """Executes the given or all notebooks; returns 1 if any has problems."""
     names = [name for name in arguments if name != "--address"]
     only_address, failures = "--address" in arguments, 0
-    for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
+    # Those in colab/ need a network, and are not run here.
+    others = sorted(FOLDER.glob("colab/*.ipynb")) if only_address else []
+    for path in [Path(name) for name in names] or [*sorted(FOLDER.glob("*.ipynb")), *others]:
         notebook = nbformat.read(path, as_version=4) if only_address else execute(path)
-        set_address(notebook, path.name, repository())
+        set_address(notebook, path.resolve().relative_to(FOLDER).as_posix(), repository())
         nbformat.write(notebook, path)
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, from {repository() or 'a URL to be entered'}")
         for problem in [] if only_address else problems(notebook):

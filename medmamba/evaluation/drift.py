@@ -250,7 +250,7 @@ def _same(path: Any) -> Any:
 def predicted_counts(evaluation: Evaluation) -> list[int]:
     """Returns how often each class was predicted in an evaluation, such as that in a model's `results.json`."""
     table = np.array(evaluation.confusion)
-    return (table.sum(axis=0) if evaluation.task == "multiclass" else table[:, :, 1].sum(axis=1)).tolist()
+    return (table.sum(axis=0) if evaluation.task != "multilabel" else table[:, :, 1].sum(axis=1)).tolist()
 
 
 @dataclass

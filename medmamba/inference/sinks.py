@@ -226,14 +226,21 @@ class LinesSink(_GrowingSink):
 
 
 class CsvSink(_GrowingSink):
-    """The table of `medmamba predict --csv`: source, label, probability, all classes, error."""
+    """The table of `medmamba predict --csv`: source, label, probability, all classes, error.
+
+    Of a multi-label model also `labels`, those above their thresholds, and of an ordinal one `grade`.
+    """
+
+    @property
+    def _extra(self) -> list[str]:
+        return {"multilabel": ["labels"], "ordinal": ["grade"]}.get(self.identity.get("task", ""), [])
 
     def key(self, name: str) -> str:
         return str(csv_cell(name))
 
     @property
     def _header(self) -> list[str]:
-        return csv_row(["source", "label", "probability", *self.labels, "error"])
+        return csv_row(["source", "label", "probability", *self._extra, *self.labels, "error"])
 
     def _names(self) -> Iterator[str]:
         if self._file.seek(0, os.SEEK_END) == 0:
@@ -253,9 +260,11 @@ class CsvSink(_GrowingSink):
 
     def _cells(self, row: dict[str, Any]) -> list[Any]:
         if "error" in row:
-            return [row["source"], "", "", *[""] * len(self.labels), row["error"]]
+            return [row["source"], "", "", *[""] * len(self._extra + self.labels), row["error"]]
         scores = dict(row["top"])
-        return [row["source"], row["label"], row["probability"], *[scores.get(label, "") for label in self.labels], ""]
+        own = [";".join(row[name]) if name == "labels" else row[name] for name in self._extra]
+        values = [scores.get(label, "") for label in self.labels]
+        return [row["source"], row["label"], row["probability"], *own, *values, ""]
 
     @staticmethod
     def _text(rows: list[list[Any]]) -> bytes:

@@ -82,6 +82,8 @@ def predict_to_file(
     identity: dict[str, Any] = {"model": model_identity(model), "top_k": top_k, **reading}
     if tta != "none":
         identity["tta"] = tta
+    if inner.config.task != "multiclass":
+        identity["task"] = inner.config.task
     if decide:
         identity["decide"] = [
             entry if isinstance(entry, str) else entry.name for entry in chosen(in_force(inner), decide)

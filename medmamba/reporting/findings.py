@@ -74,7 +74,7 @@ def unusual(study: Study) -> list[Block]:
         )
     ]
     flagged, e = detector.is_unusual(study.features), study.scored.evaluation
-    if e.task == "multiclass" and flagged.any() and not flagged.all():
+    if e.task != "multilabel" and flagged.any() and not flagged.all():
         right = study.probabilities.argmax(axis=1) == study.index.labels
         blocks.append(
             Text(
@@ -142,7 +142,7 @@ def failures(study: Study) -> list[Block]:
     p = study.probabilities
     text = f"{len(wrong)} of {e.n_images} images are misclassified. Below are those with the highest confidence."
     blocks: list[Block] = [Text(text)]
-    if e.task == "multiclass":
+    if e.task != "multilabel":
         pairs: dict[tuple[int, int], int] = {}
         for row in wrong:
             pair = (int(study.index.labels[row]), int(p[row].argmax()))

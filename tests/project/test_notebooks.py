@@ -205,3 +205,43 @@ def test_images_are_few_and_their_sources_named():
     for folder in {path.relative_to(FOLDER / "data").parts[0] for path in images}:
         row = next(line for line in about.splitlines() if line.startswith(f"| `{folder}/`"))
         assert "CC BY 4.0" in row and "doi.org" in row
+
+
+# ---- the notebook that needs a network --------------------------------------------------------------------------------
+
+COLAB = FOLDER / "colab" / "kvasir.ipynb"
+
+
+def test_the_notebook_for_colab_calls_commands_that_exist() -> None:
+    from hub.make import _parser
+
+    notebook = nbformat.read(COLAB, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert all(not cell.outputs for cell in cells) and len(trees(notebook)) == len(cells)
+    assert cells[0].metadata.tags == ["setup"] and '"./medmamba[train,hub]"' in cells[0].source
+    calls = [line for cell in cells for line in cell.source.splitlines() if line.startswith("!python -m hub.make")]
+    assert len(calls) == 2
+    for line in calls:
+        words = line.format(NAME="kvasir", OUT="make", MORE="").split()[3:]
+        assert _parser().parse_args(words).dataset == "kvasir"
+    fresh = nbformat.read(COLAB, as_version=4)
+    execute.set_address(fresh, "colab/kvasir.ipynb", execute.repository())
+    assert fresh == notebook, "run: python notebooks/execute.py --address"
+
+
+@pytest.mark.slow
+def test_the_notebook_for_colab_runs_against_a_small_copy_of_the_source(monkeypatch, tmp_path) -> None:
+    pytest.importorskip("pooch", reason='needs pip install "medmamba[hub]"')
+    from dataset_server import layout, serve
+
+    with serve() as server:
+        layout(server, "kvasir")
+        small = "--allow partial --init scratch --variant test --device cpu --set epochs=1 size=32 batch_size=8"
+        monkeypatch.setenv("MEDMAMBA_MAKE_OPTIONS", f"--mirror {server.url} {small}")
+        monkeypatch.setenv("MEDMAMBA_MAKE_OUT", str(tmp_path))
+        notebook = nbformat.read(COLAB, as_version=4)
+        place = {"metadata": {"path": FOLDER.parent}}
+        NotebookClient(notebook, timeout=200, kernel_name="python3", resources=place).execute()
+    said = "".join(str(output.get("text", "")) for output in outputs(notebook))
+    assert "[5/5] card" in said and "would be published" in said
