@@ -207,7 +207,7 @@ def test_images_are_few_and_their_sources_named():
         assert "CC BY 4.0" in row and "doi.org" in row
 
 
-# ---- the notebook that needs a network --------------------------------------------------------------------------------
+# ---- the notebook that needs a network ------------------------------------------------------------------------------
 
 COLAB = FOLDER / "colab" / "kvasir.ipynb"
 
