@@ -11,6 +11,7 @@ Exit code 3: stopped by --max-seconds before the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Collection
@@ -131,7 +132,8 @@ def make(making: Making, say: Callable[[str], None] = print) -> bool:
             "split": rule,
             "images": {name: _of_file(row) for name, row in records(making.downloads).items()},
             "check": found,
-            **({"note": making.source.note} if making.source.note else {}),
+            **({"note": note} if (note := _note(making)) else {}),
+            "pretraining": _pretraining(making.init),
         },
         progress=making.progress,
         **making.options,
@@ -154,6 +156,22 @@ def make(making: Making, say: Callable[[str], None] = print) -> bool:
         )
     say(f"ready: python -m hub.publish {making.model} --repo {repo}")
     return True
+
+
+def has_seen(init: str | Path | None, entry: DatasetEntry) -> bool:
+    """Returns whether a model was trained on images of this dataset, by its record: then perhaps on its test images.
+
+    The general backbones have seen training images of several sets, in splits that are not the published ones.
+    """
+    if init is None:
+        return False
+    record = MedMamba.from_pretrained(init).config.training
+    names = [record.get("dataset"), *record.get("datasets", []), *record.get("pretraining", [])]
+    for name in filter(None, names):
+        with contextlib.suppress(registry.RegistryError):
+            if registry.get(str(name)).name == entry.name:
+                return True
+    return False
 
 
 def prepare(making: Making, place: Path) -> tuple[ImageDataset, str, list[str]]:
@@ -181,6 +199,21 @@ def prepare(making: Making, place: Path) -> tuple[ImageDataset, str, list[str]]:
     return make_splits(index, FRACTIONS, seed=0), rule, list(check.messages)
 
 
+def _note(making: Making) -> str:
+    """Returns what the card must say about the data."""
+    seen = "The initial weights had seen images of this dataset, perhaps test images: the metrics may be too high."
+    return " ".join(filter(None, [making.source.note, seen if has_seen(making.init, making.entry) else ""]))
+
+
+def _pretraining(init: str | Path | None) -> list[str]:
+    """Returns the datasets that the initial weights were trained on."""
+    record = MedMamba.from_pretrained(init).config.training if init is not None else {}
+    return [
+        str(name)
+        for name in record.get("datasets") or record.get("pretraining") or filter(None, [record.get("dataset")])
+    ]
+
+
 def _of_file(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("url", "bytes", "md5", "sha256", "published_md5")}
 
@@ -192,12 +225,19 @@ def main(argv: list[str] | None = None) -> int:
         entry = registry.get(args.dataset)
         source = source_of(entry, args.size, args.original)
         init = None if args.init == "scratch" else args.init or f"medmamba/{args.variant}-medical"
+        if args.init is None and has_seen(init, entry):
+            print(
+                f"{init} has seen images of {entry.title}, perhaps test images of the published split: training starts "
+                "from scratch. Another start: --init MODEL"
+            )
+            init = None
+        recipe = args.recipe or ("finetune" if init else "default")
         making = Making(
             entry,
             source,
             args.out,
             args.size,
-            args.recipe,
+            recipe,
             args.variant,
             init,
             dict(parse_setting(text) for text in args.set),
@@ -238,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init", metavar="MODEL", help="start from this model, or 'scratch' (medmamba/VARIANT-medical)"
     )
-    parser.add_argument("--recipe", default="finetune", help="(%(default)s)")
+    parser.add_argument("--recipe", help="default: finetune, or default from scratch")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="recipe settings")
     parser.add_argument(
         "--allow", nargs="+", default=[], choices=("partial", "larger", "other-split"), help="accept such images"

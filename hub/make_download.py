@@ -79,13 +79,14 @@ class _Resuming:
 
     def __call__(self, url: str, output_file: Any, pooch: Any, check_only: bool = False) -> None:
         import requests
+        import urllib3
 
         failures, before = 0, self._size()
         while True:
             try:
                 self._attempt(requests, url)
                 break
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
                 size = self._size()
                 failures, before = (1 if size > before else failures + 1), size
                 if failures >= ATTEMPTS:
@@ -134,7 +135,8 @@ class _Resuming:
                 disable=not self.progress,
             )
             with self.part.open(mode) as stream, bar:
-                for chunk in answer.iter_content(CHUNK):
+                # Undecoded: decoding would hold back, and lose, what arrived of the last chunk before a cut.
+                for chunk in answer.raw.stream(CHUNK, decode_content=False):
                     stream.write(chunk)
                     bar.update(len(chunk))
         if total is not None and self._size() != total:

@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("pooch", reason='needs pip install "medmamba[hub]"')
 
-from dataset_server import PER_CLASS, kvasir, layout, serve, small
+from dataset_server import PER_CLASS, kvasir, layout, serve
 
 from hub import make as tool
 from hub import make_download, make_sources
-from hub.make import Making, make, prepare
+from hub.make import Making, has_seen, make, prepare
 from hub.make_download import fetch, records
 from hub.make_layouts import arrange
 from hub.make_plan import measured_rate
@@ -232,7 +232,7 @@ def test_a_name_without_weights_says_the_command(monkeypatch, tmp_path) -> None:
 
 def test_a_dry_run_fetches_nothing_and_computes_from_measured_rates(tmp_path, capsys) -> None:
     with serve() as server:
-        run = making(server, tmp_path, "kvasir")
+        making(server, tmp_path, "kvasir")
         (content,) = server.files.values()
         words = ["kvasir", "--out", str(tmp_path / "x"), "--dry-run", "--mirror", server.url]
         assert tool.main(words) == 0
@@ -244,7 +244,19 @@ def test_a_dry_run_fetches_nothing_and_computes_from_measured_rates(tmp_path, ca
     images = 2408 * 20
     assert rate and f"{images / rate / 3600:.2f} at most ({images:,} images" in said and measured in said
     assert f"{images / 100 / 3600:.2f} at most" in own
-    assert not (tmp_path / "x").exists() and run.entry == small("kvasir")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_start_that_has_seen_the_dataset_is_not_the_default(tmp_path, capsys) -> None:
+    for variant in ("tiny", "nano"):
+        seen = {name for name in PUBLIC if has_seen(f"medmamba/{variant}-medical", registry.get(name))}
+        assert seen == {"bloodmnist", "breastmnist", "pneumoniamnist", "cpn-xray", "pad-ufes-20"}
+    with serve() as server:
+        for name, scratch in (("bloodmnist", True), ("kvasir", False)):
+            layout(server, name)
+            words = [name, "--out", str(tmp_path), "--dry-run", "--mirror", server.url, "--size", "28"]
+            assert tool.main(words) == 0
+            assert ("training starts from scratch" in capsys.readouterr().out) == scratch
 
 
 @pytest.mark.slow
