@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmamba import MedMamba
 from medmamba.cards import default_repo, write_card
 from medmamba.cli.train import STOPPED
+from medmamba.config import MedMambaConfig
 from medmamba.data import ImageDataset, check_dataset, make_splits, open_dataset, published_split, registry
 from medmamba.data.registry import DatasetEntry
-from medmamba.pretrained import hub_name
+from medmamba.pretrained import fetch as fetch_model
+from medmamba.pretrained import hub_name, read_config
 from medmamba.training import load_recipe, train
 from medmamba.training.recipe import Recipe, parse_setting
 
@@ -94,7 +95,7 @@ class Making:
         settings = {"select": SELECT[self.entry.task], **self.settings} if self.entry.task in SELECT else self.settings
         found = load_recipe(self.recipe, **settings)
         if found.size is None:
-            side = MedMamba.from_pretrained(self.init).config.preprocess.input_size[0] if self.init else 224
+            side = _config_of(self.init).preprocess.input_size[0] if self.init else 224
             found = found.replace(size=side)
         return found
 
@@ -158,6 +159,11 @@ def make(making: Making, say: Callable[[str], None] = print) -> bool:
     return True
 
 
+def _config_of(init: str | Path) -> MedMambaConfig:
+    """Returns the configuration of a model without loading its weights."""
+    return read_config(fetch_model(init))
+
+
 def has_seen(init: str | Path | None, entry: DatasetEntry) -> bool:
     """Returns whether a model was trained on images of this dataset, by its record: then perhaps on its test images.
 
@@ -165,7 +171,7 @@ def has_seen(init: str | Path | None, entry: DatasetEntry) -> bool:
     """
     if init is None:
         return False
-    record = MedMamba.from_pretrained(init).config.training
+    record = _config_of(init).training
     names = [record.get("dataset"), *record.get("datasets", []), *record.get("pretraining", [])]
     for name in filter(None, names):
         with contextlib.suppress(registry.RegistryError):
@@ -207,7 +213,7 @@ def _note(making: Making) -> str:
 
 def _pretraining(init: str | Path | None) -> list[str]:
     """Returns the datasets that the initial weights were trained on."""
-    record = MedMamba.from_pretrained(init).config.training if init is not None else {}
+    record = _config_of(init).training if init is not None else {}
     return [
         str(name)
         for name in record.get("datasets") or record.get("pretraining") or filter(None, [record.get("dataset")])

@@ -226,10 +226,7 @@ class LinesSink(_GrowingSink):
 
 
 class CsvSink(_GrowingSink):
-    """The table of `medmamba predict --csv`: source, label, probability, all classes, error.
-
-    Of a multi-label model also `labels`, those above their thresholds, and of an ordinal one `grade`.
-    """
+    """The table of `medmamba predict --csv`: source, label, probability, (labels or grade), all classes, error."""
 
     @property
     def _extra(self) -> list[str]:
@@ -263,8 +260,7 @@ class CsvSink(_GrowingSink):
             return [row["source"], "", "", *[""] * len(self._extra + self.labels), row["error"]]
         scores = dict(row["top"])
         own = [";".join(row[name]) if name == "labels" else row[name] for name in self._extra]
-        values = [scores.get(label, "") for label in self.labels]
-        return [row["source"], row["label"], row["probability"], *own, *values, ""]
+        return [row["source"], row["label"], row["probability"], *own, *[scores.get(k, "") for k in self.labels], ""]
 
     @staticmethod
     def _text(rows: list[list[Any]]) -> bytes:
