@@ -81,3 +81,8 @@ def test_no_global_state(predictions: tuple[np.ndarray, np.ndarray]) -> None:
     before = "matplotlib.pyplot" in sys.modules
     plots.roc_figure(labels, p, NAMES)
     assert ("matplotlib.pyplot" in sys.modules) is before
+
+
+def test_grades_have_a_confusion_matrix():
+    result = evaluate([0, 1, 2], np.eye(3), ["none", "mild", "severe"], task="ordinal", resamples=0)
+    assert plots.confusion_matrix_figure(result).axes

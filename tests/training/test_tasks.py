@@ -58,6 +58,11 @@ def retina_file(path: Path, n: int = 80) -> Path:
     return path
 
 
+def problems(folder: Path, repo: str) -> list[str]:
+    """What hub.publish would object to, but for the figures, which tests of training do not draw."""
+    return [text for text in validate(folder, repo).problems if not text.endswith("medmamba evaluate writes it")]
+
+
 def said(capsys, *words: str) -> str:
     assert main(list(words)) == 0
     return capsys.readouterr().out
@@ -110,8 +115,7 @@ def test_several_labels_from_the_file_to_the_card(tmp_path, capsys) -> None:
     card = write_card(out).read_text()
     assert not check_card(card, read_facts(out))
     assert "Several labels can apply" in card and f"hernia {limits[13]:.3g}" in card
-    report = validate(out, "medmamba/chestmnist")
-    assert not report.problems, report.problems
+    assert not problems(out, "medmamba/chestmnist")
 
 
 def test_grades_from_the_file_to_the_card(tmp_path, capsys) -> None:
@@ -146,8 +150,7 @@ def test_grades_from_the_file_to_the_card(tmp_path, capsys) -> None:
     card = write_card(out).read_text()
     assert not check_card(card, read_facts(out))
     assert "grades in ascending order" in card and "type: quadratic_kappa" in card
-    report = validate(out, "medmamba/retinamnist")
-    assert not report.problems, report.problems
+    assert not problems(out, "medmamba/retinamnist")
 
 
 def graded_folder(root: Path, names: tuple[str, ...]) -> Path:
