@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "melanoma"),
         ("melanoma",),
     ),
-    "pad_ufes_20": (("BCC", "MEL", "SCC"),),
+    "pad-ufes-20": (("basal cell carcinoma", "melanoma", "squamous cell carcinoma"),),
 }
 RULES = (Rule("sensitivity", 0.9), Rule("specificity", 0.9), Rule("youden"))
 
@@ -75,6 +75,15 @@ def observed(folder: Path, data: ImageDataset, split: str, cache: Path, device: 
     )
 
 
+def located(root: Path, dataset: str) -> Path | None:
+    """Returns the images of a dataset: its folder, also spelled with underscores, or the index.csv in that."""
+    for name in (dataset, dataset.replace("-", "_")):
+        if (root / name).is_dir():
+            index = root / name / "index.csv"
+            return index if index.is_file() else root / name
+    return None
+
+
 def cache_key(folder: Path, config: MedMambaConfig, index: ImageDataset) -> str:
     """Returns a checksum of what the cached answers depend on: weights, detector, preprocessing and images."""
     files = [file_hash(folder / name) for name in (WEIGHTS_NAME, UNUSUAL_NAME) if (folder / name).is_file()]
@@ -99,7 +108,9 @@ def run(folder: Path, root: Path, cache: Path, device: str, resamples: int, only
     """Fits, checks and stores the decisions of one model."""
     config = read_config(folder)
     name = str(config.training["dataset"])
-    data = open_dataset(root / name, dataset=name)
+    path = located(root, name)
+    assert path is not None  # main has looked
+    data = open_dataset(path, dataset=name)
     seen = {split: observed(folder, data, split, cache, device) for split in ("val", "test")}
     if only_cache:
         return
@@ -128,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = record.get("training", {}).get("dataset")
         if not record.get("num_classes") or (args.only and path.parent.name not in args.only):
             continue
-        if not (args.data / str(dataset)).is_dir():
+        if located(args.data, str(dataset)) is None:
             print(f"{path.parent.name}: no images of {dataset} in {args.data}", file=sys.stderr)
             continue
         try:
