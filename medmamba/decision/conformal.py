@@ -73,7 +73,7 @@ class ConformalSets:
         scores = nonconformity(p, self.score, self.randomised, self.seed, self.penalty, self.rank)
         # One unit in the last place of float32 logits must not put a validation image out of its own set.
         inside = scores <= np.array(self.thresholds) + 1e-9
-        if task == "multiclass" and len(p):
+        if task != "multilabel" and len(p):
             inside[np.arange(len(p)), p.argmax(axis=1)] = True
         return inside
 
