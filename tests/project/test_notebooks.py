@@ -4,7 +4,9 @@ import ast
 import base64
 import importlib.util
 import io
+import os
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -240,6 +242,7 @@ def test_the_notebook_for_colab_runs_against_a_small_copy_of_the_source(monkeypa
         small = "--allow partial --init scratch --variant test --device cpu --set epochs=1 size=32 batch_size=8"
         monkeypatch.setenv("MEDMAMBA_MAKE_OPTIONS", f"--mirror {server.url} {small}")
         monkeypatch.setenv("MEDMAMBA_MAKE_OUT", str(tmp_path))
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # of !python
         notebook = nbformat.read(COLAB, as_version=4)
         place = {"metadata": {"path": FOLDER.parent}}
         NotebookClient(notebook, timeout=200, kernel_name="python3", resources=place).execute()
