@@ -1,0 +1,121 @@
+"""The stream behind prediction: the same answers however it runs, and a clean end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medmamba.imaging.ahead import Order
+from medmamba.inference.predict import Failure, iter_predict
+from medmamba.inference.stream import Options, stream
+
+
+@pytest.fixture
+def files(tmp_path):
+    for i in range(40):
+        array = np.random.default_rng(i).integers(0, 256, (20 + i, 24, 3) if i % 3 else (32, 32), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "07.png").write_text("no image")
+    return sorted(tmp_path.iterdir())
+
+
+def agree(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert type(one) is type(other) and one.source == other.source
+        if not isinstance(one, Failure):
+            assert one.logits == pytest.approx(other.logits, abs=1e-4) and one.image_notes == other.image_notes
+
+
+def test_the_answers_do_not_depend_on_the_way(tiny_model, files):
+    expected = list(iter_predict(tiny_model, files, workers=0))
+    assert sum(isinstance(result, Failure) for result in expected) == 1
+    for options in (
+        {"workers": 2},
+        {"workers": 1, "batch_size": 3},
+        {"workers": 0, "batch_size": 64},
+        {"workers": 1, "devices": ["cpu", "cpu"], "batch_size": 4},
+        {"workers": 0, "precision": "float32"},
+    ):
+        agree(iter_predict(tiny_model, iter(files), **options), expected)
+    rough = list(iter_predict(tiny_model, files, workers=0, precision="bfloat16"))
+    good = [result for result in rough if not isinstance(result, Failure)]
+    assert len(good) == 39 and all(np.isfinite(result.logits).all() for result in good)
+
+
+def test_hooks_and_modes_of_the_model_are_respected(tiny_model, files):
+    expected = list(iter_predict(tiny_model, files[:5], workers=0))
+    seen = []
+    handle = tiny_model.patch_embed.register_forward_hook(lambda *_: seen.append(1))
+    agree(iter_predict(tiny_model.train(), files[:5], workers=1, batch_size=2), expected)
+    handle.remove()
+    assert seen and tiny_model.training
+
+
+def test_weights_that_change_meanwhile_count(tiny_model, files):
+    results = iter_predict(tiny_model, [files[0]] * 40, workers=1, batch_size=2)
+    first = next(results)
+    with torch.no_grad():
+        tiny_model.head.bias += 10
+    *_, last = results
+    assert np.allclose(np.subtract(last.logits, first.logits), 10, atol=1e-3)
+
+
+def test_features_come_with_the_logits(tiny_model, files):
+    order = Order(tiny_model.config.preprocess, tiny_model.config.in_chans)
+    for batch in stream(tiny_model, files, order, Options(workers=1)):
+        count = sum(logits is not None for _, logits in batch.rows())
+        assert batch.answer.features.shape == (count, tiny_model.head.in_features) and len(batch.answer.logits) == count
+
+
+def test_numbers_out_of_range(tiny_model, files):
+    for wrong in ({"batch_size": 0}, {"workers": -1}, {"precision": "float8"}, {"gpu_decode": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} "):
+            list(iter_predict(tiny_model, files, **wrong))
+
+
+def test_reduced_jpeg_is_close_and_noted(tiny_model, tmp_path):
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16), dtype=np.uint8))
+    grey.resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    (whole,) = iter_predict(tiny_model, [tmp_path / "a.jpg"])
+    (reduced,) = iter_predict(tiny_model, [tmp_path / "a.jpg"], reduced=True)
+    assert any(note.startswith("decoded at ") for note in reduced.image_notes)
+    assert reduced.logits != whole.logits and reduced.logits == pytest.approx(whole.logits, abs=0.1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tiny_model, files):
+    expected = list(iter_predict(tiny_model, files, workers=0))
+    agree(iter_predict(tiny_model.cuda(), files, workers=2), expected)
+    agree(iter_predict(tiny_model, files, workers=2, devices=["cuda", "cpu"], batch_size=4), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT of a process group")
+def test_ctrl_c_ends_everything_and_keeps_the_rows(files, tmp_path):
+    out = tmp_path / "out" / "r.jsonl"
+    code = (
+        "import sys, itertools, medmamba.data.sources as s, medmamba.inference.sinks as k\n"
+        "from medmamba.inference import to_file\nk.Sink.rows_at_once = 1\n"
+        f"class Endless(s.Sources):\n    def __iter__(self): return iter({[str(file) for file in files]!r} * 10**6)\n"
+        "s.open_sources = lambda *a, **k: Endless([], None)\n"
+        "k.Sink.take = lambda self, name: True\n"
+        "from medmamba.cli.main import main\n"
+        f"sys.exit(main(['predict', 'x', '--workers', '2', '--out', {str(out)!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size > 5000) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "interrupted" in said
+    assert out.read_bytes().endswith(b"\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
