@@ -37,7 +37,7 @@ def ask_serve(client: httpx.Client, url: str) -> dict[str, Any]:
 def ask_app(client: httpx.Client, url: str) -> dict[str, Any]:
     files = {"files": (PICTURE.name, PICTURE.read_bytes())}
     (name,) = client.post(f"{url}/gradio_api/upload", files=files).raise_for_status().json()
-    body = {"data": [{"path": name, "meta": {"_type": "gradio.FileData"}}]}
+    body = {"data": [{"path": name, "meta": {"_type": "gradio.FileData"}}, None, None, None, None]}
     event = client.post(f"{url}/gradio_api/call/classify", json=body).raise_for_status().json()["event_id"]
     text = client.get(f"{url}/gradio_api/call/classify/{event}").raise_for_status().text
     return json.loads(text.split("data: ", 1)[1].splitlines()[0])[0]
