@@ -103,7 +103,9 @@ def test_a_node_killed_in_the_middle_loses_and_doubles_nothing(ray_cluster, mode
     answers = predict_on_ray(model, iter(many), 3, address=ray_cluster.address, actors=(2, 2))
     found = list(itertools.islice(answers, 10))
     assert sum(node["Alive"] for node in ray.nodes()) == 3
-    ray_cluster.remove_node(ray_cluster.worker_nodes[0], allow_graceful=False)  # SIGKILL to all that runs there
+    mine = ray._private.worker._global_node._raylet_socket_name  # of the node through which this process is connected
+    victim = next(node for node in ray_cluster.worker_nodes if node._raylet_socket_name != mine)
+    ray_cluster.remove_node(victim, allow_graceful=False)  # SIGKILL to all that runs there
     found += answers
     assert len(found) == len(many)
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
