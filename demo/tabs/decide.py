@@ -32,7 +32,7 @@ class Panel:
     point: gr.Dropdown
     sensitivity: gr.Slider
     prevalence: gr.Slider
-    readout: gr.HTML
+    readout: Html
 
     @property
     def parts(self) -> list[Any]:

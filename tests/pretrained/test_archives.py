@@ -155,7 +155,7 @@ def test_a_host_that_has_no_address_is_noticed_at_once(monkeypatch, tmp_path):
     start = time.perf_counter()
     with pytest.raises(PretrainedError, match=r"hub\.invalid cannot be resolved.*Models that come with medmamba"):
         MedMamba.from_pretrained("org/unknown", cache_dir=tmp_path)
-    with pytest.raises(PretrainedError, match=r"python -m hub\.zoo train organamnist"):
+    with pytest.raises(PretrainedError, match=r"python -m hub\.make organamnist"):
         MedMamba.from_pretrained("medmamba/organamnist", cache_dir=tmp_path)
     with pytest.raises(PretrainedError, match="cannot be downloaded"):
         MedMamba.from_pretrained("org/unknown", cache_dir=tmp_path, force_download=True)

@@ -299,7 +299,9 @@ def test_a_training_batch_is_what_predict_sees(tmp_path, largest):
         model, recipe, images, accelerator, CheckpointStore(tmp_path / "c"), RunLog(tmp_path, progress=False)
     )
     drawn = A.draw(recipe, 12, sampling.augment_rng(0, 0, 0))
-    batch, _ = fitting._batch(images("train", 32), torch.arange(12), drawn)
+    data = images("train", 32)
+    read = next(iter(data.batches([torch.arange(12)], accelerator.device)))
+    batch, _ = fitting._batch(*read, drawn, data.size)
     part = index.split("train")
     expected = torch.stack([preprocess(part.image(i), model.config.preprocess) for i in range(12)])
     step = 1 / 65535 if largest > 255 else 1 / 255
