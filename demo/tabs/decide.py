@@ -32,7 +32,7 @@ class Panel:
     point: gr.Dropdown
     sensitivity: gr.Slider
     prevalence: gr.Slider
-    readout: Html
+    readout: Any  # an `Html`
 
     @property
     def parts(self) -> list[Any]:

@@ -206,7 +206,7 @@ def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, damage):
     with pytest.warns(UserWarning, match=r"c\.npy: damaged.*decoded again"):
         assert close(cache_images(dataset, SIZE, file=file), dataset)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         cache_images(dataset, SIZE, file=file)
     assert sorted(path.name for path in file.parent.iterdir()) == ["c.npy", "c.npy.json"]
 

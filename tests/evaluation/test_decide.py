@@ -58,7 +58,7 @@ def test_the_command_writes_what_predict_applies(folder, data, capsys):
     row = checked["operating_points"]["malignant-sensitivity-0.9"]
     assert row["tp"] + row["fn"] == row["fp"] + row["tn"] == 12 and checked["data"]["split"] == "test"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = MedMamba.from_pretrained(folder)
         # On the validation images predict calls positive exactly those that were counted.
         files = sorted((data / "val").rglob("*.png"))

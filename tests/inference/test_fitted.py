@@ -37,7 +37,7 @@ def folder(tiny_model, tmp_path):
 @pytest.fixture
 def loaded(folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         return MedMamba.from_pretrained(folder)
 
 
@@ -77,7 +77,7 @@ def state(model):
 
 def holds(model):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         return state(model) == (True, True)
 
 

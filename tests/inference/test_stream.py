@@ -89,6 +89,7 @@ def test_reduced_jpeg_is_close_and_noted(tiny_model, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu(tiny_model, files):
     expected = list(iter_predict(tiny_model, files, workers=0))
     agree(iter_predict(tiny_model.cuda(), files, workers=2), expected)

@@ -222,7 +222,7 @@ def test_a_part_of_the_preprocessing_leaves_the_rest_to_the_variant():
 def test_other_channels_keep_mean_and_std_or_say_what_became_of_them():
     grey = MedMambaConfig(in_chans=1, preprocess={"mean": (0.4,), "std": (0.2,)})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert grey.replace(in_chans=3).preprocess.mean == (0.4,)
         assert MedMambaConfig().replace(in_chans=1).preprocess.std == (0.5,)
     colour = MedMambaConfig(preprocess={"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2)})
