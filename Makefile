@@ -79,8 +79,8 @@ docs: setup ## build the documentation strictly, into build/site
 docs-serve: setup ## the documentation at http://127.0.0.1:8000, rebuilt on change
 	$(BIN)/mkdocs serve
 
-coverage: setup ## the fast tests with coverage, into build/coverage
-	$(PYTEST) -m "not slow and not exhaustive" --cov --cov-report=html:build/coverage --cov-report=term:skip-covered
+coverage: setup ## every test but the exhaustive ones with coverage, into build/coverage
+	$(PYTEST) -m "not exhaustive" --cov --cov-report=html:build/coverage --cov-report=term:skip-covered
 
 notebooks: setup ## run the tutorials and store their outputs
 	$(BIN)/python notebooks/execute.py

@@ -258,6 +258,7 @@ def test_formulas_become_text():
     assert csv_cell("a=1") == "a=1" and csv_cell(-1.5) == -1.5 and csv_cell("") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
 @pytest.mark.parametrize(
     "form", [[], *(pytest.param([option], marks=pytest.mark.slow) for option in ("--json", "--csv"))], ids=" ".join
@@ -348,6 +349,7 @@ def test_a_stop_by_the_keyboard_is_said(monkeypatch, capsys):
     assert capsys.readouterr().err == "medmamba doctor: interrupted\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize(
     ("argument", "unbuffered"), [("doctor", ""), pytest.param("doctor", "1", marks=pytest.mark.slow), ("--help", "")]
@@ -382,6 +384,7 @@ def test_a_missing_package_names_its_extra(module, call, tiny_model, tmp_path, m
         call(tiny_model, tmp_path)
 
 
+@pytest.mark.slow
 def test_export_is_there_after_import_medmamba():
     code = "import medmamba, sys; assert 'onnx' not in sys.modules; print(medmamba.export.to_onnx.__name__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -390,6 +393,7 @@ def test_export_is_there_after_import_medmamba():
         _ = medmamba.nothing
 
 
+@pytest.mark.slow
 def test_the_exporter_of_pytorch_points_to_the_one_here(tiny_model, tmp_path, recwarn):
     pytest.importorskip("onnxscript")
     for options in ({}, {"dynamo": False}):

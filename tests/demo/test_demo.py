@@ -148,6 +148,7 @@ def test_batch(client, tmp_path, model_folder):
         client.predict(files[:1] * 5, api_name="/classify_batch")
 
 
+@pytest.mark.slow
 def test_explain(client, model_folder):
     handle = gradio_client.handle_file(str(NEUTROPHIL))
     record, picture, maps = client.predict(

@@ -201,6 +201,7 @@ def test_bodies_that_the_pages_send_pass():
 # --- many at once ---
 
 
+@pytest.mark.slow
 def test_answers_under_load_are_those_alone(url, model_folder, tmp_path):
     """Eight clients classify while another explains and a model is trained."""
     images = sorted(EXAMPLES.glob("*.webp"))

@@ -97,6 +97,7 @@ def test_a_person_classifies_an_image(open_page):
     assert seen.startswith("data:image/png;base64,")
 
 
+@pytest.mark.slow
 def test_examples_paste_and_another_model(open_page):
     page = open_page()
     page.get_by_role("button", name="platelet, blood cell").click()
@@ -117,6 +118,7 @@ def test_examples_paste_and_another_model(open_page):
     assert page.locator(".mm-model h2").inner_text() == "other"
 
 
+@pytest.mark.slow
 def test_models_for_other_images(open_page):
     page = open_page()
     assert page.locator("[data-mm-example]").count() == 10
@@ -135,6 +137,7 @@ def test_models_for_other_images(open_page):
     assert page.get_by_role("option", name="normal, benign").is_visible()
 
 
+@pytest.mark.slow
 def test_a_patient_is_never_shown(open_page, tmp_path, capfd):
     pydicom = pytest.importorskip("pydicom")
     ds = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm", download=False))
@@ -159,6 +162,7 @@ def test_a_patient_is_never_shown(open_page, tmp_path, capfd):
     assert not any("JANE4711" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_a_window_that_hides_an_image_is_mended_by_a_button(open_page, tmp_path):
     """12 bits in a 16-bit PNG: the controls show what was applied, before and after."""
     values = np.random.default_rng(0).integers(348, 3205, (64, 64)).astype(np.uint16)
@@ -182,6 +186,7 @@ def test_a_window_that_hides_an_image_is_mended_by_a_button(open_page, tmp_path)
     assert preset.input_value() == "Manual"
 
 
+@pytest.mark.slow
 def test_a_window_by_hand(open_page):
     pydicom = pytest.importorskip("pydicom")
     page = open_page()
@@ -255,6 +260,7 @@ def test_keys_rows_and_examples(open_page):
 # --- Explain ---
 
 
+@pytest.mark.slow
 def test_explaining_an_answer(open_page):
     page = open_page()
     to_tab(page, "Explain")
@@ -286,6 +292,7 @@ def test_explaining_an_answer(open_page):
     page.get_by_text("No method selected").wait_for()
 
 
+@pytest.mark.slow
 def test_an_explanation_can_be_cancelled(open_page):
     page = open_page()
     answer_of(page, NEUTROPHIL)
@@ -328,6 +335,7 @@ def test_fine_tuning_and_trying_the_new_model(open_page):
     assert "Yours: chest_xray_sample" in page.locator(".mm-answer").inner_text()
 
 
+@pytest.mark.slow
 def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_path):
     page = open_page()
     to_tab(page, "Fine-tune")
@@ -375,6 +383,7 @@ def test_one_model_is_trained_at_a_time_and_others_are_told(open_page):
 # --- everywhere ---
 
 
+@pytest.mark.slow
 def test_what_was_uploaded_is_gone_with_the_page(open_page, app_root, tmp_path):
     image = tmp_path / "leaving.webp"
     image.write_bytes(NEUTROPHIL.read_bytes() + b"\0")  # equal uploads of other tests are one file
@@ -392,6 +401,7 @@ def test_what_was_uploaded_is_gone_with_the_page(open_page, app_root, tmp_path):
     assert copies() == []
 
 
+@pytest.mark.slow
 def test_the_address_that_the_app_opens_shows_an_answer(browser, url):
     page = browser.new_page()
     page.goto(f"{url}?example")
@@ -400,6 +410,7 @@ def test_the_address_that_the_app_opens_shows_an_answer(browser, url):
     page.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_nothing_sticks_out_on_a_phone(open_page, dark):
     page = open_page(width=390, dark=dark)
@@ -413,6 +424,7 @@ def test_nothing_sticks_out_on_a_phone(open_page, dark):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["light", "dark"])
 def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
     (tmp_path / "scan.png").write_bytes(b"%PDF-1.4 not an image")
@@ -457,6 +469,7 @@ def test_axe_finds_nothing_serious_in_what_takes_longer(open_page, dark):
     assert not any(found.values()), found
 
 
+@pytest.mark.slow
 def test_light_and_dark_by_hand(open_page):
     page = open_page()
     background = "getComputedStyle(document.body).backgroundColor"

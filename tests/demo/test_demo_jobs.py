@@ -78,6 +78,7 @@ def test_the_sample_set_is_taken():
     assert b"CC BY 4.0" in zipfile.ZipFile(options.SAMPLE_SET).read("CREDITS.txt")
 
 
+@pytest.mark.slow
 def test_a_job_ends_in_a_model(tmp_path, model_folder):
     path = make_zip(tmp_path / "set.zip", [])
     rng = np.random.default_rng(0)

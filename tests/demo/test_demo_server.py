@@ -112,6 +112,7 @@ def test_the_address_behind_a_proxy_is_the_one_it_wrote():
     assert guard.Guard(None, 1)._address(scope) == "10.0.0.1"
 
 
+@pytest.mark.slow
 def test_the_queue_is_bounded(model_folder, tmp_path, monkeypatch):
     gate = threading.Event()
     answer = service.Service.classify
@@ -127,6 +128,7 @@ def test_the_queue_is_bounded(model_folder, tmp_path, monkeypatch):
     assert 1 <= len(refused) < 6 and all("full" in text.lower() for text in refused)
 
 
+@pytest.mark.slow
 def test_twenty_clients_at_once_get_their_own_answers(url):
     """A small version of benchmarks/demo.py."""
     images = sorted(EXAMPLES.glob("*.webp"))

@@ -169,6 +169,7 @@ def test_a_table_starts_no_formula(url, tmp_path):
 # --- in a browser ---
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM")
 def test_nothing_of_a_model_or_file_runs_on_any_tab(browser, url, tmp_path):

@@ -228,6 +228,7 @@ def same_figures(a, b) -> bool:
     return a == (pytest.approx(b, rel=1e-4, abs=1e-5) if isinstance(a, float) else b)
 
 
+@pytest.mark.slow
 def test_an_assessor_gives_each_map_the_same_figures_for_fewer_evaluations(trained, monkeypatch):
     count = []
     forward = medmamba.MedMamba.forward

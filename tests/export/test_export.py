@@ -297,6 +297,7 @@ def test_model_is_not_changed(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_torch_export(tmp_path, monkeypatch):
     model = create("test", 32, depths=(1, 1), dims=(8, 16))  # tracing takes its time for every block
     path = tmp_path / "model.pt2"

@@ -338,6 +338,7 @@ def zoo(made, tmp_path, monkeypatch):
     return models
 
 
+@pytest.mark.slow
 def test_all_models_and_their_collection(hub, zoo, tmp_path, capsys):
     assert tool.main(["--all", "--repo", "org"]) == 0
     assert set(hub.repos) == {"org/bloodmnist", "org/breastmnist", "org/dermamnist"}
@@ -362,6 +363,7 @@ def test_all_models_and_their_collection(hub, zoo, tmp_path, capsys):
     assert TOKEN not in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_one_unfit_model_does_not_stop_the_others(hub, zoo, capsys):
     (zoo / "bloodmnist" / "best.pth").write_bytes(b"x")
     failures = publish_all("org", say=quiet)

@@ -48,6 +48,7 @@ def test_the_joint_model_sees_no_test_images_and_nothing_non_commercial(root):
         assert known[record.label] == (dataset, title)
 
 
+@pytest.mark.slow
 def test_from_the_joint_model_to_one_dataset(root, tmp_path):
     joint, out = tmp_path / "joint", tmp_path / "derma"
     assert run("pretrain", *small(root, joint)) == 0
@@ -70,6 +71,7 @@ def test_duplicates_across_splits_are_refused(root, tmp_path):
         duplicate.unlink()
 
 
+@pytest.mark.slow
 def test_decoded_images_are_found_by_the_others(root, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert run("decode", "dermamnist", "--size", 32, "--data", root, "--cache", cache, "--processes", 2) == 0

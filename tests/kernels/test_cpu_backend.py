@@ -222,6 +222,7 @@ def test_nan_reaches_what_follows_it(monkeypatch):
         assert y[..., 40:].isnan().all()
 
 
+@pytest.mark.slow
 def test_operator_contract():
     tensors = [t.requires_grad_() for t in inputs_2d(2, 3, 5, 8, 2, 3)]
     torch.library.opcheck(torch.ops.medmamba.scan_2d.default, (*tensors, "native", native.CHUNK))

@@ -44,6 +44,7 @@ def test_forward_mode_of_the_1d_scan(backend, name):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @backends
 def test_forward_mode_of_the_2d_scan_and_under_compile(backend):
     x, *rest = problem_2d(H=2, W=3, C=4, R=1, N=2)

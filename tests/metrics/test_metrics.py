@@ -222,6 +222,7 @@ def test_interval_of_accuracy_is_that_of_the_stratified_binomial() -> None:
     )
 
 
+@pytest.mark.slow
 def test_interval_of_auroc_matches_resampling_by_hand() -> None:
     labels, p = example(4, n=200, k=2)
     score = evaluate(labels, p, ["a", "b"], resamples=1000, seed=1).overall["auroc"]

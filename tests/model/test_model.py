@@ -176,6 +176,7 @@ def test_fused_copy_gives_the_same_logits(tiny_model):
         tiny_model.train().fuse()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(tiny_model, backend):
     if backend == "inductor" and not shutil.which("g++"):
@@ -185,6 +186,7 @@ def test_compiles_without_graph_breaks(tiny_model, backend):
     torch.testing.assert_close(compiled(image), tiny_model(image), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exports_with_dynamic_batch(tiny_model):
     image = torch.randn(2, 3, 64, 64)
     program = torch.export.export(tiny_model, (image,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))

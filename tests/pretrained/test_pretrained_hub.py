@@ -201,6 +201,7 @@ def test_concurrent_loads_share_a_cache(hub, tiny_model):
     assert results == [True] * 6
 
 
+@pytest.mark.slow
 def test_a_mirror_by_environment_and_two_processes_in_one_cache(hub, tiny_model, tmp_path):
     code = (
         "from medmamba import MedMamba; m = MedMamba.from_pretrained('org/eye');"

@@ -56,6 +56,7 @@ def test_the_wheel_holds_the_package_and_one_model(wheel):
     assert wheel.stat().st_size < LARGEST
 
 
+@pytest.mark.slow
 def test_installed_it_classifies_without_a_network_and_names_what_it_lacks(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     image = ROOT / "demo" / "examples" / "blood_neutrophil.webp"

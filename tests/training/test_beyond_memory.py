@@ -63,11 +63,13 @@ def assert_same(one, other) -> None:
     assert one.test.overall == other.test.overall
 
 
+@pytest.mark.slow
 def test_images_on_disk_train_the_very_same_weights(folder, in_memory, tmp_path):
     options = dict(keep="disk", cache=tmp_path / "cache", **RUN, **COMMON)
     assert_same(train(folder, tmp_path / "out", "default", "test", **options), in_memory)
 
 
+@pytest.mark.slow
 def test_shards_train_the_very_same_weights(folder, in_memory, tmp_path):
     shards = write_shards(open_dataset(folder), tmp_path / "shards")
     options = dict(keep="nowhere", workers=2, **RUN, **COMMON)

@@ -149,6 +149,7 @@ class _ReplayedByHand(graphed_step.GraphedStep):
         return loss.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_graphed_step_trains_as_an_eager_one(folder, tmp_path, monkeypatch, accumulate):
     """Gradients at fixed addresses, overwritten or accumulated, recaptured when the image size changes."""
@@ -305,6 +306,7 @@ def test_several_labels_per_image(tmp_path):
         train(tmp_path / "labels.csv", tmp_path / "b", "default", "test", **options, **COMMON)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_ones_kept(folder, tmp_path):
     """With a decay so high that the average hardly moves, the saved weights stay near the initial ones."""
     options = {**QUICK, "epochs": 1}

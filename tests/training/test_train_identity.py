@@ -66,6 +66,7 @@ def same(a: dict, b: dict) -> bool:
 # --- contents decide ---
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_pictures_trains_nobody(folder, tmp_path):
     other = make_folder(tmp_path / "other", seed=1)
     run(folder, tmp_path / "1", cache=tmp_path / "cache")
@@ -113,6 +114,7 @@ def test_a_finished_run_is_known_by_its_images(tmp_path):
         run(tmp_path / "copy", out)
 
 
+@pytest.mark.slow
 def test_a_model_to_start_from_is_known_by_its_weights(folder, tmp_path):
     torch.manual_seed(0)
     one, two = (create_model("test", num_classes=3) for _ in range(2))
@@ -244,6 +246,7 @@ def test_validation_changes_nothing_in_the_model(folder, tiny_model):
 # --- what is no number ---
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_never_kept(folder, tmp_path, monkeypatch):
     """The loss reflects the weights before the step, so the step itself can break those about to be saved."""
     run(folder, tmp_path, max_seconds=0.0, epochs=3)
@@ -310,6 +313,7 @@ def test_a_training_batch_is_what_predict_sees(tmp_path, largest):
         assert len(batch.unique()) > 1000
 
 
+@pytest.mark.slow
 def test_warnings_of_the_readers_are_said_and_recorded(folder, tmp_path):
     class Warns:
         def read(self, record: Record):

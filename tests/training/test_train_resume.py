@@ -21,6 +21,7 @@ from medmamba.training.checkpoint import CheckpointStore
 from medmamba.training.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_stopped_at_every_step_and_resumed_gives_the_same_weights(folder, finished, tmp_path):
     """18 steps; each call gets a deadline that is past, so it does one step, saves and stops."""
     calls, result = 0, None
@@ -67,6 +68,7 @@ def test_killed_and_resumed_gives_the_same_weights(folder, tmp_path):
     assert result.test == dataclasses.replace(whole.test, context=result.test.context)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_in_good_order(folder, tmp_path):
     process = start(folder, tmp_path, **{**QUICK, "epochs": 200})
     wait_for(lambda: _lines(tmp_path / "history.csv") > 1, process)

@@ -42,6 +42,7 @@ def test_a_model_learns_discs_and_is_evaluated_once(discs, tmp_path):
         run(discs, tmp_path / "run", epochs=9)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(discs, tmp_path):
     whole = run(discs, tmp_path / "whole", epochs=3)
     first = run(discs, tmp_path / "parts", epochs=3, max_seconds=0, checkpoint_seconds=0)

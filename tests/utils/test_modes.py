@@ -80,6 +80,7 @@ def test_a_run_that_is_cancelled_leaves_the_model(mixed):
     assert state_of(mixed) == before
 
 
+@pytest.mark.slow
 def test_eight_threads_with_a_model_in_train_mode(mixed):
     """Predictions and explanations at once, while another thread switches the model's mode and draws random numbers."""
     still = reference(mixed)
