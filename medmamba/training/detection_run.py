@@ -65,8 +65,8 @@ def train_detector(
         recipe, variant, seed: as in `train_segmenter`.
         init: what to start from: a MedMamba for the encoder, or a detector of the same classes.
         small_objects: see `create_detector`.
-        split, patient_pattern, in_chans, device, precision, accumulate, half, max_seconds, checkpoint_seconds, restart,
-            progress, tensorboard, settings: as in `train_segmenter`.
+        split, patient_pattern, in_chans, device, precision, accumulate, half: as in `train_segmenter`.
+        max_seconds, checkpoint_seconds, restart, progress, tensorboard, settings: as in `train_segmenter`.
 
     Raises:
         RecipeError, DatasetError, PretrainedError, ConfigError: a problem to fix before training.
