@@ -41,14 +41,16 @@ def serving(models: list[Path], root: Path, **limits):
     from demo.options import Limits, Options
 
     options = Options(tuple(map(str, models)), "cpu", Limits(**limits))
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
+    before, own = os.environ.get("GRADIO_TEMP_DIR"), str(root / "uploads")
+    os.environ["GRADIO_TEMP_DIR"] = own
     demo = app.build_demo(options, root)
     try:
         _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options(options.limits))
         yield url
     finally:
         demo.close(verbose=False)
-        os.environ.pop("GRADIO_TEMP_DIR")
-        if before is not None:
-            os.environ["GRADIO_TEMP_DIR"] = before
+        # Another app, started later, may have set it and still be running.
+        if os.environ.get("GRADIO_TEMP_DIR") == own:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
