@@ -27,8 +27,15 @@ TABS = ("Classify", "Explain", "Fine-tune", "Models")
 
 
 @pytest.fixture(scope="module")
-def url(app_url) -> str:
-    return app_url
+def app_root(tmp_path_factory):
+    """Folder of uploads and sessions of the server of this module, which no other test shares."""
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def url(model_folders, app_root):
+    with serving(model_folders, app_root) as address:
+        yield address
 
 
 @pytest.fixture
