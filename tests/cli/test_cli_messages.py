@@ -274,7 +274,7 @@ def test_names_that_cannot_be_printed_do_not_end_a_batch(model_dir, tmp_path, fo
     Path(os.fsdecode(os.fsencode(folder) + b"/\x1b]bad.png")).write_bytes(b"broken")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if not form else {**os.environ, "PYTHONUTF8": "1"}
     os.chdir(ROOT)
-    result = run("predict", folder, "--model", model_dir, "--device", "cpu", *form, env=environment, timeout=100)
+    result = run("predict", folder, "--model", model_dir, "--device", "cpu", *form, env=environment, timeout=240)
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 1, err
     assert not any(c in out + err for c in "\x1b\x9b\u202e") and "Traceback" not in err
@@ -360,7 +360,7 @@ def test_a_reader_that_has_gone_is_no_error(argument, unbuffered):
     command = [sys.executable, "-m", "medmamba", argument]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     result = subprocess.run(
-        command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=60, check=False
+        command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=240, check=False
     )
     os.close(write)
     assert result.returncode == 141 and result.stderr == b""

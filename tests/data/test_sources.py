@@ -141,12 +141,12 @@ def test_an_object_store(folder, monkeypatch):
         }.items():
             monkeypatch.setenv(key, value)
         store = s3fs.S3FileSystem()
-        for attempt in range(100):
+        for attempt in range(600):
             try:
                 store.mkdir("bucket")
                 break
             except Exception:
-                if attempt == 99:
+                if attempt == 599:
                     raise
                 time.sleep(0.2)
         for name in ("2.png", "a/0.png", "a/1.png", "a/notes.txt"):

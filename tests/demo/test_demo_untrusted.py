@@ -174,7 +174,7 @@ def test_a_table_starts_no_formula(url, tmp_path):
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM")
 def test_nothing_of_a_model_or_file_runs_on_any_tab(browser, url, tmp_path):
     page = browser.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     blocked = []
     page.on("console", lambda m: blocked.append(m.text) if "Content Security Policy" in m.text else None)
 

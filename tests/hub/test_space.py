@@ -133,7 +133,7 @@ def start_and_ask(python: str, folder: Path) -> dict:
     environment = {**keep, "GRADIO_SERVER_PORT": str(port), "SPACE_ID": "org/medmamba", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([python, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while True:
             assert process.poll() is None, "the Space ended by itself"
             try:
@@ -147,7 +147,7 @@ def start_and_ask(python: str, folder: Path) -> dict:
         return client.predict(image, api_name="/classify")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @pytest.mark.slow

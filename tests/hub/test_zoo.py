@@ -1,12 +1,13 @@
 """The commands that train the models of hub/models, on small images made here."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hub import zoo, zoo_data
+from hub import job_queue, zoo, zoo_data
 from hub.job_queue import Job, Queue
 from medmamba.data import DatasetError, LeakageError, registry
 
@@ -148,8 +149,16 @@ def script(path, code, **options):
 
 
 def test_a_queue_keeps_order_places_and_devices(tmp_path):
-    note = f"open({str(tmp_path / 'devices')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.4)"
-    jobs = [script(tmp_path / f"job{i}", note) for i in range(4)]
+
+    def note(i: int) -> str:
+        """Code that notes its device and waits for its neighbour, so that two run at a time on any machine."""
+        start, neighbour = (str(tmp_path / f"started{n}") for n in (i, i ^ 1))
+        return (
+            f"open({str(tmp_path / 'devices')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+            f"pathlib.Path({start!r}).touch()\nwhile not os.path.exists({neighbour!r}): time.sleep(0.01)"
+        )
+
+    jobs = [script(tmp_path / f"job{i}", note(i)) for i in range(4)]
     last = script(
         tmp_path / "last",
         f"assert all(os.path.exists({str(tmp_path / 'job')!r} + str(i)) for i in range(4))",
@@ -181,16 +190,22 @@ def test_a_queue_goes_on_without_what_failed(tmp_path, capfd):
     assert "needs: not run" in printed and (tmp_path / "free").exists() and not (tmp_path / "needs").exists()
 
 
-def test_a_queue_that_is_stopped_goes_on(tmp_path):
+def test_a_queue_that_is_stopped_goes_on(tmp_path, monkeypatch):
     """The job counts its starts; told to stop the first time, it ends with the code of a run to be continued."""
     count = tmp_path / "count"
     code = f"""
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
 first = not os.path.exists({str(count)!r})
 open({str(count)!r}, 'a').write('x')
-time.sleep(60 if first else 0)"""
+time.sleep(600 if first else 0)"""
     jobs = [script(tmp_path / "long", code), script(tmp_path / "next", "", after=("long",))]
-    assert Queue(jobs, [""], 1, tmp_path / "logs", seconds=1.5).run() == 3
+    # The clock of the queue passes its limit once the job has started, however long that takes.
+    clock = SimpleNamespace(
+        monotonic=lambda: 100.0 if count.exists() and count.read_text() else 0.0, sleep=job_queue.time.sleep
+    )
+    monkeypatch.setattr(job_queue, "time", clock)
+    assert Queue(jobs, [""], 1, tmp_path / "logs", seconds=50).run() == 3
+    monkeypatch.undo()
     assert not (tmp_path / "long").exists()
-    assert Queue(jobs, [""], 1, tmp_path / "logs", seconds=60).run() == 0
+    assert Queue(jobs, [""], 1, tmp_path / "logs").run() == 0
     assert count.read_text() == "xx" and (tmp_path / "next").exists()

@@ -138,7 +138,7 @@ def test_the_command_goes_on_where_it_was_killed(ray_cluster, images, tmp_path):
     assert before < 400
     found = subprocess.run(on_cluster, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=200)
     assert found.returncode == 1 and f"{before} had been answered before" in found.stderr  # 1: some are no pictures
-    subprocess.run(command(tmp_path / "single.jsonl"), env=environment, cwd=ROOT, timeout=100)
+    subprocess.run(command(tmp_path / "single.jsonl"), env=environment, cwd=ROOT, timeout=240)
     one, other = ([json.loads(line) for line in file.open()] for file in (tmp_path / "single.jsonl", out))
     assert [row["source"] for row in one] == [row["source"] for row in other]
     for row, expected in zip(other, one, strict=True):

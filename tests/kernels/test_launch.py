@@ -194,7 +194,7 @@ def test_an_entry_is_made_once_whichever_threads_ask(impatient):
     def build(key, name):
         made.append(key)
         if key == "slow":
-            assert at_work.wait(60), "another key waited for this one"
+            assert at_work.wait(240), "another key waited for this one"
         return object()
 
     found = [[] for _ in range(8)]

@@ -214,7 +214,7 @@ def test_a_mirror_by_environment_and_two_processes_in_one_cache(hub, tiny_model,
         threading.Event().wait(0.01)  # it is still importing
     for _ in range(8):  # replaces the files that the other process is reading
         assert same(MedMamba.from_pretrained("org/eye", force_download=True), tiny_model)
-    other.wait(timeout=60)
+    other.wait(timeout=240)
     expected = float(sum(p.detach().double().abs().sum() for p in tiny_model.parameters()))
     assert other.returncode == 0 and float(other.stdout.read()) == pytest.approx(expected, rel=1e-12)
     other.stdout.close()

@@ -16,7 +16,7 @@ PACKAGE = Path(medmamba.__file__).parent
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,7 +86,7 @@ def test_the_warning_points_at_the_import(tmp_path):
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert "script.py:1: DeprecationWarning: medmamba.unusual is now medmamba.inference" in done.stderr, done.stderr
 

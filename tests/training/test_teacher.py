@@ -58,7 +58,7 @@ def test_teacher_and_weight_go_together(folder, tmp_path):
 
 def test_another_teacher_is_another_run(folder, tmp_path):
     options = OPTIONS | dict(distill=0.5, epochs=2)
-    stopped = train(folder, tmp_path / "run", "default", "test", teacher=Stubborn(), max_seconds=0.01, **options)
+    stopped = train(folder, tmp_path / "run", "default", "test", teacher=Stubborn(), max_seconds=0.0, **options)
     assert not stopped.finished
     other = Stubborn()
     other.bias.data += 1

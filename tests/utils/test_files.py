@@ -90,7 +90,7 @@ def test_two_writers_of_one_name_do_not_mix(tmp_path):
         def write(partial: Path) -> None:
             with partial.open("w") as file:
                 file.write(letter * 1000)
-                both.wait(timeout=30)
+                both.wait(timeout=120)
                 file.write(letter * 1000)
 
         write_atomically(tmp_path / "x", write)
@@ -144,7 +144,7 @@ files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 with files.locked(sys.argv[1], "x is in use"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -173,7 +173,7 @@ def test_a_lock_that_its_holder_removes_is_still_one_lock(tmp_path):
     def take() -> None:
         nonlocal inside, most
         for _ in range(15):
-            with locked(tmp_path / "in" / "lock", "x", remove=True, timeout=60):
+            with locked(tmp_path / "in" / "lock", "x", remove=True, timeout=240):
                 with guard:
                     inside += 1
                     most = max(most, inside)
