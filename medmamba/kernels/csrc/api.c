@@ -1,5 +1,5 @@
-// What the library exports. `variant` counts from 0, the plainest instruction set; medmamba_best_variant() is the
-// highest that this processor runs.
+// The exported functions. `variant` is an index into the compiled instruction sets, from the baseline, 0, upwards;
+// medmamba_best_variant() returns the highest one that this processor supports.
 #include <stdatomic.h>
 
 #include "scan.h"
@@ -16,7 +16,7 @@ static const Variant *const variants[] = {&x86_64_base, &x86_64_v3, &x86_64_v4};
 
 #include <cpuid.h>
 
-// __builtin_cpu_supports needs a compiler runtime that not every target has; this is the part of it in use here.
+// Replaces __builtin_cpu_supports, which needs a compiler runtime that not every target has.
 static int find_best_variant(void) {
     unsigned a, b, c, d, b7;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -26,14 +26,14 @@ static int find_best_variant(void) {
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const unsigned bmi = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
-    if ((~b7 & (bmi | avx2 | bmi2)) || (~low & 0x06)) return 0;  // the system saves the 256-bit registers
+    if ((~b7 & (bmi | avx2 | bmi2)) || (~low & 0x06)) return 0;  // whether the operating system saves 256-bit registers
     if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || ~c & (1u << 5)) return 0;  // lzcnt
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;  // F, DQ, CD, BW, VL
     return ((b7 & avx512) == avx512 && (low & 0xe6) == 0xe6) ? 2 : 1;
 }
 
 EXPORT int medmamba_best_variant(void) {
-    static atomic_int found = -1;  // a virtual machine takes microseconds for each cpuid
+    static atomic_int found = -1;  // cached: cpuid takes microseconds in a virtual machine
     int best = atomic_load_explicit(&found, memory_order_relaxed);
     if (best < 0) atomic_store_explicit(&found, best = find_best_variant(), memory_order_relaxed);
     return best;
@@ -44,7 +44,7 @@ static const Variant *const variants[] = {&neon};
 EXPORT int medmamba_best_variant(void) { return 0; }
 #endif
 
-// Hash of the sources that this library was built from.
+// Returns the hash of the sources that this library was built from.
 EXPORT const char *medmamba_source(void) { return SOURCE_HASH; }
 EXPORT int medmamba_chunk(void) { return CHUNK; }
 EXPORT int medmamba_lanes(int variant) { return variants[variant]->lanes; }

@@ -1,21 +1,21 @@
 // The recurrence over one chunk of tokens and one block of V channels. Everything here lives in the first-level cache:
 //   x, dt, u = dt x, y, ...   [T] vectors, lane = channel
-//   P                         [T] rows of `stride` floats, what the tokens project: step size code | B | C
+//   P                         [T] rows of `stride` floats, the projections of the tokens: step size code | B | C
 //   A, h, dA                  [N] vectors. A is in units of log2: exp(dt A) = 2^(dt A2)
 #pragma once
 #include "vec.h"
 
 // States held in registers at a time. AVX-512 has 32 registers, the others 16; NEON also has 32, but needs more of them
-// to work with.
+// for temporaries.
 #if defined(__AVX512F__)
 enum { STATES = 16 };
 #else
 enum { STATES = 8 };
 #endif
-// States whose gradients are summed over lanes together.
+// Number of states whose gradients are summed over the lanes together.
 #define FOLDED (V < 8 ? 4 : V)
 
-// pre[t] = bias + <code of token t, weight>, R = columns of weight
+// pre[t] = bias + <code of token t, weight>; weight has R columns.
 INLINE void project_steps(vf *pre, const float *P, ptrdiff_t stride, const vf *weight, vf bias, int T, int R) {
     int t = 0;
     for (; t + 4 <= T; t += 4) {
@@ -40,10 +40,10 @@ INLINE void project_steps(vf *pre, const float *P, ptrdiff_t stride, const vf *w
     }
 }
 
-// Whether 2^(dt A2) of the whole chunk stays in the range of normal floats.
+// Returns whether 2^(dt A2) is a normal float for the whole chunk.
 INLINE int steps_in_range(const vf *dt, int T, const vf *A2, int N) {
 #if defined(__AVX512F__)
-    return 0;  // not asked there
+    return 0;  // not needed there
 #endif
     vf a = {0}, d = {0};
     for (int n = 0; n < N; n++) a = maximum(magnitude(A2[n]), a);
@@ -56,7 +56,7 @@ INLINE int steps_in_range(const vf *dt, int T, const vf *A2, int N) {
 
 // --- forward --------------------------------------------------------------------------------------------------------
 
-// h = 2^(dt A2) h + u B, y += C h, for `count` states (a constant after inlining).
+// h = 2^(dt A2) h + u B, y += C h, for `count` states (constant after inlining).
 INLINE void forward_states(
     int count, int in_range, const vf *A2, vf *h, const float *Bs, const float *Cs, ptrdiff_t stride, const vf *dt,
     const vf *u, vf *y, int T) {
@@ -64,7 +64,7 @@ INLINE void forward_states(
     UNROLL for (int n = 0; n < count; n++) s[n] = h[n];
     for (int t = 0; t < T; t++) {
         const float *b = Bs + t * stride, *c = Cs + t * stride;
-        vf dt_t = dt[t], u_t = u[t], sum[2] = {0};  // not y[t]: it is larger, and each addition rounds
+        vf dt_t = dt[t], u_t = u[t], sum[2] = {0};  // summed apart from y[t], which is larger: less rounding
         UNROLL for (int n = 0; n < count; n++) {
             s[n] = exp2_product(dt_t, A2[n], in_range) * s[n] + u_t * b[n];
             sum[n & 1] += s[n] * c[n];
@@ -90,7 +90,7 @@ static void forward_chunk(
 
 // --- backward -------------------------------------------------------------------------------------------------------
 
-// The forward again, keeping each state before[t + 1][n] and decay[t][n]. before[0] is given.
+// Repeats the forward pass and stores each state, before[t + 1][n], and decay[t][n]. before[0] is an input.
 INLINE void replay_states(
     int count, int in_range, const vf *A2, const float *Bs, ptrdiff_t stride, const vf *dt, const vf *u, vf *before,
     vf *decay, int T, int N) {
@@ -108,7 +108,7 @@ INLINE void replay_states(
     }
 }
 
-// Lanes i of the result: sum over the lanes of v[i], for FOLDED vectors that arrive one by one.
+// Sums FOLDED vectors, which arrive one by one, over their lanes: lane i of the result is the sum of vector i.
 typedef struct {
     vf pending[5];
 } Fold;
@@ -122,8 +122,8 @@ INLINE void fold_in(Fold *f, int i, vf v) {
     f->pending[level] = v;
 }
 
-// Takes dh, the gradient of the state after the last token, back to the one before the first. Adds to dA, to dinput
-// (the gradient of u), to dexponent (of dt, by way of the decay, in units of log2) and to the rows dBs, dCs.
+// Propagates dh, the gradient of the state, from after the last token to before the first one. Adds to dA, to dinput
+// (the gradient of u), to dexponent (that of dt through the decay, in units of log2) and to the rows dBs, dCs.
 INLINE void backward_states(
     int count, const vf *A2, vf *dh, const float *Bs, const float *Cs, ptrdiff_t stride, const vf *dt, const vf *u,
     const vf *dy, const vf *before, const vf *decay, vf *dinput, vf *dexponent, vf *dA, float *dBs, float *dCs,

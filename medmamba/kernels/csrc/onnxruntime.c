@@ -1,9 +1,9 @@
-// The scan as a custom operator of ONNX Runtime. `SessionOptions.register_custom_ops_library(this library)` makes the nodes
-// medmamba.Scan2D of an exported model run here, not as the function of plain operators that the model carries for
-// everyone else.
+// The scan as a custom operator of ONNX Runtime. `SessionOptions.register_custom_ops_library(this library)` makes the
+// nodes medmamba.Scan2D of an exported model run here, instead of as the function of standard operators that the model
+// contains as a fallback.
 //
-// ONNX Runtime passes its C interface as a table of functions that only ever grows at its end. What is declared below, by
-// its place in that table, is all that is needed of it, so that the build needs no headers of ONNX Runtime.
+// ONNX Runtime passes its C interface as a table of functions to which new ones are only ever appended. The functions
+// used here are declared below by their position in that table, so the build needs no ONNX Runtime headers.
 #if !defined(_WIN32)
 #define _GNU_SOURCE
 #endif
@@ -65,7 +65,7 @@ typedef struct {
     const Api *(*GetApi)(uint32_t version);
 } ApiBase;
 
-// Fields as they stand in OrtCustomOp; those left out of the definition of `scan_operator` are optional.
+// The fields of OrtCustomOp, in its order; those that `scan_operator` does not set are optional.
 struct Operator {
     uint32_t version;
     void *(*CreateKernel)(const Operator *, const Api *, const void *info);
@@ -92,7 +92,7 @@ struct Operator {
     void (*ReleaseAliasMap)(int *, int *);
 };
 
-// More threads than there are cost little: they share the same work.
+// Number of pieces to cut the work into. More pieces than the session has threads cost little.
 static int64_t processors(void) {
 #if defined(_WIN32)
     SYSTEM_INFO info;
@@ -114,7 +114,7 @@ static void run_in_host(void *host, void (*piece)(void *data, size_t i), size_t 
     h->api->KernelContext_ParallelFor(h->context, piece, count, 0, data);
 }
 
-// Returns the error, if there is one, from the function around it.
+// Returns from the enclosing function if the call fails.
 #define TRY(call)                        \
     do {                                 \
         Status *status_ = (call);        \
@@ -166,7 +166,7 @@ static Status *compute(void *kernel, Context *context) {
 }
 
 static const char *name(const Operator *o) { (void)o; return "Scan2D"; }
-static const char *any_provider(const Operator *o) { (void)o; return NULL; }  // the CPU's
+static const char *any_provider(const Operator *o) { (void)o; return NULL; }  // NULL: the CPU
 static int type_of(const Operator *o, size_t i) { (void)o, (void)i; return TENSOR_OF_FLOAT; }
 static size_t input_count(const Operator *o) { (void)o; return 6; }
 static size_t output_count(const Operator *o) { (void)o; return 1; }
@@ -178,7 +178,7 @@ static int last_version(const Operator *o) { (void)o; return 1; }
 static void destroy(void *kernel) { (void)kernel; }
 static Status *create(const Operator *o, const Api *api, const void *info, void **kernel) {
     (void)o, (void)info;
-    *kernel = (void *)api;  // all that a kernel has to remember
+    *kernel = (void *)api;  // the only state of a kernel
     return NULL;
 }
 
@@ -201,7 +201,7 @@ static const Operator scan_operator = {
     .GetEndVersion = last_version,
 };
 
-// A session unloads its libraries when it ends; this one keeps memory for its next call, so it stays.
+// Pins this library: a session unloads its libraries when it ends, while this one keeps memory for later calls.
 static void stay_loaded(void) {
 #if defined(_WIN32)
     HMODULE self;
@@ -213,7 +213,7 @@ static void stay_loaded(void) {
 #endif
 }
 
-// The entry point, by this name.
+// The entry point, which ONNX Runtime looks up by this name.
 EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
     const Api *api = base->GetApi(API_VERSION);
     if (!api) return base->GetApi(1)->CreateStatus(FAIL, "medmamba.Scan2D needs onnxruntime 1.20 or newer");

@@ -1,4 +1,4 @@
-// How the work is cut into tasks, and small helpers that both scans share.
+// Partitions the work into tasks; small helpers shared by both scans.
 #pragma once
 #include <stdlib.h>
 
@@ -8,13 +8,13 @@
 INLINE ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 INLINE ptrdiff_t at_most(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-// A task is a group of the channel blocks of one image (or slot of images), in one part of the directions.
+// A task covers one group of the channel blocks of one image (or slot of images), in one part of the directions.
 typedef struct {
     ptrdiff_t groups, parts;
 } Split;
 
-// The fewest tasks with which the threads finish first. Fewer groups share more work: what tokens project is read once
-// a group. Parts write sums that have to be added up.
+// Returns the smallest number of tasks with which the threads finish earliest. Fewer groups are cheaper, because each
+// group reads the projections of all tokens; more parts write more partial sums, which have to be added up.
 static Split split_work(ptrdiff_t batch, ptrdiff_t blocks, ptrdiff_t directions, ptrdiff_t threads) {
     Split best = {1, 1};
     ptrdiff_t shortest = PTRDIFF_MAX;
@@ -31,7 +31,7 @@ static Split split_work(ptrdiff_t batch, ptrdiff_t blocks, ptrdiff_t directions,
     return best;
 }
 
-// Hands out a task's scratch memory; with base NULL it only counts.
+// Allocates from a task's scratch memory; if base is NULL, only counts the bytes.
 typedef struct {
     char *base;
     size_t used;
@@ -43,7 +43,7 @@ INLINE void *take(Scratch *s, size_t bytes) {
 }
 INLINE vf *take_vectors(Scratch *s, ptrdiff_t count) { return take(s, (size_t)count * sizeof(vf)); }
 
-// Numbers below the range of normal floats cost a hundred cycles each and carry nothing: they become 0.
+// Flushes denormals to zero: each costs about a hundred cycles, and they contribute nothing noticeable.
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 INLINE unsigned flush_denormals(void) {
@@ -57,7 +57,7 @@ INLINE unsigned flush_denormals(void) { return 0; }
 INLINE void restore_denormals(unsigned before) { (void)before; }
 #endif
 
-// out[i] = sum over parts p of in[p * count + i], in order: what makes the sums the same from run to run.
+// out[i] = sum over parts p of in[p * count + i], in a fixed order, so results are reproducible from run to run.
 typedef struct {
     const float *in;
     void *out;

@@ -1,5 +1,5 @@
-// Worker threads that outlive a call. They sleep between calls, hold no lock while they work and own no state that
-// needs a destructor, so neither fork nor the end of the process has to wait for them.
+// Worker threads that persist between calls. They sleep in between, hold no lock while they work and own nothing that
+// needs a destructor, so neither fork nor process exit has to wait for them.
 #include "pool.h"
 
 #include <stdatomic.h>
@@ -30,7 +30,7 @@ static void notify(pthread_cond_t *event) { pthread_cond_broadcast(event); }
 
 enum { KEPT = 8, HEADER = 64 };
 static const size_t KEPT_BYTES = (size_t)128 << 20;
-// Guarded by `lock`. A block begins with its size.
+// Guarded by `lock`. Each block starts with its size.
 static void *kept[KEPT];
 static size_t kept_bytes;
 
@@ -58,7 +58,7 @@ void memory_give(void *memory) {
     if (!memory) return;
     void *block = (char *)memory - HEADER;
     acquire();
-    int smallest = 0;  // an empty place, if there is one
+    int smallest = 0;  // an empty slot, if there is one
     for (int i = 1; i < KEPT && kept[smallest]; i++)
         if (!kept[i] || size_of(kept[i]) < size_of(kept[smallest])) smallest = i;
     size_t place = kept[smallest] ? size_of(kept[smallest]) : 0;
@@ -86,11 +86,11 @@ typedef struct {
 } Job;
 
 // Guarded by `lock`.
-static Job *job;          // what the workers may join, NULL between calls
-static ptrdiff_t seats;   // how many more of them may
-static ptrdiff_t active;  // how many of them are at it
+static Job *job;          // the job that workers may join, NULL between calls
+static ptrdiff_t seats;   // how many more workers may join
+static ptrdiff_t active;  // how many workers are working on it
 static ptrdiff_t workers;
-// One call has the workers at a time; a call from another thread meanwhile does its work alone.
+// Only one call uses the workers at a time; a concurrent call from another thread does all its work itself.
 static atomic_flag taken = ATOMIC_FLAG_INIT;
 
 static void work(Job *j, ptrdiff_t seat) {
@@ -124,7 +124,7 @@ static int start_worker(void) {
     if (thread) CloseHandle(thread);
     return thread != NULL;
 #else
-    // Signals are for the threads of the interpreter.
+    // Blocks all signals in the worker: they are for the threads of the interpreter.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -137,20 +137,20 @@ static int start_worker(void) {
 }
 
 #if !defined(_WIN32)
-// A forked child has the thread that forked and no other: it starts with an empty pool and fresh locks.
+// A forked child only has the thread that forked, so it starts with an empty pool and new locks.
 static void after_fork(void) {
     lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     wake = done = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     job = NULL;
     seats = active = workers = 0;
-    memset(kept, 0, sizeof kept);  // lost, but another thread may have been at the list
+    memset(kept, 0, sizeof kept);  // leaked: another thread may have been changing the list
     kept_bytes = 0;
     atomic_flag_clear(&taken);
 }
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
 #endif
 
-// Another pool that this thread works in.
+// The thread pool of the host application, if this thread was lent one by pool_borrow.
 static _Thread_local host_fn *host_run;
 static _Thread_local void *host;
 

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set; VARIANT names the result.
+// Compiled once per instruction set; VARIANT is the name of the result.
 #include "scan_1d.h"
 #include "scan_2d_backward.h"
 

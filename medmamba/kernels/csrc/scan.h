@@ -1,5 +1,5 @@
-// The C interface of the scan, called through ctypes by ../native.py, which mirrors these structs field by field.
-// Every tensor is contiguous; "any" marks data in one of the three element types, the rest is float.
+// The C interface of the scan. ../backends/cpu.py calls it through ctypes and mirrors these structs field by field. All
+// tensors are contiguous; "any" marks those of any of the three element types, all others are float.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -18,7 +18,7 @@ typedef struct {
     const float *dt_bias;       // (4, C)
     const float *A;             // (4, C, N)
     const float *D;             // (4, C)
-    float *states;              // (B, 4, ceil(L / CHUNK), N, C), or NULL where no backward will follow
+    float *states;              // (B, 4, ceil(L / CHUNK), N, C), or NULL if no backward pass follows
     void *y;                    // any (B, H, W, C)
     // backward only
     const void *dy;  // any (B, H, W, C)
@@ -45,7 +45,7 @@ typedef struct {
     float *dA, *dD, *ddelta_bias;
 } Scan1d;
 
-// All return 0, or 1 where memory ran out.
+// All return 0, or 1 if out of memory.
 typedef int scan_2d_fn(const Scan2d *);
 typedef int scan_1d_fn(const Scan1d *);
 

@@ -1,5 +1,5 @@
-// The grouped scan over sequences, tokens contiguous in memory. A task has some channel blocks of one group of one
-// sequence (backward: of some sequences). A block never spans two groups.
+// The grouped scan over sequences, tokens contiguous in memory. A task covers some channel blocks of one group of one
+// sequence (backward: of several sequences). A block never spans two groups.
 #pragma once
 #include "plan.h"
 
@@ -90,7 +90,7 @@ static void load_blocks_1d(Memory1d *m, const Plan1d *p, const Task1d *t, int ba
     }
 }
 
-// Tokens first .. first + T of Bs or Cs as rows of floats.
+// Copies tokens first ... first + T of Bs or Cs to rows of floats.
 static void load_rows(Memory1d *m, float *rows, const Plan1d *p, const void *from, ptrdiff_t b, ptrdiff_t group,
                       ptrdiff_t first, int T) {
     const Scan1d *a = p->a;
@@ -111,7 +111,7 @@ static void store_rows(Memory1d *m, const float *rows, const Plan1d *p, void *to
     }
 }
 
-// x, dt and u = dt x of one block's chunk; the derivative of dt where `slope` is given.
+// Computes x, dt and u = dt x for one chunk of a block; also the derivative of dt if `slope` is not NULL.
 static void load_inputs(Memory1d *m, const Plan1d *p, const Block1d *block, ptrdiff_t at, ptrdiff_t lanes, int T,
                         vf *slope) {
     const Scan1d *a = p->a;
@@ -125,7 +125,7 @@ static void load_inputs(Memory1d *m, const Plan1d *p, const Block1d *block, ptrd
     }
 }
 
-// Runs sequence b forward. With `states` it keeps the state before each chunk; else it writes y and the last state.
+// Runs sequence b forward. With `states`, stores the state before each chunk; otherwise writes y and the last state.
 static void forward_1d_sequence(Memory1d *m, const Plan1d *p, const Task1d *task, ptrdiff_t b, vf *states) {
     const Scan1d *a = p->a;
     ptrdiff_t N = a->N;
@@ -175,7 +175,7 @@ static void backward_1d_sequence(Memory1d *m, const Plan1d *p, const Task1d *tas
     ptrdiff_t N = a->N, proj_size = a->B * a->G * N * a->L;
     forward_1d_sequence(m, p, task, b, m->states);
     for (ptrdiff_t j = 0; j < task->count; j++)
-        for (ptrdiff_t n = 0; n < N; n++) m->blocks[j].h[n] = (vf){0};  // from here on its gradient
+        for (ptrdiff_t n = 0; n < N; n++) m->blocks[j].h[n] = (vf){0};  // from here on, the gradient of the state
     for (ptrdiff_t q = p->chunks - 1; q >= 0; q--) {
         ptrdiff_t first = q * CHUNK;
         int T = (int)at_most(CHUNK, a->L - first);
@@ -194,7 +194,7 @@ static void backward_1d_sequence(Memory1d *m, const Plan1d *p, const Task1d *tas
             backward_chunk(
                 block->A2, block->h, m->Bs, m->Cs, p->stride, m->dt, m->u, m->dy, m->before, m->decay, m->dinput,
                 m->dexponent, block->dA, m->dBs, m->dCs, p->stride, T, (int)N);
-            vf dbias = {0}, dD = {0};  // sums of sums round far less than one long sum
+            vf dbias = {0}, dD = {0};  // nested sums have far less rounding error than one long sum
             for (int t = 0; t < T; t++) {
                 vf ddelta = (m->x[t] * m->dinput[t] + m->dexponent[t] * LN2) * m->slope[t];
                 dbias += ddelta;

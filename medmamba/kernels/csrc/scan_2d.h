@@ -1,10 +1,10 @@
-// The four-direction scan. A task has some channel blocks of one image (backward: of some images) and all directions,
-// or some where there would be too few tasks. It copies its channels of x once, and adds up y in a copy of its own;
-// directions are orders of reading these copies.
+// The four-direction scan. A task covers some channel blocks of one image (backward: of several images) and all
+// directions, or only some of them if there would be too few tasks. It copies its channels of x once and accumulates y
+// in a buffer of its own; a direction is an order in which these buffers are read.
 #pragma once
 #include "plan.h"
 
-// Pixels of tokens first, first + 1, ... of direction k: row-major, column-major, and both from the end.
+// The pixel indices of tokens first, first + 1, ... in direction k: row-major, column-major, and both reversed.
 static void token_pixels(int k, ptrdiff_t H, ptrdiff_t W, ptrdiff_t first, int T, int32_t *pixels) {
     for (int t = 0; t < T; t++) {
         ptrdiff_t token = k < 2 ? first + t : H * W - 1 - first - t;
@@ -22,7 +22,7 @@ typedef struct {
 } Plan2d;
 
 typedef struct {
-    ptrdiff_t image, group, part, first, count;  // image or slot; first channel block and their number
+    ptrdiff_t image, group, part, first, count;  // image or slot; first channel block and number of blocks
 } Task2d;
 
 static Task2d task_2d(const Plan2d *p, ptrdiff_t i) {
@@ -33,7 +33,7 @@ static Task2d task_2d(const Plan2d *p, ptrdiff_t i) {
     return t;
 }
 
-// Writes channels c ... of y or dx of image b, or this part's share of them.
+// Writes channels c ... of y or dx for image b, or the share of this part.
 static void store_sum(const Plan2d *p, ptrdiff_t part, void *out, ptrdiff_t b, ptrdiff_t c, const vf *sum) {
     ptrdiff_t C = p->a->C, size = p->a->B * p->L * C, whole = p->split.parts == 1;
     void *to = whole ? out : p->sums_by_part + part * size;
@@ -48,7 +48,7 @@ static Plan2d plan_2d(const Scan2d *a) {
     return p;
 }
 
-// What a channel block needs of the parameters of one direction.
+// The parameters of one direction for one channel block.
 typedef struct {
     vf *weight, *A2, *h, bias, D;
 } Block2d;
@@ -74,7 +74,7 @@ static Block2d *take_blocks(Scratch *s, const Scan2d *a, ptrdiff_t count) {
     return blocks;
 }
 
-// What the tokens project in direction k, as rows of floats.
+// Copies the projections of the tokens in direction k to rows of floats.
 static void load_proj(float *P, const Plan2d *p, ptrdiff_t b, int k, const int32_t *pixels, int T) {
     ptrdiff_t end = p->a->B * p->L * 4 * p->S;
     for (int t = 0; t < T; t++) {

@@ -1,5 +1,5 @@
-// The gradients of the four-direction scan. Chunk by chunk from the last token to the first, a task computes the states
-// of the chunk again, from the one that the forward saved before it, and then goes back through them.
+// The gradients of the four-direction scan. Chunk by chunk, from the last token to the first, a task recomputes the
+// states of the chunk from the one that the forward pass saved before it, then propagates gradients back through them.
 #pragma once
 #include "scan_2d.h"
 
@@ -10,7 +10,7 @@ typedef struct {
 
 typedef struct {
     vf *x, *dy, *dx;  // [count][L]
-    Block2d *blocks;  // h holds the gradient of the state here
+    Block2d *blocks;  // here h is the gradient of the state
     Grads2d *grads;   // [4][count]
     vf *dD;           // [count]
     vf *x_chunk, *dy_chunk, *dt, *u, *slope, *dinput, *dexponent;  // [CHUNK]
@@ -54,8 +54,8 @@ static Backward2d take_backward_2d(Scratch *s, const Plan2d *p, ptrdiff_t count)
     return m;
 }
 
-// `count` columns of the projection from code to step size, from r on. An addition has to wait for the last one, so
-// several sums go on side by side; `count` is a constant after inlining.
+// Processes `count` columns, from r on, of the projection from code to step size. Each addition waits for the previous
+// one, so several sums are accumulated in parallel; `count` is constant after inlining.
 INLINE void project_backward_columns(
     int count, Backward2d *m, const Plan2d *p, const vf *dpre, const vf *by_token, Grads2d *grads, const float *weight,
     ptrdiff_t lanes, ptrdiff_t r, int T) {
@@ -64,7 +64,7 @@ INLINE void project_backward_columns(
     UNROLL for (int i = 0; i < count; i++) sum[i] = (vf){0};
     for (int t = 0; t < T; t++)
         UNROLL for (int i = 0; i < count; i++) sum[i] += dpre[t] * m->P[t * p->stride + r + i];
-    // Sums of sums round far less than one long sum.
+    // Nested sums have far less rounding error than one long sum.
     UNROLL for (int i = 0; i < count; i++) grads->dweight[r + i] += sum[i];
     for (int tile = 0; tile * V < T; tile++) {
         UNROLL for (int i = 0; i < count; i++) sum[i] = m->dcode[(r + i) * (CHUNK / V) + tile];
@@ -74,7 +74,7 @@ INLINE void project_backward_columns(
     }
 }
 
-// From dpre [T], the gradient of a block's step sizes before the softplus, to those of code, weight and bias.
+// Computes the gradients of code, weight and bias from dpre [T], that of a block's step sizes before the softplus.
 static void project_backward(
     Backward2d *m, const Plan2d *p, const vf *dpre, Grads2d *grads, const float *weight, ptrdiff_t lanes, int T) {
     vf dbias = {0}, by_token[CHUNK];  // [tile of V tokens][channel]: lane = token

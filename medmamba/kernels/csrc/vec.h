@@ -1,4 +1,4 @@
-// Vectors of V channels, as wide as the instruction set this file is compiled for.
+// Vectors of V channels, as wide as in the instruction set that this file is compiled for.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -69,7 +69,7 @@ INLINE void store_full(void *p, int64_t type, vf v) {
     }
 }
 
-// Copies count < 16 elements; far quicker than memcpy of a size that is not a constant.
+// Copies count < 16 elements; much faster than memcpy with a size that is not constant.
 INLINE void copy_few(char *to, const char *from, size_t size, ptrdiff_t count) {
     for (ptrdiff_t part = 8; part; part /= 2) {
         if (!(count & part)) continue;
@@ -84,7 +84,7 @@ INLINE void copy_few(char *to, const char *from, size_t size, ptrdiff_t count) {
     }
 }
 
-// `lanes` elements from element i on; the other lanes are 0.
+// Loads `lanes` elements from element i on; the other lanes are 0.
 static __attribute__((noinline)) vf load_part(const char *from, int64_t type, ptrdiff_t lanes) {
     char padded[4 * V] = {0};
     copy_few(padded, from, element_size(type), lanes);
@@ -116,7 +116,7 @@ INLINE void store_some(void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes, vf v
 #define UPPER(i, k) ((i) & (k) ? V + (i) : (i) | (k))          // a from the lane with bit k set; b
 #define LOWER(i, k) ((i) & (k) ? V + ((i) ^ (k)) : (i))        // a; b from the lane with bit k clear
 
-// One step of summing vectors over their lanes: lanes with bit k clear get pairs of a, the others pairs of b.
+// One step of the sum of vectors over their lanes: lanes with bit k clear get pairs of a, the others pairs of b.
 INLINE vf fold(vf a, vf b, int k) {
     switch (k) {
         case 1: return SHUFFLE(a, b, OWN, 1) + SHUFFLE(a, b, SWAPPED, 1);
@@ -154,7 +154,8 @@ INLINE void transpose(vf r[V]) {
 #endif
 }
 
-// out[j] lane i = element (i, j) of a matrix with rows `stride` elements apart; `lanes` rows, `columns` columns.
+// Transposes: lane i of out[j] = element (i, j) of a matrix of `columns` columns and `lanes` rows, which are `stride`
+// elements apart.
 static __attribute__((noinline)) void load_transposed(
     vf *out, const void *p, int64_t type, ptrdiff_t first, ptrdiff_t stride, ptrdiff_t lanes, ptrdiff_t columns) {
     for (ptrdiff_t j = 0; j < columns; j += V) {
@@ -166,7 +167,7 @@ static __attribute__((noinline)) void load_transposed(
     }
 }
 
-// The inverse.
+// The inverse of the function above.
 static __attribute__((noinline)) void store_transposed(
     const vf *in, void *p, int64_t type, ptrdiff_t first, ptrdiff_t stride, ptrdiff_t lanes, ptrdiff_t columns) {
     for (ptrdiff_t j = 0; j < columns; j += V) {
@@ -186,8 +187,8 @@ static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
     UNROLL for (int i_ = (int)(sizeof(c) / sizeof *(c)) - 2; i_ >= 0; i_--) p_ = p_ * (x) + (c)[i_]; \
     p_; })
 
-// 2^(a b). Minimax fits (relative error 9e-8) that are exact at 0: most decays are close to 1, where a constant error
-// would add up over the tokens that a state remembers.
+// 2^(a b), by minimax polynomials (relative error 9e-8) that are exact at 0: most decays are close to 1, where a
+// constant error would accumulate over the tokens that a state remembers.
 #if defined(__AVX512F__)
 // 2^x = 2^floor(s) p(s - floor(s)), s = x + 1/2
 static const float EXP2[] = {.707106709f, .490133852f, .169810593f, .0394804962f, .006355335f, .00132647005f};
@@ -198,7 +199,7 @@ INLINE vf exp2_product(vf a, vf b, int in_range) {
     return _mm512_scalef_ps(HORNER(EXP2, fraction), s);
 }
 #else
-// 2^x = 2^n p(x - n), n = round(x), which adding and subtracting 1.5 2^23 finds. `in_range`: |x| <= 126 is known.
+// 2^x = 2^n p(x - n), n = round(x), by adding and subtracting 1.5 2^23. `in_range`: |x| <= 126 is known.
 static const float EXP2[] = {1.f, .693146977f, .240222415f, .055507343f, .009671508f, .001326466f};
 static const float ROUND = 12582912.f;
 #if defined(__FMA__) || defined(__aarch64__)
@@ -219,7 +220,7 @@ INLINE vf exp2_product(vf a, vf b, int in_range) {
 }
 #endif
 
-// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), to a few ulp for every x, and its derivative where `slope` is given.
+// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), to a few ulp for every x, and its derivative if `slope` is not NULL.
 INLINE vf softplus(vf x, vf *slope) {
     static const float EXP[] = {1.f, 1.f, .49999993f, .16666521f, .041668393f, .008368725f, .001381458f};
     static const float LOG1P[] = {1.f,         -.499996481f, .333213225f,  -.248571639f, .191536546f,
@@ -229,7 +230,7 @@ INLINE vf softplus(vf x, vf *slope) {
     vf n = a * LOG2E + 12582912.f;
     vi exponent = (vi)n << 23;
     n -= 12582912.f;
-    vf r = a - n * .693359375f;  // ln 2 in two parts, the first of which has few bits: n times it is exact
+    vf r = a - n * .693359375f;  // ln 2 in two parts; the first has few bits, so its product with n is exact
     r -= n * -2.12194440e-4f;
     vf e = (vf)((vi)HORNER(EXP, r) + exponent);
     if (slope) *slope = choose(x > 0.f, splat(1.f), e) / (e + 1.f);
