@@ -27,7 +27,7 @@ from .guard import Guard
 from .options import Limits, Options
 from .sessions import Sessions
 from .store import ModelStore
-from .tabs import classify, explain, finetune, models
+from .tabs import classify, explain, finetune, models, viewer
 
 HERE = Path(__file__).parent
 
@@ -56,6 +56,7 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
             with gr.Tab("Models", id="models"):
                 models.build(context, classified, tabs)
 
+        viewer.build(context, classified)
         api.build(context)
 
         def leave(request: gr.Request) -> None:
@@ -75,7 +76,7 @@ def launch_options(limits: Limits) -> dict[str, Any]:
         "app_kwargs": {"middleware": [guard]},
         "theme": theme.theme(),
         "css_paths": [HERE / "style.css"],
-        "js": (HERE / "page.js").read_text(encoding="utf-8"),
+        "js": script(),
         "favicon_path": HERE / "favicon.png",
         "footer_links": ["api"],
         "run_history": False,  # would store uploads in the browser
@@ -85,6 +86,12 @@ def launch_options(limits: Limits) -> dict[str, Any]:
         "ssr_mode": False,
         "enable_monitoring": False,
     }
+
+
+def script() -> str:
+    """Returns the JavaScript of the page: a function that runs those of all files."""
+    parts = [(HERE / name).read_text(encoding="utf-8") for name in ("page.js", "viewer.js")]
+    return "() => {" + "".join(f"({part.strip()})();\n" for part in parts) + "}"
 
 
 def main(argv: list[str] | None = None) -> int:

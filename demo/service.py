@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from medmamba.explain import Comparison, assess, compare
-from medmamba.explain.subject import sub_progress
+from medmamba.explain import Comparison, iter_compare
 from medmamba.imaging.dicom import DicomWindows, dicom_window_presets
 from medmamba.imaging.image import FrameNeeded, WindowNeeded
 from medmamba.imaging.load import ImageError, MedicalImage, load_image
@@ -27,8 +26,6 @@ from .gpu import ZERO_GPU, on_gpu
 from .store import Loaded, ModelStore
 
 THUMBNAIL = 48
-MAPS_SHARE = 0.3
-"""Fraction of the time of an explanation with checks that the maps themselves take."""
 LARGEST_SHOWN = 1024
 """Longest side, in pixels, of a displayed image."""
 
@@ -212,7 +209,7 @@ class Service:
         checks: bool,
         report: Callable[[float], object] | None = None,
     ) -> Iterator[Comparison]:
-        """Yields all maps, then, with `checks`, again after the checks of each further method.
+        """Yields the maps so far after each of them, then, with `checks`, after the checks of each.
 
         Args:
             target: label to explain; None: the predicted one.
@@ -259,17 +256,10 @@ class Service:
     ) -> Iterator[Comparison]:
         model = self.store.get(source).model
         image = load_image(path, frame=view.frame, window=view.window)
-        share = MAPS_SHARE if checks else 1.0
-        found = compare(model, image, methods, target, progress=sub_progress(report, 0, share))
-        yield small(found)
-        if not checks:
-            return
-        trust = []
-        for i, explanation in enumerate(found.explanations):
-            step = (1 - share) / len(found.explanations)
-            part = sub_progress(report, share + i * step, share + (i + 1) * step)
-            trust.append(assess(model, explanation, progress=part))
-            yield small(dataclasses.replace(found, trust=tuple(trust)))
+        shown = reduced(image)
+        metrics = None if checks else ()
+        for found in iter_compare(model, image, methods, target, metrics=metrics, progress=report):
+            yield with_image(found, shown)
 
 
 @dataclass(frozen=True)
@@ -289,9 +279,8 @@ def answer(
     return Answer(prediction, unsure, prediction.unusual, seen, milliseconds, how or Applied())
 
 
-def small(comparison: Comparison) -> Comparison:
-    """Reduces the image to display size: drawing maps over 60 million pixels takes gigabytes."""
-    image = reduced(comparison.explanations[0].image)
+def with_image(comparison: Comparison, image: MedicalImage) -> Comparison:
+    """Returns the comparison with its maps over another size of the image."""
     explanations = tuple(dataclasses.replace(e, image=image) for e in comparison.explanations)
     return dataclasses.replace(comparison, explanations=explanations)
 

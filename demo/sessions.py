@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .options import Limits
 
 if TYPE_CHECKING:
+    from medmamba.explain import Comparison
     from medmamba.inference.predict import Prediction
 
     from .examples import Example
@@ -32,6 +33,8 @@ class Session:
         images: the current images, in upload order.
         current: index of the displayed image.
         prediction: of that image, or None.
+        comparison: the last explanation, or None.
+        views: folders of pictures that the viewer shows.
         models: folders of the models fine-tuned in this session, by displayed name.
         examples: test images of those models, by displayed name.
         data: the dataset to fine-tune on.
@@ -46,6 +49,8 @@ class Session:
         self.images: list[Path] = []
         self.current = 0
         self.prediction: Prediction | None = None
+        self.comparison: Comparison | None = None
+        self.views: list[Path] = []
         self.models: dict[str, Path] = {}
         self.examples: dict[str, list[Example]] = {}
         self.data: Plan | None = None
@@ -80,7 +85,7 @@ class Session:
             except OSError:  # another file system
                 shutil.copyfile(upload, path)
             kept.append(path)
-        self.images, self.current, self.prediction = kept, 0, None
+        self.images, self.current, self.prediction, self.comparison = kept, 0, None, None
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import torch
 from medmamba import MedMamba
 from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.config import MedMambaConfig
+from medmamba.explain import Speed, measure_speed
 from medmamba.inference.fitted import in_force
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
@@ -68,6 +69,11 @@ class Loaded:
     def calibration(self) -> Calibration | None:
         """Calibration, or None if the model was not calibrated."""
         return Calibration.from_dict(self.config.calibration, self.config.task) if self.config.calibration else None
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Seconds per image of an explanation on this machine, measured on first use."""
+        return measure_speed(self.model)
 
     @property
     def decide(self) -> str | None:

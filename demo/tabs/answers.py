@@ -114,7 +114,8 @@ def preview_html(path: Path, found: FileFacts) -> Markup:
     if image.n_frames > 1:
         kind += f", frame {image.frame + 1} of {image.n_frames}"
     return tag(
-        '<figure class="mm-current {}"><img src="{}" alt="The uploaded image">'
+        '<figure class="mm-current {}"><button type="button" data-mm-view="image" aria-label="Enlarge the image" '
+        'title="Zoom, window and frames"><img src="{}" alt="The uploaded image"></button>'
         "<figcaption><strong>{}</strong><span>{}</span></figcaption></figure>",
         "mm-large" if found.windowed else "",
         data_uri(squeeze(reduced(image, 384).to_uint8())),
@@ -149,11 +150,12 @@ def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: b
         hint = "; ".join(in_app(text) for text in result.warnings)
         tags = (tag('<span class="mm-tag mm-warn" title="{}">{}</span>', hint, text) for text in says)
         name = tag(
-            '<span class="mm-file"><img src="{}" alt="">'
-            '<button type="button" class="mm-link" data-mm-index="{}">{}</button></span>',
-            data_uri(squeeze(result.seen), exact=False),
-            i,
-            path.name,
+            '<span class="mm-file"><button type="button" class="mm-thumb" data-mm-view="image:{index}" '
+            'aria-label="Enlarge {name}"><img src="{image}" alt=""></button>'
+            '<button type="button" class="mm-link" data-mm-index="{index}">{name}</button></span>',
+            image=data_uri(squeeze(result.seen), exact=False),
+            index=i,
+            name=path.name,
         )
         share = prediction.probability
         number = tag('<span data-mm-value="{:.6f}">{}</span>', share, percent(share))

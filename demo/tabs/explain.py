@@ -8,18 +8,21 @@ from typing import Any
 import gradio as gr
 
 from medmamba.config import ConfigError
-from medmamba.explain import Comparison, ExplainCancelled, methods
+from medmamba.explain import MAPS_SHARE, Comparison, ExplainCancelled, estimate_seconds, methods
 from medmamba.imaging.load import ImageError
 from medmamba.pretrained import PretrainedError
 
 from ..advice import of_problem
 from ..context import Context
-from ..html import Markup, card, empty, error, join, tag
+from ..gpu import ZERO_GPU
+from ..html import Markup, card, empty, error, tag
 from ..options import BUSY
-from ..service import MAPS_SHARE, inspect
+from ..service import inspect
 from ..theme import Html
 from . import answers, maps
-from .classify import ClassifyTab, view_of
+from .classify import ClassifyTab
+from .finetune import duration
+from .window import view_of
 
 BEST = "Predicted class"
 DEFAULT = ["gradcam", "integrated_gradients", "occlusion"]
@@ -44,6 +47,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
                 label="Check the maps",
                 info="Tests whether each map is faithful to the model. Takes several times as long.",
             )
+            cost = Html("", elem_id="mm-cost")
             run = gr.Button("Explain", variant="primary", size="lg", elem_id="mm-run-explain")
             stop = gr.Button("Cancel", visible=False, elem_id="mm-stop-explain")
         with gr.Column(scale=8, min_width=320):
@@ -77,6 +81,18 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             trust: gr.update(visible=False),
             downloads: gr.update(visible=False),
         }
+
+    def estimate(title: str, names: list[str], check: bool, request: gr.Request) -> Markup | str:
+        """Renders how long the explanation will take on this machine."""
+        session = context.sessions.of(request)
+        if not names or not session.images or ZERO_GPU:  # a GPU that is lent for a call cannot be timed before
+            return ""
+        try:
+            loaded = context.load(session, title)
+            seconds = sum(estimate_seconds(loaded.model, names, checks=check, speed=loaded.speed).values())
+        except (PretrainedError, ConfigError, OSError, ValueError):  # reported when it runs
+            return ""
+        return cost_html(seconds, len(names), check)
 
     def idle() -> Updates:
         return {run: gr.update(visible=True), stop: gr.update(visible=False), status: gr.update(visible=False)}
@@ -128,17 +144,20 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             wanted = None if label == BEST else label
             view = view_of(preset, c, w, f)
             for found in context.service.explain(loaded.source, path, view, names, wanted, check, report):
-                first = not found.trust
+                session.comparison = found
+                drawn = len(found.explanations)
                 update: Updates = {trust: gr.update(value=maps.trust_html(found, len(names)), visible=True)}
-                if first:
-                    update[picture] = maps.maps_html(found, loaded.calibrated)
-                    if check:
-                        update[trust] = gr.update(value=_checking(len(names)), visible=True)
+                if not found.trust:
+                    update[picture] = maps.maps_html(found, loaded.calibrated, names[drawn:])
+                    if check or drawn < len(names):
+                        wait = _checking(len(names)) if drawn == len(names) else ""
+                        update[trust] = gr.update(value=wait, visible=bool(wait))
                 yield update
         except ExplainCancelled:
             if found is None:
                 yield {picture: empty("Cancelled", "Press Explain to start again."), **idle()}
                 return
+            yield {picture: maps.maps_html(found, loaded.calibrated)}  # without the placeholders of the rest
         except (ImageError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
             yield {picture: error("The explanation failed", answers.reason(of_problem(problem), path)), **idle()}
             return
@@ -158,10 +177,14 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
 
     inputs = [classify.model, *classify.view]
     entered = [current, target, *panel]
-    tab.select(enter, inputs, entered, api_visibility="private", show_progress="hidden")
+    quiet: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    timed: dict[str, Any] = dict(concurrency_id="estimate", trigger_mode="always_last", **quiet)
+    priced = [classify.model, chosen, checks]
+    tab.select(enter, inputs, entered, **quiet).then(estimate, priced, cost, **timed)
     classify.explain.click(lambda: gr.Tabs(selected="explain"), None, tabs, api_visibility="private").then(
-        enter, inputs, entered, api_visibility="private", show_progress="hidden"
-    )
+        enter, inputs, entered, **quiet
+    ).then(estimate, priced, cost, **timed)
+    gr.on([chosen.change, checks.change], estimate, priced, cost, **timed)
     started = run.click(begin, chosen, panel, queue=False, api_visibility="private", show_progress="hidden")
     drawn = started.then(
         draw,
@@ -175,21 +198,20 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
     stop.click(cancel, None, stop, queue=False, api_visibility="private")
 
 
+def cost_html(seconds: float, count: int, checks: bool) -> Markup:
+    """Renders the estimated time of an explanation."""
+    what = f"{count} map{'s' if count > 1 else ''}" + (" with checks" if checks else "")
+    time = "less than a second" if seconds < 1 else f"about {duration(seconds)}"
+    return tag('<p class="mm-hint mm-cost" role="status">{} on this machine: {}.</p>', what, time)
+
+
 def _no_current() -> Markup:
     return Markup('<p class="mm-hint">The image selected in the Classify tab is explained here.</p>')
 
 
 def _working(names: list[str]) -> Markup:
     """Renders placeholders for the maps."""
-    cells = join(
-        tag(
-            '<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>{}</strong>'
-            "<span>waiting</span></figcaption></figure>",
-            maps.method_title(name),
-        )
-        for name in names
-    )
-    grid = tag('<div class="mm-map-grid">{}</div>', cells)
+    grid = tag('<div class="mm-map-grid">{}</div>', maps.waiting(names))
     return card(grid, attributes=Markup('role="status" aria-label="Explaining"'))
 
 

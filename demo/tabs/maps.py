@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from medmamba.explain import Comparison, Explanation, Trust, methods
 from medmamba.explain.render import faint_range
 
 from ..advice import WARNING, in_app
 from ..charts import NARROW, Line, chart
 from ..html import NOTHING, Markup, bullets, callout, card, data_uri, join, percent, table, tag
+from ..service import reduced, with_image
 
 OPACITY = 65
 GOOD = {
@@ -34,7 +38,11 @@ def title_of(explanation: Explanation) -> str:
     return f"{title}, {layer.replace('.', ' ')}" if layer else title
 
 
-def maps_html(found: Comparison, calibrated: bool = False) -> Markup:
+SHOWN = 512
+"""Longest side, in pixels, of a map on the page; the viewer shows the full resolution."""
+
+
+def maps_html(found: Comparison, calibrated: bool = False, missing: Sequence[str] = ()) -> Markup:
     """Renders each map over the image.
 
     The opacity slider blends the full overlay with the image in the browser; since overlays are linear in opacity, this
@@ -42,7 +50,9 @@ def maps_html(found: Comparison, calibrated: bool = False) -> Markup:
 
     Args:
         calibrated: whether the score is shown as a probability.
+        missing: methods whose maps are still being computed.
     """
+    found = with_image(found, reduced(found.explanations[0].image, SHOWN))
     first = found.explanations[0]
     below = data_uri(first.overlay_pixels(0.0))
     return tag(
@@ -59,8 +69,21 @@ def maps_html(found: Comparison, calibrated: bool = False) -> Markup:
         logit=first.logit,
         percent=OPACITY,
         warnings=join(callout("warn", text) for text in _warnings(found)),
-        cells=join(_map(explanation, below) for explanation in found.explanations),
+        cells=join(_map(explanation, below, i) for i, explanation in enumerate(found.explanations)) + waiting(missing),
         legend=_legend(found),
+    )
+
+
+def waiting(names: Sequence[str]) -> Markup:
+    """Renders placeholders for maps that are still to come."""
+    return join(
+        tag(
+            '<figure class="mm-map mm-skeleton"><div class="mm-stack"></div><figcaption><strong>{}</strong>'
+            "<span>{}</span></figcaption></figure>",
+            method_title(name),
+            "computing" if i == 0 else "waiting",
+        )
+        for i, name in enumerate(names)
     )
 
 
@@ -77,18 +100,21 @@ def _warnings(found: Comparison) -> list[str]:
     return [text[:1].upper() + text[1:] for text in dict.fromkeys(said)]
 
 
-def _map(explanation: Explanation, below: str) -> Markup:
+def _map(explanation: Explanation, below: str, index: int) -> Markup:
     about = methods()[explanation.method].summary
     more = NOTHING
     shown = (note for note in explanation.notes if not note.startswith(WARNING) and note != explanation.location)
     if notes := [in_app(note) for note in shown]:
         more = tag("<details><summary>Notes</summary>{}</details>", bullets(notes))
     return tag(
-        '<figure class="mm-map"><div class="mm-stack"><img src="{below}" alt=""><img class="mm-over" src="{above}" '
-        'alt="{title}: the image, coloured by attribution"></div>'
-        "<figcaption><strong>{title}</strong><span>{about}. {seconds:.1f}&nbsp;s</span></figcaption>{where}{more}"
-        "</figure>",
+        '<figure class="mm-map"><button type="button" class="mm-stack" data-mm-view="map:{index}" '
+        'aria-label="Enlarge {title} beside the image"><img src="{below}" alt=""><img class="mm-over" src="{above}" '
+        'alt="{title}: the image, coloured by attribution"></button>'
+        "<figcaption><strong>{title}</strong><span>{reading}</span>"
+        '<span class="mm-how">{about}. {seconds:.1f}&nbsp;s</span></figcaption>{where}{more}</figure>',
+        index=index,
         below=below,
+        reading=explanation.reading,
         above=data_uri(explanation.overlay_pixels(1.0)),
         title=title_of(explanation),
         about=about[:1].upper() + about[1:],
@@ -195,15 +221,28 @@ def _agreement(found: Comparison) -> Markup:
     if len(found.explanations) < 2:
         return NOTHING
     titles = [title_of(e) for e in found.explanations]
-    rows = [
-        [tag("<strong>{}</strong>", name), *(f"{value:.2f}" for value in row)]
+    head = join(tag('<th scope="col">{}</th>', name) for name in titles)
+    rows = join(
+        tag('<tr><th scope="row">{}</th>{}</tr>', name, join(_correlation(value) for value in row))
         for name, row in zip(titles, found.agreement, strict=True)
-    ]
-    caption = (
-        "Rank correlation between maps; 1 means the same order of pixels. Methods ask different questions, so maps may "
-        "differ and both be right; trust what several maps that are better than chance agree on."
     )
-    return tag('<div class="mm-agreement">{}</div>', table(["", *titles], rows, caption))
+    return tag(
+        '<div class="mm-agreement"><div class="mm-scroll" tabindex="0" role="region" aria-label="Agreement between '
+        'maps"><table class="mm-confusion mm-heat"><caption>Rank correlation between maps: 1 means the same order of '
+        "pixels, 0 none, below 0 the reverse.</caption><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table>"
+        "</div><p>Methods ask different questions, so maps may differ and both be right; trust what several maps that "
+        "are better than chance agree on.</p></div>",
+        head,
+        rows,
+    )
+
+
+def _correlation(value: float) -> Markup:
+    """Renders a cell of the heat map; a constant map has no correlation."""
+    if math.isnan(value):
+        return Markup('<td style="--share:0" title="one of the maps is constant">–</td>')
+    side = "mm-negative" if value < 0 else ""
+    return tag('<td class="{}" style="--share:{:.3f}">{:.2f}</td>', side, abs(value), value)
 
 
 def _curves(explanation: Explanation, trust: Trust) -> Markup:

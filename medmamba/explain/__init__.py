@@ -8,7 +8,8 @@
 Built on captum: `pip install "medmamba[explain]"`.
 """
 
-from .comparison import Comparison, compare
+from .comparison import MAPS_SHARE, Comparison, compare, iter_compare
+from .cost import Speed, estimate_seconds, measure_speed
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, assess
 from .feature_maps import layers
@@ -21,6 +22,7 @@ from .subject import ExplainCancelled
 
 __all__ = [
     "BASELINES",
+    "MAPS_SHARE",
     "METRICS",
     "Assessor",
     "Comparison",
@@ -30,11 +32,15 @@ __all__ = [
     "Method",
     "Randomisation",
     "ScanField",
+    "Speed",
     "Trust",
     "assess",
     "compare",
+    "estimate_seconds",
     "explain",
+    "iter_compare",
     "layers",
+    "measure_speed",
     "methods",
     "scan_field",
 ]

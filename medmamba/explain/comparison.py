@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,9 @@ from .subject import Progress, sub_progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MAPS_SHARE = 0.3
+"""Fraction of the progress, if there are checks, that the maps themselves take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,26 +127,63 @@ def compare(
         ImportError: captum is missing.
         ExplainCancelled: `progress` returned False.
     """
+    *_, last = iter_compare(
+        model,
+        image,
+        methods,
+        target,
+        metrics=metrics,
+        frame=frame,
+        window=window,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return last
+
+
+def iter_compare(
+    model: MedMamba,
+    image: ImageSource | MedicalImage,
+    methods: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+    target: int | str | None = None,
+    *,
+    metrics: Sequence[str] | None = (),
+    frame: int | None = None,
+    window: Window | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Comparison]:
+    """Yields the comparison after each map, then, with `metrics`, after the checks of each map; the last is complete.
+
+    Args and Raises: as `compare`.
+    """
     picture = read_image(image, frame, window)
     requests = [parse_method(m) for m in (default_methods(model) if methods is None else methods)]
     if not requests:
         raise ValueError("name at least one method to compare")
     metrics = METRICS if metrics is None else tuple(metrics)
-    assessor = Assessor(model, seed=seed, batch_size=batch_size) if metrics else None
+    count, share = len(requests), MAPS_SHARE if metrics else 1.0
     explanations: list[Explanation] = []
-    trust: list[Trust] = []
+    maps: list[torch.Tensor] = []
     for i, (name, options) in enumerate(requests):
-        share = 0.3 if assessor else 1.0  # of the progress, for the explanation itself
-        begin, middle, end = (step / len(requests) for step in (i, i + share, i + 1))
-        part = sub_progress(progress, begin, middle)
+        part = sub_progress(progress, share * i / count, share * (i + 1) / count)
         e = explain(model, picture, name, target, seed=seed, batch_size=batch_size, progress=part, **options)
         explanations.append(e)
         target = e.target
-        if assessor:
-            trust.append(assessor.assess(e, metrics, sub_progress(progress, middle, end)))
-    maps = [cell_means(torch.from_numpy(e.attribution))[0] for e in explanations]
-    agreement = np.array([[_agreement(a, b) for b in maps] for a in maps])
-    return Comparison(tuple(explanations), tuple(trust), agreement)
+        maps.append(cell_means(torch.from_numpy(e.attribution))[0])
+        agreement = np.array([[_agreement(a, b) for b in maps] for a in maps])
+        found = Comparison(tuple(explanations), (), agreement)
+        yield found
+    if not metrics:
+        return
+    assessor = Assessor(model, seed=seed, batch_size=batch_size)
+    for i, e in enumerate(explanations):
+        begin, end = (share + (1 - share) * step / count for step in (i, i + 1))
+        trust = (*found.trust, assessor.assess(e, metrics, sub_progress(progress, begin, end)))
+        found = dataclasses.replace(found, trust=trust)
+        yield found
 
 
 def _agreement(a: torch.Tensor, b: torch.Tensor) -> float:

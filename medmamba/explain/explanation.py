@@ -89,6 +89,17 @@ class Explanation:
         return to_image_size(self.attribution, self.image.size, self.preprocess)
 
     @property
+    def reading(self) -> str:
+        """How to read the map, in plain words; says so if it was enlarged from a coarser feature map."""
+        method = METHODS.get(self.method)
+        said = method.reading if method else ""
+        coarse = self.parameters.get("layer_size")
+        if coarse and tuple(coarse) != self.attribution.shape:
+            h, w = coarse
+            said += f" This is a map of {h}×{w} values, enlarged: its outlines are blurred."
+        return said.strip()
+
+    @property
     def location(self) -> str:
         """A sentence if much of the weight lies in a corner or in the border of the model's input, else ""."""
         return location_note(self.attribution)

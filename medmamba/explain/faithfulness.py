@@ -23,6 +23,8 @@ from .removal import Curves, area, infidelity, removal_curves
 from .subject import Progress, Subject, frozen_view
 
 METRICS = ("infidelity", "sensitivity", "removal", "randomisation")
+PERTURBATIONS, REPEATS, ORDERS, CURVE_STEPS, RANDOM_MODELS = 40, 4, 5, 20, 3
+"""Defaults of `Assessor`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,12 +145,12 @@ class Assessor:
         model: MedMamba,
         *,
         removal: str | float = "blur",
-        perturbations: int = 40,
+        perturbations: int = PERTURBATIONS,
         radius: float = 0.02,
-        repeats: int = 4,
-        random_orders: int = 5,
-        steps: int = 20,
-        random_models: int = 3,
+        repeats: int = REPEATS,
+        random_orders: int = ORDERS,
+        steps: int = CURVE_STEPS,
+        random_models: int = RANDOM_MODELS,
         cascade: bool = False,
         seed: int = 0,
         batch_size: int | None = None,

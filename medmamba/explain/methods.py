@@ -29,6 +29,7 @@ class Method:
         run: the implementation; its keyword-only arguments are the options of the method.
         single_pass: whether it evaluates the unchanged image first, so that this need not be done separately.
         foreign: whether it is a user-defined function, which may draw random numbers from NumPy.
+        reading: how to read the map, in plain words; warmer colours are positive values.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     run: Callable[..., Attribution] = field(repr=False)
     single_pass: bool = False
     foreign: bool = False
+    reading: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -45,18 +47,43 @@ class Method:
         return {p.name: p.default for p in inspect.signature(self.run).parameters.values() if p.kind == p.KEYWORD_ONLY}
 
 
+_STRONGEST = "Brighter: a small change here would move the score most, up or down"
 METHODS = {
     method.name: method
     for method in (
-        Method("saliency", "gradient of the logit", "|d logit / d pixel|", False, saliency, single_pass=True),
-        Method("smoothgrad", "gradient averaged over noisy copies", "|d logit / d pixel|", False, smoothgrad),
-        Method("input_x_gradient", "gradient times input", "logit", True, input_x_gradient, single_pass=True),
+        Method(
+            "saliency",
+            "gradient of the logit",
+            "|d logit / d pixel|",
+            False,
+            saliency,
+            single_pass=True,
+            reading=f"{_STRONGEST}.",
+        ),
+        Method(
+            "smoothgrad",
+            "gradient averaged over noisy copies",
+            "|d logit / d pixel|",
+            False,
+            smoothgrad,
+            reading=f"{_STRONGEST}, averaged over noisy copies of the image.",
+        ),
+        Method(
+            "input_x_gradient",
+            "gradient times input",
+            "logit",
+            True,
+            input_x_gradient,
+            single_pass=True,
+            reading="Warmer: what is seen here raises the score, as far as small changes tell; cooler: it lowers it.",
+        ),
         Method(
             "integrated_gradients",
             "gradient integrated from a baseline; sums to the change of the logit",
             "logit",
             True,
             integrated_gradients,
+            reading="Warmer: what is seen here raises the score, compared with an empty image; cooler: it lowers it.",
         ),
         Method(
             "gradient_shap",
@@ -64,6 +91,8 @@ METHODS = {
             "logit",
             True,
             gradient_shap,
+            reading="Warmer: what is seen here raises the score, compared with empty and blurred images; cooler: it "
+            "lowers it.",
         ),
         Method(
             "gradcam",
@@ -72,14 +101,23 @@ METHODS = {
             True,
             gradcam,
             single_pass=True,
+            reading="Warmer: features that raise the score were found around here; cooler: features that lower it.",
         ),
-        Method("occlusion", "drop of the logit when a sliding window is covered", "logit", True, occlusion),
+        Method(
+            "occlusion",
+            "drop of the logit when a sliding window is covered",
+            "logit",
+            True,
+            occlusion,
+            reading="Warmer: hiding this would lower the score; cooler: hiding it would raise it.",
+        ),
         Method(
             "feature_ablation",
             "drop of the logit when a superpixel is covered",
             "logit",
             True,
             feature_ablation,
+            reading="Warmer: hiding this patch would lower the score; cooler: hiding it would raise it.",
         ),
     )
 }

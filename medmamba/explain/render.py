@@ -22,6 +22,7 @@ SMALLEST, LARGEST = 384, 4096  # pixels of the image's long side on a figure; be
 FAINT = 0.25
 """An image whose values span less than this share of black to white is stretched for display."""
 _MARGIN = 12  # pixels
+_BAND = 2**20  # pixels drawn at a time
 _TITLE, _BAR = 46, 106
 
 
@@ -77,13 +78,18 @@ def overlay_pixels(image: MedicalImage, map_: Map, alpha: float = 0.75) -> np.nd
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    share = np.clip(np.abs(map_.values) / map_.limit, 0, 1)[..., None]  # (h, w, 1)
-    colours = colour_map(map_.signed)(_to_unit(map_))[..., :3]
     grey = display_image(image).mean(-1, keepdims=True)
-    # Opacity is proportional to the magnitude: values near 0 do not tint the image, and there is no outline where the
-    # sign changes.
-    weight = alpha * share
-    return np.rint(255 * ((1 - weight) * grey + weight * colours)).astype(np.uint8)
+    drawn = np.empty((*grey.shape[:2], 3), np.uint8)
+    rows = max(_BAND // max(grey.shape[1], 1), 1)  # at a time: colours of a whole X-ray take half a gigabyte
+    for top in range(0, len(grey), rows):
+        band = map_._replace(values=map_.values[top : top + rows])
+        share = np.clip(np.abs(band.values) / band.limit, 0, 1)[..., None]  # (rows, w, 1)
+        colours = colour_map(band.signed)(_to_unit(band))[..., :3]
+        # Opacity is proportional to the magnitude: values near 0 do not tint the image, and there is no outline where
+        # the sign changes.
+        weight = alpha * share
+        drawn[top : top + rows] = np.rint(255 * ((1 - weight) * grey[top : top + rows] + weight * colours))
+    return drawn
 
 
 def comparison_figure(image: MedicalImage, title: str, maps: Sequence[Map], alpha: float = 0.75) -> Figure:

@@ -22,7 +22,7 @@ from demo import advice, service, sessions, store
 from demo.context import Context
 from demo.options import Limits, Options
 from demo.service import Answer, View, inspect
-from demo.tabs import answers, classify, finetune, models, remarks
+from demo.tabs import answers, classify, finetune, models, remarks, window
 from medmamba.serving.record import UNSURE, Applied
 
 GOOD = {**CALIBRATION, "n": 1000, "ece_after": 0.02}
@@ -202,10 +202,10 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
 def test_the_controls_show_the_window_that_was_applied(deep):
     found = inspect(deep, classify.FIRST)
     assert found.image.window == (32767.5, 65535) == load_image(deep).window
-    name, window = classify.presets(found)[-1]
-    assert name.startswith(classify.RANGE) and window == (1776, 2856)
-    again = inspect(deep, View(0, window))
-    assert again.image.window == window and not again.image.low_contrast
+    name, levels = classify.presets(found)[-1]
+    assert name.startswith(window.RANGE) and levels == (1776, 2856)
+    again = inspect(deep, View(0, levels))
+    assert again.image.window == levels and not again.image.low_contrast
 
 
 def test_the_window_that_hides_an_image_is_a_warning_with_a_button(deep, loaded_with):
