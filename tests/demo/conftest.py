@@ -49,6 +49,41 @@ def browser():
 
 
 @pytest.fixture(scope="module")
+def page_root(tmp_path_factory):
+    """Folder of uploads and sessions of the server of this module, which no other test shares."""
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def page_url(model_folders, page_root):
+    with serving(model_folders, page_root) as address:
+        yield address
+
+
+@pytest.fixture
+def open_page(browser, page_url):
+    """Opens the app; at the end no page may have asked another server or thrown an error."""
+    pages, outside, problems = [], [], []
+
+    def open_(address=page_url, width=1280, dark=False):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+        page.set_default_timeout(120_000)
+        own = (address, "data:", "blob:")
+        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith(own) else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.goto(address)
+        page.get_by_text("No image yet").wait_for()
+        pages.append(page)
+        return page
+
+    yield open_
+    for page in pages:
+        page.close()
+    assert outside == [] and problems == []
+
+
+@pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("app")
 

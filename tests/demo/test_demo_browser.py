@@ -1,14 +1,15 @@
-"""The web app in a real Chromium: every tab, with its errors, on a desk and on a phone, and by axe's rules."""
+"""The web app in a real Chromium: classifying, and what holds on every tab, on a desk, a phone and by axe's rules."""
 
 import base64
 import os
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_helpers import CHROMIUM, serving
+from browser_cases import MARKS, answer_of, give, serious, to_tab
+from demo_cases import NEUTROPHIL
+from demo_helpers import serving
 from PIL import Image
 
 import medmamba
@@ -16,79 +17,10 @@ import medmamba
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
-from demo.options import EXAMPLES, SAMPLE_SET
+from demo.options import EXAMPLES
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM"),
-]
-NEUTROPHIL = EXAMPLES / "blood_neutrophil.webp"
+pytestmark = MARKS
 TABS = ("Classify", "Explain", "Fine-tune", "Models")
-
-
-@pytest.fixture(scope="module")
-def app_root(tmp_path_factory):
-    """Folder of uploads and sessions of the server of this module, which no other test shares."""
-    return tmp_path_factory.mktemp("app")
-
-
-@pytest.fixture(scope="module")
-def url(model_folders, app_root):
-    with serving(model_folders, app_root) as address:
-        yield address
-
-
-@pytest.fixture
-def open_page(browser, url):
-    """Opens the app; at the end no page may have asked another server or thrown an error."""
-    pages, outside, problems = [], [], []
-
-    def open_(address=url, width=1280, dark=False):
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
-        page.set_default_timeout(120_000)
-        own = (address, "data:", "blob:")
-        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith(own) else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.goto(address)
-        page.get_by_text("No image yet").wait_for()
-        pages.append(page)
-        return page
-
-    yield open_
-    for page in pages:
-        page.close()
-    assert outside == [] and problems == []
-
-
-def give(page, *paths):
-    page.locator("#mm-drop input[type=file]").set_input_files([str(p) for p in paths])
-
-
-def answer_of(page, *paths) -> str:
-    """Uploads an image and waits for its answer."""
-    give(page, *paths)
-    page.get_by_text(Path(paths[0]).name).first.wait_for()
-    page.locator(".mm-answer").wait_for()
-    return page.locator(".mm-answer").inner_text()
-
-
-def to_tab(page, name):
-    page.get_by_role("tab", name=name).click()
-    page.wait_for_timeout(300)
-
-
-def serious(page) -> list[tuple[str, list[str]]]:
-    """What axe objects to on a page as it is now."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    page.wait_for_timeout(300)  # colours that fade in
-    report = axe.run(page).response
-    assert len(report["passes"]) > 10, "the rules were applied"
-    return [
-        (violation["id"], [node["html"][:160] for node in violation["nodes"]][:4])
-        for violation in report["violations"]
-        if violation["impact"] in ("serious", "critical")
-    ]
 
 
 # --- Classify ---
@@ -264,141 +196,18 @@ def test_keys_rows_and_examples(open_page):
     page.wait_for_function("document.querySelector('.mm-answer').getBoundingClientRect().top < 600")
 
 
-# --- Explain ---
-
-
-@pytest.mark.slow
-def test_explaining_an_answer(open_page):
-    page = open_page()
-    to_tab(page, "Explain")
-    page.get_by_text("Nothing to explain yet").wait_for()
-    to_tab(page, "Classify")
-    answer_of(page, NEUTROPHIL)
-    page.get_by_role("button", name="Explain this prediction").click()
-    page.get_by_text("Ready", exact=True).wait_for()
-    page.get_by_label("Occlusion").uncheck()
-    page.get_by_label("Check the maps").check()
-    page.locator("#mm-run-explain").click()
-    page.get_by_text("Can these maps be trusted?").wait_for()
-    page.locator("#mm-downloads button").first.wait_for()
-    assert page.locator(".mm-verdicts strong", has_text="Better than chance:").count() == 2
-    assert not page.locator(".mm-trust").is_visible(), "the numbers are folded"
-    page.get_by_text("Results of each check").click()
-    assert page.locator(".mm-map").count() == 2 and page.locator("#mm-trust .mm-chart").count() == 2
-    trust = page.locator(".mm-trust").inner_text()
-    assert "Deletion AUC" in trust and "Same map with random weights" in trust
-    slider = page.locator("[data-mm-opacity]")
-    slider.fill("10")
-    assert page.locator(".mm-over").first.evaluate("e => getComputedStyle(e).opacity") == "0.1"
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Maps (NumPy)").click()
-    assert len(np.load(download.value.path()).files) == 3
-    for method in page.locator("#mm-methods input").all():
-        method.uncheck()
-    page.locator("#mm-run-explain").click()
-    page.get_by_text("No method selected").wait_for()
-
-
-@pytest.mark.slow
-def test_an_explanation_can_be_cancelled(open_page):
-    page = open_page()
-    answer_of(page, NEUTROPHIL)
-    page.get_by_role("button", name="Explain this prediction").click()
-    page.get_by_text("Ready", exact=True).wait_for()
-    for method in page.locator("#mm-methods input").all():
-        method.check()
-    page.get_by_label("Check the maps").check()
-    page.locator("#mm-run-explain").click()
-    page.locator("#mm-stop-explain").click()
-    page.locator("#mm-run-explain").wait_for()
-    assert page.locator(".mm-trust thead th").count() < 9
-
-
-# --- Fine-tune ---
-
-
-@pytest.mark.slow
-def test_fine_tuning_and_trying_the_new_model(open_page):
-    page = open_page()
-    to_tab(page, "Fine-tune")
-    assert page.locator("#mm-run-train").is_disabled()
-    page.locator("#mm-sample").click()
-    page.locator("#mm-set").get_by_text("64 images, 2 classes").wait_for()
-    epochs = page.get_by_label("number input for Epochs")
-    epochs.fill("2")
-    epochs.press("Tab")
-    page.locator("#mm-run-train").click()
-    page.get_by_role("progressbar", name="Training").wait_for()
-    page.locator("#mm-try").wait_for(timeout=240_000)
-    assert page.locator(".mm-confusion td[style]").count() == 4
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download the model").click()
-    path = Path(download.value.path()).rename(Path(download.value.path()).with_suffix(".zip"))
-    assert {"model/config.json", "model/model.safetensors"} <= set(zipfile.ZipFile(path).namelist())
-    assert medmamba.MedMamba.from_pretrained(path).config.labels == ["normal", "pneumonia"]
-    page.locator("#mm-try").click()
-    page.get_by_role("button", name="pneumonia, your test image").first.click()
-    page.locator(".mm-truth", has_text="this test image shows pneumonia").wait_for()
-    assert "Yours: chest_xray_sample" in page.locator(".mm-answer").inner_text()
-
-
-@pytest.mark.slow
-def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_path):
-    page = open_page()
-    to_tab(page, "Fine-tune")
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
-        archive.writestr("../../a/1.png", b"x")
-    page.locator("#mm-zip input[type=file]").set_input_files(tmp_path / "evil.zip")
-    page.get_by_text("leads out of the archive").wait_for()
-    # The drop zone takes another file at once.
-    page.locator("#mm-zip input[type=file]").set_input_files(SAMPLE_SET)
-    page.locator("#mm-set", has_text="Images of one patient may be in several splits").wait_for()
-    page.get_by_text("Patients in file names").click()
-    field = page.get_by_label("Pattern (regular expression)")
-    field.fill("(nothing)")
-    field.press("Enter")
-    page.locator("#mm-set", has_text="matches none of the 64 file names").wait_for()
-    assert page.locator("#mm-run-train").is_disabled()
-    field.fill(r"(\d)\.")
-    page.locator("#mm-apply-pattern").click()
-    page.locator("#mm-set", has_text="with up to").wait_for()
-    page.locator("#mm-run-train").click()
-    page.locator("#mm-stop-train").click()
-    page.get_by_text("Nothing was saved").wait_for()
-
-
-@pytest.mark.slow
-def test_one_model_is_trained_at_a_time_and_others_are_told(open_page):
-    first, second = open_page(), open_page()
-    for page in (first, second):
-        to_tab(page, "Fine-tune")
-        page.locator("#mm-sample").click()
-        page.locator("#mm-set .mm-card").wait_for()
-        page.locator("#mm-run-train").click()
-        if page is first:
-            first.locator("#mm-training h2", has_text="Reading the images").wait_for()
-    second.get_by_text("Waiting for another training to finish").wait_for()
-    second.locator("#mm-stop-train").click()  # must not end the other
-    first.locator("#mm-training h2", has_text="Epoch").wait_for()
-    assert "Waiting" in second.locator("#mm-training").inner_text()
-    first.locator("#mm-stop-train").click()
-    for page in (first, second):
-        page.get_by_text("Nothing was saved").wait_for()
-        assert page.locator("#mm-run-train").is_visible()
-
-
 # --- everywhere ---
 
 
 @pytest.mark.slow
-def test_what_was_uploaded_is_gone_with_the_page(open_page, app_root, tmp_path):
+def test_what_was_uploaded_is_gone_with_the_page(open_page, page_root, tmp_path):
     image = tmp_path / "leaving.webp"
     image.write_bytes(NEUTROPHIL.read_bytes() + b"\0")  # equal uploads of other tests are one file
     page = open_page()
     answer_of(page, image)
 
     def copies():
-        return [where for where, _, names in os.walk(app_root) if image.name in names]
+        return [where for where, _, names in os.walk(page_root) if image.name in names]
 
     assert len(copies()) == 2, "what the server received, and what the visitor works with"
     page.goto("about:blank")
@@ -409,9 +218,9 @@ def test_what_was_uploaded_is_gone_with_the_page(open_page, app_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_address_that_the_app_opens_shows_an_answer(browser, url):
+def test_the_address_that_the_app_opens_shows_an_answer(browser, page_url):
     page = browser.new_page()
-    page.goto(f"{url}?example")
+    page.goto(f"{page_url}?example")
     page.locator(".mm-answer").wait_for(timeout=120_000)
     assert "basophil" in page.locator(".mm-answer").inner_text().lower()
     page.close()
