@@ -76,7 +76,7 @@ def decode(name: str, data: str | Path, cache: Path, sizes: Sequence[int], proce
         for split, count in index.split_sizes.items():
             if split and count:
                 file = cache / name / f"{split}-{size}.npy"
-                cache_images(index.split(split), config, file=file, processes=processes)
+                cache_images(index.split(split), config, file=file, workers=processes if processes > 1 else None)
     if name != "joint":
         check_leakage(index, allow=DATASETS[name])
     write_text(cache / name / DECODED, json_text({"data": fingerprint(index), "sizes": list(sizes)}))

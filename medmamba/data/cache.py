@@ -21,11 +21,11 @@ from ..config import PreprocessConfig
 from ..utils.files import clear_space_errors, locked, write_text
 from ..utils.text import json_text
 from .dataset import DatasetError, ImageDataset
-from .decode import fill, fill_by_forks, is_deep
+from .decode import fill, is_deep
 from .identity import FileIndex, contents, files_of, reading_code
 from .pixels import Pixels, Warnings
 
-FORMAT = 3
+FORMAT = 4
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -167,9 +167,9 @@ def cache_images(
             from files with the same content, in the same order, with the same size and channels and by the same
             readers; otherwise they are decoded again, with a warning that says why. An interrupted run leaves nothing
             behind, and of several processes that want the same file one makes it.
-        workers: threads that decode; by default as many as the machine has cores.
-        processes: as many forks of this process instead, for many cores: threads keep about two of them busy. Needs
-            `file` and fork, in a process that has used neither a GPU nor threads; progress is not shown.
+        workers: processes that decode, see `medmamba.imaging.ahead.read_ahead`: None starts one per core once more
+            than two seconds of decoding are left, 0 none.
+        processes: the same, under the name of earlier versions, if more than 1.
         progress: wraps the iteration over the images, for example `tqdm`.
         files: known hashes of files; the others are read.
 
@@ -184,8 +184,7 @@ def cache_images(
         raise DatasetError(f"{dataset.name} has no images")
 
     def decode(pixels: Pixels) -> None:
-        if processes == 1 or pixels.path is None or not fill_by_forks(pixels, dataset, config, in_chans, processes):
-            fill(pixels, dataset, config, in_chans, workers, progress)
+        fill(pixels, dataset, config, in_chans, processes if processes > 1 else workers, progress)
 
     if file is None:
         with Pixels((len(dataset), *config.input_size, in_chans), is_deep(dataset)) as pixels:

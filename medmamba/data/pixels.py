@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ..utils.files import replace_synced
 
@@ -23,7 +21,7 @@ _CHUNK = 256  # images that are widened at once
 
 
 class Pixels:
-    """Decoded images (N, H, W, C), uint8 or uint16, that several threads may fill; a context manager.
+    """Decoded images (N, H, W, C), uint8 or uint16; a context manager.
 
     Args:
         shape: (N, H, W, C).
@@ -40,7 +38,6 @@ class Pixels:
     def __init__(self, shape: tuple[int, ...], deep: bool = False, path: Path | None = None) -> None:
         self.path = path
         self._shape, self._partial = shape, path
-        self._lock = threading.Lock()
         self._notes: dict[int, tuple[str, ...]] = {}
         self.array = self._allocate(np.uint16 if deep else np.uint8)
 
@@ -57,39 +54,32 @@ class Pixels:
         """Whether the images are kept with 16 bits."""
         return self.array.dtype == np.uint16
 
-    def put(self, row: int, image: Tensor, deep: bool, notes: Iterable[str] = ()) -> None:
+    def put(self, row: int, stored: np.ndarray, notes: Iterable[str] = ()) -> None:
         """Keeps one image.
 
         Args:
-            image: (H, W, C) float in [0, 1], rounded to the nearest level.
-            deep: whether it has more than 8 bits; the first such image changes the whole array to 16.
+            stored: (H, W, C), or (H, W, 1) for C equal channels; uint8, or uint16 where the file has more than 8 bits.
+                The first such image changes the whole array to 16.
             notes: notes of its reader, of which warnings are kept.
         """
-        if deep:
+        if stored.dtype == np.uint16:
             self.widen()
-        while True:
-            array = self.array
-            values = np.rint(image.numpy() * (65535 if array.dtype == np.uint16 else 255))
-            with self._lock:
-                if array is self.array:  # else it was widened meanwhile
-                    array[row] = values
-                    break
+        self.array[row] = stored.astype(np.uint16) * 257 if self.deep and stored.dtype == np.uint8 else stored
         if said := said_by(notes):
             self._notes[row] = said
 
     def widen(self) -> None:
         """Converts 8 bits to 16 without loss: level v of 255 becomes level 257 v of 65535."""
-        with self._lock:
-            if self.deep:
-                return
-            old, old_partial = self.array, self._partial
-            new = self._allocate(np.uint16)
-            for start in range(0, len(old), _CHUNK):
-                new[start : start + _CHUNK] = old[start : start + _CHUNK].astype(np.uint16) * 257
-            self.array = new
-            del old
-            if self.path is not None and old_partial is not None:
-                old_partial.unlink(missing_ok=True)
+        if self.deep:
+            return
+        old, old_partial = self.array, self._partial
+        new = self._allocate(np.uint16)
+        for start in range(0, len(old), _CHUNK):
+            new[start : start + _CHUNK] = old[start : start + _CHUNK].astype(np.uint16) * 257
+        self.array = new
+        del old
+        if self.path is not None and old_partial is not None:
+            old_partial.unlink(missing_ok=True)
 
     def warnings(self) -> Warnings:
         """Returns warnings by text; those that differ only in numbers count as one, quoted from the first image."""
@@ -100,11 +90,6 @@ class Pixels:
         assert self.path is not None and self._partial is not None
         self.array = np.empty(0, np.uint8)
         replace_synced(self._partial, self.path)
-
-    @property
-    def notes(self) -> dict[int, tuple[str, ...]]:
-        """Warnings by row; forked processes return theirs to the parent."""
-        return self._notes
 
     def _allocate(self, kind: type) -> np.ndarray:
         if self.path is None:

@@ -182,14 +182,13 @@ class _Images:
 
     def stack(self, rows: Sequence[int]) -> Batch:
         found = [decoded_image(self.index, row, self.config, self.in_chans) for row in rows]
-        deep = [self.deep or image.bit_depth > 8 for _, image in found]
         # In a set of 8 bits an image of 16 makes its batch one of 16, in which level v of 255 is level 257 v of 65535.
-        kind = np.uint16 if any(deep) else np.uint8
-        out = np.empty((len(rows), *self.config.input_size, self.in_chans), kind)
-        for place, ((pixels, _), own) in enumerate(zip(found, deep, strict=True)):
-            values = np.rint(pixels.numpy() * (65535 if own else 255))
-            out[place] = values * 257 if kind == np.uint16 and not own else values
-        notes = {row: said for row, (_, image) in zip(rows, found, strict=True) if (said := said_by(image.notes))}
+        deep = self.deep or any(image.deep for image in found)
+        out = np.empty((len(rows), *self.config.input_size, self.in_chans), np.uint16 if deep else np.uint8)
+        for place, image in enumerate(found):
+            widened = deep and image.pixels.dtype == np.uint8
+            out[place] = image.pixels.astype(np.uint16) * 257 if widened else image.pixels
+        notes = {row: said for row, image in zip(rows, found, strict=True) if (said := said_by(image.notes))}
         return torch.from_numpy(out), notes
 
 

@@ -195,11 +195,11 @@ def test_cache_file_is_used_again_only_for_the_same_images(
     file = tmp_path_factory.mktemp("cache") / "pixels.npy"
     first = data.cache_images(mixed, SMALL, file=file)
 
-    def forbidden(index: int) -> None:
+    def forbidden(*_: object) -> None:
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mixed, "image", forbidden)
+        patch.setattr("medmamba.data.cache.fill", forbidden)
         assert torch.equal(data.cache_images(mixed, SMALL, file=file).images, first.images)
         with pytest.raises(AssertionError, match="decoded again"):
             data.cache_images(mixed, PreprocessConfig((32, 32)), file=file)
@@ -210,15 +210,15 @@ def test_cache_file_is_used_again_only_for_the_same_images(
     assert sorted(path.name for path in file.parent.iterdir()) == ["pixels.npy", "pixels.npy.json"]
 
 
-def test_forks_decode_the_same_and_name_what_cannot_be_read(mixed: data.ImageDataset, tmp_path_factory) -> None:
+def test_processes_decode_the_same_and_name_what_cannot_be_read(mixed: data.ImageDataset, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    threads = data.cache_images(mixed, SMALL)
-    forks = data.cache_images(mixed, SMALL, file=folder / "a.npy", processes=4)
-    assert torch.equal(forks.images, threads.images)
+    here = data.cache_images(mixed, SMALL, workers=0)
+    apart = data.cache_images(mixed, SMALL, file=folder / "a.npy", workers=2)
+    assert torch.equal(apart.images, here.images)
     source = str(mixed.records[3].source)
     (Path(mixed.reader.root) / source).write_bytes(b"")  # type: ignore[attr-defined]
     with pytest.raises(ImageError, match=source):
-        data.cache_images(mixed, SMALL, file=folder / "b.npy", processes=4)
+        data.cache_images(mixed, SMALL, file=folder / "b.npy", workers=2)
     assert sorted(path.name for path in folder.iterdir()) == ["a.npy", "a.npy.json"]
 
 

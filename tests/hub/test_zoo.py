@@ -80,7 +80,7 @@ def test_decoded_images_are_found_by_the_others(root, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("medmamba.data.decode.decoded_image", refuse)
+    monkeypatch.setattr("medmamba.data.cache.fill", refuse)
     out = tmp_path / "run"
     assert run("train", "dermamnist", "--cache", cache, *small(root, out)) == 0
     assert json.loads((out / "results.json").read_text())["training"]["duplicates_checked"] == "by hub.zoo decode"
