@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmamba.cli.train import STOPPED
+from medmamba.cli.training_options import STOPPED
 from medmamba.data import DatasetError, ImageDataset, make_splits, open_dataset, val_from_train
 from medmamba.evaluation import RESULTS_NAME, evaluations
 from medmamba.metrics import Evaluation

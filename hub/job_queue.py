@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmamba.cli.train import STOPPED
+from medmamba.cli.training_options import STOPPED
 
 GRACE = 20.0  # seconds for a stopped command to write its checkpoint
 

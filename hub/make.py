@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.cards import default_repo, write_card
-from medmamba.cli.train import STOPPED
+from medmamba.cli.training_options import STOPPED
 from medmamba.config import MedMambaConfig
 from medmamba.data import ImageDataset, check_dataset, make_splits, open_dataset, published_split, registry
 from medmamba.data.registry import DatasetEntry

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from medmamba import MedMamba
-from medmamba.cli.train import STOPPED
+from medmamba.cli.training_options import STOPPED
 from medmamba.config import BACKBONES, ORGANISATION
 from medmamba.data import registry
 from medmamba.training import TrainResult, train

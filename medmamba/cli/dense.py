@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
-from .train import STOPPED, split_option
+from .training_options import STOPPED, split_option
 
 RESUMES = (
     f"Rerun the same command to resume an interrupted run; the exit code is {STOPPED} if --max-seconds or SIGTERM "
@@ -35,8 +36,12 @@ def add_training(parser: argparse.ArgumentParser, recipe: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def training_options(args: argparse.Namespace) -> dict[str, Any]:
+def training_options(args: argparse.Namespace, more: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the keyword arguments that `add_training` stands for.
+
+    Args:
+        args: the parsed options.
+        more: names of further options that are settings of the recipe.
 
     Raises:
         ValueError: --split is not three fractions.
@@ -44,7 +49,7 @@ def training_options(args: argparse.Namespace) -> dict[str, Any]:
     from ..training.recipe import parse_setting
 
     settings = dict(parse_setting(text) for text in args.set)
-    for name in ("epochs", "batch_size", "size"):
+    for name in ("epochs", "batch_size", "size", *more):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     split = split_option(args.split)

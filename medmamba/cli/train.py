@@ -1,11 +1,15 @@
 """The subcommand `medmamba train`."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from ..config import BACKBONES, ORGANISATION, TASKS
+from .training_options import STOPPED, split_option
 
-STOPPED = 3  # exit code of a run that stopped cleanly and can be resumed
+DENSE = ("segment", "detect")
+"""Tasks beside those of classifiers."""
+CLASSIFIERS_ONLY = ("teacher", "dataset", "allow_leakage", "cache", "keep", "workers", "graphs", "finish_early")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,9 +25,13 @@ def add_parser(subparsers: Any) -> None:
         "--data", required=True, metavar="PATH", help="folder, .csv, .npz, .zip or .tar of images, or hf://owner/name"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the model, results and checkpoints")
-    parser.add_argument("--recipe", default="default", metavar="NAME", help="name or .json file (default: %(default)s)")
     parser.add_argument(
-        "--variant", default="tiny", metavar="NAME", help="nano, tiny, small, base, ... (default: %(default)s)"
+        "--recipe", metavar="NAME", help="name or .json file (default: default, with --task segment or detect that)"
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="nano, tiny, small, base, ... (default: tiny; for segment and detect nano)",
     )
     parser.add_argument(
         "--from",
@@ -49,7 +57,10 @@ def add_parser(subparsers: Any) -> None:
         "--classes", nargs="+", metavar="NAME", help="all class names in the order of the labels (default: sorted)"
     )
     data.add_argument(
-        "--task", choices=TASKS, help="ordinal: the classes are grades in ascending order (default: from the data)"
+        "--task",
+        choices=(*TASKS, *DENSE),
+        help="ordinal: the classes are grades in ascending order; segment, detect: as `medmamba segment train` and "
+        "`medmamba detect train` (default: from the data)",
     )
     data.add_argument(
         "--allow-leakage",
@@ -70,6 +81,11 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument(
         "--workers", type=int, metavar="N", help="processes that decode images kept nowhere (default: one per core)"
     )
+
+    dense = parser.add_argument_group("with --task segment or detect")
+    dense.add_argument("--decoder", metavar="NAME", help="segment: unet, fpn, segformer, ... (default: unet)")
+    dense.add_argument("--loss", choices=("dice+ce", "dice+focal"), help="segment (default: dice+ce)")
+    dense.add_argument("--small-objects", action="store_true", help="detect: for objects of few pixels")
 
     recipe = parser.add_argument_group("recipe settings")
     recipe.add_argument("--epochs", type=int, metavar="N", help="number of epochs")
@@ -112,10 +128,13 @@ def add_parser(subparsers: Any) -> None:
     machine.add_argument("--fp32-weights", action="store_true", help="save weights in float32 instead of float16")
     machine.add_argument("--tensorboard", action="store_true", help="write event files to OUT/tensorboard")
     machine.add_argument("--quiet", action="store_true", help="show no progress bars")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.task in DENSE:
+        return _run_dense(args)
+    refuse_options(args, ("decoder", "loss", "small_objects"), "--task segment or detect")
     from ..training import train
     from ..training.recipe import parse_setting
 
@@ -123,12 +142,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("epochs", "batch_size", "size", "lr", "freeze"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
+    variant = args.variant or "tiny"
     result = train(
         args.data,
         args.out,
-        args.recipe,
-        args.variant,
-        _start(args.init, args.variant),
+        args.recipe or "default",
+        variant,
+        _start(args.init, variant),
         seed=args.seed,
         dataset=args.dataset,
         split=split_option(args.split),
@@ -166,6 +186,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_dense(args: argparse.Namespace) -> int:
+    """Trains a segmenter or detector: what `medmamba segment train` and `medmamba detect train` do."""
+    from .dense import report, training_options
+
+    refuse_options(args, CLASSIFIERS_ONLY, "classifiers")
+    args.variant = args.variant or "nano"
+    args.init = _start(args.init, args.variant)
+    args.recipe = args.recipe or args.task
+    options = training_options(args, ("lr", "freeze")) | {
+        "in_chans": args.in_chans,
+        "accumulate": args.accumulate,
+        "half": not args.fp32_weights,
+        "checkpoint_seconds": args.checkpoint_seconds,
+        "tensorboard": args.tensorboard,
+    }
+    if args.task == "segment":
+        from ..training.segmentation_run import train_segmenter
+
+        refuse_options(args, ("small_objects",), "--task detect")
+        chosen = {"decoder": args.decoder or "unet", "loss": args.loss or "dice+ce"}
+        return report(train_segmenter(args.data, args.out, args.classes or ["object"], **chosen, **options))
+    from ..training.detection_run import train_detector
+
+    refuse_options(args, ("decoder", "loss"), "--task segment")
+    return report(train_detector(args.data, args.out, args.classes, small_objects=args.small_objects, **options))
+
+
+def refuse_options(args: argparse.Namespace, names: Sequence[str], whom: str) -> None:
+    """Raises ValueError if an option was given that is for other kinds of training."""
+    if given := [name for name in names if getattr(args, name) != args.default_of(name)]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: only for {whom}; leave it out")
+
+
 def _start(init: str | None, variant: str) -> str | None:
     """Returns the model to start from: for `--from` without a name the general backbone of the variant."""
     if init != "":
@@ -174,13 +228,3 @@ def _start(init: str | None, variant: str) -> str | None:
     if name not in BACKBONES:
         raise ValueError(f"--from without a name takes {' or '.join(BACKBONES)}: there is none for --variant {variant}")
     return name
-
-
-def split_option(text: str | None) -> str | list[float] | None:
-    """Parses --split: three fractions, or "published"."""
-    if text is None or text == "published":
-        return text
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--split takes three fractions such as 0.7,0.1,0.2, or 'published'; got {text!r}") from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..data import DatasetError
-from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME, file_hash
+from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 from ..utils.devices import make_accelerator, wait_for_everyone
-from ..utils.files import write_text
+from ..utils.files import LockedError, write_text
 from .checkpoint import CheckpointStore, check_same_run
+from .dense_data import check_readable, data_digest, data_table
 from .finalise import finished_before
 from .identity import model_fingerprint, run_identity
 from .recipe import Recipe
@@ -140,7 +141,7 @@ def run_dense(
             recipe,
             model,
             None,
-            _digest(dataset, table),
+            data_digest(dataset, table),
             seed=seed,
             precision=accelerator.mixed_precision,
             parts=accelerator.num_processes * accumulate,
@@ -152,7 +153,9 @@ def run_dense(
     if not restart and (done := _already_done(task, type(model), out, identity)) is not None:
         return done
     store = CheckpointStore(out / CHECKPOINTS)
-    with alone(out, accelerator):
+    if restart or not store:
+        check_readable(dataset, "test")  # training reads the other splits; test images only when it has ended
+    with nothing_left(out, store, accelerator), alone(out, accelerator):
         if restart and accelerator.process_index == 0:
             store.clear()
             for name in RESULT_FILES:
@@ -192,61 +195,21 @@ def run_dense(
         return dataclasses.replace(result, val=found["val"], test=found.get("test"))
 
 
-def check_dense_splits(dataset: DenseDataset) -> None:
-    """Checks that there are images in train and val, and no patient in two splits.
-
-    Raises:
-        DatasetError: a split is missing, or patients are in several; up to five are listed.
-    """
-    if missing := [name for name in ("train", "val") if not dataset.split_sizes.get(name)]:
-        raise DatasetError(
-            f"{dataset.name} has no images in {' and '.join(missing)}; it has {dataset.split_sizes}. Provide splits "
-            "train and val, or data without splits, which are then divided"
-        )
-    held: dict[str, set[str]] = {}
-    for example in dataset.examples:
-        if example.patient and example.split:
-            held.setdefault(example.patient, set()).add(example.split)
-    several = [f"{name} ({', '.join(sorted(splits))})" for name, splits in sorted(held.items()) if len(splits) > 1]
-    if several:
-        raise DatasetError(
-            f"{dataset.name}: {len(several)} patients have images in more than one split: {'; '.join(several[:5])}. "
-            "Results on such a test set are too optimistic; divide it by patient"
-        )
-
-
-def check_copies(dataset: DenseDataset, table: dict[str, str]) -> None:
-    """Checks that no image file is in two splits.
-
-    Args:
-        table: of `data_table`.
-
-    Raises:
-        DatasetError: some are; up to five are listed.
-    """
-    first: dict[str, Any] = {}
-    copies = []
-    for example in dataset.examples:
-        other = first.setdefault(table[str(example.image)].partition(":")[0], example)
-        if other.split != example.split:
-            copies.append(f"{other.image.name} ({other.split}) = {example.image.name} ({example.split})")
-    if copies:
-        raise DatasetError(
-            f"{dataset.name}: {len(copies)} images are in more than one split: {'; '.join(copies[:5])}. Remove them "
-            "from all but one"
-        )
-
-
-def data_table(dataset: DenseDataset) -> dict[str, str]:
-    """Returns for each image a digest of its content and one of its label, split and patient."""
-    files: dict[Path, str] = {}  # one file may hold the labels of all images
-    rows = {}
-    for example in dataset.examples:
-        label = files.setdefault(example.label_file, "") or file_hash(example.label_file)[:16]
-        files[example.label_file] = label
-        rows[str(example.image)] = f"{file_hash(example.image)[:32]}:{label} {example.split} {example.patient}"
-    check_copies(dataset, rows)
-    return rows
+@contextlib.contextmanager
+def nothing_left(out: Path, store: CheckpointStore, accelerator: Accelerator) -> Iterator[None]:
+    """Removes what a run has noted if it fails before its first checkpoint, when there is nothing to resume."""
+    new = not out.exists()
+    try:
+        yield
+    except LockedError:  # the notes are those of the other run
+        raise
+    except BaseException:
+        if accelerator.process_index == 0 and not store:
+            store.clear()
+            if new:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+        raise
 
 
 def start_from(init: Any, kind: Any, classes: tuple[str, ...]) -> Any:
@@ -272,13 +235,6 @@ def _kind_of(name: Any) -> str | None:
         return found.get("model_type") if isinstance(found, dict) else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _digest(dataset: DenseDataset, table: dict[str, str]) -> str:
-    digest = hashlib.sha256(repr((dataset.classes, getattr(dataset, "exclusive", None))).encode())
-    for example in dataset.examples:
-        digest.update(f"{example.image.name}\0{table[str(example.image)]}\1".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
 
 
 def _record(

@@ -18,7 +18,8 @@ from ..detection.dataset import DetectionDataset, open_detection
 from ..detection.evaluate import evaluate_detector
 from ..imaging.preprocess import normalise
 from ..metrics.detection import DetectionEvaluation
-from .dense import DenseResult, check_dense_splits, run_dense, start_from
+from .dense import DenseResult, run_dense, start_from
+from .dense_data import check_dense_splits
 from .detection import DetectionTrainer
 from .recipe import Recipe, load_recipe
 from .segmentation_run import resize_input

@@ -21,7 +21,8 @@ from ..segmentation.dataset import SegmentationDataset
 from ..segmentation.evaluate import evaluate_segmenter
 from ..segmentation.open import make_segmentation_splits, open_segmentation
 from ..segmentation.predict import probabilities
-from .dense import DenseResult, check_dense_splits, run_dense, start_from
+from .dense import DenseResult, run_dense, start_from
+from .dense_data import check_dense_splits
 from .recipe import Recipe, load_recipe
 from .segmentation import LOSSES, SegmentationTrainer, binary_planes
 

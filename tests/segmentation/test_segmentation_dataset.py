@@ -10,7 +10,7 @@ from segmentation_data import disc, write_pairs
 
 from medmamba.data import DatasetError
 from medmamba.segmentation.open import make_segmentation_splits, open_segmentation
-from medmamba.training.dense import check_dense_splits
+from medmamba.training.dense_data import check_dense_splits
 
 
 def save_mask(path, values):
