@@ -13,11 +13,13 @@ from .cost import Speed, estimate_seconds, measure_speed
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, assess
 from .feature_maps import layers
+from .mask_reach import MaskReach, mask_reach
 from .methods import Method, methods
 from .randomisation import Randomisation
 from .regions import BASELINES
 from .removal import Curves
 from .scan_field import ScanField, scan_field
+from .scores import BoxScore, MaskScore, box_score, mask_score
 from .subject import ExplainCancelled
 
 __all__ = [
@@ -25,21 +27,27 @@ __all__ = [
     "MAPS_SHARE",
     "METRICS",
     "Assessor",
+    "BoxScore",
     "Comparison",
     "Curves",
     "ExplainCancelled",
     "Explanation",
+    "MaskReach",
+    "MaskScore",
     "Method",
     "Randomisation",
     "ScanField",
     "Speed",
     "Trust",
     "assess",
+    "box_score",
     "compare",
     "estimate_seconds",
     "explain",
     "iter_compare",
     "layers",
+    "mask_reach",
+    "mask_score",
     "measure_speed",
     "methods",
     "scan_field",

@@ -17,6 +17,7 @@ from ..model.fused import FusedMedMamba
 from .explanation import attribute
 from .methods import Method
 from .randomness import PrivateRandom
+from .scores import Score
 from .similarity import similarities
 from .subject import Subject, blocks, frozen_view
 
@@ -105,22 +106,29 @@ def random_states(model: MedMamba, models: int, cascade: bool, seed: int) -> lis
 
 def _fresh(model: MedMamba, seed: int) -> MedMamba:
     with PrivateRandom(seed):
-        made = (
-            MedMamba(model.config.replace(calibration={}, decisions={})).eval().to(model.patch_embed.proj.weight.device)
-        )
-        fresh = frozen_view(made.fuse() if isinstance(model, FusedMedMamba) else made)
+        if isinstance(model, Score):
+            fresh = frozen_view(model.with_random_weights())
+        else:
+            plain = MedMamba(model.config.replace(calibration={}, decisions={})).eval()
+            made = plain.to(model.patch_embed.proj.weight.device)
+            fresh = frozen_view(made.fuse() if isinstance(model, FusedMedMamba) else made)
     fresh.set_scan_backend(blocks(model, 1)[0].ssm.scan_backend)
     return fresh
 
 
 def _cascade(model: MedMamba, fresh: MedMamba) -> Iterator[tuple[str, MedMamba]]:
-    mixed = frozen_view(model)
-    mixed.head = fresh.head
+    if isinstance(model, Score):  # from the decoder down
+        mixed, body = frozen_view(fresh), frozen_view(model).encoder
+        mixed.set_encoder(body)
+        new = fresh.encoder
+    else:
+        mixed = body = frozen_view(model)
+        mixed.head, new = fresh.head, fresh
     yield "classifier", frozen_view(mixed)
-    for i in reversed(range(len(mixed.stages))):
-        mixed.stages[i] = fresh.stages[i]
+    for i in reversed(range(len(body.stages))):
+        body.stages[i] = new.stages[i]
         if i:
-            mixed.downsamples[i - 1] = fresh.downsamples[i - 1]
+            body.downsamples[i - 1] = new.downsamples[i - 1]
         else:
-            mixed.patch_embed = fresh.patch_embed
+            body.patch_embed = new.patch_embed
         yield f"stage{i + 1} and above" if i else "all", frozen_view(mixed)

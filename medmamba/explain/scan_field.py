@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..imaging.image import Window
 from ..imaging.load import ImageSource, MedicalImage
 from ..imaging.preprocess import placement, preprocess
 from ..inference.predict import read_image
 from ..kernels.reference import to_directions
-from ..model import MedMamba
 from ..utils.text import json_text
 from .conditions import controlled
 from .explanation import to_image_size
 from .render import scan_figure
+from .scores import encoder_only
 from .subject import blocks, frozen_view
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ScanField:
 
 
 def scan_field(
-    model: MedMamba,
+    model: nn.Module,
     image: ImageSource | MedicalImage,
     pixel: tuple[int, int] | None = None,
     stage: int = 1,
@@ -138,6 +138,7 @@ def scan_field(
     `C[t] * exp(A * (dt[s+1] + ... + dt[t])) * B[s] * dt[s]`, summed over the states, to the output of a later token t.
 
     Args:
+        model: a `MedMamba`, or a model with one as encoder: `MedMambaSegmenter`, `MedMambaDetector`.
         pixel: (row, column) in the image, not in the network's input; None: its centre.
         stage: 1 (finest map, 4 input pixels per cell) to 4.
         block: number within the stage, from 1; None: the last.
@@ -146,7 +147,7 @@ def scan_field(
     Raises:
         ValueError: the pixel is outside the image or cropped away, or there is no such stage or block.
     """
-    view = frozen_view(model)
+    view = frozen_view(encoder_only(model))
     in_stage = blocks(view, stage)
     block = len(in_stage) if block is None else block
     if not 1 <= block <= len(in_stage):

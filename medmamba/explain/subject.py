@@ -13,6 +13,7 @@ from ..inference.predict import NotFiniteError, why_not_finite
 from ..model import MedMamba, SSConvSSM, Stage
 from ..utils import modes
 from ..utils.names import AmbiguousNameError, find_name
+from .scores import Score
 
 Progress = Callable[[float], object]
 """Called with the fraction done, 0 to 1, never decreasing. Return False (or raise) to stop."""
@@ -100,21 +101,24 @@ def frozen_view(model: nn.Module) -> MedMamba:
     another dtype are converted, so not shared.
 
     Args:
-        model: a `MedMamba`, possibly wrapped in `torch.compile` or `DataParallel`.
+        model: a `MedMamba` or a `Score`, possibly wrapped in `torch.compile` or `DataParallel`.
 
     Raises:
-        ValueError: not a MedMamba, or it has no classifier.
+        ValueError: neither of these, or it has no classifier.
     """
     inner = modes.unwrap(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, MedMamba):
-        raise ValueError(f"explanations need a MedMamba, got {type(inner).__name__}")
+    if not isinstance(inner, MedMamba | Score):
+        raise ValueError(
+            f"explanations need a MedMamba, got {type(inner).__name__}; for a mask or a box, pass mask_score(model, "
+            "image) or box_score(model, image) of medmamba.explain"
+        )
     if not inner.config.num_classes:
         raise ValueError(
             "this model has no classifier to explain: give it one with model.reset_classifier(num_classes)"
         )
     view = modes.frozen_view(inner, torch.float32)
     view.set_grad_checkpointing(False)  # it would run each hooked block twice
-    return view
+    return view  # type: ignore[return-value]
 
 
 def default_batch_size(device: torch.device) -> int:
