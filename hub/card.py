@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.cards import EXAMPLE_NAME, write_card
+from medmamba.cards import EXAMPLE_NAME, is_dense, write_card, write_dense_card
 from medmamba.utils.text import json_text
 
 from .golden import GOLDEN_NAME, write_golden
@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.example and not args.credit:
             raise ValueError("--example needs --credit: the image becomes public, so name its source and licence")
         for folder in args.folders:
+            if is_dense(folder):
+                print(write_dense_card(folder, args.repo, args.license))
+                continue
             if args.example:
                 write_example(folder, args.example, args.credit)
             if not (folder / GOLDEN_NAME).is_file() and (model := MedMamba.from_pretrained(folder)).config.num_classes:

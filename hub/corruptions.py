@@ -15,6 +15,7 @@ from medmamba import MedMamba
 from medmamba.data import open_dataset
 from medmamba.evaluation import match_classes
 from medmamba.evaluation.corruptions import CORRUPTIONS_NAME, Corruptions, evaluate_corruptions
+from medmamba.pretrained import has_classes
 from medmamba.utils.checksums import WEIGHTS_NAME, file_hash
 from medmamba.utils.devices import make_accelerator
 from medmamba.utils.modes import frozen_view
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (%(default)s)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    folders = args.models or [path.parent for path in sorted(MODELS.glob("*/results.json"))]
+    folders = args.models or [path.parent for path in sorted(MODELS.glob("*/results.json")) if has_classes(path.parent)]
     for folder in folders:
         found = measure(folder, args.data, args.device, args.images, args.cache, args.resamples)
         print(f"{found.save(folder / CORRUPTIONS_NAME)}\n{found.to_markdown()}", flush=True)

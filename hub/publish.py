@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medmamba import MedMamba, __version__
-from medmamba.cards import CARD_NAME, default_repo
+import medmamba
+from medmamba import __version__
+from medmamba.cards import CARD_NAME, default_repo, is_dense, read_dense_facts, read_facts
 from medmamba.config import ORGANISATION
-from medmamba.pretrained import PretrainedError, bundled_models
+from medmamba.pretrained import PretrainedError, bundled_models, model_kind
+from medmamba.pretrained.folder import LOADERS
 from medmamba.utils.text import json_text
 
+from . import dense_models
 from .golden import GoldenError, check_golden
 from .validate import Report, validate
 
@@ -176,8 +179,11 @@ def _verify(report: Report, published: Published) -> None:
         return
     with tempfile.TemporaryDirectory() as cache:
         try:
-            model = MedMamba.from_pretrained(published.repo, revision=published.commit, cache_dir=cache)
-            check_golden(model, report.golden, f"{published.repo}@{published.commit[:8]}")
+            dense = is_dense(report.folder)
+            loader = getattr(medmamba, LOADERS[model_kind(report.folder)])
+            model = loader.from_pretrained(published.repo, revision=published.commit, cache_dir=cache)
+            check = dense_models.check_golden if dense else check_golden
+            check(model, report.golden, f"{published.repo}@{published.commit[:8]}")
         except (PretrainedError, GoldenError) as error:
             raise PublishError(
                 f"{published.repo} was uploaded ({published.url}), but could not be verified: {error}. "
@@ -238,8 +244,10 @@ def _collect(organisation: str, names: list[str], private: bool, dry_run: bool, 
 
 def _note(folder: Path) -> str:
     """Summarises the test results of a model in one line."""
-    from medmamba.cards import read_facts
-
+    if is_dense(folder):
+        about = read_dense_facts(folder)
+        figures = [f"{name} {score['value']:.3f}" for name, score in about.scores("test")[:2] if score["value"]]
+        return f"{about.dataset}, {about.config.encoder.architecture}: {', '.join(figures)}"
     facts = read_facts(folder)
     if not facts.split:
         return facts.dataset

@@ -14,6 +14,7 @@ from medmamba.cards import (
     ModelFacts,
     check_card,
     default_repo,
+    is_dense,
     read_facts,
     render_card,
     write_card,
@@ -24,6 +25,7 @@ from medmamba.pretrained import PretrainedError
 from medmamba.pretrained.sources import PICKLES
 from medmamba.utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
 
+from .dense_models import validate_dense
 from .golden import GOLDEN_NAME, GoldenError, check_golden, write_golden
 
 # What a model folder may hold beside config.json and model.safetensors.
@@ -69,6 +71,9 @@ def validate(
     report = Report(folder)
     _check_files(report)
     if report.problems:
+        return report
+    if is_dense(folder):
+        validate_dense(report, repo_id, licence)
         return report
     try:
         report.model = MedMamba.from_pretrained(folder)  # strict

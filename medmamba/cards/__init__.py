@@ -2,6 +2,7 @@
 
 from .card import CARD_NAME, METRICS, NOTICE, card_data, default_repo, render_card, write_card
 from .check import TOLERANCE, check_card
+from .dense import DenseFacts, check_dense_card, is_dense, read_dense_facts, render_dense_card, write_dense_card
 from .facts import (
     EXAMPLE_NAME,
     PICTURES,
@@ -26,15 +27,21 @@ __all__ = [
     "TOLERANCE",
     "TRANSFER_NAME",
     "CardError",
+    "DenseFacts",
     "LicenceError",
     "ModelFacts",
     "Terms",
     "card_data",
     "check_card",
+    "check_dense_card",
     "default_repo",
     "hub_licence",
+    "is_dense",
+    "read_dense_facts",
     "read_facts",
     "render_card",
+    "render_dense_card",
     "terms_of",
     "write_card",
+    "write_dense_card",
 ]

@@ -5,7 +5,7 @@ from ..utils.checksums import PretrainedError
 from ..utils.weights import read_weights
 from .config_file import read_config
 from .mixin import PretrainedMixin
-from .sources import bundled_models, fetch, has_classes, hub_name
+from .sources import bundled_models, fetch, has_classes, hub_name, model_kind
 from .weights_file import load_strict
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "has_classes",
     "hub_name",
     "load_strict",
+    "model_kind",
     "read_config",
     "read_weights",
 ]

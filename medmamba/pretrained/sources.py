@@ -44,10 +44,25 @@ def bundled_models() -> dict[str, Path]:
 
 def has_classes(folder: Path) -> bool:
     """Returns whether the model in a folder is a classifier; True where config.json does not say (loading will)."""
+    config = _config_of(folder)
+    return model_kind(folder) == "medmamba" and config.get("num_classes") != 0
+
+
+def model_kind(folder: str | os.PathLike) -> str:
+    """Returns what kind of model a folder holds: "medmamba", "medmamba-segmenter" or "medmamba-detector".
+
+    "medmamba" too where config.json does not say; loading then reports it.
+    """
+    kind = _config_of(Path(folder)).get("model_type")
+    return kind if isinstance(kind, str) and kind.startswith("medmamba-") else "medmamba"
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("num_classes") != 0
-    except (OSError, ValueError, AttributeError):
-        return True
+        found = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fetch(

@@ -12,13 +12,14 @@ from hub.golden import GOLDEN_NAME, check_golden
 from hub.publish import model_folders
 from hub.validate import validate
 from medmamba import MedMamba
-from medmamba.cards import EXAMPLE_NAME, read_facts, render_card
+from medmamba.cards import EXAMPLE_NAME, is_dense, read_dense_facts, read_facts, render_card, render_dense_card
 from medmamba.cli.main import main
 from medmamba.inference.ood import load_unusual
 from medmamba.pretrained import has_classes
 
-BACKBONES = [folder for folder in model_folders() if not has_classes(folder)]
-FOLDERS = [folder for folder in model_folders() if folder not in BACKBONES]
+DENSE = [folder for folder in model_folders() if is_dense(folder)]
+BACKBONES = [folder for folder in model_folders() if not has_classes(folder) and folder not in DENSE]
+FOLDERS = [folder for folder in model_folders() if folder not in BACKBONES + DENSE]
 WHOLE_ZOO = 300 * 2**20  # bytes, of a clone; replace a file only by one that is better by more than seed noise
 
 
@@ -100,6 +101,24 @@ def test_a_backbone_loads_by_name_and_is_no_classifier(backbone, capsys):
     assert f"medmamba/{backbone.name}" in medmamba.bundled_models()
 
 
+@pytest.fixture(params=DENSE, ids=lambda folder: folder.name)
+def dense(request) -> Path:
+    return request.param
+
+
+def test_a_model_for_masks_or_boxes_may_be_published_as_it_is(dense, tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    copy = shutil.copytree(dense, tmp_path / dense.name)
+    report = validate(copy, f"medmamba/{dense.name}")  # its golden prediction too
+    assert report.problems == [] and report.warnings == []
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in dense.iterdir()}
+    facts = read_dense_facts(dense)
+    card = (dense / "README.md").read_text(encoding="utf-8")
+    assert card == render_dense_card(facts, f"medmamba/{dense.name}")  # python -m hub.card hub/models/*
+    assert facts.results["splits"]["test"]["n"] == facts.training["split_sizes"]["test"]
+    assert (dense / "model.safetensors").stat().st_size < 12 * 2**20 and f"medmamba/{dense.name}" in card
+
+
 def test_the_app_and_its_space_leave_backbones_out():
     from demo.app import default_models
 
@@ -108,7 +127,7 @@ def test_the_app_and_its_space_leave_backbones_out():
 
 
 def test_together_they_fit_a_clone():
-    sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in FOLDERS + BACKBONES}
+    sizes = {folder.name: sum(p.stat().st_size for p in folder.iterdir()) for folder in FOLDERS + BACKBONES + DENSE}
     assert sum(sizes.values()) < WHOLE_ZOO, sizes
     for folder in FOLDERS + BACKBONES:
         weights = (folder / "model.safetensors").stat().st_size

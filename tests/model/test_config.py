@@ -12,11 +12,12 @@ import torch
 
 from medmamba import ConfigError, MedMamba, MedMambaConfig, PreprocessConfig, PretrainedError, create_model
 from medmamba.config import VARIANTS, variant_config
-from medmamba.pretrained import read_config
+from medmamba.pretrained import model_kind, read_config
 from medmamba.utils.strict_json import StrictJsonError, parse_json, read_json
 
 NAN, INF = float("nan"), float("inf")
-MODELS = sorted((Path(__file__).parents[2] / "hub" / "models").glob("*/config.json"))
+CONFIGS = sorted((Path(__file__).parents[2] / "hub" / "models").glob("*/config.json"))
+MODELS = [path for path in CONFIGS if model_kind(path.parent) == "medmamba"]
 
 
 def base(**changes):
