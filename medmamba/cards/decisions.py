@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..decision import Decisions
-from ..decision.tables import abstention_table, coverage_table, points_table, risk_text, shown
+from ..decision.tables import abstention_table, coverage_table, points_table, risk_table, risk_text, shown
 from ..metrics import TITLES
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _abstaining(found: Decisions, facts: ModelFacts) -> list[str]:
             f"An image flagged as unusual gets no answer first, then those of low probability. {risk_text(curve)} By "
             f"the probability alone it is {curve['plain_confidence']:.4f}."
         )
+        text.append("\n".join(risk_table(curve)))
     return text
 
 

@@ -39,6 +39,14 @@ def add_parser(subparsers: Any) -> None:
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--per", choices=("patient",), help="score one answer per patient too, from all images of the patient"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("mean_logit", "max", "noisy_or"),
+        help="with --per: how images are combined (default: as chosen on validation, else mean_logit)",
+    )
     add_groups(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run)
@@ -129,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         cuts=dict(args.cuts),
         corruptions=args.corruptions,
         corruption_images=args.corruption_images,
+        per=args.per,
+        combine=args.combine,
     )
     for note in scored.notes:
         say(note, sys.stderr)

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..metrics.scores import Floats
+from ..metrics.thresholds import steps
 from ..utils.names import find_name
 from .intervals import Proportion, effective_size, predictive_values, proportion
-from .thresholds import DecisionError, Rule, choose_threshold, steps
+from .thresholds import DecisionError, Rule, choose_threshold
 
 CURVE_POINTS = 101
 

@@ -92,12 +92,9 @@ def group(
     truth = None if labels is None else np.asarray(labels)
     if p.ndim != 2 or len(groups) != len(p) or (truth is not None and len(truth) != len(p)):
         raise DecisionError(f"{len(groups)} groups do not match probabilities {p.shape}")
-    members: dict[Any, list[int]] = {}
-    for i, key in enumerate(groups):
-        members.setdefault((None, i) if key is None else ("", key), []).append(i)
-    rows = list(members.values())
+    rows = members(groups)
     found = np.array([combine(p[r], method, task) for r in rows]).reshape(len(rows), p.shape[1])
-    keys = tuple(key[1] if key[0] is not None else None for key in members)
+    keys = tuple(groups[r[0]] for r in rows)
     sizes = np.array([len(r) for r in rows], dtype=np.int64)
     if truth is None:
         return Grouped(keys, found, None, sizes)
@@ -105,6 +102,22 @@ def group(
         return Grouped(keys, found, np.array([truth[r].max(axis=0) for r in rows]), sizes)
     mixed = sum(len(set(truth[r].tolist())) > 1 for r in rows)
     return Grouped(keys, found, np.array([np.bincount(truth[r]).argmax() for r in rows]), sizes, mixed)
+
+
+def members(groups: Sequence[Any]) -> list[list[int]]:
+    """Returns the images of each group, in order of their first; an image without a group (None) is one of its own."""
+    found: dict[Any, list[int]] = {}
+    for i, key in enumerate(groups):
+        found.setdefault((None, i) if key is None else ("", key), []).append(i)
+    return list(found.values())
+
+
+def mostly(flags: ArrayLike | None, groups: Sequence[Any]) -> NDArray[np.bool_] | None:
+    """Returns whether most images of each group are flagged as unusual, `(G,)`; None where that is not known."""
+    if flags is None:
+        return None
+    known = np.asarray(flags, dtype=bool)
+    return np.array([known[rows].mean() > 0.5 for rows in members(groups)])
 
 
 def choose_method(

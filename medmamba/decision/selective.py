@@ -37,11 +37,17 @@ def confidence_of(
     return found if unusual is None else found - 2.0 * np.asarray(unusual, dtype=bool)
 
 
-def errors_of(probabilities: ArrayLike, labels: ArrayLike, task: str = "multiclass") -> NDArray[np.float64]:
-    """Returns the error of each answer `(N,)`: 0 or 1; for a multi-label task the share of wrong labels."""
+def errors_of(
+    probabilities: ArrayLike, labels: ArrayLike, task: str = "multiclass", threshold: ArrayLike = 0.5
+) -> NDArray[np.float64]:
+    """Returns the error of each answer `(N,)`: 0 or 1; for a multi-label task the share of wrong labels.
+
+    Args:
+        threshold: above which a label counts as present, one for all or `(K,)`.
+    """
     p, truth = np.asarray(probabilities), np.asarray(labels)
     if task == "multilabel":
-        return ((p > 0.5) != truth.astype(bool)).mean(axis=1)
+        return ((p > np.asarray(threshold)) != truth.astype(bool)).mean(axis=1)
     return (p.argmax(axis=1) != truth).astype(np.float64)
 
 

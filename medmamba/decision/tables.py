@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .operating import OperatingPoint
+from .record import Decisions
 from .selective import Abstention
 
 
@@ -53,6 +54,41 @@ def shown(row: Mapping[str, Any]) -> str:
         return "n/a"
     interval = "" if row.get("low") is None else f" ({row['low']:.3f} to {row['high']:.3f})"
     return f"{row['value']:.3f}{interval}"
+
+
+def decided_tables(decisions: Decisions, checked: Mapping[str, Any], classes: Sequence[str], level: int = 2) -> str:
+    """Returns Markdown with how decisions fare: operating points, sets, abstaining with the risk-coverage curve.
+
+    Args:
+        checked: of `decision.checking.check`, with "data" as there.
+        level: of the headings.
+    """
+    mark, text = "#" * level, ""
+    if decisions.points:
+        text += f"\n{mark} Operating points\n\n" + "\n".join(points_table(decisions.points, checked)) + "\n"
+    for sets in decisions.sets:
+        table = coverage_table(checked["sets"][sets.name])
+        text += "\n".join([f"\n{mark} {sets.name}\n\n{sets.statement(classes)}\n", *table, ""])
+    text += f"\n{mark} Abstaining\n\n{risk_text(checked['selective'])}\n\n"
+    text += "\n".join(risk_table(checked["selective"])) + "\n"
+    if decisions.abstentions:
+        text += "\n" + "\n".join(abstention_table(decisions.abstentions, checked)) + "\n"
+    return text
+
+
+SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+
+
+def risk_table(curve: Mapping[str, Any]) -> list[str]:
+    """Returns rows of a Markdown table of the risk-coverage curve: errors among the surest images."""
+    coverage, risk = curve["coverage"], curve["risk"]
+    rows = [[], []]  # type: list[list[str]]
+    for share in SHARES:
+        at = next(i for i, value in enumerate([*coverage[:-1], 1.0]) if value >= share - 1e-12)
+        rows[0].append(f"{coverage[at]:.0%}")
+        rows[1].append(f"{risk[at]:.3f}")
+    head = f"| answered, the most certain first | {' | '.join(rows[0])} |"
+    return [head, "| --- " * (len(SHARES) + 1) + "|", f"| of which wrong | {' | '.join(rows[1])} |"]
 
 
 def risk_text(curve: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from ..metrics.scores import Floats
+from ..metrics.thresholds import best_f1, middle_of_best, steps
 
 RULES = ("sensitivity", "specificity", "youden", "cost", "prevalence", "f1")
 
@@ -99,17 +99,16 @@ def choose_threshold(scores: ArrayLike, truth: ArrayLike, rule: Rule, prevalence
     if rule.kind == "prevalence":
         share = n1 / len(s) if rule.value is None else rule.value
         return float(cuts[np.abs((tp + fp) / len(s) - share).argmin()])
+    if rule.kind == "f1":
+        return best_f1(cuts, tp, fp)
     se, sp = tp / n1, 1 - fp / n0
     if rule.kind == "youden":
         gain = se + sp
-    elif rule.kind == "f1":
-        gain = 2 * tp / (2 * tp + fp + (n1 - tp))
     else:
         assert rule.value is not None
         share = n1 / len(s) if prevalence is None else prevalence
         gain = -(rule.value * share * (1 - se) + (1 - share) * (1 - sp))
-    best = np.flatnonzero(gain >= gain.max() - 1e-12)
-    return float(cuts[best[len(best) // 2]])
+    return middle_of_best(cuts, gain)
 
 
 def _needed(n: int, rule: Rule) -> int:
@@ -127,17 +126,3 @@ def _needed(n: int, rule: Rule) -> int:
             "validation images themselves then reach"
         )
     return needed
-
-
-def steps(s: Floats, shown: NDArray[np.bool_]) -> tuple[Floats, NDArray, NDArray]:
-    """Returns thresholds between all distinct scores, highest first, with true and false positives at each."""
-    order = np.argsort(-s, kind="stable")
-    values = s[order]
-    last = np.flatnonzero(np.append(np.diff(values) != 0, True))  # of each run of equal scores
-    tp, fp = np.cumsum(shown[order])[last], np.cumsum(~shown[order])[last]
-    edges = values[last]
-    below = np.append(edges[1:], edges[-1] - 1.0)
-    middles = (edges + below) / 2
-    middles = np.where(middles > below, middles, edges)  # neighbours in floating point
-    middles[-1] = 0.0 if 0 <= edges[-1] <= 1 else edges[-1]  # everything is positive
-    return np.append(np.nextafter(edges[0], np.inf), middles), np.append(0, tp), np.append(0, fp)

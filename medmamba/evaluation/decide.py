@@ -91,7 +91,8 @@ def fit_decisions(
             )
         )
     if answer_share is not None or risk is not None:
-        errors, sure = errors_of(p, observed.labels, task), confidence_of(p, observed.unusual, task)
+        errors = errors_of(p, observed.labels, task, observed.threshold)
+        sure = confidence_of(p, observed.unusual, task)
         if answer_share is not None:
             entries.append(choose_abstention(errors, sure, coverage=answer_share, groups=groups))
         if risk is not None:
@@ -137,6 +138,7 @@ def check_decisions(
         groups=observed.groups,
         unusual=observed.unusual,
         prevalence=prevalence,
+        threshold=observed.threshold,
         resamples=resamples,
         level=level,
         seed=seed,

@@ -12,6 +12,7 @@ import torch
 
 from ..data import DatasetError, ImageDataset, open_dataset
 from ..data.metadata import Columns, metadata_file, read_columns
+from ..decision import METHODS
 from ..inference.fitted import in_force
 from ..inference.predict import NotFiniteError, why_not_finite
 from ..metrics.calibration import to_probabilities
@@ -21,9 +22,10 @@ from ..model import MedMamba
 from ..utils.devices import make_accelerator
 from ..utils.extras import require
 from ..utils.modes import frozen_view, unwrap
+from .by_patient import with_patients
 from .classes import match_classes
 from .corruptions import evaluate_corruptions, published_for
-from .logits import dataset_logits
+from .logits import dataset_answers
 from .results import Scored, score, write_results
 
 
@@ -50,6 +52,8 @@ def evaluate_model(
     cuts: Mapping[str, Sequence[float]] | None = None,
     corruptions: str | None = None,
     corruption_images: int | None = None,
+    per: str | None = None,
+    combine: str | None = None,
 ) -> Scored:
     """Scores a model on a split, in float32 and with the model's own preprocessing and calibration.
 
@@ -79,9 +83,13 @@ def evaluate_model(
         corruptions: measures the errors on corrupted images: "auto", or the dataset of MedMNIST-C whose kinds and
             severities apply; see `evaluation.corruptions`.
         corruption_images: corrupts at most so many images, drawn with `seed`; None: all.
+        per: "patient": scores one answer per patient too; patients are those that the data know, else those in the
+            headers of DICOM files.
+        combine: with per: how the images of a patient are combined, see `medmamba.decision.combine`; None: as chosen
+            on validation, else the mean of the logits.
 
     Raises:
-        DatasetError: no data, no such split, or classes that the model does not know.
+        DatasetError: no data, no such split, classes that the model does not know, or no patients with per.
         NotFiniteError: the model returned NaN or infinity for some images.
         PretrainedError: no such model.
         ValueError: numbers out of range, or options that cannot be combined.
@@ -91,6 +99,11 @@ def evaluate_model(
         require("matplotlib", "evaluation with figures (out=...)")
     if (batch_size is not None and batch_size < 1) or resamples < 0:
         raise ValueError(f"batch_size must be at least 1 and resamples at least 0, got {batch_size} and {resamples}")
+    if per not in (None, "patient") or combine not in (None, *METHODS) or (combine and not per):
+        raise ValueError(
+            f"per must be 'patient' or None, and combine, which needs it, one of {', '.join(METHODS)}; got {per!r} and "
+            f"{combine!r}"
+        )
     given = unwrap(model) if isinstance(model, torch.nn.Module) else None
     network = cast(MedMamba, MedMamba.from_pretrained(model) if given is None else given)  # type: ignore[arg-type]
     name = network.config.architecture if given is not None else str(model)
@@ -107,11 +120,13 @@ def evaluate_model(
         index = open_dataset(data, dataset=dataset, classes=classes, patient_pattern=patient_pattern, single_class=True)
         index = read_as(index, frame, window)
     index = match_classes(index if split is None else index.split(split), config)
+    if per:
+        index = with_patients(index)
     columns = _columns(index, data, by, metadata, cuts)
     if corruptions is not None:  # fails before the long part
         published_for(str(config.training.get("dataset", "")) if corruptions == "auto" else corruptions)
     accelerator = make_accelerator(device, "fp32")
-    logits = dataset_logits(network, index, accelerator, batch_size, workers, progress, tta)
+    logits, unusual = dataset_answers(network, index, accelerator, batch_size, workers, progress, tta)
     undefined = ~logits.isfinite().all(1)
     if undefined.any():
         first = int(undefined.nonzero()[0])
@@ -124,7 +139,17 @@ def evaluate_model(
         "input_size": list(config.preprocess.input_size),
         **({"tta": tta} if tta != "none" else {}),
     }
-    scored = score(logits, index, config, resamples=resamples, seed=seed, context=context)
+    scored = score(
+        logits,
+        index,
+        config,
+        unusual=None if unusual is None else unusual.numpy(),
+        per_patient=per is not None,
+        combine=combine,
+        resamples=resamples,
+        seed=seed,
+        context=context,
+    )
     if columns is not None:
         scored = dataclasses.replace(scored, subgroups=score_subgroups(scored, index, columns))
     if corruptions is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..data.deferred import RecordImages
 from ..imaging.ahead import Order, Unread
 from ..imaging.image import ImageError
 from ..imaging.preprocess import normalise
+from ..inference.predict import unusual_flags
 from ..inference.stream import Options, stream
 from ..model import MedMamba
 from ..utils.devices import autocast
@@ -44,7 +45,19 @@ def decode(
     return cache_images(dataset, in_unit_range, config.in_chans, file=file, progress=progress)
 
 
-def dataset_logits(
+class Answers(NamedTuple):
+    """What a model says of the images of a dataset, in order.
+
+    Attributes:
+        logits: (N, K) float32 on the CPU.
+        unusual: (N,) whether the out-of-distribution detector flags an image; None where the model has none.
+    """
+
+    logits: Tensor
+    unusual: Tensor | None
+
+
+def dataset_answers(
     model: MedMamba,
     dataset: ImageDataset,
     accelerator: Accelerator,
@@ -52,8 +65,8 @@ def dataset_logits(
     workers: int | None = None,
     progress: bool = False,
     tta: str = "none",
-) -> Tensor:
-    """Returns float32 logits (N, K) on the CPU of all images in order, read as they are needed and not kept.
+) -> Answers:
+    """Predicts all images of a dataset, read as they are needed and not kept.
 
     `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as
     in `decode`, and TF32 is off. Each process computes its share.
@@ -68,7 +81,7 @@ def dataset_logits(
     )
     order = Order(model.config.preprocess, model.config.in_chans, stored=True)
     options = Options(batch_size, workers, precision="float32", devices=[accelerator.device], tta=tta)
-    found = []
+    found, flags = [], []
     with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:
         for batch in stream(model, RecordImages(mine), order, options):
             for item in batch.items:
@@ -76,9 +89,14 @@ def dataset_logits(
                     raise item.cause or ImageError(item.error)
             assert batch.answer is not None
             found.append(batch.answer.logits)
+            flags += unusual_flags(model, batch.answer)
             bar.update(len(batch.items))
-    logits = torch.cat(found)
-    return (logits if processes == 1 else accelerator.gather(logits.to(accelerator.device)))[:count].cpu()
+
+    def whole(part: Tensor) -> Tensor:
+        return (part if processes == 1 else accelerator.gather(part.to(accelerator.device)))[:count].cpu()
+
+    known = None if any(flag is None for flag in flags) else whole(torch.tensor(flags, dtype=torch.bool))
+    return Answers(whole(torch.cat(found)), known)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ class Observed:
         temperature: of the calibration that holds for the weights.
         name: of the data.
         split: "train", "val", "test", or "all".
+        threshold: of a multi-label task, above which a label counts as present: one for all labels, or one for each.
     """
 
     logits: NDArray[np.float32]
@@ -48,6 +49,7 @@ class Observed:
     temperature: float
     name: str = ""
     split: str = ""
+    threshold: float | tuple[float, ...] = 0.5
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -75,6 +77,7 @@ class Observed:
                 known=known,
                 unusual=np.zeros(0, bool) if self.unusual is None else self.unusual,
                 classes=np.array(self.classes),
+                threshold=np.array(self.threshold),
                 about=np.array([self.task, repr(self.temperature), self.name, self.split]),
             )
         return path
@@ -93,7 +96,8 @@ class Observed:
             unusual = data["unusual"] if len(data["unusual"]) else None
             classes = tuple(map(str, data["classes"]))
             made = (data["logits"], data["labels"], patients, unusual, classes, task, float(temperature), name, split)
-        return cls(*made)
+            limits = data["threshold"].tolist() if "threshold" in data else 0.5
+        return cls(*made, threshold=tuple(limits) if isinstance(limits, list) else limits)
 
 
 def observe(
@@ -157,6 +161,7 @@ def observe(
         float(config.calibration.get("temperature", 1.0)),
         index.name,
         split or "all",
+        tuple(config.calibration.get("thresholds") or ()) or 0.5,
     )
 
 

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..config import MedMambaConfig
 from ..data import ImageDataset, registry
 from ..decision import Decisions
 from ..decision.checking import check
-from ..decision.tables import coverage_table, points_table, risk_text
+from ..decision.tables import decided_tables
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
 from ..metrics.group_result import Subgroups
 from ..utils.files import write_text
+from .by_patient import ByPatient, score_patients
 from .corruptions import CORRUPTIONS_NAME, Corruptions
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Scored:
         notes: what was skipped, merged or guessed when the images were listed (`ImageDataset.notes`).
         subgroups: metrics of each subgroup, if requested.
         corruptions: errors on corrupted images, if requested.
+        by_patient: metrics of one answer per patient, if requested.
         decided: the risk-coverage curve, and how the operating points and sets of the model fare (`decision.checking`).
         decisions: those of the model.
     """
@@ -53,6 +56,7 @@ class Scored:
     notes: tuple[str, ...] = ()
     subgroups: Subgroups | None = None
     corruptions: Corruptions | None = None
+    by_patient: ByPatient | None = None
     decided: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decisions: Decisions = dataclasses.field(default_factory=Decisions)
 
@@ -63,18 +67,17 @@ class Scored:
             data["uncalibrated"] = {name: self.uncalibrated[name] for name in ("ece", "brier", "nll")}
         if self.subgroups:
             data["subgroups"] = self.subgroups.to_dict()
+        if self.by_patient:
+            data["by_patient"] = self.by_patient.to_dict()
         return data
 
     def to_markdown(self) -> str:
-        """Returns the tables of the evaluation, of the subgroups and of the corruptions."""
+        """Returns the tables of the evaluation: of decisions, patients, subgroups and corruptions."""
         text = self.evaluation.to_markdown()
         if self.decided:
-            text += f"\n{risk_text(self.decided['selective'])}\n"
-        if self.decisions.points:
-            text += "\n## Operating points\n\n" + "\n".join(points_table(self.decisions.points, self.decided)) + "\n"
-        for sets in self.decisions.sets:
-            table = coverage_table(self.decided["sets"][sets.name])
-            text += "\n".join([f"\n## {sets.name}\n\n{sets.statement(self.evaluation.classes)}\n", *table, ""])
+            text += decided_tables(self.decisions, self.decided, self.evaluation.classes)
+        if self.by_patient:
+            text += f"\n## One answer per {self.evaluation.unit}\n\n{self.by_patient.to_markdown(self.decisions)}"
         if self.subgroups:
             text += f"\n## Subgroups\n\n{self.subgroups.to_markdown()}"
         if self.corruptions:
@@ -87,31 +90,43 @@ def score(
     dataset: ImageDataset,
     config: MedMambaConfig,
     *,
+    unusual: ArrayLike | None = None,
+    per_patient: bool = False,
+    combine: str | None = None,
     resamples: int = 1000,
     seed: int = 0,
     context: dict[str, Any] | None = None,
 ) -> Scored:
-    """Scores logits (N, K) by the temperature and, for several labels, the thresholds in `config.calibration`."""
+    """Scores logits (N, K) by the temperature and, for several labels, the thresholds in `config.calibration`.
+
+    Args:
+        unusual: (N,) whether each image is unlike the training images. Without them abstentions that are stored with
+            the model are not checked, since they depend on it.
+        per_patient: also scores one answer per patient.
+        combine: how the images of a patient are combined; None: as chosen on validation, else the mean of the logits.
+    """
     patients = dataset.patients
     unit = registry.group_unit(dataset.name)
     options: dict[str, Any] = dict(task=config.task, patients=patients if any(patients) else None, seed=seed, unit=unit)
     temperature = float(config.calibration.get("temperature", 1.0))
     raw = logits.numpy()
     context = {**(context or {}), "temperature": temperature}
+    limits = config.calibration.get("thresholds", 0.5)
     found = evaluate(
         dataset.labels,
         to_probabilities(raw, config.task, temperature),
         config.labels,
         resamples=resamples,
         context=context,
-        threshold=config.calibration.get("thresholds", 0.5),
+        threshold=limits,
         **options,
     )
     before = None
     if config.calibration:
         before = evaluate(dataset.labels, to_probabilities(raw, config.task), config.labels, resamples=0, **options)
-    # Abstaining needs the features of the images, which are not computed here: `medmamba decide` checks it.
-    decisions = dataclasses.replace(Decisions.from_config(config), abstentions=())
+    decisions = Decisions.from_config(config)
+    if unusual is None:
+        decisions = dataclasses.replace(decisions, abstentions=())
     shares = to_probabilities(raw, config.task, temperature)
     groups = options["patients"]
     decided = check(
@@ -121,12 +136,31 @@ def score(
         config.labels,
         task=config.task,
         groups=groups,
+        unusual=unusual,
+        threshold=limits,
         resamples=min(resamples, 200),
         seed=seed,
     )
     decided["data"] = {"name": dataset.name, "split": str(context.get("split", "all")), "images": len(raw)}
-    scored = Scored(found, before, dataset.labels, raw, dataset.notes)
-    return dataclasses.replace(scored, decided=decided, decisions=decisions)
+    scored = Scored(found, before, dataset.labels, raw, dataset.notes, decided=decided, decisions=decisions)
+    if not per_patient:
+        return scored
+    by_patient = score_patients(
+        shares,
+        dataset.labels,
+        patients,
+        decisions,
+        config.labels,
+        combine=combine,
+        unusual=None if unusual is None else np.asarray(unusual),
+        context=context,
+        task=config.task,
+        threshold=limits,
+        resamples=resamples,
+        seed=seed,
+        unit=unit,
+    )
+    return dataclasses.replace(scored, by_patient=by_patient)
 
 
 def write_results(folder: str | os.PathLike, splits: dict[str, Scored], **record: Any) -> Path:

@@ -12,7 +12,7 @@ from ..imaging.image import Window
 from ..imaging.load import ImageError
 from ..utils.modes import unwrap
 from .decide import Decision, chosen, decisions_of
-from .engine import Engine, looking
+from .engine import Answer, Engine, looking
 from .fitted import in_force
 from .stream import Batch, Options, stream
 
@@ -310,6 +310,21 @@ def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[
         return detector.is_unusual(features.numpy()).tolist()
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
     return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
+
+
+def unusual_flags(model, answer: Answer) -> list[bool] | list[None]:
+    """Returns for each image of an answer whether it is unlike the training images, or None without a detector.
+
+    Images without a finite answer are not flagged.
+    """
+    config, detector, _ = in_force(unwrap(model))
+    finite = answer.logits.isfinite().all(1)
+    features = None if answer.features is None else answer.features[finite]
+    known = _unusual(config, detector, features, answer.logits[finite])
+    if None in known:
+        return [None] * len(finite)
+    found = iter(known)
+    return [bool(next(found)) if good else False for good in finite.tolist()]
 
 
 def trained_on_colour(config) -> bool | None:

@@ -147,12 +147,15 @@ class Evaluation:
 
     def to_markdown(self) -> str:
         """Returns tables of overall metrics, classes and the confusion matrix, for a model card or a terminal."""
-        who = f"{self.n_images} images" + (f" of {self.n_patients} {self.unit}s" if self.n_patients is not None else "")
+        things = f"{self.unit}s" if "one_answer_per" in self.context else "images"
+        who = f"{self.n_images} {things}" + (
+            f" of {self.n_patients} {self.unit}s" if self.n_patients is not None else ""
+        )
         lines = [f"{who}, {len(self.classes)} classes. {self._interval_text()}", ""]
         lines += table(["Score", "Value"], [[overall_title(name), str(score)] for name, score in self.overall.items()])
         columns = list(self.per_class[0].scores) if self.per_class else []
         rows = [[row.name, str(row.support), *(str(row.scores[name]) for name in columns)] for row in self.per_class]
-        header = ["Class", "Images", *(TITLES[name] for name in columns)]
+        header = ["Class", things.capitalize(), *(TITLES[name] for name in columns)]
         if isinstance(self.threshold, tuple):
             header.insert(2, "Threshold")
             for row, limit in zip(rows, self.threshold, strict=True):
@@ -171,7 +174,7 @@ class Evaluation:
     def _interval_text(self) -> str:
         if not self.resamples:
             return "No intervals."
-        unit = "image" if self.resampled_by == "image" else self.unit
+        unit = "image" if self.resampled_by == "image" and "one_answer_per" not in self.context else self.unit
         by = f"by {unit}" + (", stratified by class" if self.task != "multilabel" else "")
         return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
 

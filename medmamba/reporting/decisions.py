@@ -80,4 +80,5 @@ def _observed(study: Study) -> Observed:
         temperature=scored.evaluation.context["temperature"],
         name=study.index.name,
         split=study.split,
+        threshold=scored.evaluation.threshold or 0.5,
     )
