@@ -89,7 +89,11 @@ def table(found: dict[str, dict[str, list[Corruptions]]]) -> str:
         for split, runs in splits.items():
             cells = [cell(runs, name) for name in ("clean", "mean", "excess")]
             lines.append(f"| {Path(recipe).stem} | {split} | {runs[0].n_images} | {' | '.join(cells)} |")
-    kinds = ["", "| kind, on test | " + " | ".join(Path(recipe).stem for recipe in found) + " |", "| --- " * (1 + len(found)) + "|"]
+    kinds = [
+        "",
+        "| kind, on test | " + " | ".join(Path(recipe).stem for recipe in found) + " |",
+        "| --- " * (1 + len(found)) + "|",
+    ]
     runs_of = [splits["test"] for splits in found.values()]
     for kind in runs_of[0][0].errors:
         means = [np.mean([run.errors[kind] for run in runs]) for runs in runs_of]

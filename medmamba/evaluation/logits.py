@@ -81,7 +81,8 @@ def dataset_answers(
     )
     order = Order(model.config.preprocess, model.config.in_chans, stored=True)
     options = Options(batch_size, workers, precision="float32", devices=[accelerator.device], tta=tta)
-    found, flags = [], []
+    found: list[Tensor] = []
+    flags: list[bool | None] = []
     with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:
         for batch in stream(model, RecordImages(mine), order, options):
             for item in batch.items:
