@@ -17,10 +17,11 @@ from .options import Limits
 
 if TYPE_CHECKING:
     from medmamba.explain import Comparison
-    from medmamba.inference.predict import Prediction
+    from medmamba.inference.predict import Failure, Prediction
 
     from .examples import Example
     from .jobs import Plan
+    from .service import Answer
 
 
 class Session:
@@ -34,6 +35,8 @@ class Session:
         current: index of the displayed image.
         prediction: of that image, or None.
         comparison: the last explanation, or None.
+        results: answers for the images, if there are several.
+        labels: true classes set by the visitor, by index of the image.
         views: folders of pictures that the viewer shows.
         models: folders of the models fine-tuned in this session, by displayed name.
         examples: test images of those models, by displayed name.
@@ -50,6 +53,8 @@ class Session:
         self.current = 0
         self.prediction: Prediction | None = None
         self.comparison: Comparison | None = None
+        self.results: list[Answer | Failure] = []
+        self.labels: dict[int, str] = {}
         self.views: list[Path] = []
         self.models: dict[str, Path] = {}
         self.examples: dict[str, list[Example]] = {}
@@ -86,6 +91,7 @@ class Session:
                 shutil.copyfile(upload, path)
             kept.append(path)
         self.images, self.current, self.prediction, self.comparison = kept, 0, None, None
+        self.results, self.labels = [], {}
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medmamba.inference.predict import Failure
@@ -30,6 +31,7 @@ from ..html import (
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
 from .decide import remarks as decide_remarks
+from .labels import choice_html
 from .remarks import WINDOW_BUTTON, remarks_of
 from .results import results_html
 
@@ -132,17 +134,26 @@ def squeeze(pixels):
 BATCH_COLUMNS = ["Image", "Prediction", "Probability", "Remarks"]
 
 
-def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: bool = True) -> Markup:
+def batch_html(
+    paths: list[Path],
+    results: list[Answer | Failure],
+    calibrated: bool = True,
+    classes: Sequence[str] = (),
+    labels: Mapping[int, str] | None = None,
+) -> Markup:
     """Renders a sortable table with a button per image to open it.
 
     Args:
         calibrated: whether scores are shown as probabilities.
+        classes: to choose the true class of an image from; none: there is no such column.
+        labels: true classes set so far, by index of the image.
     """
     rows: list[list[object]] = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
         if isinstance(result, Failure):
             name = tag('<span class="mm-file"><i></i>{}</span>', path.name)
-            rows.append([name, "", "", tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))])
+            problem = tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))
+            rows.append([name, "", "", problem, *([""] if classes else [])])
             continue
         prediction = result.prediction
         says = [text for text, said in (("unusual", result.unusual), ("unsure", result.unsure)) if said]
@@ -159,11 +170,13 @@ def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: b
         )
         share = prediction.probability
         number = tag('<span data-mm-value="{:.6f}">{}</span>', share, percent(share))
-        rows.append([name, prediction.label, number, join(tags, " ")])
+        menu = [choice_html(i, path.name, classes, (labels or {}).get(i, ""))] if classes else []
+        rows.append([name, prediction.label, number, join(tags, " "), *menu])
     failed = sum(isinstance(result, Failure) for result in results)
     done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
-    text = "Select an image for details. Click a column header to sort."
+    text = "Select an image for details, or move with the arrow keys. Click a column header to sort."
     columns = [name if calibrated or name != "Probability" else "Score" for name in BATCH_COLUMNS]
+    columns += ["True class"] if classes else []
     return card(table(columns, rows, "Predictions", sort=True, css="mm-batch"), done, text)
 
 
