@@ -1,5 +1,6 @@
 """The tables of docs/explain.md, from the files that benchmarks/explain.py writes."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from explain_controls import CONTROLS
 from medmamba.explain.randomisation import JUDGED, SIMILAR
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "explain.md"
+MEASURED = Path(__file__).resolve().parents[1] / "medmamba" / "explain" / "measured.json"
 MARKERS = "<!-- tables: python benchmarks/explain.py docs -->", "<!-- end of tables -->"
 SIGN = {"faithfulness": "unexplained", "randomisation": "similarity", "sensitivity": "sensitivity"}
 """The figure by which one sees that a check was made."""
@@ -137,6 +139,22 @@ def speed_section(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `medmamba.explain.reliabilities` reads: of each method, the shares that the tables show."""
+    found: dict[str, Any] = {}
+    for result in results:
+        for name in (name for name in result["settings"]["methods"] if name not in CONTROLS):
+            rows = [r["methods"][name] for r in result["images"].values() if name in r["methods"]]
+            entry = found.setdefault(name, {"shares": {}, "passed": []})
+            wins = [[row[kind] for row in rows if kind in row] for kind in ("deletion_wins", "insertion_wins")]
+            entry["shares"][result["dataset"]] = [round(sum(values) / len(values), 2) for values in wins]
+            entry["passed"] += [row["passed"] for row in rows if "passed" in row]
+    for entry in found.values():
+        entry["passed"] = round(sum(entry["passed"]) / len(entry["passed"]), 2)
+    source = "docs/explain.md, by benchmarks/explain.py"
+    return {"source": source, "images": min(count(r, "faithfulness") for r in results), "methods": found}
+
+
 def write(files: Sequence[dict[str, Any]]) -> None:
     """Puts the tables between the markers of docs/explain.md."""
     results = [f for f in files if "images" in f]
@@ -145,6 +163,7 @@ def write(files: Sequence[dict[str, Any]]) -> None:
     if results:
         checks = results[0]["settings"]["checks"]
         legend = LEGEND.format(chance=1 / (1 + checks["random_orders"]), limit=SIMILAR, **checks)
+        MEASURED.write_text(json.dumps(measured(results), indent=1) + "\n", encoding="utf-8")
         sections = [legend, *map(section, results), check_section(results)]
     if speeds:
         sections.append(speed_section(speeds))

@@ -34,8 +34,8 @@ from .tabs.classify import refuse
 _VIEW = ("frame", "window_center", "window_width")
 ENDPOINTS = {
     "models": (),
-    "classify": ("file", "model", *_VIEW),
-    "classify_batch": ("files", "model"),
+    "classify": ("file", "model", *_VIEW, "anyway"),
+    "classify_batch": ("files", "model", "anyway"),
     "explain": ("file", "model", "method", "target", "check", *_VIEW),
 }
 """Parameter names of each endpoint, in order."""
@@ -64,6 +64,7 @@ def build(context: Context) -> None:
         frame: float | None = None,
         window_center: float | None = None,
         window_width: float | None = None,
+        anyway: bool = False,
     ) -> dict[str, Any]:
         """Classify one medical image. For research only; not a medical device.
 
@@ -73,9 +74,11 @@ def build(context: Context) -> None:
             frame: frame of a multi-frame image, counted from 0.
             window_center: for grey images, in the units of the file (Hounsfield for CT).
             window_width: with window_center.
+            anyway: answer also where the image is unlike all that the model knows, which else is refused.
 
         Returns:
-            label, probability, probabilities by class, calibrated, unsure, unusual (out of distribution), window (level
+            label, probability, probabilities by class, calibrated, unsure, unusual (out of distribution), unusual_level
+            ("near" or "far"), refused (no label, because it is far), suggestion (the model to try then), window (level
             and width as used), better_window (if that hides most of the image), warnings (that affect how reliable
             the answer is), notes on the file, model, backend, milliseconds and the notice.
         """
@@ -83,14 +86,18 @@ def build(context: Context) -> None:
             accept([file])
             view = _view(frame, window_center, window_width)
             loaded = context.load(None, model)
-            return _record(context.service.classify(loaded.source, Path(file), view), loaded)
+            found = context.service.classify(loaded.source, Path(file), view)
+            return _record(found, loaded, context, Path(file), view, bool(anyway))
 
-    def classify_batch(files: list[str], model: str | None = None) -> tuple[list[dict[str, Any]], str]:
+    def classify_batch(
+        files: list[str], model: str | None = None, anyway: bool = False
+    ) -> tuple[list[dict[str, Any]], str]:
         """Classify several images like /classify; files that cannot be read get an error instead.
 
         Args:
             files: images.
             model: a name from /models; default: the first.
+            anyway: as for /classify.
 
         Returns:
             One record per file, in order, and a table as CSV text.
@@ -103,10 +110,10 @@ def build(context: Context) -> None:
             records = [
                 {"file": path.name, "error": for_programs(plain(result.error, path))}
                 if isinstance(result, Failure)
-                else {"file": path.name, **_record(result, loaded)}
+                else {"file": path.name, **_record(result, loaded, context, path, None, bool(anyway))}
                 for path, result in zip(paths, results, strict=True)
             ]
-            return records, batch_csv(paths, results, loaded.config.labels)
+            return records, batch_csv(paths, results, loaded.config.labels, bool(anyway))
 
     def explain(
         file: str,
@@ -152,6 +159,7 @@ def build(context: Context) -> None:
         method = checked(gr.Textbox(label="method", value="integrated_gradients", info="of attribution"), "method", str)
         target = checked(gr.Textbox(label="target"), "target", str)
         check = checked(gr.Checkbox(label="check"), "check", bool)
+        anyway = checked(gr.Checkbox(label="anyway"), "anyway", bool)
         record, text = gr.JSON(label="record"), gr.Textbox(label="csv")
         picture, maps = gr.File(label="overlay"), gr.File(label="maps")
 
@@ -163,8 +171,8 @@ def build(context: Context) -> None:
     view = [frame, center, width]
     list_models.__name__ = "models"
     endpoint(list_models, [], [record], "classify")
-    endpoint(classify, [file, name, *view], [record], "classify")
-    endpoint(classify_batch, [files, name], [record, text], "classify")
+    endpoint(classify, [file, name, *view, anyway], [record], "classify")
+    endpoint(classify_batch, [files, name, anyway], [record, text], "classify")
     endpoint(explain, [file, name, method, target, check, *view], [record, picture, maps], "explain")
 
 
@@ -224,9 +232,14 @@ def _view(frame: float | None, center: float | None, width: float | None) -> Vie
     return View(*check_view(frame, center, width))
 
 
-def _record(found: Answer, loaded: Loaded) -> dict[str, Any]:
+def _record(
+    found: Answer, loaded: Loaded, context: Context, path: Path, view: View | None, anyway: bool
+) -> dict[str, Any]:
     about = Server(loaded.title, loaded.config, loaded.calibrated, loaded.backend, str(loaded.device))
-    return classification(found.prediction, found.how, found.milliseconds, about)
+    refused = found.refused and not anyway
+    suggestion = context.suggest(loaded.title, path, view) if refused else None
+    name = suggestion.name if suggestion else None
+    return classification(found.prediction, found.how, found.milliseconds, about, refused, name)
 
 
 def _model_record(title: str, known: Known | None) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from medmamba.cards import LicenceError, ModelFacts, read_facts
 from medmamba.inference.ood import Unusual, load_unusual
+from medmamba.inference.suggest import Suggestion
 from medmamba.pretrained import fetch
 from medmamba.utils.checksums import WEIGHTS_NAME
 
 from .options import Options
-from .service import Service
+from .service import Service, View
 from .sessions import Session, Sessions
 from .store import Loaded, ModelStore, display_name
 
@@ -93,6 +94,16 @@ class Context:
         if title not in self._sources:
             raise ValueError(f"no model {title!r} here; available: {', '.join(self.titles(session))}")
         return self._sources[title]
+
+    def suggest(self, title: str, path: Path, view: View | None = None, ask: bool = False) -> Suggestion | None:
+        """Returns the model for an image that this one refused, or None.
+
+        Args:
+            ask: ask the best candidates themselves, instead of comparing pixels alone.
+        """
+        others = {k.title: (k.facts.config, k.unusual) for k in self.known.values() if k.title != title}
+        load = (lambda name: self.load(None, name).fused) if ask else None
+        return self.service.suggest(path, view, others, load)
 
     def load(self, session: Session | None, title: str | None) -> Loaded:
         """Loads a model by name.

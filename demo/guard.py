@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -83,7 +83,7 @@ class Guard:
             if problem := refused(scope["path"], body, self.endpoints):
                 await _answer(send, 422, problem)
                 return
-            receive = _replay(body, receive)
+            receive = _replay(completed(scope["path"], body, self.endpoints), receive)
         await self.app(scope, receive, _WithHeaders(scope["path"], send))
 
     def _address(self, scope: dict[str, Any]) -> str:
@@ -181,9 +181,29 @@ def refused(path: str, body: bytes, endpoints: Mapping[str, tuple[str, ...]] = M
     if unknown := sorted(set(data) - known):
         return f"unknown field {unknown[0]!r}; a call has {', '.join(sorted(known))}"
     given = data.get("data")
-    if parameters is not None and (not isinstance(given, list) or len(given) != len(parameters)):
+    if parameters is not None and (not isinstance(given, list) or len(given) not in _counts(parameters)):
         return f"{name} needs {len(parameters)} values in data, null for omitted ones: {', '.join(parameters)}"
     return ""
+
+
+LATER = "anyway"
+"""A parameter that came later: a call that ends before it is as it was before."""
+
+
+def _counts(parameters: Sequence[str]) -> tuple[int, ...]:
+    """Returns how many values a call may have."""
+    return (len(parameters), len(parameters) - (parameters[-1:] == (LATER,)))
+
+
+def completed(path: str, body: bytes, endpoints: Mapping[str, tuple[str, ...]]) -> bytes:
+    """Returns the body of an accepted call with null for a parameter that was added later."""
+    parameters = endpoints.get(path.rstrip("/").rpartition("/")[2])
+    if parameters is None or "/call/v2/" in path or parameters[-1:] != (LATER,):
+        return body
+    data = json.loads(body)
+    if len(data["data"]) == len(parameters):
+        return body
+    return json.dumps({**data, "data": [*data["data"], None]}).encode()
 
 
 FIELDS_SIMPLE = {"data", "session_hash", "oauth_token"}

@@ -39,6 +39,7 @@ class Plan:
         made: whether the splits were created here rather than given by the file.
         val_taken: whether val was taken from train, because the file has only train and test.
         pattern: regular expression for patients in file names; "" if none was given.
+        patients: another rule for patients, see `medmamba.data.with_patients`; "" if none was given.
     """
 
     data: Path
@@ -46,6 +47,7 @@ class Plan:
     made: bool
     val_taken: bool = False
     pattern: str = ""
+    patients: str = ""
 
     @property
     def batch_size(self) -> int:
@@ -76,11 +78,12 @@ class JobError(RuntimeError):
     """Training failed; the message says why."""
 
 
-def plan(path: Path, limits: Limits, pattern: str = "") -> Plan:
+def plan(path: Path, limits: Limits, pattern: str = "", patients: str = "") -> Plan:
     """Validates a zip of class folders without unpacking it.
 
     Args:
         pattern: regular expression whose group 1 in a file name is the patient; all images of one stay in one split.
+        patients: another rule for them, see `medmamba.data.with_patients`.
 
     Raises:
         DatasetError: too large, unsafe (path traversal, links, nested archives, zip bombs) or not an image dataset.
@@ -102,7 +105,7 @@ def plan(path: Path, limits: Limits, pattern: str = "") -> Plan:
         raise DatasetError(f"{path.name} holds {count} files; the limit is {limits.zip_images} images")
     if pattern:
         check_pattern(pattern, names)
-    index = open_dataset(path, patient_pattern=pattern or None)
+    index = open_dataset(path, patient_pattern=pattern or None, patients=patients or None)
     if len(index) > limits.zip_images:
         raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has no limit")
     if len(index.classes) > limits.zip_classes:
@@ -118,7 +121,7 @@ def plan(path: Path, limits: Limits, pattern: str = "") -> Plan:
     for split in ("train", "val"):
         if not index.split_sizes.get(split):
             raise DatasetError(f"there are split folders, but none called {split!r}; add it, or use class folders only")
-    return Plan(path, index, made, val_taken, pattern)
+    return Plan(path, index, made, val_taken, pattern, patients)
 
 
 def check_pattern(pattern: str, names: list[str]) -> None:
@@ -163,6 +166,8 @@ class Job:
             command += ["--split", ",".join(map(str, FRACTIONS))]
         if plan.pattern:
             command += [f"--patient-pattern={plan.pattern}"]
+        if plan.patients:
+            command += [f"--patients={plan.patients}"]
         # Output goes to a file of the session: no visitor data reaches the log of the server.
         with open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from medmamba import MedMamba
+from medmamba.config import MedMambaConfig
 from medmamba.explain import Comparison, iter_compare
 from medmamba.imaging.dicom import DicomWindows, dicom_window_presets
 from medmamba.imaging.image import FrameNeeded, WindowNeeded
 from medmamba.imaging.load import ImageError, MedicalImage, load_image
 from medmamba.imaging.preprocess import preprocess, to_display
+from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import Failure, Prediction, iter_predict
+from medmamba.inference.suggest import Suggestion, suggest_model
 from medmamba.serving.record import WARNING, Applied, applied, is_unsure, warnings_of, without_unusual
 
 from .advice import of_problem
@@ -80,6 +84,11 @@ class Answer:
     seen: np.ndarray
     milliseconds: float
     how: Applied = field(default_factory=Applied)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the image is too unlike the training images to be answered, unless somebody asks for it."""
+        return self.prediction.unusual_level == "far"
 
     @property
     def window(self) -> Window | None:
@@ -198,6 +207,24 @@ class Service:
             result if isinstance(result, Failure) else answer(loaded, result, seen.thumbnail, each, seen.applied)
             for result, seen in results
         ]
+
+    def suggest(
+        self,
+        path: Path,
+        view: View | None,
+        known: Mapping[str, tuple[MedMambaConfig, Unusual | None]],
+        load: Callable[[str], MedMamba] | None = None,
+    ) -> Suggestion | None:
+        """Returns the model for an image that another refused, see `suggest_model`; None if it cannot be read."""
+        view = view or View()
+
+        def find() -> Suggestion | None:
+            try:
+                return suggest_model(load_image(path, frame=view.frame, window=view.window), known, load)
+            except (ImageError, ValueError, OSError):
+                return None
+
+        return self._in_thread(find)
 
     def explain(
         self,

@@ -17,11 +17,10 @@ from .options import Limits
 
 if TYPE_CHECKING:
     from medmamba.explain import Comparison
-    from medmamba.inference.predict import Failure, Prediction
+    from medmamba.inference.predict import Prediction
 
     from .examples import Example
     from .jobs import Plan
-    from .service import Answer
 
 
 class Session:
@@ -34,13 +33,13 @@ class Session:
         images: the current images, in upload order.
         current: index of the displayed image.
         prediction: of that image, or None.
+        anyway: (model, image) pairs that are to be answered although the model does not know such images.
         comparison: the last explanation, or None.
-        results: answers for the images, if there are several.
-        labels: true classes set by the visitor, by index of the image.
         views: folders of pictures that the viewer shows.
         models: folders of the models fine-tuned in this session, by displayed name.
         examples: test images of those models, by displayed name.
         data: the dataset to fine-tune on.
+        patients: a CSV file that tells the patients of its images.
         stop_explaining: set to cancel a running explanation.
         stop_training: set to cancel a running training.
     """
@@ -52,13 +51,13 @@ class Session:
         self.images: list[Path] = []
         self.current = 0
         self.prediction: Prediction | None = None
+        self.anyway: set[tuple[str, Path]] = set()
         self.comparison: Comparison | None = None
-        self.results: list[Answer | Failure] = []
-        self.labels: dict[int, str] = {}
         self.views: list[Path] = []
         self.models: dict[str, Path] = {}
         self.examples: dict[str, list[Example]] = {}
         self.data: Plan | None = None
+        self.patients: Path | None = None
         self.stop_explaining = threading.Event()
         self.stop_training = threading.Event()
         self.used = time.monotonic()
@@ -91,7 +90,6 @@ class Session:
                 shutil.copyfile(upload, path)
             kept.append(path)
         self.images, self.current, self.prediction, self.comparison = kept, 0, None, None
-        self.results, self.labels = [], {}
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medmamba.inference.predict import Failure
@@ -31,7 +30,7 @@ from ..html import (
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
 from .decide import remarks as decide_remarks
-from .labels import choice_html
+from .refusals import REFUSED, refused_row
 from .remarks import WINDOW_BUTTON, remarks_of
 from .results import results_html
 
@@ -134,54 +133,51 @@ def squeeze(pixels):
 BATCH_COLUMNS = ["Image", "Prediction", "Probability", "Remarks"]
 
 
-def batch_html(
-    paths: list[Path],
-    results: list[Answer | Failure],
-    calibrated: bool = True,
-    classes: Sequence[str] = (),
-    labels: Mapping[int, str] | None = None,
-) -> Markup:
+def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: bool = True) -> Markup:
     """Renders a sortable table with a button per image to open it.
 
     Args:
         calibrated: whether scores are shown as probabilities.
-        classes: to choose the true class of an image from; none: there is no such column.
-        labels: true classes set so far, by index of the image.
     """
     rows: list[list[object]] = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
         if isinstance(result, Failure):
             name = tag('<span class="mm-file"><i></i>{}</span>', path.name)
-            problem = tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))
-            rows.append([name, "", "", problem, *([""] if classes else [])])
+            rows.append([name, "", "", tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))])
             continue
         prediction = result.prediction
+        name = tag(
+            '<span class="mm-file"><img src="{}" alt="">'
+            '<button type="button" class="mm-link" data-mm-index="{}">{}</button></span>',
+            data_uri(squeeze(result.seen), exact=False),
+            i,
+            path.name,
+        )
+        if result.refused:
+            rows.append([name, "", "", refused_row(result)])
+            continue
         says = [text for text, said in (("unusual", result.unusual), ("unsure", result.unsure)) if said]
         says += ["warning"] if result.warnings else []
         hint = "; ".join(in_app(text) for text in result.warnings)
         tags = (tag('<span class="mm-tag mm-warn" title="{}">{}</span>', hint, text) for text in says)
-        name = tag(
-            '<span class="mm-file"><button type="button" class="mm-thumb" data-mm-view="image:{index}" '
-            'aria-label="Enlarge {name}"><img src="{image}" alt=""></button>'
-            '<button type="button" class="mm-link" data-mm-index="{index}">{name}</button></span>',
-            image=data_uri(squeeze(result.seen), exact=False),
-            index=i,
-            name=path.name,
-        )
         share = prediction.probability
         number = tag('<span data-mm-value="{:.6f}">{}</span>', share, percent(share))
-        menu = [choice_html(i, path.name, classes, (labels or {}).get(i, ""))] if classes else []
-        rows.append([name, prediction.label, number, join(tags, " "), *menu])
+        rows.append([name, prediction.label, number, join(tags, " ")])
     failed = sum(isinstance(result, Failure) for result in results)
+    refused = sum(isinstance(result, Answer) and result.refused for result in results)
     done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
-    text = "Select an image for details, or move with the arrow keys. Click a column header to sort."
+    done += f", {refused} refused: unlike all that the model knows" if refused else ""
+    text = "Select an image for details. Click a column header to sort."
     columns = [name if calibrated or name != "Probability" else "Score" for name in BATCH_COLUMNS]
-    columns += ["True class"] if classes else []
     return card(table(columns, rows, "Predictions", sort=True, css="mm-batch"), done, text)
 
 
-def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str]) -> str:
-    """Returns the table with all classes as CSV, safe to open in a spreadsheet."""
+def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str], anyway: bool = False) -> str:
+    """Returns the table with all classes as CSV, safe to open in a spreadsheet.
+
+    Args:
+        anyway: answer also where the image is unlike all that the model knows.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(csv_row(["image", "label", "probability", "unsure", "unusual", *labels, "warnings", "error"]))
@@ -190,6 +186,10 @@ def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[s
             writer.writerow(csv_row([path.name, *[""] * (5 + len(labels)), plain(result.error, path)]))
             continue
         prediction = result.prediction
+        if result.refused and not anyway:
+            refused = [path.name, "", "", "", True, *[""] * (1 + len(labels)), f"refused: {REFUSED}"]
+            writer.writerow(csv_row(refused))
+            continue
         scores = dict(prediction.top)
         unusual = "" if result.unusual is None else result.unusual
         row = [path.name, prediction.label, f"{prediction.probability:.6f}", result.unsure, unusual]
@@ -269,7 +269,7 @@ def _unusual(loaded: Loaded) -> Markup:
         each = ", ".join(f"{row['called_unusual']:.0%} of {name}" for name, row in measured.get("auroc", {}).items())
         text = f"{loaded.unusual.coverage:.0%} of validation images pass. "
         text += f"It flags {each} images" if each else "How many foreign images it flags was not measured"
-        return with_detail("By feature distance", text)
+        return with_detail("By pixels and features" if loaded.unusual.combined else "By feature distance", text)
     ood = loaded.calibration.ood if loaded.calibration else None
     if ood is None:
         return with_detail("None", "The model has no threshold for it")

@@ -8,7 +8,15 @@ from typing import Any
 import gradio as gr
 
 from medmamba.config import ConfigError
-from medmamba.explain import MAPS_SHARE, Comparison, ExplainCancelled, estimate_seconds, methods
+from medmamba.explain import (
+    MAPS_SHARE,
+    Comparison,
+    ExplainCancelled,
+    estimate_seconds,
+    methods,
+    recommended,
+    reliabilities,
+)
 from medmamba.imaging.load import ImageError
 from medmamba.pretrained import PretrainedError
 
@@ -25,7 +33,7 @@ from .finetune import duration
 from .window import view_of
 
 BEST = "Predicted class"
-DEFAULT = ["gradcam", "integrated_gradients", "occlusion"]
+DEFAULT = recommended()
 NO_IMAGE = empty("Nothing to explain yet", "Choose an image in the Classify tab first.")
 READY = empty("Ready", "Choose one or more methods and press Explain. Their attribution maps appear side by side.")
 Updates = dict[Any, Any]
@@ -38,9 +46,11 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             current = Html(_no_current(), elem_id="mm-explain-current")
             target = gr.Dropdown([BEST], value=BEST, label="Class to explain", filterable=False)
             chosen = gr.CheckboxGroup(
-                [(maps.method_title(name), name) for name in methods()],
+                [(method_label(name), name) for name in methods()],
                 value=DEFAULT,
                 label="Methods",
+                info="Beside each: on what share of 100 test images of each of four models its order of the parts was "
+                "better than each of five random ones (a random map: 17%).",
                 elem_id="mm-methods",
             )
             checks = gr.Checkbox(
@@ -203,6 +213,12 @@ def cost_html(seconds: float, count: int, checks: bool) -> Markup:
     what = f"{count} map{'s' if count > 1 else ''}" + (" with checks" if checks else "")
     time = "less than a second" if seconds < 1 else f"about {duration(seconds)}"
     return tag('<p class="mm-hint mm-cost" role="status">{} on this machine: {}.</p>', what, time)
+
+
+def method_label(name: str) -> str:
+    """Returns the name of a method with what was measured of it."""
+    known = reliabilities().get(name)
+    return f"{maps.method_title(name)} ({known})" if known else f"{maps.method_title(name)} (not measured)"
 
 
 def _no_current() -> Markup:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import gradio as gr
 from medmamba.cards import read_facts
 from medmamba.config import ConfigError
 from medmamba.data import DatasetError
+from medmamba.data.grouping import FOLDER, table_columns
 from medmamba.imaging.load import ImageError
 from medmamba.metrics import Evaluation
 from medmamba.pretrained import PretrainedError
 
-from ..advice import in_app
 from ..charts import Line, chart
 from ..context import Context
 from ..examples import held_out
@@ -27,21 +26,19 @@ from ..gpu import ZERO_GPU
 from ..html import (
     NOTHING,
     Markup,
-    bullets,
     callout,
     card,
     empty,
     error,
-    facts,
     tag,
-    with_detail,
 )
-from ..jobs import Job, JobError, Plan, Progress, plan
+from ..jobs import Job, JobError, Progress, plan
 from ..options import BUSY, SAMPLE_SET
 from ..sessions import Session
 from ..theme import Html
 from . import answers
 from .classify import ClassifyTab
+from .patients import BY_COLUMN, BY_FOLDER, BY_NAME, RULES, set_html
 from .results import results_html
 
 EMPTY = empty(
@@ -56,14 +53,11 @@ CHOSEN_BY_VAL = (
     "These images were used to select the best epoch and to fit the calibration, so the results are optimistic. Add a "
     "test folder for an unbiased estimate."
 )
-UNKNOWN_PATIENTS = (
-    "The split is by image. If a patient has several images, results will be too optimistic: enter below how file "
-    "names tell the patient, or upload train, val and test folders that keep patients apart."
-)
 SAME_PATIENT = (
-    "Patients are not known, so the split is by image, and results may be too optimistic. If file names contain the "
-    "patient, enter a pattern under “Patients in file names”."
+    "Patients are not known, so the split is by image, and results may be too optimistic. If file names, folders or a "
+    "CSV file tell the patient, say so under “Which images are of one patient”."
 )
+TABLE_MB = 20
 Updates = dict[Any, Any]
 
 
@@ -86,12 +80,20 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             )
             sample = gr.Button("Use the sample dataset: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")
-            with gr.Accordion("Patients in file names", open=False, visible=False, elem_id="mm-patients") as patients:
+            with gr.Accordion(
+                "Which images are of one patient", open=False, visible=False, elem_id="mm-patients"
+            ) as patients:
+                rule = gr.Radio(RULES, value=BY_NAME, label="Patients are told by", elem_id="mm-patient-rule")
                 pattern = gr.Textbox(
                     label="Pattern (regular expression)", placeholder=r"^(patient\d+)_", max_lines=1, max_length=200,
                     info="What the first pair of brackets matches is the patient. All images of a patient then stay in "
                     "one split.",
                 )  # fmt: skip
+                table = gr.File(
+                    label="CSV with a row for each image", file_types=[".csv", ".tsv"], type="filepath", height=110,
+                    visible=False, elem_id="mm-patient-table",
+                )  # fmt: skip
+                column = gr.Dropdown([], label="Column of the patient", visible=False, elem_id="mm-patient-column")
                 apply = gr.Button("Apply", size="sm", elem_id="mm-apply-pattern")
             base = gr.Dropdown(
                 context.choices(None),
@@ -134,19 +136,53 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
             run: gr.update(interactive=True),
             patients: gr.update(visible=True, open=False),
             pattern: "",
+            rule: BY_NAME,
+            **rule_parts(BY_NAME),
             picture: EMPTY,
             done: gr.update(visible=False),
         }
 
-    def group(text: str, request: gr.Request) -> Updates:
-        """Reads the dataset again with a pattern for patients."""
+    def rule_parts(chosen: str) -> Updates:
+        """Shows what a rule for patients needs."""
+        return {
+            pattern: gr.update(visible=chosen == BY_NAME),
+            table: gr.update(visible=chosen == BY_COLUMN, value=None),
+            column: gr.update(visible=False, choices=[], value=None),
+        }
+
+    def take_table(path: str | None, request: gr.Request) -> Updates:
+        """Offers the columns of an uploaded CSV file."""
+        session = context.sessions.of(request)
+        session.patients = None
+        if not path:
+            return {column: gr.update(visible=False)}
+        session.uploads.add(Path(path))
+        kept = session.new_folder() / Path(path).name
+        try:
+            if Path(path).stat().st_size > TABLE_MB * 2**20:
+                raise DatasetError(f"the file is larger than {TABLE_MB} MB; leave columns out")
+            shutil.copyfile(path, kept)
+            names = table_columns(kept)
+        except (DatasetError, OSError, ValueError) as problem:
+            shown = callout("error", "This file cannot be used", answers.reason(str(problem), kept))
+            return {column: gr.update(visible=False), seen: (set_html(session.data) if session.data else "") + shown}
+        session.patients = kept
+        likely = next((name for name in names if "patient" in name.lower()), names[-1])
+        return {column: gr.update(visible=True, choices=names, value=likely)}
+
+    def group(chosen: str, text: str, name: str | None, request: gr.Request) -> Updates:
+        """Reads the dataset again with a rule for patients."""
         session = context.sessions.of(request)
         if session.data is None:
             return {seen: gr.update(visible=False)}
         try:
-            session.data = plan(session.data.data, limits, text.strip())
+            if chosen == BY_COLUMN and not (session.patients and name):
+                raise DatasetError("choose a CSV file and the column that names the patient")
+            by = {BY_FOLDER: FOLDER, BY_COLUMN: f"{session.patients}:{name}"}.get(chosen, "")
+            session.data = plan(session.data.data, limits, text.strip() if chosen == BY_NAME else "", by)
         except (DatasetError, ImageError, OSError, ValueError) as problem:
-            shown = callout("error", "This pattern cannot be used", answers.reason(str(problem), session.data.data))
+            said = answers.reason(str(problem).replace(f"{session.patients}", "the CSV file"), session.data.data)
+            shown = callout("error", "This rule cannot be used", said)
             return {seen: set_html(session.data) + shown, run: gr.update(interactive=False)}
         return {seen: set_html(session.data), run: gr.update(interactive=True)}
 
@@ -216,11 +252,14 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         return gr.update(choices=context.choices(session), value=newest), gr.Tabs(selected="classify")
 
     private: dict[str, Any] = dict(api_visibility="private")
-    taken = [file, seen, run, patients, pattern, picture, done]
+    taken = [file, seen, run, patients, rule, pattern, table, column, picture, done]
     file.upload(take, file, taken, show_progress_on=[picture], **private)
     file.clear(take, file, taken, **private)
     sample.click(take_sample, None, taken, show_progress_on=[picture], **private)
-    gr.on([apply.click, pattern.submit], group, pattern, [seen, run], show_progress_on=[seen], **private)
+    rule.input(rule_parts, rule, [pattern, table, column], show_progress="hidden", **private)
+    gr.on([table.upload, table.clear], take_table, table, [column, seen], show_progress_on=[seen], **private)
+    ruled = [rule, pattern, column]
+    gr.on([apply.click, pattern.submit], group, ruled, [seen, run], show_progress_on=[seen], **private)
     panel = [picture, done, download, run, stop]
     started = run.click(begin, epochs, panel, queue=False, show_progress="hidden", **private)
     trained = started.then(
@@ -257,48 +296,6 @@ def own_name(session: Session) -> str:
 def packed(model: Path, target: Path) -> str:
     """Packs the model folder as a zip, which `MedMamba.from_pretrained` loads directly."""
     return shutil.make_archive(str(target.with_suffix("")), "zip", model.parent, model.name)
-
-
-def set_html(found: Plan) -> Markup:
-    """Renders the contents and the split of a dataset."""
-    index = found.index
-    counts = zip(index.classes, index.class_counts, strict=True)
-    classes = bullets((f"{name} · {count}" for name, count in counts), "mm-classes")
-    sizes = ", ".join(f"{size} {split}" for split, size in index.split_sizes.items())
-    rows: list[tuple[object, object]] = [
-        (f"{len(index)} images, {len(index.classes)} classes", classes),
-        ("Split", with_detail(sizes, how_divided(found))),
-    ]
-    if any(index.patients):
-        rows.append(("Patients", matched_html(found)))
-    if index.notes:
-        rows.append(("Notes", bullets(in_app(note) for note in index.notes)))
-    unknown = NOTHING
-    if found.made and not any(index.patients):
-        unknown = callout("warn", "Images of one patient may be in several splits", UNKNOWN_PATIENTS)
-    return card(facts(rows) + unknown, found.data.name, css="mm-tight")
-
-
-def matched_html(found: Plan) -> Markup:
-    """Renders the number of patients, and which patient some of the file names belong to."""
-    index = found.index
-    groups = Counter(patient for patient in index.patients if patient is not None)
-    without = sum(patient is None for patient in index.patients)
-    said = f"{len(groups):,}, with up to {max(groups.values()):,} images each"
-    said += f"; {without:,} images without one" if without else ""
-    shown = [(Path(str(r.source)).name, r.patient or "none") for r in index.records[:: max(1, len(index) // 4)]]
-    return with_detail(said, bullets(f"{name} → {patient}" for name, patient in shown[:5]))
-
-
-def how_divided(found: Plan) -> str:
-    """Describes the origin of the splits."""
-    if found.val_taken:
-        return "val taken from train, the rest as in the folders"
-    if not found.made:
-        return "as in the folders"
-    if any(found.index.patients):
-        return "random, with each group of images (patient, lesion) kept together"
-    return "random within each class, by image, as patients are unknown"
 
 
 def progress_html(found: Progress, epochs: int, stage: str = "") -> Markup:

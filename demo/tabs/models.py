@@ -97,11 +97,16 @@ def warnings_html(known: list[Known]) -> Markup:
     measured = {k.title: k.unusual.measured for k in known if k.unusual and k.unusual.measured}
     if not measured:
         return NOTHING
+    same = join(
+        tag("<li><strong>{}</strong>: {}</li>", title, rates(record["same_kind"]))
+        for title, record in measured.items()
+        if record.get("same_kind")
+    )
     others = sorted({name for record in measured.values() for name in record["auroc"]})
     rows = []
     for title, record in measured.items():
         cells = [
-            tag("<strong>{:.3f}</strong><small>{:.0%} flagged</small>", row["auroc"], row["called_unusual"])
+            tag("<strong>{:.3f}</strong><small>{}</small>", row["auroc"], _flagged(row))
             if (row := record["auroc"].get(name))
             else NONE
             for name in others
@@ -114,11 +119,27 @@ def warnings_html(known: list[Known]) -> Markup:
         "its own test images and those of another dataset (1 is perfect, 0.5 is chance), and the share flagged. "
         "Thresholds were set on validation images of the model’s own dataset only."
     )
-    return card(
-        table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo"),
-        "Out-of-distribution warning",
-        lead,
+    body = table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo")
+    if same:
+        body += tag("<p>{}</p><ul>{}</ul>", SAME_KIND, same)
+    return card(body, "Out-of-distribution warning", lead)
+
+
+SAME_KIND = "Other collections of the kind of image that a model knows, which it need not flag:"
+
+
+def rates(rows: dict[str, dict[str, float]]) -> str:
+    """Says how many images of each collection are flagged and refused."""
+    return "; ".join(
+        f"{name}, {row['called_unusual']:.0%} flagged"
+        + (f", {row['called_far']:.0%} refused" if "called_far" in row else "")
+        for name, row in rows.items()
     )
+
+
+def _flagged(row: dict[str, float]) -> str:
+    refused = f", {row['called_far']:.0%} refused" if "called_far" in row else ""
+    return f"{row['called_unusual']:.0%} flagged{refused}"
 
 
 def _row(entry: DatasetEntry, models: list[Known]) -> list[object]:

@@ -139,7 +139,8 @@ def _auroc_text(loaded: Loaded) -> str:
     if not measured:
         return " The performance of this warning was not measured for this model."
     shares = [row["called_unusual"] for row in measured.values()]
+    found = f"{min(shares):.0%} to {max(shares):.0%}" if min(shares) < max(shares) else f"{min(shares):.0%}"
     return (
-        f" The warning is a heuristic: it flagged {min(shares):.0%} to {max(shares):.0%} of the images of "
-        f"{len(shares)} other datasets."
+        f" The warning is a heuristic: it flagged {found} of the images of {len(shares)} other datasets. It does not "
+        "notice an unknown disease in an image of the usual kind."
     )

@@ -245,22 +245,31 @@ def _corruptions(facts: ModelFacts) -> str:
 def _unusual(facts: ModelFacts) -> str:
     if facts.unusual is None:
         return ""
+    basis = "pixels and features" if facts.unusual.combined else "features"
     rule = (
-        "Out-of-distribution (OOD) detection: `predict` and the web app flag an image as unusual if its features lie "
-        f"further from those of every class than those of {facts.unusual.coverage:.0%} of the validation images do "
-        "(`unusual.json`, `medmamba.inference`)"
+        f"Out-of-distribution (OOD) detection: `predict` and the web app flag an image as unusual if its {basis} are "
+        f"less like those of the training images than those of {facts.unusual.coverage:.0%} of the validation images "
+        "are (`unusual.json`, `medmamba.inference`)"
     )
     limit = "An image that is not flagged may still belong to none of the classes."
     if not _others(facts):
         return f"{rule}. Its detection rate was not measured. {limit}"
-    own = facts.unusual.measured["own"]
-    rows = [[f"{facts.dataset}, its own test images", own["n"], f"{own['called_unusual']:.1%}", ""]]
-    rows += [
-        [name, row["n"], f"{row['called_unusual']:.1%}", f"{row['auroc']:.3f}"] for name, row in _others(facts).items()
-    ]
-    lines = [["Images", "Number", "Flagged as unusual", "AUROC against its own test images"], ["---"] * 4, *rows]
-    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{rule}. Measured:\n\n{table}\n\n{_energy(facts)}{limit}"
+    own = {**facts.unusual.measured["own"], "name": f"{facts.dataset}, its own test images"}
+    rows = [own, *({**row, "name": name} for name, row in _others(facts).items())]
+    same = facts.unusual.measured.get("same_kind", {})
+    rows += [{**row, "name": f"{name} (another collection of this kind)"} for name, row in same.items()]
+    far = all("called_far" in row for row in rows)
+    header = ["Images", "Number", "Flagged as unusual", *(["Far: refused by the web app"] if far else [])]
+    lines = [[*header, "AUROC against its own test images"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        shares = [f"{row[key]:.1%}" for key in ("called_unusual", *(["called_far"] if far else []))]
+        lines.append([row["name"], str(row["n"]), *shares, f"{row['auroc']:.3f}" if "auroc" in row else ""])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    kind = (
+        " Other collections of the same kind of image are not foreign, and differ in device and people." if same else ""
+    )
+    return f"{rule}. Measured:\n\n{table}\n\n{_energy(facts)}{limit}{kind}"
 
 
 def _energy(facts: ModelFacts) -> str:

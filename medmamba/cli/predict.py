@@ -65,6 +65,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help="operating points, sets or abstentions stored with the model (see `medmamba decide`), or all",
     )
+    parser.add_argument(
+        "--refuse-unusual",
+        nargs="?",
+        const="far",
+        choices=("far", "near"),
+        help="give no label, but the reason, for images far from the training images; near: for all that are flagged",
+    )
     add_grouping(parser)
     add_reading(parser)
     add_tta(parser)
@@ -164,6 +171,10 @@ def run(args: argparse.Namespace) -> int:
         "decide": args.decide,
         "tta": args.tta,
     }
+    if args.refuse_unusual:
+        if args.per:
+            raise ValueError("--refuse-unusual has no effect on --per, which says what share is unusual: leave it out")
+        options["refuse_unusual"] = args.refuse_unusual
     if args.per:
         if args.ray:
             raise ValueError("--per has no effect on a cluster: leave --ray out, or group its results")
@@ -176,7 +187,12 @@ def run(args: argparse.Namespace) -> int:
         args.predict = functools.partial(predict_on_ray, address=args.ray)
     summary: Summary = _to_file(args, model, sources, options) if args.out else _print(args, model, sources, options)
     total = summary.answered
-    for count, what in ((summary.unread, "could not be read"), (summary.undefined, "got no answer from the model")):
+    counts = {
+        "could not be read": summary.unread,
+        "got no answer from the model": summary.undefined,
+        "were refused: they do not look like the training images": summary.refused,
+    }
+    for what, count in counts.items():
         if count:
             say(f"{count} of {total} images {what}", sys.stderr)
     return 1 if summary.unread or summary.undefined else 0
@@ -211,7 +227,6 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     from tqdm import tqdm
 
     from ..data.sources import name_of
-    from ..inference.predict import Failure, NotFinite
     from ..inference.to_file import Summary
 
     write = _json if args.json else _csv(model, _names(model, args.decide)) if args.csv else _lines
@@ -227,9 +242,7 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     with tqdm(total=sources.count, unit="image", disable=None, file=sys.stderr) as bar:
         for result in args.predict(model, given, args.top_k, **options):
             bar.update()
-            summary.answered += 1
-            summary.undefined += isinstance(result, NotFinite)
-            summary.unread += isinstance(result, Failure) and not isinstance(result, NotFinite)
+            summary.count(result)
             write(bar, names.popleft(), result, args.parser)
     return summary
 

@@ -54,6 +54,11 @@ def add_parser(subparsers: Any) -> None:
         "--patient-pattern", metavar="REGEX", help="regular expression whose group 1 in a file name is the patient"
     )
     data.add_argument(
+        "--patients",
+        metavar="RULE",
+        help="folder: the folder below the class folder is the patient; FILE.csv:COLUMN: a column of a CSV file tells",
+    )
+    data.add_argument(
         "--classes", nargs="+", metavar="NAME", help="all class names in the order of the labels (default: sorted)"
     )
     data.add_argument(
@@ -153,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         dataset=args.dataset,
         split=split_option(args.split),
         patient_pattern=args.patient_pattern,
+        patients=args.patients,
         classes=args.classes,
         task=args.task,
         allow_leakage=args.allow_leakage,

@@ -10,6 +10,7 @@ from .cache import CachedDataset, cache_images
 from .check import DatasetCheck, check_dataset
 from .dataset import SPLITS, DatasetError, ImageDataset, Record, to_tensor
 from .files import open_folder, open_zip
+from .grouping import with_patients
 from .hf_datasets import open_hf
 from .labels import alphabetical_permutation, order_classes
 from .leakage import LeakageError, LeakageReport, check_leakage, find_leakage
@@ -51,4 +52,5 @@ __all__ = [
     "to_tensor",
     "unpack_npz",
     "val_from_train",
+    "with_patients",
 ]

@@ -21,7 +21,7 @@ from .csv_text import Table, read_table
 from .dataset import DatasetError, ImageDataset
 from .labels import is_missing
 
-_NAMES = ("path", "image_path", "file", "filename", "file_name", "image", "img_id", "image_id", "isic_id", "id")
+IMAGE_COLUMNS = ("path", "image_path", "file", "filename", "file_name", "image", "img_id", "image_id", "isic_id", "id")
 MOST_CODES = 8  # of different numbers that are taken as codes, not as a quantity
 MOST_GROUPS = 20
 METADATA_NAME = "metadata.csv"
@@ -78,7 +78,7 @@ def read_columns(
             groups.
     """
     path = Path(path)
-    table = read_table(path, _NAMES)
+    table = read_table(path, IMAGE_COLUMNS)
     by_lower = {name.lower(): name for name in table.header}
     if unknown := [name for name in names if name.lower() not in by_lower]:
         raise DatasetError(f"{path}: no column {shown(*unknown)}; the columns are {', '.join(table.header)}")
@@ -86,7 +86,7 @@ def read_columns(
     limits = {name.lower(): tuple(values) for name, values in (cuts or {}).items()}
     if unknown := [name for name in limits if name not in {name.lower() for name in names}]:
         raise DatasetError(f"cut points for {shown(*unknown)}, which is not among the columns {', '.join(names)}")
-    rows, notes = _match(table, dataset, path)
+    rows, notes = rows_of_images(table, dataset, path)
     values: dict[str, tuple[str | None, ...]] = {}
     for name, column in wanted.items():
         texts = [_cell(found, column) for found in rows]
@@ -95,7 +95,7 @@ def read_columns(
     return Columns(values, tuple(notes))
 
 
-def _match(table: Table, dataset: ImageDataset, path: Path) -> tuple[list[dict[str, str] | None], list[str]]:
+def rows_of_images(table: Table, dataset: ImageDataset, path: Path) -> tuple[list[dict[str, str] | None], list[str]]:
     """Returns the row of each image, None where it has none, and notes."""
     sources = [record.source for record in dataset.records]
     if not sources or not all(isinstance(source, str) for source in sources):

@@ -12,6 +12,7 @@ from ..utils.names import shown
 from . import registry
 from .dataset import DatasetError, ImageDataset, Transform
 from .files import open_folder, open_zip
+from .grouping import with_patients
 from .hf_datasets import SCHEME, is_hf, open_hf
 from .npz import open_npz
 from .registry import DatasetEntry
@@ -32,6 +33,7 @@ def open_dataset(
     classes: Sequence[str] | None = None,
     class_order: str = "auto",
     patient_pattern: str | None = None,
+    patients: str | None = None,
     transform: Transform | None = None,
     single_class: bool = False,
 ) -> ImageDataset:
@@ -47,6 +49,8 @@ def open_dataset(
         class_order: "auto" (numeric where all names are integers), "numeric" or "alphabetical". Alphabetical is what
             the published trainer used, in which "10" comes before "2"; see `medmamba.data.labels`.
         patient_pattern: regular expression; its group 1 in a file name is the patient (overrides the registry's).
+        patients: "folder" where the folder below the class folder is the patient, or "FILE.csv:COLUMN" where a column
+            of a CSV file tells; see `with_patients`.
         transform: see `ImageDataset`.
         single_class: accept a tree with images of one class, as a part of a larger set may be.
 
@@ -57,6 +61,8 @@ def open_dataset(
             a pattern that matches nothing, an option without effect, or a file that cannot be trusted.
         medmamba.data.registry.RegistryError: an unknown dataset name.
     """
+    if patients is not None and patient_pattern is not None:
+        raise DatasetError("patients and patient_pattern are two rules for the same; leave one out")
     address = os.fspath(path)
     path = Path(path)
     entry = registry.get(dataset) if isinstance(dataset, str) else dataset
@@ -93,6 +99,7 @@ def open_dataset(
     else:
         found = open_csv(path, entry=entry, classes=classes, class_order=class_order, patient_pattern=patient_pattern)
     found = found.with_notes(*notes)
+    found = found if patients is None else with_patients(found, patients)
     known = entry or (_by_file_name(path) if suffix == ".npz" else None)
     if known is not None and known.task == "ordinal" and found.task == "multiclass" and found.classes == known.classes:
         found = found.with_task("ordinal")

@@ -31,8 +31,9 @@ from ..data import open_dataset
 from ..imaging.load import ImageError, find_images
 from ..inference.fitted import in_force
 from ..inference.ood import Reference, Unusual
-from ..inference.ood_fit import pooled_features, sample
+from ..inference.ood_fit import sample
 from ..inference.predict import Failure, NotFinite, NotFiniteError, iter_predict
+from ..inference.signature import signatures
 from ..metrics import Evaluation, evaluate
 from ..metrics.calibration import to_probabilities
 from ..metrics.multiplicity import holm
@@ -213,9 +214,9 @@ def detect_drift(
         if len(known.logits) < FEWEST:
             raise DriftError(f"{reference}: {len(known.logits)} images can be read; at least {FEWEST} are needed")
         counts = _counts(known.logits, config.task, len(config.labels))
-        scores = np.sort(detector.score(known.features)) if detector else np.zeros(0)
+        scores = np.sort(detector.score(known.signatures)) if detector else np.zeros(0)
         stored = Reference(len(known.logits), known.features.mean(0), known.features.std(0, ddof=1), scores)
-    tests = [*_unusual_tests(detector, stored, seen.features)]
+    tests = [*_unusual_tests(detector, stored, seen.signatures)]
     found, shifted = _feature_test(stored, seen.features)
     tests.append(found)
     found, prevalence = _prevalence_test(counts, _counts(seen.logits, config.task, len(config.labels)), config.labels)
@@ -237,7 +238,7 @@ def detect_drift(
         shifted=shifted,
         prevalence=prevalence,
         evaluation=evaluation,
-        scores=tuple(np.sort(detector.score(seen.features)).tolist()) if detector else (),
+        scores=tuple(np.sort(detector.score(seen.signatures)).tolist()) if detector else (),
         reference_scores=tuple(stored.scores.tolist()) if stored else (),
         notes=tuple(notes),
     )
@@ -255,7 +256,8 @@ def predicted_counts(evaluation: Evaluation) -> list[int]:
 
 @dataclass
 class _Seen:
-    features: NDArray[np.float32]
+    signatures: NDArray[np.float32]
+    features: NDArray[np.float32]  # the last columns of the signatures
     logits: NDArray[np.float64]
     rows: list[int]
     failures: list[tuple[str, str]]
@@ -277,7 +279,7 @@ def _look(model: Any, items: Sequence[tuple[Any, Any]], read: Any, batch_size: i
             yield image
 
     rows, logits = [], []
-    with pooled_features(model) as pooled:
+    with signatures() as collected:
         for place, result in enumerate(iter_predict(model, readable(), batch_size=batch_size)):
             if isinstance(result, NotFinite):
                 raise NotFiniteError(result.error)
@@ -286,7 +288,8 @@ def _look(model: Any, items: Sequence[tuple[Any, Any]], read: Any, batch_size: i
             else:
                 rows.append(tried[place])
                 logits.append(result.logits)
-    return _Seen(pooled.array(), np.array(logits), rows, failures)
+    found = collected.array()
+    return _Seen(found, found[:, -model.config.dims[-1] :], np.array(logits), rows, failures)
 
 
 def _counts(logits: NDArray[np.float64], task: str, k: int) -> NDArray[np.int64]:
@@ -295,14 +298,14 @@ def _counts(logits: NDArray[np.float64], task: str, k: int) -> NDArray[np.int64]
     return np.bincount(logits.argmax(axis=1), minlength=k)
 
 
-def _unusual_tests(detector: Unusual | None, stored: Reference | None, features: np.ndarray) -> list[DriftTest]:
+def _unusual_tests(detector: Unusual | None, stored: Reference | None, seen: np.ndarray) -> list[DriftTest]:
     flag, distance = "images flagged as unusual", "distance to the training images"
     if detector is None:
         note = "the model has no detector: see learn_unusual"
         return [DriftTest(flag, "", "", math.nan, note=note), DriftTest(distance, "", "", math.nan, note=note)]
     from scipy import stats
 
-    flagged, n = int(detector.is_unusual(features).sum()), len(features)
+    flagged, n = int(detector.is_unusual(seen).sum()), len(seen)
     found = f"{flagged} of {n} ({flagged / n:.1%})"
     if stored is None:
         p = stats.binomtest(flagged, n, 1 - detector.coverage, alternative="greater").pvalue
@@ -312,7 +315,7 @@ def _unusual_tests(detector: Unusual | None, stored: Reference | None, features:
     before = int((stored.scores > detector.threshold).sum())
     table = [[flagged, n - flagged], [before, stored.n - before]]
     p = stats.fisher_exact(table, alternative="greater").pvalue
-    scores = detector.score(features)
+    scores = detector.score(seen)
     ks = stats.ks_2samp(scores, stored.scores)
     return [
         DriftTest(flag, f"{before} of {stored.n} ({before / stored.n:.1%})", found, float(p)),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..data import ImageDataset, open_dataset
 from ..imaging.preprocess import normalise
 from ..inference.fitted import in_force
-from ..inference.predict import NotFiniteError, predict_features, why_not_finite
+from ..inference.predict import NotFiniteError, predict_logits, predict_signatures, why_not_finite
 from ..metrics.calibration import Calibration, to_probabilities
 from ..model import MedMamba
 from ..utils.files import staged
@@ -141,12 +141,14 @@ def observe(
     rows = np.array_split(np.arange(len(index)), -(-len(index) // batch_size))
     for part in tqdm(rows, "predicting", unit="batch", disable=not progress):
         batch = normalise(images.batch(_tensor(part), device)[0], config.preprocess)
-        features, found = predict_features(network, batch)
-        logits.append(found.numpy())
         if detector is not None:
-            unusual.append(detector.is_unusual(features.numpy()))
-        elif ood is not None:
-            unusual.append(ood.is_unusual(found.numpy(), config.task))
+            seen, found = predict_signatures(network, batch)
+            unusual.append(detector.is_unusual(seen.numpy()))
+        else:
+            found = predict_logits(network, batch)
+            if ood is not None:
+                unusual.append(ood.is_unusual(found.numpy(), config.task))
+        logits.append(found.numpy())
     said = np.concatenate(logits)
     if len(bad := np.flatnonzero(~np.isfinite(said).all(axis=1))):
         reason = why_not_finite(network, _tensor(said[bad[0]]))

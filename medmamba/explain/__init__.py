@@ -17,6 +17,7 @@ from .mask_reach import MaskReach, mask_reach
 from .methods import Method, methods
 from .randomisation import Randomisation
 from .regions import BASELINES
+from .reliability import Reliability, recommended, reliabilities
 from .removal import Curves
 from .scan_field import ScanField, scan_field
 from .scores import BoxScore, MaskScore, box_score, mask_score
@@ -36,6 +37,7 @@ __all__ = [
     "MaskScore",
     "Method",
     "Randomisation",
+    "Reliability",
     "ScanField",
     "Speed",
     "Trust",
@@ -50,5 +52,7 @@ __all__ = [
     "mask_score",
     "measure_speed",
     "methods",
+    "recommended",
+    "reliabilities",
     "scan_field",
 ]

@@ -43,7 +43,8 @@ def tensor_of(fitted: np.ndarray) -> Tensor:
     """Returns what `fit` returned, or a stack of that, as float32 in [0, 1]."""
     import torch
 
-    pixels = torch.from_numpy(np.ascontiguousarray(fitted))
+    fitted = np.ascontiguousarray(fitted)
+    pixels = torch.from_numpy(fitted if fitted.flags.writeable else fitted.copy())  # PyTorch would warn
     return pixels.float().div_(255) if fitted.dtype == np.uint8 else pixels
 
 

@@ -23,6 +23,7 @@ from ..utils.modes import eval_view, frozen_view
 from ..utils.precision import FullPrecision
 from .fingerprint import stamp
 from .gpu_decode import GpuDecoder
+from .signature import collector, signature, watch_maps
 from .tta import mean_logits
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,10 +38,12 @@ class Answer(NamedTuple):
     Attributes:
         features: (n, C) float32 on the CPU, what its classifier was given; None where it does without `model.head`.
         logits: (n, K) float32 on the CPU.
+        signature: (n, S) float32 on the CPU, see `signature`; None where it was not asked for, or without features.
     """
 
     features: Tensor | None
     logits: Tensor
+    signature: Tensor | None = None
 
 
 class Transferred(NamedTuple):
@@ -53,20 +56,24 @@ class Transferred(NamedTuple):
 class Running:
     """A batch on its way; `answer` waits for it."""
 
-    def __init__(self, features: Tensor | None, logits: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, features: Tensor | None, logits: Tensor, device: torch.device, signature: Tensor | None = None
+    ) -> None:
         self._event = None
         if device.type == "cuda":
             features = None if features is None else _to_host(features)
+            signature = None if signature is None else _to_host(signature)
             logits = _to_host(logits)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(device))
-        self._found = features, logits
+        self._found = features, logits, signature
 
     def answer(self) -> Answer:
         if self._event is not None:
             self._event.synchronize()
-        features, logits = self._found
-        return Answer(None if features is None else features.float().cpu(), logits.float().cpu())
+        features, logits, seen = (None if found is None else found.float().cpu() for found in self._found)
+        assert logits is not None
+        return Answer(features, logits, seen)
 
 
 class Engine:
@@ -78,6 +85,7 @@ class Engine:
         precision: see `PRECISIONS`; None: that of the model's weights.
         tta: views whose logits are averaged, see `tta`; features are those of the image itself.
         order: how images are read, where the device decodes some of them.
+        signature: answers hold the signatures of the images; those that are collected (`signatures`) are made anyway.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class Engine:
         precision: str | None = None,
         tta: str = "none",
         order: Order | None = None,
+        signature: bool = False,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -95,13 +104,15 @@ class Engine:
         self.dtype = weight.dtype if precision is None else PRECISIONS[precision]
         self.exact = device.type == "cuda" and self.dtype == torch.float32 and precision != "tf32"
         self._own = threading.local()
+        self.signature = signature
         self._seen: list[Tensor] = []
+        self._maps: list[list[Tensor]] = []
         self._made: tuple[Any, Any] | None = None
 
     def network(self) -> Any:
         """Returns the network to call, made again where the model's weights have changed."""
         with looking(self.model):
-            now = stamp(self.model)
+            now = stamp(self.model), collector() is not None
         if self._made is None or self._made[0] != now:
             self._made = now, self._make()
         return self._made[1]
@@ -113,8 +124,14 @@ class Engine:
         if not _hooked(self.model):
             with contextlib.suppress(AttributeError, ValueError):  # another architecture, adapters, changed layers
                 fused = eval_view(self.model).fuse(cast).to(self.device)
-                return _with_features(fused.float() if cast == torch.float32 else fused, self._seen)
-        return _with_features(frozen_view(self.model, cast, self.device), self._seen)
+                return self._watched(fused.float() if cast == torch.float32 else fused)
+        return self._watched(frozen_view(self.model, cast, self.device))
+
+    def _watched(self, view: Any) -> Any:
+        """Returns a view or copy of the model that leaves its features here and, if they are asked for, its maps."""
+        if self.signature or collector() is not None:
+            watch_maps(view, self._maps)
+        return _with_features(view, self._seen)
 
     def transfer(self, chunk: Chunk) -> Transferred:
         """Starts to bring the images of a chunk that could be read to the device, and to decode what is left to it.
@@ -159,13 +176,25 @@ class Engine:
         """Starts to compute normalised images (B, C, H, W) that are on the device."""
         weight = self.model.patch_embed.proj.weight
         same = weight.dtype == self.dtype and weight.device == self.device
-        network = self.network() if many or not same else _with_features(eval_view(self.model), self._seen)
+        network = self.network() if many or not same else self._watched(eval_view(self.model))
         self._seen.clear()
+        self._maps.clear()
         # Else an explanation in another thread, which turns TF32 off for the process, would change the answer.
         with FullPrecision() if self.exact else contextlib.nullcontext():
             logits = mean_logits(network, batch.to(self.dtype), self.tta)
+            seen = self._signature(batch)
         check_logits(logits, len(batch), network.config.num_classes)
-        return Running(self._seen[0] if self._seen else None, logits, self.device)
+        return Running(self._seen[0] if self._seen else None, logits, self.device, seen if self.signature else None)
+
+    def _signature(self, batch: Tensor) -> Tensor | None:
+        """Returns the signatures of images, from the first pass of them, which is that of the images themselves."""
+        if not self._maps or not self._seen:
+            return None
+        found = signature(batch, self._maps[0], self._seen[0], self.model.config)
+        self._maps.clear()
+        if (sink := collector()) is not None:
+            sink.add(found)
+        return found
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

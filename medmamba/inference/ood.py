@@ -1,9 +1,13 @@
-"""Out-of-distribution detection from penultimate-layer features.
+"""Out-of-distribution detection: whether an image is like those that a model was trained on.
 
 Scores computed from logits (`metrics.calibration`: energy, maximum probability) fail where it matters most: a model of
-blood cells can return larger logits for an X-ray than for any cell. The distance of the pooled features to the nearest
-class mean is more reliable: the Mahalanobis distance of Lee et al. 2018 (arXiv:1807.03888) with a diagonal covariance,
-which needs few parameters and few images. It remains a heuristic.
+blood cells can return larger logits for an X-ray than for any cell. The features before the classifier alone fail too:
+they keep what tells the classes apart. So the pixels and every stage of the network are compared (`signature`,
+`ood_parts`). It remains a heuristic: an image of the same kind from another device is often flagged, and one with an
+unknown disease often is not.
+
+Two thresholds, both from validation images alone: 5 % of them are flagged as unusual; "far" are images so unlike them
+that 1 % of images like these are expected there.
 
 `medmamba train` saves a detector beside the weights, `from_pretrained` loads it and `predict` applies it. For a model
 from elsewhere:
@@ -15,17 +19,18 @@ from elsewhere:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..config import ConfigError
+from ..config import ConfigError, MedMambaConfig
 from ..utils import config_checks as checks
 from ..utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME, file_hash
 from ..utils.files import write_text
@@ -33,10 +38,14 @@ from ..utils.strict_json import read_json
 from ..utils.weights import read_weights
 from .fingerprint import Fingerprint, changed_parts, fingerprint
 from .fitted import body
+from .ood_file import VERSION, packed, read_combined, rounded, unpacked, write_combined
+from .ood_parts import Combined, fit_parts, tail
+from .signature import PIXELS, groups
 
 NAME = "unusual.json"
 MAX_FILE = 64 * 2**20  # bytes
-_DIGITS = 5  # significant, in the file
+FAR = 0.01  # share of images like the validation images that are expected to be called far
+Level = Literal["near", "far"]
 
 
 class UnusualError(ValueError):
@@ -69,9 +78,12 @@ class Unusual:
         spread: (C,), the standard deviation within classes.
         threshold: images with a score above it are flagged as unusual.
         coverage: fraction of the validation images that are not flagged.
-        measured: measured performance, {"own": {...}, "auroc": {dataset: {...}}}, see `benchmarks/unusual.py`.
+        measured: measured performance, {"own": {...}, "auroc": {dataset: {...}}, "same_kind": {...}}, the last of
+            other collections of such images; see `benchmarks/unusual.py`.
         weights: fingerprint of the network that computed the features (`inference.fingerprint`), or None if unrecorded.
         reference: statistics of the validation images; None in files of earlier versions.
+        combined: what compares whole signatures; None in files of version 1, whose score is the root mean squared
+            distance of the pooled features to the nearest class mean.
     """
 
     means: NDArray[np.float64] = field(repr=False)
@@ -81,18 +93,59 @@ class Unusual:
     measured: Mapping[str, Any] = field(default_factory=dict)
     weights: Fingerprint | None = field(default=None, repr=False)
     reference: Reference | None = field(default=None, repr=False)
+    combined: Combined | None = field(default=None, repr=False)
 
-    def score(self, features: ArrayLike) -> NDArray[np.float64]:
-        """Returns the scores (N,) of pooled features (N, C): root mean squared distance to the nearest class mean."""
-        x = np.asarray(features, dtype=np.float64)
-        if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
-            raise UnusualError(f"expected features (N, {self.means.shape[1]}), got {x.shape}; are they of this model?")
-        distances = [np.sqrt((((x - mean) / self.spread) ** 2).mean(1)) for mean in self.means]
+    @property
+    def width(self) -> int:
+        """Number of columns of what is scored: signatures, or for version 1 pooled features."""
+        return self.combined.width if self.combined else self.means.shape[1]
+
+    @property
+    def far(self) -> float:
+        """The score above which an image is far from all that the model knows; infinite for version 1."""
+        return self.combined.far if self.combined else float("inf")
+
+    def score(self, seen: ArrayLike) -> NDArray[np.float64]:
+        """Returns the scores (N,), higher for more unusual images.
+
+        Args:
+            seen: (N, S) signatures (`inference.signatures`); for version 1 their last C columns, the pooled features,
+                suffice.
+        """
+        x = np.asarray(seen, dtype=np.float64)
+        fits = x.ndim == 2 and (x.shape[1] == self.width or (not self.combined and x.shape[1] > PIXELS + self.width))
+        if not fits:
+            what = "signatures" if self.combined else "features"
+            raise UnusualError(f"expected {what} (N, {self.width}), got {x.shape}; are they of this model?")
+        near = self._to_nearest_class(x[:, -self.means.shape[1] :])
+        return self.combined.excesses(x, near).mean(1) if self.combined else near
+
+    def _to_nearest_class(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        distances = [np.sqrt((((features - mean) / self.spread) ** 2).mean(1)) for mean in self.means]
         return np.min(distances, axis=0)
 
-    def is_unusual(self, features: ArrayLike) -> NDArray[np.bool_]:
-        """Returns whether each image is flagged, (N,), from pooled features (N, C)."""
-        return self.score(features) > self.threshold
+    def is_unusual(self, seen: ArrayLike) -> NDArray[np.bool_]:
+        """Returns whether each image is flagged, (N,); see `score`."""
+        return self.score(seen) > self.threshold
+
+    def levels(self, seen: ArrayLike) -> list[Level | None]:
+        """Returns for each image None where it is not flagged, "far" where it is unlike all that the model knows, or
+        else "near"; see `score`."""
+        scores = self.score(seen)
+        return [None if s <= self.threshold else "far" if s > self.far else "near" for s in scores]
+
+    def pixel_score(self, pixels: ArrayLike) -> NDArray[np.float64]:
+        """Returns how unlike the training images pixels alone are, (N,), relative to the limit: above 1 is far.
+
+        Args:
+            pixels: (N, `signature.PIXELS`), see `signature.pixel_statistics`.
+
+        Raises:
+            UnusualError: a detector of version 1.
+        """
+        if self.combined is None:
+            raise UnusualError("this detector is of version 1 and knows nothing of pixels: fit it again")
+        return self.combined.pixel_score(np.asarray(pixels, np.float64)) / max(self.combined.pixel_limit, 1e-12)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `unusual.json` into a model folder, bound to the weights there.
@@ -114,18 +167,21 @@ class Unusual:
             sha256: hash of the `model.safetensors` in the same folder.
             weights: fingerprint of its tensors without the classifier.
         """
-        record = {
+        record: dict[str, Any] = {
             "weights": sha256,
             "fingerprint": dict(weights),
             "threshold": self.threshold,
             "coverage": self.coverage,
             "measured": dict(self.measured),
-            "spread": _rounded(self.spread),
-            "means": [_rounded(mean) for mean in self.means],
         }
+        if self.combined:
+            record |= {"version": VERSION, "spread": packed(self.spread), "means": packed(self.means)}
+            record["combined"] = write_combined(self.combined)
+        else:
+            record |= {"spread": rounded(self.spread), "means": [rounded(mean) for mean in self.means]}
         if self.reference is not None:
-            r = self.reference
-            record["reference"] = {"mean": _rounded(r.mean), "std": _rounded(r.std), "scores": _rounded(r.scores)}
+            parts = {"mean": self.reference.mean, "std": self.reference.std, "scores": self.reference.scores}
+            record["reference"] = {k: packed(v) if self.combined else rounded(v) for k, v in parts.items()}
         text = json.dumps(record, indent=1, allow_nan=False)
         write_text(path, text + "\n")
 
@@ -134,48 +190,52 @@ def load_unusual(folder: str | os.PathLike) -> Unusual | None:
     """Loads the detector of a model folder; returns None if there is none or it belongs to other weights.
 
     Raises:
-        UnusualError: the file was not written by `Unusual.save`.
+        UnusualError: the file was not written by `Unusual.save`, or by a later version.
     """
     path = Path(folder) / NAME
     if not path.is_file():
         return None
     try:
         record = read_json(path, MAX_FILE)
-        means, spread = np.array(record["means"], np.float64), np.array(record["spread"], np.float64)
+        checks.integer(record.get("version", 1), "version", 1, VERSION)
+        means = unpacked(record["means"], "means", (None, None))
+        spread = unpacked(record["spread"], "spread", (means.shape[1],))
+        if not (spread > 0).all():
+            raise ConfigError("spread must be positive")
         threshold = checks.real(record["threshold"], "threshold", -1e30, 1e30)
         coverage = checks.real(record["coverage"], "coverage", 0, 1)
         measured, weights = _measured(record["measured"]), record["weights"]
         known = checks.fingerprint(record["fingerprint"], "fingerprint") if record.get("fingerprint") else None
         reference = _reference(record["reference"], len(spread)) if record.get("reference") else None
+        combined = read_combined(record["combined"]) if record.get("version", 1) > 1 else None
+        if combined and combined.width <= PIXELS + len(spread):
+            raise ConfigError(f"signatures of {combined.width} columns cannot hold {len(spread)} features")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusualError(f"{path} cannot be read ({error!r}); delete it, or measure again") from error
-    fits = means.ndim == 2 and len(means) and spread.shape == means.shape[1:]
-    if not fits or not (spread > 0).all() or not (np.isfinite(means).all() and np.isfinite(spread).all()):
-        raise UnusualError(f"{path} holds means {means.shape} and spread {spread.shape}; delete it, or measure again")
-    found = Unusual(means, spread, threshold, coverage, measured, known, reference)
+    found = Unusual(means, spread, threshold, coverage, measured, known, reference, combined)
     return found if weights == _weights_of(Path(folder)) else None
 
 
 def _reference(found: Any, width: int) -> Reference:
     """Validates the statistics of the validation images, and returns them."""
-    mean, std, scores = (np.array(found[name], np.float64) for name in ("mean", "std", "scores"))
-    if mean.shape != (width,) or std.shape != (width,) or scores.ndim != 1 or len(scores) < 2:
-        raise ConfigError(f"reference holds a mean {mean.shape}, std {std.shape} and scores {scores.shape}")
-    if not all(np.isfinite(part).all() for part in (mean, std, scores)) or (std < 0).any():
-        raise ConfigError("the reference holds numbers that are not finite, or a negative standard deviation")
+    mean, std = (unpacked(found[name], f"reference.{name}", (width,)) for name in ("mean", "std"))
+    scores = unpacked(found["scores"], "reference.scores", (None,))
+    if len(scores) < 2 or (std < 0).any():
+        raise ConfigError("the reference holds a single score, or a negative standard deviation")
     return Reference(len(scores), mean, std, np.sort(scores))
 
 
 def _measured(found: Any) -> dict[str, Any]:
     """Validates the measured performance that cards and the app show, and returns it."""
     record = checks.plain(found, "measured")
-    rows = record.get("auroc", {})
-    if not isinstance(rows, dict) or (rows and "own" not in record):
-        raise ConfigError("measured.auroc must be an object, beside measured.own")
-    for row in [*rows.values(), *([record["own"]] if "own" in record else [])]:
+    rows, same = record.get("auroc", {}), record.get("same_kind", {})
+    if not isinstance(rows, dict) or not isinstance(same, dict) or ((rows or same) and "own" not in record):
+        raise ConfigError("measured.auroc and measured.same_kind must be objects, beside measured.own")
+    rows = [*rows.values(), *same.values()]
+    for row in [*rows, *([record["own"]] if "own" in record else [])]:
         for name, value in (row if isinstance(row, dict) else {"": None}).items():
             checks.real(value, f"measured.{name}", 0, 1e12)
-    for row in rows.values():
+    for row in rows:
         if missing := {"auroc", "n", "called_unusual"} - set(row):
             raise ConfigError(f"measured.auroc lacks {', '.join(sorted(missing))}")
     return record
@@ -184,7 +244,7 @@ def _measured(found: Any) -> dict[str, Any]:
 def fit_unusual(
     features: ArrayLike, labels: ArrayLike, validation: ArrayLike, coverage: float = 0.95, task: str = "multiclass"
 ) -> Unusual:
-    """Fits means and spread to training images, and the threshold to validation images.
+    """Fits a detector of pooled features alone, where there is nothing else; `fit_signatures` finds much more.
 
     Args:
         features: (N, C) pooled features of training images.
@@ -196,26 +256,67 @@ def fit_unusual(
         UnusualError: the shapes are inconsistent, or there are too few images.
     """
     x, held_out = np.asarray(features, np.float64), np.asarray(validation, np.float64)
-    groups = np.zeros(len(x), int) if task == "multilabel" else np.asarray(labels)
-    if x.ndim != 2 or held_out.ndim != 2 or held_out.shape[1] != x.shape[1] or groups.shape != x.shape[:1]:
-        raise UnusualError(f"features {x.shape}, labels {groups.shape} and validation {held_out.shape} do not fit")
+    groups_ = np.zeros(len(x), int) if task == "multilabel" else np.asarray(labels)
+    if x.ndim != 2 or held_out.ndim != 2 or held_out.shape[1] != x.shape[1] or groups_.shape != x.shape[:1]:
+        raise UnusualError(f"features {x.shape}, labels {groups_.shape} and validation {held_out.shape} do not fit")
     if not 0 < coverage < 1:
         raise UnusualError(f"coverage must be between 0 and 1, got {coverage}")
-    present = np.unique(groups)
+    present = np.unique(groups_)
     if len(x) < len(present) + 2 or len(held_out) == 0:
         raise UnusualError(f"{len(x)} training and {len(held_out)} validation images are too few")
-    means = np.stack([x[groups == k].mean(0) for k in present])
-    rest = x - means[np.searchsorted(present, groups)]
+    means = np.stack([x[groups_ == k].mean(0) for k in present])
+    rest = x - means[np.searchsorted(present, groups_)]
     spread = np.sqrt((rest**2).sum(0) / (len(x) - len(present)))
     # A constant feature carries no information, but its spread must not be 0.
     spread = np.maximum(spread, max(1e-3 * float(spread.mean()), 1e-12))
-    found = Unusual(means, spread, 0.0, coverage)
-    threshold = float(np.quantile(found.score(held_out), coverage, method="higher"))
+    return _with_threshold(Unusual(means, spread, 0.0, coverage), held_out, held_out)
+
+
+def fit_signatures(
+    signatures: ArrayLike,
+    labels: ArrayLike,
+    validation: ArrayLike,
+    config: MedMambaConfig,
+    coverage: float = 0.95,
+) -> Unusual:
+    """Fits a detector to signatures (`inference.signatures`): of training images, its thresholds to validation images.
+
+    Args:
+        signatures: (N, S) of training images.
+        labels: (N,) their classes; ignored for multi-label tasks, which are treated as one class.
+        validation: (M, S) of validation images.
+        config: of the model.
+        coverage: fraction of the validation images that are not to be flagged.
+
+    Raises:
+        UnusualError: as `fit_unusual`.
+    """
+    x, held_out = np.asarray(signatures, np.float64), np.asarray(validation, np.float64)
+    columns = groups(config)
+    most = max(part.stop for part in columns.values())
+    if x.ndim != 2 or x.shape[1] != most or held_out.shape[1:] != (most,):
+        raise UnusualError(f"expected signatures (N, {most}) and (M, {most}), got {x.shape} and {held_out.shape}")
+    bare = fit_unusual(x[:, -config.dims[-1] :], labels, held_out[:, -config.dims[-1] :], coverage, config.task)
+    parts, centre, reach = fit_parts(x, columns, held_out, bare.score(held_out[:, -config.dims[-1] :]))
+    found = dataclasses.replace(bare, combined=Combined(parts, centre, reach))
+    assert found.combined is not None
+    scores, pixels = found.score(held_out), found.combined.pixel_score(held_out[:, :PIXELS])
+    limits = dataclasses.replace(found.combined, far=tail(scores, FAR), pixel_limit=tail(pixels, FAR))
+    found = dataclasses.replace(found, combined=limits)
+    return _with_threshold(found, held_out, held_out[:, -config.dims[-1] :])
+
+
+def _with_threshold(found: Unusual, held_out: NDArray[np.float64], features: NDArray[np.float64]) -> Unusual:
+    """Returns the detector with threshold and reference of validation images."""
+    scores = np.sort(found.score(held_out))
+    threshold = float(np.quantile(scores, found.coverage, method="higher"))
     reference = None
     if len(held_out) > 1:
-        scores = np.sort(found.score(held_out))
-        reference = Reference(len(held_out), held_out.mean(0), held_out.std(0, ddof=1), scores)
-    return Unusual(means, spread, threshold, coverage, reference=reference)
+        reference = Reference(len(held_out), features.mean(0), features.std(0, ddof=1), scores)
+    combined = found.combined
+    if combined:  # of few images the tail may begin below the threshold
+        combined = dataclasses.replace(combined, far=max(combined.far, threshold))
+    return dataclasses.replace(found, threshold=threshold, reference=reference, combined=combined)
 
 
 def _weights_of(folder: Path) -> str:
@@ -225,7 +326,3 @@ def _weights_of(folder: Path) -> str:
     except (OSError, ValueError, AttributeError):
         recorded = None
     return recorded or file_hash(folder / WEIGHTS_NAME)
-
-
-def _rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in values]

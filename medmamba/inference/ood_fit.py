@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from ..data.deferred import RecordImages
 from ..imaging.ahead import Order, Unread
 from .fingerprint import fingerprint
 from .fitted import body
-from .ood import Unusual, UnusualError, fit_unusual
+from .ood import Unusual, UnusualError, fit_signatures
 from .predict import why_not_finite
-from .stream import stream
+from .signature import Signatures
+from .stream import Options, stream
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Outputs of a model on a dataset: features (N, C), logits (N, K), labels (N,), or (N, K) for multi-label."""
+    """Outputs of a model on a dataset: signatures (N, S), logits (N, K), labels (N,), or (N, K) for multi-label.
+
+    `features` (N, C) are the pooled features, the last columns of the signatures.
+    """
 
     features: NDArray[np.float32]
     logits: NDArray[np.float64]
     labels: NDArray[np.int64]
+    signatures: NDArray[np.float32]
 
 
 def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600) -> Seen:
@@ -47,23 +52,36 @@ def look(model: Any, dataset: ImageDataset, split: str | None, images: int = 600
         raise UnusualError(f"{dataset.name} has no split {split!r}; there are {sorted(map(str, dataset.split_sizes))}")
     part = dataset.split(split) if split else dataset
     chosen = sample(len(part), images)
+    try:
+        found, logits = look_at(model, RecordImages(part.subset(chosen)))
+    except UnusualError as error:
+        raise UnusualError(f"{dataset.name}: {error}") from error
+    return Seen(found[:, -model.config.dims[-1] :], logits, np.asarray(part.labels)[chosen], found)
+
+
+def look_at(model: Any, sources: Iterable[Any]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Returns the signatures (N, S) and logits (N, K) of images, see `iter_predict` for what they may be.
+
+    Raises:
+        UnusualError: images that cannot be read, or for which the model returns NaN.
+    """
     order = Order(model.config.preprocess, model.config.in_chans)
     failed: list[str] = []
-    pooled, logits = Pooled(), []
-    for batch in stream(model, RecordImages(part.subset(chosen)), order):
+    seen, logits = Signatures(), []
+    for batch in stream(model, sources, order, Options(signature=True)):
         for item, row in batch.rows():
             if isinstance(item, Unread):
                 failed.append(item.error)
             elif row is not None and not row.isfinite().all():
                 failed.append(f"{item.source}: {why_not_finite(model, row)}")
         if batch.answer is not None:
-            if batch.answer.features is None:
+            if batch.answer.signature is None:
                 raise UnusualError(f"{type(model).__name__} does not call its head, so there are no features before it")
-            pooled.add(batch.answer.features)
+            seen.add(batch.answer.signature)
             logits.append(batch.answer.logits.double().numpy())
-    if failed:
-        raise UnusualError(f"{len(failed)} images of {dataset.name} cannot be read; the first: {failed[0]}")
-    return Seen(pooled.array(), np.concatenate(logits), np.asarray(part.labels)[chosen])
+    if failed or not logits:
+        raise UnusualError(f"{len(failed)} images cannot be read; the first: {failed[0] if failed else 'none'}")
+    return seen.array(), np.concatenate(logits)
 
 
 def sample(count: int, most: int) -> NDArray[np.int64]:
@@ -81,7 +99,7 @@ def learn_unusual(model: Any, dataset: ImageDataset, images: int = 600) -> Unusu
         UnusualError: a split is missing or too small, or has images that cannot be read.
     """
     train, val = (look(model, dataset, split, images) for split in ("train", "val"))
-    found = fit_unusual(train.features, train.labels, val.features, task=model.config.task)
+    found = fit_signatures(train.signatures, train.labels, val.signatures, model.config)
     return dataclasses.replace(found, weights=fingerprint(body(model.state_dict())))
 
 

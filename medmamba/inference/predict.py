@@ -17,6 +17,9 @@ from .fitted import in_force
 from .stream import Batch, Options, stream
 
 UNUSUAL = "warning: this does not look like the images the model was trained on; the prediction may be meaningless"
+FAR = "warning: this is unlike all images the model was trained on or tested with; the prediction is meaningless"
+_NOTES = {"near": UNUSUAL, "far": FAR}
+REFUSABLE = ("far", "near")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Prediction:
         unusual: whether the image is out-of-distribution (a heuristic): by its features if the model has a detector
             (see `medmamba.inference.ood`), otherwise by its logits (see `calibration.OutOfDistribution`); None if
             the model has a threshold for neither.
+        unusual_level: "far" if it is unlike all that the model knows (see `medmamba.inference.ood`), "near" if it is
+            otherwise out-of-distribution, else None.
         decisions: results of the decisions that were asked for.
     """
 
@@ -48,15 +53,16 @@ class Prediction:
     decisions: tuple[Decision, ...] = ()
     labels: list[str] | None = None
     grade: float | None = None
+    unusual_level: str | None = None
 
     def __str__(self) -> str:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in self.top)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain types for JSON; "decisions", "labels" and "grade" only where there are any."""
+        """Returns plain types for JSON; "decisions", "labels", "grade" and "unusual_level" only where there are any."""
         data = asdict(self)
         data["decisions"] = [decision.to_dict() for decision in self.decisions] or None
-        optional = ("decisions", "labels", "grade")
+        optional = ("decisions", "labels", "grade", "unusual_level")
         return {name: value for name, value in data.items() if name not in optional or value is not None}
 
 
@@ -76,6 +82,10 @@ class Failure:
 
     def to_dict(self) -> dict[str, Any]:
         return {"source": self.source, "error": self.error}
+
+
+class Refused(Failure):
+    """An image that was not classified because it is too unlike the training images, see `refuse_unusual`."""
 
 
 class NotFinite(Failure):
@@ -149,6 +159,7 @@ def iter_predict(
     decide: Any = None,
     tta: str = "none",
     gpu_decode: bool = False,
+    refuse_unusual: str | None = None,
 ) -> Iterator[Prediction | Failure]:
     """Yields predictions lazily and in order, with a `Failure` in place of each image that cannot be read or for which
     the model returns NaN or infinity.
@@ -160,11 +171,16 @@ def iter_predict(
         workers: processes that read images; 0: none. None: one per core, as soon as more than 2 seconds of reading are
             left.
         precision, devices, reduced, gpu_decode: see `medmamba.inference.stream.Options`.
+        refuse_unusual: yield a `Refused`, which is a `Failure`, for images that are "far" from the training images, or
+            with "near" for all that are flagged as unusual; None: answer them, with a warning.
     """
+    if refuse_unusual not in (None, *REFUSABLE):
+        raise ValueError(f"refuse_unusual must be None, {' or '.join(REFUSABLE)}, got {refuse_unusual!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    options = Options(batch_size, workers, precision, devices, reduced, tta, gpu_decode)
     model = unwrap(model)
+    seen = bool(model.unusual and model.unusual.combined)
+    options = Options(batch_size, workers, precision, devices, reduced, tta, gpu_decode, signature=seen)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     if decide:
@@ -172,7 +188,7 @@ def iter_predict(
     colour = trained_on_colour(model.config)
     order = Order(model.config.preprocess, model.config.in_chans, frame, window, reduced=reduced, colour=colour)
     for batch in stream(model, images, order, options):
-        yield from _finish(model, batch, top_k, decide)
+        yield from _finish(model, batch, top_k, decide, refuse_unusual)
 
 
 read_image = read_source
@@ -188,7 +204,7 @@ def predict_logits(model, batch: Tensor) -> Tensor:
     Raises:
         ValueError: the model does not return logits of `config.num_classes` classes.
     """
-    return _outputs(model, batch)[1]
+    return _outputs(model, batch).logits
 
 
 def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,16 +213,28 @@ def predict_features(model, batch: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: as in `predict_logits`, or a subclass does not call `model.head`.
     """
-    features, logits = _outputs(model, batch)
+    features, logits, _ = _outputs(model, batch)
     if features is None:
         raise ValueError(f"{type(unwrap(model)).__name__} does not call its head, so there are no features before it")
     return features, logits
 
 
-def _outputs(model, batch: Tensor) -> tuple[Tensor | None, Tensor]:
+def predict_signatures(model, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the signatures (B, S), see `signature`, and the logits of `predict_logits`.
+
+    Raises:
+        ValueError: as `predict_features`.
+    """
+    answer = _outputs(model, batch, signature=True)
+    if answer.signature is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} does not call its head, so there are no features before it")
+    return answer.signature, answer.logits
+
+
+def _outputs(model, batch: Tensor, signature: bool = False) -> Answer:
     inner: Any = unwrap(model)
     device = inner.patch_embed.proj.weight.device
-    return Engine(inner, device).compute(batch.to(device), many=False).answer()
+    return Engine(inner, device, signature=signature).compute(batch.to(device), many=False).answer()
 
 
 def probabilities(logits: Tensor, config) -> Tensor:
@@ -240,20 +268,23 @@ def why_not_finite(model, logits: Tensor) -> str:
     return f"the model's outputs are {kind}: values overflowed in {dtype}; {advice}"
 
 
-def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Iterator[Prediction | Failure]:
+def _finish(
+    model, batch: Batch, top_k: int | None, decide: Any = None, refuse: str | None = None
+) -> Iterator[Prediction | Failure]:
     if batch.answer is None:
         yield from (_failure(item) for item in batch.items if isinstance(item, Unread))
         return
     with looking(model):
         found = in_force(model)
     config, detector, changes = found
-    features, logits = batch.answer
+    features, logits, seen = batch.answer
     finite = logits.isfinite().all(1)
     good = enumerate(finite.tolist())
-    known = None if features is None else features[finite]
+    known = None if features is None else (features if seen is None else seen)[finite]
     chances = probabilities(logits[finite], config)
     order = chances.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    flags = _unusual(config, detector, known, logits[finite])
+    levels = _levels(config, detector, known, logits[finite])
+    flags = [None if level is None else bool(level) for level in levels]
     decided: list[tuple[Decision, ...]] = [()] * len(chances)
     if decide:  # in the precision in which the thresholds were chosen
         exact = probabilities(logits[finite].double(), config).numpy()
@@ -262,7 +293,7 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
         logits[finite].tolist(),
         order.tolist(),
         chances.gather(1, order).tolist(),
-        flags,
+        levels,
         decided,
         chances,
         strict=True,
@@ -276,18 +307,22 @@ def _finish(model, batch: Batch, top_k: int | None, decide: Any = None) -> Itera
         if not is_finite:
             yield NotFinite(item.source, f"{item.source}: {why_not_finite(model, logits[position])}")
             continue
-        values, classes, shares, unusual, said, row = next(rows)
+        values, classes, shares, level, said, row = next(rows)
+        if refuse and (level == "far" or (level and refuse == "near")):
+            yield Refused(item.source, f"{item.source}: refused, because {_NOTES[level].partition(': ')[2]}")
+            continue
         yield Prediction(
             source=item.source,
             label=labels[classes[0]],
             probability=shares[0],
             top=[(labels[i], chance) for i, chance in zip(classes, shares, strict=True)],
-            image_notes=[*item.notes, *changes, *([UNUSUAL] if unusual else [])],
+            image_notes=[*item.notes, *changes, *([_NOTES[level]] if level else [])],
             logits=values,
-            unusual=unusual,
+            unusual=None if level is None else bool(level),
             decisions=said,
             labels=_above(row, config) if config.task == "multilabel" else None,
             grade=float(row @ torch.arange(len(row), dtype=row.dtype)) if config.task == "ordinal" else None,
+            unusual_level=level or None,
         )
 
 
@@ -301,15 +336,18 @@ def _above(row: Tensor, config) -> list[str]:
     return [config.id2label[i] for i, limit in enumerate(limits) if row[i].item() > limit]
 
 
-def _unusual(config, detector, features: Tensor | None, logits: Tensor) -> list[bool] | list[None]:
+def _levels(config, detector, seen: Tensor | None, logits: Tensor) -> Sequence[str | None]:
+    """Returns "near" or "far" for out-of-distribution images, "" for others, None where there is no threshold."""
     from ..metrics.calibration import Calibration
 
     if not len(logits):
         return []
-    if detector and features is not None:
-        return detector.is_unusual(features.numpy()).tolist()
+    if detector and seen is not None:
+        return [level or "" for level in detector.levels(seen.numpy())]
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
-    return [None] * len(logits) if ood is None else ood.is_unusual(logits.numpy(), config.task).tolist()
+    if ood is None:
+        return [None] * len(logits)
+    return ["near" if flag else "" for flag in ood.is_unusual(logits.numpy(), config.task)]
 
 
 def unusual_flags(model, answer: Answer) -> list[bool] | list[None]:

@@ -44,6 +44,7 @@ class Options:
         reduced: decode JPEG at reduced size, see `Order.reduced`.
         tta: test-time augmentation, see `medmamba.inference.tta`.
         gpu_decode: decode plain JPEG files on the GPU that computes, see `gpu_decode`.
+        signature: answers hold the signatures of the images, see `signature`.
     """
 
     batch_size: int | None = None
@@ -53,6 +54,7 @@ class Options:
     reduced: bool = False
     tta: str = "none"
     gpu_decode: bool = False
+    signature: bool = False
 
     def __post_init__(self) -> None:
         check(self.tta)
@@ -131,7 +133,9 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
 class _Run:
     def __init__(self, model: Any, order: Order, options: Options, devices: list[torch.device]) -> None:
         self.model, self.order, self.options = model, order, options
-        self.engines = [Engine(model, device, options.precision, options.tta, order) for device in devices]
+        self.engines = [
+            Engine(model, device, options.precision, options.tta, order, options.signature) for device in devices
+        ]
         self._size = options.batch_size
         self._going: deque[tuple[list[Chunk], Running | None]] = deque()
         # Decoding on a GPU waits for it, so threads do that; copies are only asked for.

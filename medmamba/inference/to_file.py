@@ -16,7 +16,7 @@ from ..imaging.image import Window
 from ..utils.modes import unwrap
 from .decide import chosen
 from .fitted import in_force
-from .predict import Failure, NotFinite, Prediction, iter_predict
+from .predict import Failure, NotFinite, Prediction, Refused, iter_predict
 from .sinks import open_sink
 
 
@@ -29,12 +29,21 @@ class Summary:
         before: answered by earlier runs, or named twice.
         unread: could not be read.
         undefined: the model returned NaN or infinity.
+        refused: too unlike the training images, where that was asked for.
     """
 
     answered: int = 0
     before: int = 0
     unread: int = 0
     undefined: int = 0
+    refused: int = 0
+
+    def count(self, result: Prediction | Failure) -> None:
+        """Adds the result of one image."""
+        self.answered += 1
+        self.undefined += isinstance(result, NotFinite)
+        self.refused += isinstance(result, Refused)
+        self.unread += isinstance(result, Failure) and not isinstance(result, NotFinite | Refused)
 
 
 def predict_to_file(
@@ -50,6 +59,7 @@ def predict_to_file(
     decide: Any = None,
     tta: str = "none",
     gpu_decode: bool = False,
+    refuse_unusual: str | None = None,
     record: Callable[[str, Prediction | Failure], dict[str, Any]] | None = None,
     done: Callable[[int], object] | None = None,
     predict: Callable[..., Iterator[Prediction | Failure]] = iter_predict,
@@ -63,8 +73,8 @@ def predict_to_file(
         model: see `iter_predict`.
         sources: names of images, or what `medmamba.data.sources.open_sources` found; any number.
         out: file ending in .jsonl, .csv or .parquet, or a folder of Parquet parts; see `medmamba.inference.sinks`.
-        top_k, frame, window, precision, reduced, gpu_decode, decide, tta: see `iter_predict`. A file that was begun
-            with others, or with another model, is refused.
+        top_k, frame, window, precision, reduced, gpu_decode, refuse_unusual, decide, tta: see `iter_predict`. A file
+            that was begun with others, or with another model, is refused.
         record: makes the row of an image from its name and its result; None: the fields of the result.
         done: called with the number of images that have been answered or passed over since the last call.
         predict: `iter_predict`, or what answers like it, such as `medmamba.inference.cluster.predict_on_ray`.
@@ -89,6 +99,8 @@ def predict_to_file(
             entry if isinstance(entry, str) else entry.name for entry in chosen(in_force(inner), decide)
         ]
     reading |= {"decide": decide, "tta": tta}
+    if refuse_unusual:
+        reading["refuse_unusual"] = identity["refuse_unusual"] = refuse_unusual
     names: deque[str] = deque()  # of the images that are on their way
 
     with open_sink(out, list(inner.config.labels), identity) as sink:
@@ -107,9 +119,7 @@ def predict_to_file(
             name = names.popleft()
             row = record(name, result) if record else {**result.to_dict(), "source": name}
             sink.write(row)
-            found.answered += 1
-            found.undefined += isinstance(result, NotFinite)
-            found.unread += isinstance(result, Failure) and not isinstance(result, NotFinite)
+            found.count(result)
             told(1)
     return found
 

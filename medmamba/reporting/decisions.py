@@ -74,7 +74,7 @@ def _observed(study: Study) -> Observed:
         logits=scored.logits,
         labels=scored.labels,
         patients=tuple(study.index.patients),
-        unusual=detector.is_unusual(study.features) if detector else None,
+        unusual=detector.is_unusual(study.signatures) if detector else None,
         classes=tuple(scored.evaluation.classes),
         task=scored.evaluation.task,
         temperature=scored.evaluation.context["temperature"],

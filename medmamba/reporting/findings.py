@@ -54,7 +54,7 @@ def flagged_text(study: Study) -> str:
     detector = study.model.unusual
     if detector is None:
         return ""
-    flagged = detector.is_unusual(study.features)
+    flagged = detector.is_unusual(study.signatures)
     expected = 1 - detector.coverage
     return (
         f"{int(flagged.sum())} of {len(flagged)} images ({flagged.mean():.1%}) are flagged as unlike the training "
@@ -68,12 +68,12 @@ def unusual(study: Study) -> list[Block]:
         return []
     blocks: list[Block] = [
         Text(
-            "An image is flagged as unusual if its features lie further from those of every class than those of "
-            f"{detector.coverage:.0%} of the validation images do. {flagged_text(study)} An image that is not "
-            "flagged may still belong to none of the classes."
+            "An image is flagged as unusual if its pixels and features are less like those of the training images "
+            f"than those of {detector.coverage:.0%} of the validation images are. {flagged_text(study)} An image that "
+            "is not flagged may still belong to none of the classes."
         )
     ]
-    flagged, e = detector.is_unusual(study.features), study.scored.evaluation
+    flagged, e = detector.is_unusual(study.signatures), study.scored.evaluation
     if e.task != "multilabel" and flagged.any() and not flagged.all():
         right = study.probabilities.argmax(axis=1) == study.index.labels
         blocks.append(
@@ -83,7 +83,7 @@ def unusual(study: Study) -> list[Block]:
             )
         )
     stored = detector.reference.scores if detector.reference else None
-    drawn = score_figure(stored, detector.score(study.features), detector.threshold)
+    drawn = score_figure(stored, detector.score(study.signatures), detector.threshold)
     blocks.append(picture(drawn, "Distance to the training images.", 70))
     if rows := detector.measured.get("auroc"):
         cells = [

@@ -267,7 +267,7 @@ def _limits(study: Study) -> list[Block]:
     if study.facts.terms.non_commercial:
         items.append("The training data may not be used commercially.")
     if detector := study.model.unusual:
-        share = float(detector.is_unusual(study.features).mean())
+        share = float(detector.is_unusual(study.signatures).mean())
         if share > 2 * (1 - detector.coverage):
             items.append(f"{share:.0%} of the images are unlike the training images, and results differ for these.")
     return [Bullets(items)]

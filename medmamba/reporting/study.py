@@ -20,7 +20,7 @@ from ..explain import compare
 from ..explain.comparison import Comparison
 from ..imaging.load import MedicalImage
 from ..inference.fitted import in_force
-from ..inference.ood_fit import pooled_features
+from ..inference.signature import signatures
 from ..metrics.calibration import to_probabilities
 from ..model import MedMamba
 from ..pretrained.sources import fetch
@@ -43,7 +43,7 @@ class Study:
         index: the evaluated images, with the model's classes.
         split: that was evaluated, "all" for all images.
         scored: logits and metrics.
-        features: (N, C) pooled features of the evaluated images.
+        signatures: (N, S) of the evaluated images, see `inference.signature`.
         corruptions: errors on corrupted images, measured now or stored in the model folder.
         explained: explanations with checks of some images: title, comparison.
         external: the authors say that the data are of another source than the training data.
@@ -58,7 +58,7 @@ class Study:
     index: ImageDataset
     split: str
     scored: Scored
-    features: np.ndarray = field(repr=False)
+    signatures: np.ndarray = field(repr=False)
     corruptions: Corruptions | None = None
     explained: tuple[tuple[str, Comparison], ...] = ()
     external: bool = False
@@ -102,7 +102,8 @@ def make_study(
     opened = open_dataset(data, dataset=dataset, patient_pattern=patient_pattern, single_class=True)
     if by and metadata is None:
         metadata = metadata_file(data)
-    with pooled_features(network) as pooled:
+    index = match_classes(opened if split is None else opened.split(split), network.config)
+    with signatures(len(index)) as seen:
         scored = evaluate_model(
             network,
             opened,
@@ -117,7 +118,6 @@ def make_study(
             seed=seed,
             progress=progress,
         )
-    index = match_classes(opened if split is None else opened.split(split), network.config)
     weights = file_hash(folder / WEIGHTS_NAME)
     facts = _facts(folder)
     study = Study(
@@ -129,7 +129,7 @@ def make_study(
         index=index,
         split=split or "all",
         scored=scored,
-        features=pooled.array()[: len(index)],
+        signatures=seen.array(),
         corruptions=scored.corruptions or facts.corruptions,
         external=external,
         notes=held.notes,

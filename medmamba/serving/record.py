@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import MedMambaConfig
 from ..imaging.image import FrameNeeded, MedicalImage, Window, WindowNeeded
-from ..inference.predict import UNUSUAL, Prediction
+from ..inference.predict import FAR, UNUSUAL, Prediction
 from ..utils.advice import spelled
 
 NOTICE = (
@@ -86,7 +86,8 @@ def is_of_contrast(note: str) -> bool:
 
 def without_unusual(prediction: Prediction) -> Prediction:
     """Returns a prediction without the out-of-distribution note, which records and pages show separately."""
-    return dataclasses.replace(prediction, image_notes=[note for note in prediction.image_notes if note != UNUSUAL])
+    notes = [note for note in prediction.image_notes if note not in (UNUSUAL, FAR)]
+    return dataclasses.replace(prediction, image_notes=notes)
 
 
 def is_unsure(prediction: Prediction, config: MedMambaConfig) -> bool:
@@ -94,7 +95,14 @@ def is_unsure(prediction: Prediction, config: MedMambaConfig) -> bool:
     return not prediction.labels if config.task == "multilabel" else prediction.probability < UNSURE
 
 
-def classification(prediction: Prediction, how: Applied, milliseconds: float, server: Server) -> dict[str, Any]:
+def classification(
+    prediction: Prediction,
+    how: Applied,
+    milliseconds: float,
+    server: Server,
+    refused: bool = False,
+    suggestion: str | None = None,
+) -> dict[str, Any]:
     """Returns the record of a classified image: plain data without NaN.
 
     Args:
@@ -102,16 +110,21 @@ def classification(prediction: Prediction, how: Applied, milliseconds: float, se
         how: it was read.
         milliseconds: from the file to the prediction.
         server: the model and where it runs.
+        refused: leave out the answer, because the image is unlike all that the model knows.
+        suggestion: name of the model to try instead.
     """
     prediction = without_unusual(prediction)
     return finite(
         {
-            "label": prediction.label,
-            "probability": prediction.probability,
-            "probabilities": dict(prediction.top),
+            "label": None if refused else prediction.label,
+            "probability": None if refused else prediction.probability,
+            "probabilities": {} if refused else dict(prediction.top),
             "calibrated": server.calibrated,
-            "unsure": is_unsure(prediction, server.config),
+            "unsure": None if refused else is_unsure(prediction, server.config),
             "unusual": prediction.unusual,
+            "unusual_level": prediction.unusual_level,
+            "refused": refused,
+            "suggestion": suggestion,
             "frame": how.frame,
             "frames": how.n_frames,
             "window": list(how.window) if how.window else None,

@@ -17,9 +17,9 @@ from ..data.registry import DatasetEntry
 from ..evaluation import RESULTS_NAME, Scored, predict_logits, score, write_results
 from ..imaging.preprocess import normalise
 from ..inference.ood import NAME as UNUSUAL_NAME
-from ..inference.ood import Unusual, UnusualError, fit_unusual
+from ..inference.ood import Unusual, UnusualError, fit_signatures
 from ..inference.ood_fit import learn_unusual, sample
-from ..inference.predict import predict_features
+from ..inference.predict import predict_signatures
 from ..metrics import Evaluation
 from ..metrics.calibration import fit_calibration
 from ..model import MedMamba
@@ -114,16 +114,15 @@ def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch
         with contextlib.suppress(UnusualError):
             return learn_unusual(model, images.index, UNUSUAL_IMAGES)
         return None
-    features, labels = {}, {}
+    seen, labels = {}, {}
     for split in ("train", "val"):
         data = images(split, size)
         rows = torch.from_numpy(sample(len(data), UNUSUAL_IMAGES))
         batches = (normalise(data.batch(part, device)[0], model.config.preprocess) for part in rows.split(32))
-        found = [predict_features(model, batch)[0] for batch in batches]
-        features[split] = torch.cat([part for part in found if part is not None]).numpy()
+        seen[split] = torch.cat([predict_signatures(model, batch)[0] for batch in batches]).numpy()
         labels[split] = np.asarray(data.index.labels)[rows]
     with contextlib.suppress(UnusualError):
-        return fit_unusual(features["train"], labels["train"], features["val"], task=model.config.task)
+        return fit_signatures(seen["train"], labels["train"], seen["val"], model.config)
     return None
 
 

@@ -86,6 +86,7 @@ def train(
     dataset: str | None = None,
     split: str | Sequence[float] | None = None,
     patient_pattern: str | None = None,
+    patients: str | None = None,
     classes: Sequence[str] | None = None,
     task: str | None = None,
     allow_leakage: Collection[str] = (),
@@ -128,6 +129,7 @@ def train(
         dataset: name in the registry, for order and names of classes, patients and licence, recorded with the weights.
         split: how to split `data` that has no splits: three fractions, or "published" for the registry's rule.
         patient_pattern: regular expression; group 1 in a file name is the patient.
+        patients: another rule for patients, "folder" or "FILE.csv:COLUMN", see `medmamba.data.with_patients`.
         classes: names of all classes in the order of the labels, for an ordinal task from the lowest grade to the
             highest; default: the names found, sorted.
         task: "ordinal" where the classes are grades in order: the loss then counts how far off a grade is, and
@@ -180,7 +182,7 @@ def train(
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
     accelerator = make_accelerator(device, precision)
     out, folder = Path(out), Path(cache) if cache else None
-    index, entry, rule = _open(data, dataset, split, patient_pattern, classes, seed)
+    index, entry, rule = _open(data, dataset, split, patient_pattern, patients, classes, seed)
     index = _as_task(index, task, ordered=entry is not None or classes is not None or isinstance(data, ImageDataset))
     check_splits(index)
     torch.manual_seed(seed)
@@ -294,18 +296,19 @@ def _open(
     dataset: str | None,
     split: str | Sequence[float] | None,
     patient_pattern: str | None,
+    patients: str | None,
     classes: Sequence[str] | None,
     seed: int,
 ) -> tuple[ImageDataset, registry.DatasetEntry | None, str]:
     """Returns the images with their splits, their registry entry, and a description of how the splits were made."""
     entry = registry.get(dataset) if dataset else None
     if isinstance(data, ImageDataset):
-        for name, value in (("patient_pattern", patient_pattern), ("classes", classes)):
+        for name, value in (("patient_pattern", patient_pattern), ("patients", patients), ("classes", classes)):
             if value is not None:
                 raise DatasetError(f"{name} would have no effect on an ImageDataset; give it to open_dataset")
         index = data
     else:
-        index = open_dataset(data, dataset=entry, patient_pattern=patient_pattern, classes=classes)
+        index = open_dataset(data, dataset=entry, patient_pattern=patient_pattern, patients=patients, classes=classes)
     if len(index) == 0:
         raise DatasetError(f"{index.name} has no images")
     found = index.split_sizes

@@ -243,7 +243,7 @@ def test_the_app_says_what_it_passed_over_and_where_val_comes_from(tmp_path: Pat
     pytest.importorskip("gradio")
     from demo.jobs import plan
     from demo.options import Limits
-    from demo.tabs.finetune import set_html
+    from demo.tabs.patients import set_html
 
     names = [f"{split}\\{c}\\{i}.IMA" for split in ("train", "test") for c in "ab" for i in range(8)]
     found = plan(pack(tmp_path / "x.zip", *names, raw={"train\\a\\notes.txt": b"text"}), Limits())

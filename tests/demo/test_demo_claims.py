@@ -22,7 +22,7 @@ from demo import advice, service, sessions, store
 from demo.context import Context
 from demo.options import Limits, Options
 from demo.service import Answer, View, inspect
-from demo.tabs import answers, classify, finetune, models, remarks, window
+from demo.tabs import answers, classify, finetune, models, patients, remarks, window
 from medmamba.serving.record import UNSURE, Applied
 
 GOOD = {**CALIBRATION, "n": 1000, "ece_after": 0.02}
@@ -186,13 +186,13 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
     import demo.jobs as jobs
 
     found = jobs.plan(jobs.Path(str(classify.__file__)).parents[1] / "examples" / "chest_xray_sample.zip", Limits())
-    page = finetune.set_html(found)
+    page = patients.set_html(found)
     assert "as patients are unknown" in page and "Images of one patient may be in several splits" in page
     index = found.index
     records = [dataclasses.replace(record, patient="p") for record in index.records]
     grouped = dataclasses.replace(found, index=index.with_records(records))
-    assert "kept together" in finetune.how_divided(grouped)
-    assert finetune.how_divided(dataclasses.replace(found, made=False)) == "as in the folders"
+    assert "kept together" in patients.how_divided(grouped)
+    assert patients.how_divided(dataclasses.replace(found, made=False)) == "as in the folders"
     assert "20 minutes" in finetune.kept_until(20)
 
 
@@ -361,7 +361,7 @@ def test_patients_in_file_names_stay_in_one_split(tmp_path):
     for record in found.index.records:
         splits.setdefault(record.patient, set()).add(record.split)
     assert len(splits) == 16 and all(len(where) == 1 for where in splits.values())
-    page = finetune.set_html(found)
+    page = patients.set_html(found)
     assert "16, with up to 3 images each" in page and "a0_0.png → a0" in page
     assert "may be in several splits" not in page
     for pattern, reason in (("(", "not a regular expression"), ("^(x)", "matches none")):

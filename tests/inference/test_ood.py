@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from medmamba.data import make_splits, open_dataset
-from medmamba.inference.ood import Unusual, UnusualError, fit_unusual, load_unusual
+from medmamba.inference.ood import Unusual, UnusualError, fit_signatures, fit_unusual, load_unusual
 from medmamba.inference.ood_fit import learn_unusual, look, pooled_features
+from medmamba.inference.signature import signatures
 
 
 def clouds(n=200, shift=0.0, seed=0):
@@ -130,13 +131,14 @@ def dark_and_light(tmp_path):
 def test_it_is_learnt_from_train_and_val_alone(tiny_model, dark_and_light):
     train, val = look(tiny_model, dark_and_light, "train"), look(tiny_model, dark_and_light, "val")
     assert train.features.shape == (20, 64) and len(val.logits) == len(val.labels) == 12
-    expected = fit_unusual(train.features, train.labels, val.features)
+    expected = fit_signatures(train.signatures, train.labels, val.signatures, tiny_model.config)
     found = learn_unusual(tiny_model, dark_and_light)
     assert found.threshold == expected.threshold and np.array_equal(found.means, expected.means)
+    assert np.array_equal(found.means, fit_unusual(train.features, train.labels, val.features).means)
     noise = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    with pooled_features(tiny_model) as pooled:
+    with signatures() as seen:
         tiny_model.predict(list(noise))
-    assert found.is_unusual(pooled.array()).all()
+    assert found.is_unusual(seen.array()).all()
 
 
 def test_a_part_of_a_set_is_the_same_part_each_time(tiny_model, dark_and_light):
