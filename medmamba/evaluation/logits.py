@@ -19,7 +19,7 @@ from ..data.deferred import RecordImages
 from ..imaging.ahead import Order, Unread
 from ..imaging.image import ImageError
 from ..imaging.preprocess import normalise
-from ..inference.predict import unusual_flags
+from ..inference.predict import needs_signatures, unusual_flags
 from ..inference.stream import Options, stream
 from ..model import MedMamba
 from ..utils.devices import autocast
@@ -81,6 +81,7 @@ def dataset_answers(
     )
     order = Order(model.config.preprocess, model.config.in_chans, stored=True)
     options = Options(batch_size, workers, precision="float32", devices=[accelerator.device], tta=tta)
+    options = dataclasses.replace(options, signature=needs_signatures(model))
     found: list[Tensor] = []
     flags: list[bool | None] = []
     with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:

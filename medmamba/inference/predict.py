@@ -179,7 +179,7 @@ def iter_predict(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     model = unwrap(model)
-    seen = bool(model.unusual and model.unusual.combined)
+    seen = needs_signatures(model)
     options = Options(batch_size, workers, precision, devices, reduced, tta, gpu_decode, signature=seen)
     if not model.config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
@@ -353,16 +353,22 @@ def _levels(config, detector, seen: Tensor | None, logits: Tensor) -> Sequence[s
 def unusual_flags(model, answer: Answer) -> list[bool] | list[None]:
     """Returns for each image of an answer whether it is unlike the training images, or None without a detector.
 
-    Images without a finite answer are not flagged.
+    The answer holds signatures if `needs_signatures`. Images without a finite answer are not flagged.
     """
     config, detector, _ = in_force(unwrap(model))
     finite = answer.logits.isfinite().all(1)
-    features = None if answer.features is None else answer.features[finite]
-    known = _unusual(config, detector, features, answer.logits[finite])
+    seen = answer.features if answer.signature is None else answer.signature
+    known = _levels(config, detector, None if seen is None else seen[finite], answer.logits[finite])
     if None in known:
         return [None] * len(finite)
     found = iter(known)
     return [bool(next(found)) if good else False for good in finite.tolist()]
+
+
+def needs_signatures(model) -> bool:
+    """Returns whether the detector of a model compares whole signatures, see `stream.Options`."""
+    detector = getattr(unwrap(model), "unusual", None)
+    return bool(detector and detector.combined)
 
 
 def trained_on_colour(config) -> bool | None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from medmamba.data import make_splits, open_dataset
 from medmamba.imaging.load import load_image
+from medmamba.imaging.preprocess import preprocess
 from medmamba.inference import (
     Refused,
     UnusualError,
@@ -24,6 +25,7 @@ from medmamba.inference import (
 from medmamba.inference.engine import Engine
 from medmamba.inference.ood_file import packed, unpacked
 from medmamba.inference.ood_parts import tail
+from medmamba.inference.predict import needs_signatures, unusual_flags
 from medmamba.inference.signature import PIXELS, groups, pixel_statistics, width
 
 
@@ -113,6 +115,18 @@ def test_other_kinds_are_far_and_more_of_the_same_are_not(of_discs):
     assert other[0].to_dict()["unusual_level"] == "far"
     ordinary = next(p for p in own if not p.unusual)
     assert ordinary.unusual is False and "unusual_level" not in ordinary.to_dict()
+
+
+def test_flags_of_an_evaluation_are_those_of_predict(of_discs):
+    images = [*scenes("discs", 3, 7), *scenes("stripes", 3)]
+    batch = torch.cat(
+        [preprocess(load_image(Image.fromarray(image)), of_discs.config.preprocess)[None] for image in images]
+    )
+    assert needs_signatures(of_discs)
+    answer = Engine(of_discs, torch.device("cpu"), signature=True).compute(batch).answer()
+    assert unusual_flags(of_discs, answer) == [p.unusual for p in of_discs.predict(images)]
+    answer.logits[0] = torch.nan
+    assert unusual_flags(of_discs, answer)[0] is False
 
 
 def test_a_grey_image_that_was_saved_in_colour_is_no_other_kind(tiny_model):
