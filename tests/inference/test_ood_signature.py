@@ -125,8 +125,8 @@ def test_flags_of_an_evaluation_are_those_of_predict(of_discs):
     assert needs_signatures(of_discs)
     answer = Engine(of_discs, torch.device("cpu"), signature=True).compute(batch).answer()
     assert unusual_flags(of_discs, answer) == [p.unusual for p in of_discs.predict(images)]
-    answer.logits[0] = torch.nan
-    assert unusual_flags(of_discs, answer)[0] is False
+    undefined = answer._replace(logits=answer.logits.clone().index_fill(0, torch.tensor([0]), torch.nan))
+    assert unusual_flags(of_discs, undefined)[0] is False
 
 
 def test_a_grey_image_that_was_saved_in_colour_is_no_other_kind(tiny_model):
