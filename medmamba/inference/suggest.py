@@ -29,7 +29,7 @@ class Suggestion:
         name: of the model.
         kind: of its images, such as "paediatric chest X-ray"; "" where its dataset is not in the registry.
         score: how unlike its training images the pixels are; up to 1 is accepted.
-        asked: whether the model itself accepted the image, not its pixels alone.
+        asked: whether the model itself would not refuse the image, which is more than that its pixels are accepted.
     """
 
     name: str
@@ -64,7 +64,7 @@ def suggest_model(
     for one in found[:ASKED]:
         model = load(one.name)
         prediction = predict(model, [image])[0]  # type: ignore[index]
-        if not prediction.unusual_level:
+        if prediction.unusual_level != "far":
             return Suggestion(one.name, one.kind, one.score, asked=True)
     return None
 
