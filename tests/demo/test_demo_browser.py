@@ -267,7 +267,7 @@ def test_axe_finds_nothing_serious_in_what_takes_longer(open_page, dark):
     answer_of(page, NEUTROPHIL)
     page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
-    page.get_by_label("Occlusion").uncheck()
+    page.get_by_label("GradientSHAP").uncheck()
     page.get_by_label("Check the maps").check()
     page.locator("#mm-run-explain").click()
     page.locator("#mm-downloads button").first.wait_for()

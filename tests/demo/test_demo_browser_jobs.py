@@ -30,7 +30,7 @@ def test_explaining_an_answer(open_page):
     answer_of(page, NEUTROPHIL)
     page.get_by_role("button", name="Explain this prediction").click()
     page.get_by_text("Ready", exact=True).wait_for()
-    page.get_by_label("Occlusion").uncheck()
+    page.get_by_label("GradientSHAP").uncheck()
     page.get_by_label("Check the maps").check()
     page.locator("#mm-run-explain").click()
     page.get_by_text("Can these maps be trusted?").wait_for()
@@ -107,7 +107,7 @@ def test_fine_tuning_can_be_cancelled_and_refuses_what_is_no_set(open_page, tmp_
     # The drop zone takes another file at once.
     page.locator("#mm-zip input[type=file]").set_input_files(SAMPLE_SET)
     page.locator("#mm-set", has_text="Images of one patient may be in several splits").wait_for()
-    page.get_by_text("Patients in file names").click()
+    page.get_by_text("Which images are of one patient").click()
     field = page.get_by_label("Pattern (regular expression)")
     field.fill("(nothing)")
     field.press("Enter")
