@@ -10,7 +10,7 @@ import torch
 KINDS = (
     ("scan", r"^scan_(forward|backward)|^sum_parts|selective_scan"),
     (
-        "around the scan: norms, gates, depthwise, mixing",
+        "operations around the scan: norms, gates, depthwise, mixing",
         r"^conv_(forward|backward|input)$|^[a-z_]*(gate|norm|mix|silu)[a-z_]*$",
     ),
     ("batch norms of the convolution branch", r"^(batch_[a-z_]*|add_partials|relu_gradient)$"),
@@ -18,7 +18,7 @@ KINDS = (
     ("convolutions and matrix products", r"gemm|nvjet|cutlass|xmma|convolve|conv2d|cudnn|wgrad|dgrad|splitK|cublas"),
     ("norms of PyTorch", r"layer_norm|LayerNorm|GammaBeta|batch_norm|batchnorm|Welford"),
     ("fused by torch.compile", r"^triton_"),
-    ("sums of PyTorch", r"reduce_kernel"),
+    ("PyTorch reductions", r"reduce_kernel"),
     ("copies and conversions", r"copy|Memcpy|CatArray|Memset|FillFunctor"),
     ("other elementwise kernels", r"elementwise"),
 )

@@ -29,7 +29,7 @@ def tables(measured: dict[str, Any], plotted: bool) -> str:
         if not chosen:
             continue
         lines += [f"#### {title}", "", f"224×224, batch {chosen[0]['batch']}.", ""]
-        head = ["model", "precision", "mode", "images/s", "ms", "peak GiB", *(f"to {PEERS.get(c, c)}" for c in columns)]
+        head = ["model", "precision", "mode", "images/s", "ms", "peak GiB", *(f"vs {PEERS.get(c, c)}" for c in columns)]
         bounded = any("roofline" in row for row in chosen)  # it is known of one card
         head += ["of roofline"] if bounded else []
         lines += [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -45,7 +45,8 @@ def tables(measured: dict[str, Any], plotted: bool) -> str:
         lines.append("")
     pixels = [row for row in rows if row["part"] == "pixels"]
     if pixels:
-        lines += ["#### Growth with pixels", "", f"`{pixels[0]['model']}`, batch {pixels[0]['batch']}, CUDA graph.", ""]
+        title = f"`{pixels[0]['model']}`, batch {pixels[0]['batch']}, CUDA graph."
+        lines += ["#### Scaling with the number of pixels", "", title, ""]
         lines += [
             "| side | inference ms | ns per pixel | training ms | ns per pixel | training GiB |",
             "|" + " --- |" * 6,
@@ -64,7 +65,7 @@ def tables(measured: dict[str, Any], plotted: bool) -> str:
             f"{found['ms']:.2f} ms of the GPU in {found['kernels']:.0f} kernels.",
             "",
         ]
-        lines += ["| what | ms | share | kernels |", "| --- | --- | --- | --- |"]
+        lines += ["| kernels of | ms | share | count |", "| --- | --- | --- | --- |"]
         for kind, (ms, count) in found["kinds"].items():
             lines.append(f"| {kind} | {ms:.2f} | {ms / found['ms']:.0%} | {count:.0f} |")
         lines.append("")

@@ -15,7 +15,7 @@ METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "au
 
 
 def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
-    """Title and text of every section, in order; a text is empty where there is nothing to say."""
+    """Returns title and text of every section, in order; a text is empty where there is nothing to say."""
     return [
         ("Model", _model(facts)),
         ("How to use", _use(facts, repo_id)),

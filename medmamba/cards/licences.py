@@ -50,7 +50,7 @@ class Terms:
 def terms_of(
     config: MedMambaConfig, entry: DatasetEntry | None, licence: str | None = None, permission: str = ""
 ) -> Terms:
-    """The terms of a model's weights: those of the data, unless the weights are somebody else's.
+    """Returns the terms of a model's weights: those of the data, unless the weights are somebody else's.
 
     Args:
         entry: the dataset, where the registry knows it.
@@ -99,19 +99,19 @@ def terms_of(
 
 
 def hub_licence(spdx: str | None) -> str | None:
-    """The Hub's identifier of an SPDX licence; "other" where the Hub has none, None where there is no licence."""
+    """Returns the Hub's identifier of an SPDX licence: "other" if the Hub has none, None if there is no licence."""
     if not spdx:
         return None
     return spdx.lower() if spdx.lower() in HUB_LICENCES else "other"
 
 
 def _non_commercial_start(config: MedMambaConfig) -> DatasetEntry | None:
-    """A dataset for non-commercial use that the weights have seen before their own, by the record of their training."""
+    """Returns a non-commercial dataset that the weights were trained on before, according to their record."""
     return next((entry for entry in _starts(config) if entry.licence.non_commercial), None)
 
 
 def _starts(config: MedMambaConfig) -> list[DatasetEntry]:
-    """The datasets of the registry that the weights have seen before their own, by the record of their training."""
+    """Returns the registry's datasets that the weights were trained on before, according to their record."""
     found = []
     for name in [str(config.training.get("init") or ""), *config.training.get("pretraining", [])]:
         try:

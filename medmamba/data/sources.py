@@ -257,7 +257,7 @@ def _addresses(address: str) -> list[RemoteImage]:
 
 
 def _wanted(relative: str) -> bool:
-    """By the name alone: looking into every object of a store would take longer than classifying it."""
+    """Decides by the name alone: looking into every object of a store would take longer than classifying it."""
     return has_image_suffix(relative.rpartition("/")[2]) and reason_by_path(relative) is None
 
 

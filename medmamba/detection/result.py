@@ -76,7 +76,7 @@ class Detection:
         return picture
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Returns plain types, for JSON."""
         return {
             "source": self.source,
             "size": list(self.size),

@@ -205,7 +205,7 @@ class Engine:
         return [_tensor(array).to(self.device, non_blocking=True) for array in arrays]
 
     def _decoded(self, chunk: Chunk) -> list[Tensor]:
-        """Like `_arrays`, where some images are still compressed."""
+        """Does the same as `_arrays` where some images are still compressed."""
         assert self.order is not None
         decoder = self._own.__dict__.setdefault("decoder", None) or GpuDecoder(self.device)
         self._own.decoder = decoder

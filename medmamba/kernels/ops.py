@@ -101,7 +101,7 @@ def selective_scan(
     return_last_state=False,
     backend=None,
 ):
-    """Drop-in for `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`, on any device.
+    """Replaces `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`, on any device.
 
     Args:
         u: (B, C, L). delta: (B, C, L). A: (C, N), real.

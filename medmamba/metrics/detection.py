@@ -37,7 +37,7 @@ class DetectionEvaluation:
     counts: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Returns plain types for JSON."""
         import dataclasses
 
         return {**dataclasses.asdict(self), "classes": list(self.classes)}

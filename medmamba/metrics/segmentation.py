@@ -141,7 +141,7 @@ class SegmentationEvaluation:
         return float(np.mean([v for v in values if v is not None]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Returns plain types for JSON."""
         import dataclasses
 
         return {**dataclasses.asdict(self), "classes": list(self.classes), "mean_dice": self.mean_dice}

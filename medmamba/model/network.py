@@ -225,7 +225,7 @@ class DropPath(nn.Module):
         return x if keep is None else (x * keep).to(x.dtype)
 
     def keep_mask(self, x: Tensor) -> Tensor | None:
-        """Per-sample keep mask scaled by 1/(1 - rate), float32 (B, 1, 1, 1), or None when inactive."""
+        """Returns a per-sample keep mask scaled by 1/(1 - rate), float32 (B, 1, 1, 1), or None when inactive."""
         if not self.training or self.rate == 0:
             return None
         kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)

@@ -133,7 +133,7 @@ class Segmentation:
         return Image.fromarray(np.rint(picture).astype(np.uint8))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON: classes with area, share of the image and number of regions, and the regions."""
+        """Returns plain types for JSON: the regions, and per class area, share of the image and number of regions."""
         import dataclasses
 
         total = math.prod(self.size)

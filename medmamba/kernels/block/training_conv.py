@@ -110,7 +110,7 @@ def _convolve_back(d: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[
 
 
 def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor | None) -> Tensor:
-    """(4, C) of this batch; see `cuda/batch.cu`."""
+    """Returns the statistics (4, C) of this batch; see `cuda/batch.cu`."""
     C, rows, partials = _partials(x)
     plan = _plan(C, x.dtype, False, x.get_device())
     training.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
@@ -126,7 +126,7 @@ def _apply(x: Tensor, stats: Tensor, relu: bool) -> Tensor:
 
 
 def _add_bias_relu(x: Tensor, bias: Tensor) -> Tensor:
-    """In place."""
+    """Adds the bias and applies ReLU, in place."""
     return _scale_and_shift(x, None, bias, x, True)
 
 
@@ -144,7 +144,7 @@ def _relu_gradient(y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
-    """(2, C): the gradients of bias and weight."""
+    """Returns the gradients of bias and weight, (2, C)."""
     C, rows, partials = _partials(x)
     plan = _plan(C, x.dtype, relu, x.get_device())
     kernel = plan("batch_gradient_sums", "ppppl")
@@ -167,7 +167,7 @@ def _add(partials: Tensor, plan: "_Plan", x: Tensor) -> Tensor:
 
 
 def _partials(x: Tensor) -> tuple[int, int, Tensor]:
-    """Channels, rows, and room for what each program finds."""
+    """Returns channels, rows, and a buffer for the partial sums of each program."""
     C = x.shape[-1]
     rows = x.numel() // C
     programs = min(-(-rows // (ROWS_EACH * _together(C))), PROGRAMS * processors(x.get_device()))

@@ -35,7 +35,7 @@ FLAGS = (
 
 
 def source_hash() -> str:
-    """SHA-256 over the C sources, the flags and the compiler version; independent of line ends."""
+    """Returns a SHA-256 over the C sources, the flags and the compiler version; independent of line ends."""
     digest = hashlib.sha256(" ".join((ZIG_VERSION, *FLAGS)).encode())
     for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))

@@ -24,7 +24,7 @@ PADDING = tl.constexpr(1 << 30)  # more than the tokens of any image
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) to float32 accuracy.
+    """Returns log(1 + exp(x)) to float32 accuracy.
 
     Through a polynomial for log(1 + e) / e on [0, 1], of relative error 3e-8: the fast logarithm of a GPU is inaccurate
     near 1, and small step sizes are the rule.
