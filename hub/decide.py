@@ -64,7 +64,7 @@ def observed(folder: Path, data: ImageDataset, split: str, cache: Path, device: 
         path = cache / f"{folder.name}-{split}-{key}-{start}.npz"
         if not path.is_file():
             if model is None:
-                model = MedMamba.from_pretrained(folder).to(pick_device(device)).fuse()
+                model = MedMamba.from_pretrained(folder).to(pick_device(device))
             rows = np.arange(start, min(start + PART, len(index)))
             observe(model, index.subset(rows), None).save(path)
             print(f"  {folder.name} {split}: {rows[-1] + 1} of {len(index)}", flush=True)

@@ -66,26 +66,45 @@ def dataset_answers(
     progress: bool = False,
     tta: str = "none",
 ) -> Answers:
-    """Predicts all images of a dataset, read as they are needed and not kept.
-
-    `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as
-    in `decode`, and TF32 is off. Each process computes its share.
-
-    Raises:
-        ImageError: an image that cannot be read.
-    """
+    """Predicts all images of a dataset; each process computes its share. See `image_answers`."""
     count, processes = len(dataset), accelerator.num_processes
     share = math.ceil(count / processes)
     mine = dataset.subset(
         [row % count for row in range(accelerator.process_index * share, (accelerator.process_index + 1) * share)]
     )
+    visible = progress and accelerator.process_index == 0
+    logits, unusual = image_answers(model, mine, accelerator.device, batch_size, workers, visible, tta)
+
+    def whole(part: Tensor) -> Tensor:
+        return (part if processes == 1 else accelerator.gather(part.to(accelerator.device)))[:count].cpu()
+
+    return Answers(whole(logits), None if unusual is None else whole(unusual))
+
+
+def image_answers(
+    model: MedMamba,
+    dataset: ImageDataset,
+    device: torch.device,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+    tta: str = "none",
+) -> Answers:
+    """Predicts all images of a dataset, read as they are needed and not kept.
+
+    `tta` is test-time augmentation, see `medmamba.inference.tta`. Pixels are rounded to the levels of the files as
+    in `decode`, and TF32 is off.
+
+    Raises:
+        ImageError: an image that cannot be read.
+    """
     order = Order(model.config.preprocess, model.config.in_chans, stored=True)
-    options = Options(batch_size, workers, precision="float32", devices=[accelerator.device], tta=tta)
+    options = Options(batch_size, workers, precision="float32", devices=[device], tta=tta)
     options = dataclasses.replace(options, signature=needs_signatures(model))
     found: list[Tensor] = []
     flags: list[bool | None] = []
-    with tqdm(total=len(mine), unit="img", disable=not (progress and accelerator.process_index == 0)) as bar:
-        for batch in stream(model, RecordImages(mine), order, options):
+    with tqdm(total=len(dataset), unit="img", disable=not progress) as bar:
+        for batch in stream(model, RecordImages(dataset), order, options):
             for item in batch.items:
                 if isinstance(item, Unread):
                     raise item.cause or ImageError(item.error)
@@ -93,12 +112,8 @@ def dataset_answers(
             found.append(batch.answer.logits)
             flags += unusual_flags(model, batch.answer)
             bar.update(len(batch.items))
-
-    def whole(part: Tensor) -> Tensor:
-        return (part if processes == 1 else accelerator.gather(part.to(accelerator.device)))[:count].cpu()
-
-    known = None if any(flag is None for flag in flags) else whole(torch.tensor(flags, dtype=torch.bool))
-    return Answers(whole(torch.cat(found)), known)
+    known = None if any(flag is None for flag in flags) else torch.tensor(flags, dtype=torch.bool)
+    return Answers(torch.cat(found), known)
 
 
 @torch.no_grad()

@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import ImageDataset, open_dataset
-from ..imaging.preprocess import normalise
 from ..inference.fitted import in_force
-from ..inference.predict import NotFiniteError, predict_logits, predict_signatures, why_not_finite
-from ..metrics.calibration import Calibration, to_probabilities
+from ..inference.predict import NotFiniteError, why_not_finite
+from ..metrics.calibration import to_probabilities
 from ..model import MedMamba
 from ..utils.files import staged
 from .classes import match_classes
 from .evaluate_model import read_as
-from .logits import decode
+from .logits import image_answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,23 +109,21 @@ def observe(
     patient_pattern: str | None = None,
     frame: int | None = None,
     window: tuple[float, float] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Observed:
-    """Predicts the images of a split, on the device of the model and in its dtype.
+    """Predicts the images of a split, on the device of the model and in float32.
 
     Args:
         model, data, split, dataset, classes, patient_pattern, frame, window, progress: as in `evaluate_model`.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None: found by itself.
 
     Raises:
         DatasetError, PretrainedError, ValueError: as `evaluate_model`.
         NotFiniteError: the model returned NaN or infinity for some images.
     """
-    from tqdm import tqdm
-
     network: Any = model if isinstance(model, MedMamba) else MedMamba.from_pretrained(model)
-    config, detector, _ = in_force(network)
+    config = in_force(network).config
     if not config.num_classes:
         raise ValueError("this model has no classifier: give it one with model.reset_classifier(num_classes)")
     index = data
@@ -134,30 +131,16 @@ def observe(
         options = {"dataset": dataset, "classes": classes, "patient_pattern": patient_pattern}
         index = read_as(open_dataset(index, **options, single_class=True), frame, window)  # type: ignore[arg-type]
     index = match_classes(index if split is None else index.split(split), config)
-    images = decode(index, config, progress=lambda i: tqdm(i, "reading", len(index), unit="img", disable=not progress))
-    device = network.patch_embed.proj.weight.device
-    logits, unusual = [], []
-    ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
-    rows = np.array_split(np.arange(len(index)), -(-len(index) // batch_size))
-    for part in tqdm(rows, "predicting", unit="batch", disable=not progress):
-        batch = normalise(images.batch(_tensor(part), device)[0], config.preprocess)
-        if detector is not None:
-            seen, found = predict_signatures(network, batch)
-            unusual.append(detector.is_unusual(seen.numpy()))
-        else:
-            found = predict_logits(network, batch)
-            if ood is not None:
-                unusual.append(ood.is_unusual(found.numpy(), config.task))
-        logits.append(found.numpy())
-    said = np.concatenate(logits)
+    logits, unusual = image_answers(network, index, network.patch_embed.proj.weight.device, batch_size, None, progress)
+    said = logits.numpy()
     if len(bad := np.flatnonzero(~np.isfinite(said).all(axis=1))):
-        reason = why_not_finite(network, _tensor(said[bad[0]]))
+        reason = why_not_finite(network, logits[int(bad[0])])
         raise NotFiniteError(f"no prediction for {len(bad)} of {len(said)} images: {reason}")
     return Observed(
         said,
         np.asarray(index.labels),
         tuple(index.patients),
-        np.concatenate(unusual) if unusual else None,
+        None if unusual is None else unusual.numpy(),
         tuple(config.labels),
         config.task,
         float(config.calibration.get("temperature", 1.0)),
@@ -165,9 +148,3 @@ def observe(
         split or "all",
         tuple(config.calibration.get("thresholds") or ()) or 0.5,
     )
-
-
-def _tensor(values: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(values)

@@ -9,7 +9,7 @@ from ..evaluation.decide import abstention_table, check_decisions, coverage_tabl
 from ..evaluation.observed import Observed
 from ..inference.fitted import in_force
 from .blocks import Block, Text, from_markdown, picture
-from .figures import net_benefit_figure, risk_coverage_figure
+from .figures import INSIDE, net_benefit_figure, risk_coverage_figure
 from .study import Study
 
 
@@ -37,7 +37,7 @@ def decisions(study: Study) -> list[Block]:
         curves = {" or ".join(row["classes"]): row["net_benefit"] for row in rows if "net_benefit" in row}
         if curves:
             caption = "Decision curves: net benefit of acting on the model, on nobody and on everybody, by threshold."
-            blocks.append(picture(net_benefit_figure(curves), caption, 62))
+            blocks.append(picture(net_benefit_figure(curves), caption, 62 if len(curves) <= INSIDE else 80))
         blocks.append(Text("PPV and NPV are for the prevalence among the evaluated images; elsewhere they differ."))
     classes = study.scored.evaluation.classes
     for sets in found.sets:

@@ -15,6 +15,9 @@ from ..metrics.result import TITLES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INSIDE = 4
+"""The most decision curves whose legend has a place among them."""
+
 _SHOWN = ("balanced_accuracy", "auroc", "ece")
 
 
@@ -89,7 +92,7 @@ def risk_coverage_figure(selective: Mapping[str, Any]) -> Figure:
 
 def net_benefit_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draws decision curves by class or group of classes, from `DecisionCurve.to_dict`."""
-    figure = _figure(5.6, 3.0)
+    figure = _figure(7.2 if len(curves) > INSIDE else 5.6, 3.0)
     axes = figure.subplots()
     top = 0.02
     for name, curve in curves.items():
@@ -100,7 +103,10 @@ def net_benefit_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
         top = max(top, float(np.nanmax(model)))
     axes.axhline(0, color="0.5", linewidth=0.9)
     axes.set(xlabel="threshold probability", ylabel="net benefit", xlim=(0, 1), ylim=(-0.3 * top, 1.15 * top))
-    axes.legend(fontsize=8, title="dotted: acting on everybody; line at 0: on nobody", title_fontsize=8)
+    about: dict[str, Any] = {"title": "dotted: acting on everybody;\nline at 0: on nobody", "title_fontsize": 8}
+    if len(curves) > INSIDE:
+        about |= {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+    axes.legend(fontsize=8, **about)
     return figure
 
 
@@ -113,7 +119,7 @@ def gallery(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 4) -> Fig
         axis.axis("off")
     for axis, (pixels, text) in zip(axes.flat, pictures, strict=False):
         axis.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-        axis.set_title(text, fontsize=7)
+        axis.set_title(text, fontsize=6.5)
     return figure
 
 

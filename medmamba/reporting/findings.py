@@ -154,7 +154,7 @@ def failures(study: Study) -> list[Block]:
     shown = []
     for row in wrong[:_GALLERY]:
         said = e.classes[int(p[row].argmax())]
-        text = f"true: {_short(true_classes(study, int(row)))}\npredicted: {_short(said)} {p[row].max():.0%}"
+        text = f"true: {_short(true_classes(study, int(row)))}\npredicted: {_short(said)}\n{p[row].max():.0%}"
         shown.append((study.image(int(row)).pixels, text))
     blocks.append(picture(gallery(shown), "The most confident errors.", 100))
     return blocks
