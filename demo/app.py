@@ -27,7 +27,7 @@ from .guard import Guard
 from .options import Limits, Options
 from .sessions import Sessions
 from .store import ModelStore
-from .tabs import classify, explain, finetune, models, viewer
+from .tabs import address, classify, explain, finetune, models, saved, viewer
 
 HERE = Path(__file__).parent
 
@@ -49,6 +49,8 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
         with gr.Tabs(elem_classes="mm-tabs") as tabs:
             with gr.Tab("Classify", id="classify"):
                 classified = classify.build(context)
+                with classified.opening:
+                    saved.build(context, classified)
             with gr.Tab("Explain", id="explain") as tab:
                 explain.build(context, classified, tab, tabs)
             with gr.Tab("Fine-tune", id="finetune"):
@@ -57,6 +59,7 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
                 models.build(context, classified, tabs)
 
         viewer.build(context, classified)
+        address.build(context, classified)
         api.build(context)
 
         def leave(request: gr.Request) -> None:

@@ -6,6 +6,9 @@
     else if (tries) setTimeout(() => later(search, then, tries - 1), 100);
   };
 
+  const tabButtons = () => [...document.querySelectorAll(".mm-tabs > .tab-wrapper [role=tab]")].filter((tab) => !tab.disabled && tab.offsetParent);
+  const slug = (tab) => tab.textContent.trim().toLowerCase().replace(/[^a-z0-9]+/g, "-");
+
   // Pasted images are handled like dropped ones.
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
@@ -67,27 +70,107 @@
       found?.scrollIntoView({ behavior: "smooth", block: "start" });
   };
 
-  // Arrow keys, Home and End move between tabs, as the ARIA pattern for tabs demands.
+  // Arrow keys, Home and End move between tabs, as the ARIA pattern for tabs demands; past the last comes the first.
   document.addEventListener("keydown", (event) => {
     const tab = event.target.closest?.("[role=tab]");
-    const list = tab?.closest("[role=tablist]");
-    if (list) {
-      const tabs = [...list.querySelectorAll("[role=tab]")].filter((other) => !other.disabled);
-      const at = tabs.indexOf(tab);
-      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      const next = tabs[(to + tabs.length) % tabs.length];
-      next.click();
-      next.focus();
-      setTimeout(() => document.getElementById(next.id)?.focus(), 60);  // Gradio draws the tabs again
-    }
-  });
+    if (!tab) return;
+    const tabs = tabButtons();
+    const at = tabs.findIndex((other) => slug(other) === slug(tab));
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+    if (to === undefined || at < 0) return;
+    event.preventDefault();
+    event.stopPropagation(); // Gradio moves too, and would do it a second time
+    const next = slug(tabs[(to + tabs.length) % tabs.length]);
+    tabs[(to + tabs.length) % tabs.length].click();
+    setTimeout(() => tabButtons().find((other) => slug(other) === next)?.focus(), 60);  // Gradio draws the tabs again
+  }, true);
   // Tab leaves an open menu and closes it; otherwise it stays over the page.
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Tab" || !event.target.matches?.("input[role=listbox], input[aria-haspopup=listbox]")) return;
     const input = event.target;
     setTimeout(() => { if (document.activeElement !== input) input.blur(); input.dispatchEvent(new FocusEvent("blur")); }, 0);
+  });
+
+  // Up and down move through the images of a batch.
+  document.addEventListener("keydown", (event) => {
+    const row = event.target.closest?.("#mm-batch [data-mm-index]");
+    if (row && (event.key === "Enter" || event.key === " ") && row.tagName !== "BUTTON") {
+      event.preventDefault();
+      row.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    }
+    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!row || !by) return;
+    event.preventDefault();
+    const rows = [...document.querySelectorAll("#mm-batch button[data-mm-index]")];
+    const next = rows[rows.findIndex((other) => other.dataset.mmIndex === row.dataset.mmIndex) + by];
+    if (next) {
+      next.focus();
+      next.click();
+    }
+  });
+  document.addEventListener("click", (event) => {
+    const picked = event.target.closest("#mm-batch [data-mm-index]");
+    if (!picked) return;
+    for (const other of document.querySelectorAll("#mm-batch [data-mm-index]"))
+      other.toggleAttribute("data-mm-current", other.dataset.mmIndex === picked.dataset.mmIndex);
+  });
+
+  // The address names the tab and the model, so that a link leads back here; the back button works.
+  const DEFAULT_TAB = "classify";
+  let moving = true; // the page follows the address, not the reverse
+  const address = (changes) => {
+    if (moving) return;
+    const query = new URLSearchParams(location.search);
+    for (const [name, value] of Object.entries(changes)) {
+      if (name === "model" && value.startsWith("Yours: ")) query.delete(name); // nobody else has it
+      else query.set(name, value);
+    }
+    const text = query.toString().replaceAll("%2F", "/");
+    if (`?${text}` !== location.search) history.pushState(null, "", `?${text}`);
+  };
+  window.mmAddress = address;
+  const follow = () => {
+    const query = new URLSearchParams(location.search);
+    moving = true;
+    const wanted = query.get("tab")?.toLowerCase().replace(/[^a-z0-9]+/g, "-") ?? DEFAULT_TAB;
+    const tab = tabButtons().find((other) => slug(other) === wanted || slug(other).replace("-", "") === wanted);
+    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+    const model = query.get("model") ?? startModel;
+    if (model && model !== shownModel) window.mmChooseModel?.(model);
+    setTimeout(() => (moving = false), 800);
+  };
+  let startModel, shownModel;
+  window.mmModel = (title, first) => {
+    shownModel = title;
+    if (first) startModel = title;
+    else address({ model: title });
+  };
+  window.addEventListener("popstate", follow);
+  later(".mm-tabs > .tab-wrapper", (bar) => {
+    let selected = DEFAULT_TAB;
+    new MutationObserver(() => {
+      const now = tabButtons().find((tab) => tab.getAttribute("aria-selected") === "true");
+      if (!now || slug(now) === selected) return;
+      selected = slug(now);
+      address({ tab: selected });
+    }).observe(bar, { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-selected"] });
+  });
+  const begin = (tries = 50) => {
+    if (!tries) return;
+    if (!window.mmChooseModel || !startModel || !tabButtons().length) return void setTimeout(() => begin(tries - 1), 100);
+    follow();
+  };
+  begin();
+
+  // Before results or a running job are lost, the browser asks. A model that was downloaded is not lost.
+  const WORK = "#mm-maps .mm-map, #mm-batch .mm-batch, #mm-training .mm-progress, #mm-training .mm-results, [data-mm-work]";
+  let saved = null;
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#mm-download-model")) saved = document.querySelector("#mm-training .mm-results");
+  });
+  window.addEventListener("beforeunload", (event) => {
+    const work = [...document.querySelectorAll(WORK)].filter((found) => found !== saved);
+    if (work.length) event.preventDefault();
   });
 
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));

@@ -17,10 +17,11 @@ from .options import Limits
 
 if TYPE_CHECKING:
     from medmamba.explain import Comparison
-    from medmamba.inference.predict import Prediction
+    from medmamba.inference.predict import Failure, Prediction
 
     from .examples import Example
     from .jobs import Plan
+    from .service import Answer
 
 
 class Session:
@@ -35,6 +36,8 @@ class Session:
         prediction: of that image, or None.
         anyway: (model, image) pairs that are to be answered although the model does not know such images.
         comparison: the last explanation, or None.
+        results: answers for the images, if there are several.
+        labels: true classes set by the visitor, by index of the image.
         views: folders of pictures that the viewer shows.
         models: folders of the models fine-tuned in this session, by displayed name.
         examples: test images of those models, by displayed name.
@@ -53,6 +56,8 @@ class Session:
         self.prediction: Prediction | None = None
         self.anyway: set[tuple[str, Path]] = set()
         self.comparison: Comparison | None = None
+        self.results: list[Answer | Failure] = []
+        self.labels: dict[int, str] = {}
         self.views: list[Path] = []
         self.models: dict[str, Path] = {}
         self.examples: dict[str, list[Example]] = {}
@@ -90,6 +95,7 @@ class Session:
                 shutil.copyfile(upload, path)
             kept.append(path)
         self.images, self.current, self.prediction, self.comparison = kept, 0, None, None
+        self.results, self.labels = [], {}
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

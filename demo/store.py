@@ -124,6 +124,11 @@ class ModelStore:
                 self._loaded.popitem(last=False)
             return loaded
 
+    def forget(self, source: str) -> None:
+        """Drops a model from memory."""
+        with self._lock:
+            self._loaded.pop(source, None)
+
     def _load(self, source: str, title: str) -> Loaded:
         folder = fetch(source, sidecars=True)
         model = MedMamba.from_pretrained(folder).to(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medmamba.inference.predict import Failure
@@ -30,6 +31,7 @@ from ..html import (
 from ..service import Answer, FileFacts, reduced
 from ..store import Loaded
 from .decide import remarks as decide_remarks
+from .labels import choice_html
 from .refusals import REFUSED, refused_row
 from .remarks import WINDOW_BUTTON, remarks_of
 from .results import results_html
@@ -133,28 +135,38 @@ def squeeze(pixels):
 BATCH_COLUMNS = ["Image", "Prediction", "Probability", "Remarks"]
 
 
-def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: bool = True) -> Markup:
+def batch_html(
+    paths: list[Path],
+    results: list[Answer | Failure],
+    calibrated: bool = True,
+    classes: Sequence[str] = (),
+    labels: Mapping[int, str] | None = None,
+) -> Markup:
     """Renders a sortable table with a button per image to open it.
 
     Args:
         calibrated: whether scores are shown as probabilities.
+        classes: to choose the true class of an image from; none: there is no such column.
+        labels: true classes set so far, by index of the image.
     """
     rows: list[list[object]] = []
     for i, (path, result) in enumerate(zip(paths, results, strict=True)):
         if isinstance(result, Failure):
             name = tag('<span class="mm-file"><i></i>{}</span>', path.name)
-            rows.append([name, "", "", tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))])
+            problem = tag('<span class="mm-tag mm-error">{}</span>', reason(result.error, path))
+            rows.append([name, "", "", problem, *([""] if classes else [])])
             continue
         prediction = result.prediction
         name = tag(
-            '<span class="mm-file"><img src="{}" alt="">'
-            '<button type="button" class="mm-link" data-mm-index="{}">{}</button></span>',
-            data_uri(squeeze(result.seen), exact=False),
-            i,
-            path.name,
+            '<span class="mm-file"><button type="button" class="mm-thumb" data-mm-view="image:{index}" '
+            'aria-label="Enlarge {name}"><img src="{image}" alt=""></button>'
+            '<button type="button" class="mm-link" data-mm-index="{index}">{name}</button></span>',
+            image=data_uri(squeeze(result.seen), exact=False),
+            index=i,
+            name=path.name,
         )
         if result.refused:
-            rows.append([name, "", "", refused_row(result)])
+            rows.append([name, "", "", refused_row(result), *([""] if classes else [])])
             continue
         says = [text for text, said in (("unusual", result.unusual), ("unsure", result.unsure)) if said]
         says += ["warning"] if result.warnings else []
@@ -162,13 +174,15 @@ def batch_html(paths: list[Path], results: list[Answer | Failure], calibrated: b
         tags = (tag('<span class="mm-tag mm-warn" title="{}">{}</span>', hint, text) for text in says)
         share = prediction.probability
         number = tag('<span data-mm-value="{:.6f}">{}</span>', share, percent(share))
-        rows.append([name, prediction.label, number, join(tags, " ")])
+        menu = [choice_html(i, path.name, classes, (labels or {}).get(i, ""))] if classes else []
+        rows.append([name, prediction.label, number, join(tags, " "), *menu])
     failed = sum(isinstance(result, Failure) for result in results)
     refused = sum(isinstance(result, Answer) and result.refused for result in results)
     done = f"{len(results)} images" + (f", {failed} could not be read" if failed else "")
     done += f", {refused} refused: unlike all that the model knows" if refused else ""
-    text = "Select an image for details. Click a column header to sort."
+    text = "Select an image for details, or move with the arrow keys. Click a column header to sort."
     columns = [name if calibrated or name != "Probability" else "Score" for name in BATCH_COLUMNS]
+    columns += ["True class"] if classes else []
     return card(table(columns, rows, "Predictions", sort=True, css="mm-batch"), done, text)
 
 

@@ -23,9 +23,13 @@ from ..service import AnswerError, FileFacts, View, inspect
 from ..sessions import Session
 from ..store import Loaded
 from ..theme import Html
-from . import answers, decide, refusals
+from . import answers, decide, labels, refusals
 from .window import AS_FILE, CUSTOM, FIRST, default_window, presets, slider_step, view_of
 
+LABEL_JS = (
+    "element.addEventListener('change', (e) => { const s = e.target.closest('[data-mm-label]');"
+    " if (s) trigger('select', {index: s.dataset.mmLabel, label: s.value}); });"
+)
 Updates = dict[Any, Any]
 
 
@@ -38,6 +42,7 @@ class ClassifyTab:
     explain: gr.Button
     rerun: Callable[..., Any]
     look: Callable[..., Any]
+    opening: gr.Column
     outputs: list[Any]
 
 
@@ -53,6 +58,7 @@ def build(context: Context) -> ClassifyTab:
                 elem_id="mm-model",
                 filterable=False,
             )
+            opening = gr.Column(min_width=0, elem_id="mm-opening")
             file = gr.File(
                 label="Images",
                 show_label=False,
@@ -84,7 +90,8 @@ def build(context: Context) -> ClassifyTab:
                 js_on_load=pick_js("mm-example", "click"),
             )
         with gr.Column(scale=7, min_width=320):
-            batch = Html(visible=False, js_on_load=pick_js("mm-index", "click"), elem_id="mm-batch")
+            batch = Html(visible=False, js_on_load=pick_js("mm-index", "click") + LABEL_JS, elem_id="mm-batch")
+            bar = labels.build()
             table_file = gr.DownloadButton("Download the table (CSV)", visible=False, size="sm")
             result = Html(
                 empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT),
@@ -97,7 +104,7 @@ def build(context: Context) -> ClassifyTab:
                 card = Html(answers.card_html(store.default))
 
     view = [preset, center, width, frame]
-    shown = [current, reading, *view, batch, table_file, result, explain, card, *panel.parts]
+    shown = [current, reading, *view, batch, table_file, result, explain, card, *panel.parts, *bar.parts]
 
     def controls(session: Session) -> Updates:
         """Returns the preview and window controls for a new image; none for several images."""
@@ -150,7 +157,8 @@ def build(context: Context) -> ClassifyTab:
 
     def answer(session: Session, title: str, view: View) -> Updates:
         """Returns the results for the current images of the session."""
-        nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False), **panel.hidden()}
+        nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False)}
+        nothing |= {**panel.hidden(), **bar.hidden()}
         try:
             loaded = context.load(session, title)
         except (PretrainedError, ConfigError, OSError, ValueError) as problem:
@@ -162,17 +170,41 @@ def build(context: Context) -> ClassifyTab:
         if len(session.images) == 1:
             return {**nothing, **about, **single(session, loaded, view)}
         results = context.service.classify_files(loaded.source, session.images)
+        session.results = results
         text = answers.batch_csv(session.images, results, loaded.config.labels)
         path = session.new_download("medmamba.csv")
         path.write_text(text, encoding="utf-8")
         return {
             **about,
             **panel.hidden(),
-            batch: gr.update(value=answers.batch_html(session.images, results), visible=True),
+            **listed(session, loaded),
             table_file: gr.update(value=str(path), visible=True),
             result: "",
             explain: gr.update(visible=False),
         }
+
+    def listed(session: Session, loaded: Loaded) -> Updates:
+        """Returns the table of the batch with the labels set so far."""
+        classes = labels.classes_of(loaded.config.task, loaded.config.labels)
+        shown_ = answers.batch_html(session.images, session.results, loaded.calibrated, classes, session.labels)
+        return {batch: gr.update(value=shown_, visible=True), **bar.update(session, session.results, classes)}
+
+    def label(event: gr.EventData, title: str, request: gr.Request) -> Updates:
+        """Keeps the true class that was chosen for an image; the table itself shows it already."""
+        session = context.sessions.of(request)
+        config = context.load(session, title).config
+        index, chosen = int(event.index), str(event.label)
+        if 0 <= index < len(session.results):
+            session.labels.pop(index, None)
+            if chosen in config.labels:
+                session.labels[index] = chosen
+        return bar.update(session, session.results, labels.classes_of(config.task, config.labels))
+
+    def accept(title: str, request: gr.Request) -> Updates:
+        session = context.sessions.of(request)
+        loaded = context.load(session, title)
+        session.labels = labels.accepted(session.results, session.labels)
+        return listed(session, loaded) if session.results else {batch: gr.skip()}
 
     def single(session: Session, loaded: Any, view: View) -> Updates:
         path = session.images[session.current]
@@ -305,6 +337,8 @@ def build(context: Context) -> ClassifyTab:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
     opened = batch.click(open_row, [model], [result, explain, *panel.parts], **shared)
     opened.then(None, js="() => mmShowAnswer(true)", api_visibility="private")
+    batch.select(label, [model], bar.parts, api_visibility="private", show_progress="hidden")
+    bar.accept.click(accept, [model], [batch, *bar.parts], api_visibility="private", show_progress="hidden")
     button.click(pressed, [model, *view], shown, **shared)
     model.input(rerun, [model, *view], shown, **shared)
     model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
@@ -313,7 +347,7 @@ def build(context: Context) -> ClassifyTab:
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
     gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
     frame.release(look, [model, *view], shown, **moved)
-    return ClassifyTab(model, view, explain, rerun, look, shown)
+    return ClassifyTab(model, view, explain, rerun, look, opening, shown)
 
 
 def dataset_of(loaded: Loaded) -> str | None:

@@ -2,11 +2,12 @@
 
 import json
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from browser_cases import MARKS
 from demo_cases import NEUTROPHIL
-from demo_helpers import CHROMIUM
 from PIL import Image
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
@@ -14,12 +15,6 @@ pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 from demo.service import View
 from demo.sessions import Session
 from demo.tabs import viewer
-
-in_browser = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium, or the variable CHROMIUM"),
-]
 
 
 def asked(**detail):
@@ -74,7 +69,7 @@ def give(page, *paths):
 
 
 class TestInABrowser:
-    pytestmark = in_browser
+    pytestmark: ClassVar = [pytest.mark.slow, *MARKS]
 
     def test_zoom_pan_and_window_of_a_scan(self, page):
         give(page, pytest.importorskip("pydicom").data.get_testdata_file("CT_small.dcm", download=False))
