@@ -84,7 +84,7 @@ def build(context: Context) -> None:
         """
         with client_errors(file):
             accept([file])
-            view = _view(frame, window_center, window_width)
+            view = view_of(frame, window_center, window_width)
             loaded = context.load(None, model)
             found = context.service.classify(loaded.source, Path(file), view)
             return _record(found, loaded, context, Path(file), view, bool(anyway))
@@ -143,7 +143,7 @@ def build(context: Context) -> None:
         """
         with client_errors(file):
             accept([file])
-            view = _view(frame, window_center, window_width)
+            view = view_of(frame, window_center, window_width)
             loaded = context.load(None, model)
             named = [method or "integrated_gradients"]
             *_, found = context.service.explain(loaded.source, Path(file), view, named, target or None, bool(check))
@@ -228,7 +228,8 @@ def client_errors(*uploads: str | None) -> Iterator[None]:
         raise gr.Error(message, print_exception=False) from None
 
 
-def _view(frame: float | None, center: float | None, width: float | None) -> View:
+def view_of(frame: float | None, center: float | None, width: float | None) -> View:
+    """Builds a view from fields of a request, after checking them."""
     return View(*check_view(frame, center, width))
 
 

@@ -21,13 +21,14 @@ import medmamba
 from medmamba import DEFAULT_MODEL
 from medmamba.pretrained import has_classes
 
-from . import api, html, theme
+from . import api, api_dense, html, theme
 from .context import Context
+from .dense import DenseModels, bundled_dense, split_models
 from .guard import Guard
 from .options import Limits, Options
 from .sessions import Sessions
 from .store import ModelStore
-from .tabs import address, classify, explain, finetune, models, saved, viewer
+from .tabs import address, classify, explain, finetune, models, saved, segment, viewer
 
 HERE = Path(__file__).parent
 
@@ -42,7 +43,9 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
         PretrainedError, ConfigError, ValueError: the default model cannot be loaded, or the device does not exist.
     """
     sessions = Sessions(options.limits, root)
-    context = Context(options, ModelStore(options.models, options.device), sessions)
+    classifiers, named = split_models(options.models)
+    context = Context(options, ModelStore(classifiers or tuple(default_models()), options.device), sessions)
+    outlining = DenseModels(named, options.device, context.service)
     with gr.Blocks(title="medmamba", analytics_enabled=False) as demo:
         theme.Html(html.header(medmamba.__version__))
         theme.Html(html.notice())
@@ -53,6 +56,9 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
                     saved.build(context, classified)
             with gr.Tab("Explain", id="explain") as tab:
                 explain.build(context, classified, tab, tabs)
+            if named:
+                with gr.Tab("Segment", id="segment"):
+                    segment.build(context, outlining)
             with gr.Tab("Fine-tune", id="finetune"):
                 finetune.build(context, classified, tabs)
             with gr.Tab("Models", id="models"):
@@ -61,6 +67,8 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
         viewer.build(context, classified)
         address.build(context, classified)
         api.build(context)
+        if named:
+            api_dense.build(context, outlining)
 
         def leave(request: gr.Request) -> None:
             sessions.close(request)
@@ -74,7 +82,8 @@ def launch_options(limits: Limits) -> dict[str, Any]:
     from starlette.middleware import Middleware
 
     on_space = "SPACE_ID" in os.environ
-    guard = Middleware(Guard, per_minute=limits.requests_per_minute, behind_proxy=on_space, endpoints=api.ENDPOINTS)
+    endpoints = {**api.ENDPOINTS, **api_dense.ENDPOINTS}
+    guard = Middleware(Guard, per_minute=limits.requests_per_minute, behind_proxy=on_space, endpoints=endpoints)
     return {
         "app_kwargs": {"middleware": [guard]},
         "theme": theme.theme(),
@@ -104,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"models to offer, the default first: name, org/name[@revision] or folder (default: {DEFAULT_MODEL} and "
-        "all other bundled models)",
+        help="models to offer, the default first: name, org/name[@revision] or folder of a classifier, segmentation "
+        f"model or detector (default: {DEFAULT_MODEL} and all other bundled models)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: local only)")
@@ -113,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
     root = prepare()
-    options = Options(tuple(args.model or default_models()), args.device)
+    options = Options(tuple(args.model or (*default_models(), *bundled_dense())), args.device)
     try:
         demo = build_demo(options, root)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     listen = {"server_name": args.host, "server_port": args.port, "prevent_thread_lock": True}

@@ -53,6 +53,34 @@ def load_examples() -> list[Example]:
     return found
 
 
+OUTLINED = {"skin": ("pad_ufes_20", "PAD-UFES-20, Pacheco et al. 2020, doi:10.17632/zr7vgbcyr2.1")}
+"""First word of a file name in examples/outline to (training dataset, whose test split it comes from; source)."""
+
+
+def load_outlined() -> list[Example]:
+    """Loads the examples of the Segment tab, sorted by name."""
+    found = []
+    for path in sorted(p for p in (EXAMPLES / "outline").iterdir() if p.suffix in SUFFIXES):
+        first, _, what = path.stem.partition("_")
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((120, 120))
+        thumbnail = data_uri(np.asarray(small), exact=False)
+        found.append(Example(path, what.replace("_", " "), first, OUTLINED[first][0], thumbnail))
+    return found
+
+
+def outlined_html(examples: list[Example], dataset: str | None) -> Markup:
+    """Renders the examples of the Segment tab that are of the training dataset of a model; nothing where none is."""
+    own = [(i, e) for i, e in enumerate(examples) if e.dataset == dataset]
+    if not own:
+        return NOTHING
+    rows = bullets(source for known, source in OUTLINED.values() if known == dataset)
+    sources = tag('<details class="mm-more"><summary>Sources, all {}</summary>{}</details>', LICENCE, rows)
+    shown = _group("Or try an example", own, "Test images, which the model was not trained on.")
+    return tag('<div class="mm-examples">{}{}</div>', shown, sources)
+
+
 def held_out(index: ImageDataset, folder: Path) -> list[Example]:
     """Writes some 8-bit test images of a visitor's dataset, of each class in turn; [] if there are none."""
     if not index.split_sizes.get("test"):

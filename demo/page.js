@@ -12,8 +12,10 @@
   // Pasted images are handled like dropped ones.
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
-    const input = document.querySelector("#mm-drop input[type=file]");
-    if (!files.length || !input || !input.offsetParent && !input.closest("#mm-drop")?.offsetParent) return;
+    const input = ["#mm-drop", "#mm-segment-drop"]
+      .filter((drop) => document.querySelector(drop)?.offsetParent)
+      .map((drop) => document.querySelector(`${drop} input[type=file]`))[0];
+    if (!files.length || !input) return;
     event.preventDefault();
     const transfer = new DataTransfer();
     files.forEach((file) => transfer.items.add(file));
@@ -63,8 +65,8 @@
   });
 
   // Scroll to the answer: on a narrow page, below the controls; `opened` from a table, if it is out of view.
-  window.mmShowAnswer = (opened = false) => {
-    const found = document.querySelector(opened ? "#mm-result" : "#mm-result, #mm-batch");
+  window.mmShowAnswer = (opened = false, where = "") => {
+    const found = document.querySelector(where || (opened ? "#mm-result" : "#mm-result, #mm-batch"));
     const top = found?.getBoundingClientRect().top;
     if (opened ? top < 0 || top > 0.6 * window.innerHeight : window.innerWidth <= 900)
       found?.scrollIntoView({ behavior: "smooth", block: "start" });
@@ -174,6 +176,7 @@
   });
 
   later("#mm-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose images"));
+  later("#mm-segment-drop input[type=file]", (input) => input.setAttribute("aria-label", "Choose an image to segment"));
 
   // `?example` in the URL (set by `--open`) classifies the first example without a click.
   const pickFirst = (button, tries = 10) => {

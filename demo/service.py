@@ -168,6 +168,10 @@ class Service:
         """Runs a function in the prediction thread, in the context of the request, which ZeroGPU needs."""
         return self._thread.submit(contextvars.copy_context().run, function, *arguments).result()
 
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs a function of another part of the app in the prediction thread."""
+        return self._in_thread(function, *arguments)
+
     def classify(self, source: str, path: Path, view: View | None = None) -> Answer:
         """Classifies one file.
 

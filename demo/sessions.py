@@ -39,6 +39,7 @@ class Session:
         results: answers for the images, if there are several.
         labels: true classes set by the visitor, by index of the image.
         views: folders of pictures that the viewer shows.
+        outlined: the image of the Segment tab, or None.
         models: folders of the models fine-tuned in this session, by displayed name.
         examples: test images of those models, by displayed name.
         data: the dataset to fine-tune on.
@@ -59,6 +60,7 @@ class Session:
         self.results: list[Answer | Failure] = []
         self.labels: dict[int, str] = {}
         self.views: list[Path] = []
+        self.outlined: Path | None = None
         self.models: dict[str, Path] = {}
         self.examples: dict[str, list[Example]] = {}
         self.data: Plan | None = None
@@ -80,24 +82,30 @@ class Session:
         return folder / name
 
     def keep_images(self, uploads: list[str]) -> None:
-        """Sets the current images and deletes the previous ones.
-
-        Links or copies the files, because the upload folder is shared: identical uploads of two visitors are one file.
-        """
+        """Sets the current images and deletes the previous ones."""
         before = {path.parent for path in self.images}
-        kept = []
-        self.uploads.update(map(Path, uploads))
-        for upload in uploads:
-            path = self.new_folder() / Path(upload).name
-            try:
-                os.link(upload, path)
-            except OSError:  # another file system
-                shutil.copyfile(upload, path)
-            kept.append(path)
-        self.images, self.current, self.prediction, self.comparison = kept, 0, None, None
+        self.images, self.current = [self._keep(upload) for upload in uploads], 0
+        self.prediction = self.comparison = None
         self.results, self.labels = [], {}
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def keep_outlined(self, upload: str) -> None:
+        """Sets the image of the Segment tab and deletes the previous one."""
+        before = self.outlined
+        self.outlined = self._keep(upload)
+        if before is not None:
+            shutil.rmtree(before.parent, ignore_errors=True)
+
+    def _keep(self, upload: str) -> Path:
+        """Links or copies an upload, because that folder is shared: identical ones of two visitors are one file."""
+        self.uploads.add(Path(upload))
+        path = self.new_folder() / Path(upload).name
+        try:
+            os.link(upload, path)
+        except OSError:  # another file system
+            shutil.copyfile(upload, path)
+        return path
 
     def stop(self) -> None:
         """Cancels whatever is running for this visitor."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medmamba.cards import terms_of
+from medmamba.cards import is_dense, read_dense_facts, terms_of
 from medmamba.data import registry
 from medmamba.pretrained import read_config
 from medmamba.utils.files import write_text
@@ -238,7 +238,7 @@ def readme(runs: Sequence[Run], text: str) -> str:
             cells += [f"{_plain(published.accuracy)} / {_plain(published.auc)}" if published else ""]
             cells += [_licence(folder)]
             rows.append("| " + " | ".join(cells) + " |")
-    rows += _backbones()
+    rows += _dense() + _backbones()
     before, first, rest = text.partition(MARKERS[0])
     _, last, after = rest.partition(MARKERS[1])
     if not (first and last):
@@ -250,6 +250,22 @@ def _licence(folder: str) -> str:
     """Returns the licence of released weights, as the table shows it."""
     config = read_config(MODELS / folder)
     return terms_of(config, registry.get(config.training["dataset"])).licence.upper()
+
+
+def _dense() -> list[str]:
+    """Rows of the models for masks and boxes, with their first metric on test images."""
+    rows = []
+    for folder in sorted(path.parent for path in MODELS.glob("*/config.json")):
+        if is_dense(folder):
+            facts = read_dense_facts(folder)
+            name, score = facts.scores("test")[0]
+            value = f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+            does = "outlines" if facts.task == "segmentation" else "finds"
+            size = f"{facts.config.encoder.architecture}, {facts.config.preprocess.input_size[0]} px"
+            link = f"[`medmamba/{folder.name}`](hub/models/{folder.name})"
+            what = f"nothing: {does} {facts.dataset}, {name} {value}"
+            rows.append(f"| {link} | {what} | {size} | | | | {facts.terms.licence.upper()} |")
+    return rows
 
 
 def _backbones() -> list[str]:

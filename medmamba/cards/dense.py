@@ -117,7 +117,9 @@ def _terms(training: dict[str, Any], licence: str | None) -> Terms:
             f"the terms of the data ({training.get('dataset') or 'unnamed'}) are not on record; say under which "
             "licence the weights may be used, e.g. --license cc-by-4.0"
         )
-    named = {"name": training.get("licence_name"), "link": training.get("licence_link")} if stated == "other" else {}
+    named: dict[str, Any] = (
+        {"name": training.get("licence_name"), "link": training.get("licence_link")} if stated == "other" else {}
+    )
     commercial = bool(training.get("non_commercial")) or "-nc-" in f"{stated}-"
     return Terms(stated, **named, non_commercial=commercial, reason=str(training.get("licence_reason") or ""))
 

@@ -211,7 +211,7 @@ def _run_dense(args: argparse.Namespace) -> int:
         from ..training.segmentation_run import train_segmenter
 
         refuse_options(args, ("small_objects",), "--task detect")
-        chosen = {"decoder": args.decoder or "unet", "loss": args.loss or "dice+ce"}
+        chosen: dict[str, Any] = {"decoder": args.decoder or "unet", "loss": args.loss or "dice+ce"}
         return report(train_segmenter(args.data, args.out, args.classes or ["object"], **chosen, **options))
     from ..training.detection_run import train_detector
 

@@ -13,9 +13,9 @@ from .cost import Speed, estimate_seconds, measure_speed
 from .explanation import Explanation, explain
 from .faithfulness import METRICS, Assessor, Trust, assess
 from .feature_maps import layers
-from .mask_reach import MaskReach, mask_reach
 from .methods import Method, methods
 from .randomisation import Randomisation
+from .reach import MaskReach, mask_reach
 from .regions import BASELINES
 from .reliability import Reliability, recommended, reliabilities
 from .removal import Curves

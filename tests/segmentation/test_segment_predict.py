@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dicom_images import write_dicom
 from PIL import Image
 from torch import nn
 
@@ -111,29 +112,6 @@ def test_areas_are_in_mm2_where_the_file_says_how_large_a_pixel_is(thresholder, 
     assert found.spacing == (0.5, 0.25)
     assert found.regions[0].area_mm2 == pytest.approx(found.regions[0].area * 0.125)
     assert found.to_dict()["classes"][0]["area"] == found.masks.sum()
-
-
-def write_dicom(pydicom, path, pixels, spacing):
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.CTImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = pydicom.uid.generate_uid()
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
-    dataset.FrameOfReferenceUID = pydicom.uid.generate_uid()
-    dataset.Modality, dataset.PatientID, dataset.PatientName = "CT", "1", "A"
-    dataset.PatientBirthDate = dataset.PatientSex = dataset.AccessionNumber = dataset.StudyID = ""
-    dataset.StudyDate = dataset.StudyTime = dataset.ReferringPhysicianName = ""
-    dataset.SeriesNumber = dataset.InstanceNumber = 1
-    dataset.ImagePositionPatient, dataset.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
-    dataset.SliceThickness = 1
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.PixelSpacing = spacing
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = 8
-    dataset.HighBit, dataset.PixelRepresentation = 7, 0
-    dataset.PixelData = pixels.tobytes()
-    dataset.save_as(path, enforce_file_format=True)
 
 
 def test_masks_are_written_as_png_and_read_back(thresholder, tmp_path):

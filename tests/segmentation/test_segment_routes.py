@@ -59,7 +59,7 @@ def test_transformers_takes_the_backbone():
     answer = net(torch.rand(1, 3, 64, 64), labels=torch.zeros(1, 64, 64, dtype=torch.long))
     assert answer.logits.shape == (1, 2, 64, 64)
     answer.loss.backward()
-    assert net.backbone._backbone.get_parameter("patch_embed.proj.weight").grad.abs().max() > 0
+    assert net.backbone._backbone.model.get_parameter("patch_embed.proj.weight").grad.abs().max() > 0
 
 
 def test_monai_takes_logits_and_masks_and_agrees_on_dice_and_hd95(segmenter):

@@ -74,7 +74,7 @@ def mask_reach(
     # The border of the image counts as one of the mask, so that the pixel is not at the edge of what is seen.
     inside = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     outside = ndimage.distance_transform_edt(~mask) if not mask.all() else None
-    fields = []
+    fields: list[ScanField | None] = []
     for distance in (inside, outside):
         if distance is None:
             fields.append(None)

@@ -1,0 +1,180 @@
+"""Segmentation models and detectors of the app: which are offered, loading them, and predicting with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import medmamba
+from medmamba.cards import DenseFacts, LicenceError, is_dense, read_dense_facts
+from medmamba.pretrained import PretrainedError, fetch
+from medmamba.pretrained.folder import LOADERS
+from medmamba.utils.devices import pick_device
+
+from .gpu import on_gpu
+from .service import Service, View
+from .store import display_name
+
+MAX_LOADED = 3
+LEAST_SCORE = 0.05
+"""Score from which boxes are kept, so that the slider has something to move over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A segmentation model or detector in memory.
+
+    Attributes:
+        title: displayed name.
+        model: a `MedMambaSegmenter` or `MedMambaDetector` on the device of the app.
+        facts: configuration, results and licence from its folder.
+    """
+
+    title: str
+    model: Any
+    facts: DenseFacts
+
+    @property
+    def detects(self) -> bool:
+        """Whether it is a detector."""
+        return self.facts.task == "detection"
+
+    @property
+    def dataset(self) -> str:
+        """What it was trained on, as the record of its training names it."""
+        return str(self.facts.training.get("dataset") or "")
+
+    @property
+    def threshold(self) -> float:
+        """Probability or score from which the model itself counts a pixel or a box."""
+        config = self.model.config
+        return float(config.score if self.detects else config.thresholds[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Outlined:
+    """What a model found in a file.
+
+    Attributes:
+        found: a `Segmentation`, or a `Detection`.
+        dense: the model.
+        threshold: that was applied.
+        milliseconds: from file to result.
+    """
+
+    found: Any
+    dense: Dense
+    threshold: float
+    milliseconds: float
+
+
+class DenseModels:
+    """Loads models for masks and boxes by name, and predicts with them in the prediction thread of the app.
+
+    Args:
+        names: names or folders to offer.
+        device: "auto" or a torch device.
+        service: whose thread is used.
+
+    Raises:
+        ValueError: two models have the same name.
+    """
+
+    def __init__(self, names: Sequence[str], device: str, service: Service):
+        self._sources: dict[str, str] = {}
+        for name in names:
+            if self._sources.setdefault(display_name(name), name) != name:
+                raise ValueError(f"two models are called {display_name(name)!r}; rename one of the folders")
+        self._device, self._service = device, service
+        self._loaded: OrderedDict[str, Dense] = OrderedDict()
+        self._lock = threading.Lock()
+        self._forward = on_gpu(20)(self._predict)
+
+    @property
+    def titles(self) -> list[str]:
+        """Displayed names, the default first."""
+        return list(self._sources)
+
+    def get(self, title: str | None) -> Dense:
+        """Returns a model by its displayed name; None or "": the first.
+
+        Raises:
+            ValueError: no such model.
+            PretrainedError, ConfigError, ImportError: it cannot be loaded.
+        """
+        title = title or next(iter(self._sources), "")
+        if title not in self._sources:
+            raise ValueError(f"no model {title!r} here; available: {', '.join(self._sources)}")
+        with self._lock:  # concurrent requests for one model share a single load
+            if title not in self._loaded:
+                folder = fetch(self._sources[title])
+                try:
+                    facts = read_dense_facts(folder)
+                except LicenceError:  # no licence stated; the page says so
+                    facts = read_dense_facts(folder, licence="other")
+                model = getattr(medmamba, LOADERS[facts.kind]).from_pretrained(folder)
+                self._loaded[title] = Dense(title, model.to(pick_device(self._device)), facts)
+                while len(self._loaded) > MAX_LOADED:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(title)
+            return self._loaded[title]
+
+    def predict(self, title: str | None, path: Path, view: View, threshold: float | None, **options: Any) -> Outlined:
+        """Segments, or detects in, one file.
+
+        Args:
+            title: displayed name of the model; None: the first.
+            threshold: probability of a pixel, or score of a box, from which it counts; None: that of the model.
+            options: of `predict` of the model.
+
+        Raises:
+            ImageError: the file cannot be read.
+            ValueError, PretrainedError, ConfigError, ImportError: as `get`, or an option out of range.
+        """
+        return self._service.run(self._forward, title, path, view, threshold, options)
+
+    def _predict(
+        self, title: str | None, path: Path, view: View, threshold: float | None, options: dict[str, Any]
+    ) -> Outlined:
+        dense, began = self.get(title), time.perf_counter()
+        given = dict(frame=view.frame, window=view.window, **options)
+        if dense.detects:
+            limit = dense.threshold if threshold is None else threshold
+            found = dense.model.predict(path, score=limit, **given)
+        else:
+            found = dense.model.predict(path, **given)
+            limit = dense.threshold
+            if threshold is not None and not found.exclusive:
+                found, limit = found.with_thresholds(threshold), threshold
+        return Outlined(found, dense, limit, 1e3 * (time.perf_counter() - began))
+
+
+def split_models(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the classifiers among some models, and the models for masks and boxes, both in order.
+
+    A model that cannot be looked at now counts as a classifier; what is wrong is reported when it is used.
+    """
+    dense = tuple(name for name in names if _is_dense(name))
+    return tuple(name for name in names if name not in dense), dense
+
+
+def bundled_dense() -> tuple[str, ...]:
+    """Returns the names of the bundled models for masks and boxes, where the packages that they need are installed."""
+    if importlib.util.find_spec("segmentation_models_pytorch") is None:
+        return ()
+    return tuple(name for name, folder in medmamba.bundled_models().items() if is_dense(folder))
+
+
+def _is_dense(name: str) -> bool:
+    for local in (True, False):
+        try:
+            return is_dense(fetch(name, local_files_only=local))
+        except (PretrainedError, OSError, ValueError):
+            continue
+    return False
