@@ -106,20 +106,21 @@ def warnings_html(known: list[Known]) -> Markup:
     rows = []
     for title, record in measured.items():
         cells = [
-            tag("<strong>{:.3f}</strong><small>{}</small>", row["auroc"], _flagged(row))
+            tag("<strong>{:.0%}</strong><small>{}</small>", row["called_unusual"], _refused(row))
             if (row := record["auroc"].get(name))
             else NONE
             for name in others
         ]
         marked, images = record["own"]["called_unusual"], record["own"]["n"]
-        own = tag("<strong>{:.0%}</strong><small>of {:,} flagged</small>", marked, images)
+        refused = f", {record['own']['called_far']:.1%} refused" if "called_far" in record["own"] else ""
+        own = tag("<strong>{:.0%}</strong><small>of {:,} flagged{}</small>", marked, images, refused)
         rows.append([tag("<strong>{}</strong>", title), own, *cells])
     lead = (
-        "How well each model recognises images unlike its training data (out-of-distribution detection): AUROC between "
-        "its own test images and those of another dataset (1 is perfect, 0.5 is chance), and the share flagged. "
+        "How well each model recognises images unlike its training data (out-of-distribution detection): the share of "
+        "images of each other dataset that it flags, and the share so far off that it refuses to answer. "
         "Thresholds were set on validation images of the model’s own dataset only."
     )
-    body = table(["Model", "Own test images", *others], rows, "AUROC of the warning", css="mm-zoo")
+    body = table(["Model", "Own test images", *others], rows, "Share of images flagged", css="mm-zoo")
     if same:
         body += tag("<p>{}</p><ul>{}</ul>", SAME_KIND, same)
     return card(body, "Out-of-distribution warning", lead)
@@ -137,9 +138,8 @@ def rates(rows: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _flagged(row: dict[str, float]) -> str:
-    refused = f", {row['called_far']:.0%} refused" if "called_far" in row else ""
-    return f"{row['called_unusual']:.0%} flagged{refused}"
+def _refused(row: dict[str, float]) -> str:
+    return f"{row['called_far']:.0%} refused" if "called_far" in row else "flagged"
 
 
 def _row(entry: DatasetEntry, models: list[Known]) -> list[object]:

@@ -36,21 +36,24 @@ def refusal_html(found: Answer, loaded: Loaded, suggestion: Suggestion | None) -
 def reason_of(loaded: Loaded, suggestion: Suggestion | None) -> str:
     """Says why an image is not answered, and what it looks like."""
     kind = loaded.facts.entry.modality if loaded.facts.entry else ""
-    known = f"The model knows one kind of image: {kind}. " if kind else ""
-    text = f"{known}Of its own test images, {far_share(loaded)} are refused like this one."
-    return text + (f" {advice(suggestion)}" if suggestion else " No other model here knows such images.")
+    first = advice(suggestion) if suggestion else "No other model here knows such images either."
+    known = f" This model knows {kind}" if kind else " This model knows one kind of image"
+    return f"{first}{known}, and refuses {far_share(loaded)}."
 
 
 def advice(suggestion: Suggestion) -> str:
     """Says what an image looks like, and which model is for it."""
-    looks = f"This looks like another kind of image: {suggestion.kind}. " if suggestion.kind else ""
-    return f"{looks}Try the model {suggestion.name}."
+    if not suggestion.kind:
+        return f"Try {suggestion.name}."
+    return f"This looks like another kind of image, {suggestion.kind}: try {suggestion.name}."
 
 
 def far_share(loaded: Loaded) -> str:
-    """Returns the measured share of the model's own test images that would be refused, in words."""
+    """Says how many of the model's own test images would be refused."""
     own = loaded.unusual.measured.get("own", {}) if loaded.unusual else {}
-    return f"{own['called_far']:.1%}" if "called_far" in own else "about 1%"
+    if "called_far" not in own:
+        return "about 1% of its own kind"
+    return f"{round(own['called_far'] * own['n'])} of {own['n']:,} of its own test images"
 
 
 def refused_row(found: Answer) -> Markup:
