@@ -342,7 +342,7 @@ def _levels(config, detector, seen: Tensor | None, logits: Tensor) -> Sequence[s
 
     if not len(logits):
         return []
-    if detector and seen is not None:
+    if detector and seen is not None and seen.shape[1] >= detector.width:
         return [level or "" for level in detector.levels(seen.numpy())]
     ood = Calibration.from_dict(config.calibration, config.task).ood if config.calibration.get("ood") else None
     if ood is None:
