@@ -20,7 +20,8 @@ from training_cases import COMMON, QUICK, SCRIPT, make_folder, same_weights, sco
 import medmamba
 from medmamba import MedMamba
 from medmamba.data import open_dataset
-from medmamba.inference.ood_fit import learn_unusual, pooled_features
+from medmamba.inference.ood_fit import learn_unusual
+from medmamba.inference.signature import signatures
 from medmamba.training import (
     Recipe,
     RecipeError,
@@ -239,10 +240,10 @@ def one_with_two_parts(folder, tmp_path_factory):
         torch.set_num_threads(threads)
 
 
-def features_of(model: MedMamba, image: Path) -> np.ndarray:
-    with pooled_features(model) as pooled:
+def signature_of(model: MedMamba, image: Path) -> np.ndarray:
+    with signatures() as seen:
         model.predict(image)
-    return pooled.array()
+    return seen.array()
 
 
 def test_a_run_learns_which_images_are_unusual(folder, finished, tmp_path):
@@ -253,7 +254,7 @@ def test_a_run_learns_which_images_are_unusual(folder, finished, tmp_path):
     np.testing.assert_allclose(model.unusual.means, expected.means, rtol=2e-2, atol=2e-2)
     assert model.unusual.threshold == pytest.approx(expected.threshold, rel=0.05)
     image = next((folder / "val").rglob("*.png"))
-    assert model.predict(image).unusual is bool(model.unusual.is_unusual(features_of(model, image))[0])
+    assert model.predict(image).unusual is bool(model.unusual.is_unusual(signature_of(model, image))[0])
     larger = train(folder, tmp_path, "default", "test", **{**QUICK, "epochs": 1}, eval_size=48, **COMMON).load()
     assert larger.unusual.means.shape == model.unusual.means.shape
 
