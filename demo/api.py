@@ -87,7 +87,7 @@ def build(context: Context) -> None:
             view = view_of(frame, window_center, window_width)
             loaded = context.load(None, model)
             found = context.service.classify(loaded.source, Path(file), view)
-            return _record(found, loaded, context, Path(file), view, bool(anyway))
+            return _answered(found, loaded, context, Path(file), view, bool(anyway))
 
     def classify_batch(
         files: list[str], model: str | None = None, anyway: bool = False
@@ -110,7 +110,7 @@ def build(context: Context) -> None:
             records = [
                 {"file": path.name, "error": for_programs(plain(result.error, path))}
                 if isinstance(result, Failure)
-                else {"file": path.name, **_record(result, loaded, context, path, None, bool(anyway))}
+                else {"file": path.name, **_answered(result, loaded, context, path, None, bool(anyway))}
                 for path, result in zip(paths, results, strict=True)
             ]
             return records, batch_csv(paths, results, loaded.config.labels, bool(anyway))
@@ -233,14 +233,19 @@ def view_of(frame: float | None, center: float | None, width: float | None) -> V
     return View(*check_view(frame, center, width))
 
 
-def _record(
+def _record(found: Answer, loaded: Loaded, refused: bool = False, suggestion: str | None = None) -> dict[str, Any]:
+    about = Server(loaded.title, loaded.config, loaded.calibrated, loaded.backend, str(loaded.device))
+    return classification(found.prediction, found.how, found.milliseconds, about, refused, suggestion)
+
+
+def _answered(
     found: Answer, loaded: Loaded, context: Context, path: Path, view: View | None, anyway: bool
 ) -> dict[str, Any]:
-    about = Server(loaded.title, loaded.config, loaded.calibrated, loaded.backend, str(loaded.device))
-    refused = found.refused and not anyway
-    suggestion = context.suggest(loaded.title, path, view) if refused else None
-    name = suggestion.name if suggestion else None
-    return classification(found.prediction, found.how, found.milliseconds, about, refused, name)
+    """Returns the record of an answer or, for an image that is far, of a refusal with the model to try."""
+    if not found.refused or anyway:
+        return _record(found, loaded)
+    suggestion = context.suggest(loaded.title, path, view)
+    return _record(found, loaded, True, suggestion.name if suggestion else None)
 
 
 def _model_record(title: str, known: Known | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def signature(batch: Tensor, maps: Sequence[Tensor], features: Tensor, config: M
     """
     parts = [pixel_statistics(batch, config)]
     for i, found in enumerate(maps):
-        std, mean = torch.std_mean(found.float(), (2, 3), correction=0)
+        mean, std = _mean_and_std(found.float().permute(0, 2, 3, 1).flatten(1, 2), 1)  # contiguous as (B, H, W, C)
         parts += [mean, std] if i + 1 < len(maps) else [std]
     return torch.cat([*parts, features.float()], 1)
 
@@ -93,19 +93,18 @@ def pixel_statistics(batch: Tensor, config: MedMambaConfig) -> Tensor:
     quantiles = torch.quantile(flat[:, 0], flat.new_tensor(_QUANTILES), dim=1).T
     colourful = torch.quantile(strength, flat.new_tensor(_CHROMA_QUANTILES), dim=1).T
     dark, light = (luma < 0.02).float().mean((1, 2, 3)), (luma > 0.98).float().mean((1, 2, 3))
-    colour = [
-        planes.mean((2, 3)),
-        planes.std((2, 3), correction=0),
-        quantiles,
-        colourful,
-        dark[:, None],
-        light[:, None],
-    ]
+    colour = [*_mean_and_std(planes.flatten(2), 2), quantiles, colourful, dark[:, None], light[:, None]]
     layout = [
         F.adaptive_avg_pool2d(small[:, :1], _GRID).flatten(1),
         F.adaptive_avg_pool2d(small[:, 1:], _CHROMA_GRID).flatten(1),
     ]
     return torch.cat([*colour, *_texture(planes), *layout], 1)
+
+
+def _mean_and_std(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation along a dimension, much faster on a CPU than `torch.std_mean`."""
+    mean = values.mean(dim, keepdim=True)
+    return mean.squeeze(dim), (values - mean).square_().mean(dim).sqrt()
 
 
 def _texture(planes: Tensor) -> list[Tensor]:
