@@ -3,8 +3,8 @@
     python -m hub.corruptions --data DATA [--models hub/models/breastmnist ...] [--images 300]
     python -m hub.card hub/models/*  # the tables in the cards
 
-DATA holds one folder per dataset, arranged as DATASET/SPLIT/CLASS/IMAGE. The logits of each kind and severity are kept
-in --cache, so that an interrupted run continues.
+DATA holds one folder per dataset, arranged as DATASET/SPLIT/CLASS/IMAGE or with an index.csv. The logits of each kind
+and severity are kept in --cache, so that an interrupted run continues.
 """
 
 import argparse
@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 
 from medmamba import MedMamba
-from medmamba.data import open_dataset
+from medmamba.data import DatasetError, open_dataset
 from medmamba.evaluation import match_classes
 from medmamba.evaluation.corruptions import CORRUPTIONS_NAME, Corruptions, evaluate_corruptions
 from medmamba.pretrained import has_classes
 from medmamba.utils.checksums import WEIGHTS_NAME, file_hash
 from medmamba.utils.devices import make_accelerator
 from medmamba.utils.modes import frozen_view
+
+from .decide import located
 
 MODELS = Path(__file__).resolve().parent / "models"
 
@@ -28,7 +30,9 @@ def measure(folder: Path, data: Path, device: str, images: int | None, cache: Pa
     model = MedMamba.from_pretrained(folder)
     name = str(model.config.training["dataset"])
     accelerator = make_accelerator(device, "fp32")
-    index = match_classes(open_dataset(data / name, dataset=name).split("test"), model.config)
+    if (place := located(data, name)) is None:
+        raise DatasetError(f"{data} has no folder for {name}, the dataset of {folder}")
+    index = match_classes(open_dataset(place, dataset=name).split("test"), model.config)
     view = frozen_view(model, device=accelerator.device)
     return evaluate_corruptions(
         view,

@@ -36,7 +36,7 @@ def trained(index: ImageDataset, out: Path, recipe: str, seed: int, device: str,
     """Trains a model unless it is there; returns its folder."""
     folder = out / f"{Path(recipe).stem}-{seed}"
     if not (folder / "results.json").is_file():
-        train(
+        result = train(
             index,
             folder,
             recipe,
@@ -50,6 +50,8 @@ def trained(index: ImageDataset, out: Path, recipe: str, seed: int, device: str,
             progress=False,
             **settings,
         )
+        if not result.finished:
+            raise SystemExit(f"{folder}: stopped; rerun the same command to resume")
     return folder
 
 
