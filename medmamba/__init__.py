@@ -1,8 +1,8 @@
 """MedMamba: medical image classification with selective state spaces.
 
->>> from medmamba import MedMamba
->>> model = MedMamba.from_pretrained("medmamba/bloodmnist-nano")
->>> print(model.predict("cell.png"))
+>>> import medmamba
+>>> model = medmamba.MedMamba.from_pretrained("medmamba/bloodmnist-nano")
+>>> print(model.predict(medmamba.example_image()))  # or a file: model.predict("cell.png")
 
 Names are imported on first use (PEP 562), so importing the package does not import PyTorch.
 """
@@ -17,7 +17,7 @@ from .integrations import timm_hook
 if TYPE_CHECKING:
     from .config import DEFAULT_MODEL, ConfigError, MedMambaConfig, PreprocessConfig
     from .detection import MedMambaDetector, create_detector
-    from .imaging import ImageError, MedicalImage, load_image
+    from .imaging import ImageError, MedicalImage, example_image, load_image
     from .integrations.upstream import ConversionError, load_upstream
     from .kernels import BackendError, available_backends, selective_scan, selective_scan_2d
     from .model import MedMamba, create_model
@@ -45,6 +45,7 @@ _HOME = {  # public name -> the module that defines it
     "create_model": "model",
     "create_detector": "detection",
     "create_segmenter": "segmentation",
+    "example_image": "imaging",
     "load_image": "imaging",
     "load_upstream": "integrations.upstream",
     "selective_scan": "kernels",
@@ -89,6 +90,7 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_segmenter",
+    "example_image",
     "load_image",
     "load_upstream",
     "selective_scan",

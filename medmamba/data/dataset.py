@@ -204,7 +204,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def to_tensor(image: MedicalImage) -> Tensor:
     """Returns the pixels unchanged as float32 `(C, H, W)` in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.pixels.transpose(2, 0, 1)))  # (H, W, C) -> (C, H, W)
+    planes = np.require(image.pixels.transpose(2, 0, 1), requirements=("C", "W"))  # (H, W, C) -> (C, H, W)
+    return torch.from_numpy(planes)
 
 
 def split_name(name: str) -> str | None:

@@ -2,13 +2,17 @@
 
 import io
 import os
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from image_files import GREY, GREY16, RGB, encode
 from PIL import Image
 
+from medmamba.data.dataset import to_tensor
 from medmamba.imaging.load import ImageError, MedicalImage, load_image
+from medmamba.imaging.preprocess import tensor_of
 
 # --- several frames -------------------------------------------------------------------------------------------------
 
@@ -153,3 +157,20 @@ def test_medical_image():
     with pytest.raises(AttributeError):
         image.frame = 3
     assert isinstance(image, MedicalImage) and image.to_pil().size == (7, 11)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_read_only_arrays_become_tensors_without_a_warning_and_writable_ones_without_a_copy(dtype):
+    pixels = np.full((4, 4, 3), 1, dtype)
+    tensor = torch.from_numpy(pixels)
+    if dtype is np.float32:  # eight bits are converted anyway
+        assert tensor_of(pixels).data_ptr() == tensor.data_ptr()
+    pixels.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tensor_of(pixels)
+        image = MedicalImage(pixels=pixels[..., :1].astype(np.float32), source="x", format="", mode="L", bit_depth=8)
+        image.pixels.flags.writeable = False
+        assert to_tensor(image).shape == (1, 4, 4)
+    found.zero_()
+    assert (pixels == 1).all() and found.dtype == torch.float32

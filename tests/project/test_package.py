@@ -53,18 +53,20 @@ def test_the_wheel_holds_the_package_and_one_model(wheel):
     assert "medmamba/py.typed" in package
     assert package <= set(names)
     assert "medmamba/kernels/lib/linux-x86_64.so" in names and "medmamba/kernels/lib/windows-x86_64.dll" in names
+    examples = {name.removeprefix("medmamba/examples/") for name in names if name.startswith("medmamba/examples/")}
+    beside = {path.name for path in (ROOT / "demo" / "examples").iterdir()}
+    assert examples == {name for name in beside if not name.endswith(".zip")} and "README.md" in examples
     assert wheel.stat().st_size < LARGEST
 
 
 @pytest.mark.slow
 def test_installed_it_classifies_without_a_network_and_names_what_it_lacks(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    image = ROOT / "demo" / "examples" / "blood_neutrophil.webp"
     code = f"""
 import medmamba
 assert medmamba.__file__.startswith({str(tmp_path)!r}), medmamba.__file__
 assert list(medmamba.bundled_models()) == [medmamba.DEFAULT_MODEL]
-print(medmamba.MedMamba.from_pretrained(medmamba.DEFAULT_MODEL).predict({str(image)!r}).label)
+print(medmamba.MedMamba.from_pretrained(medmamba.DEFAULT_MODEL).predict(medmamba.example_image()).label)
 try:
     medmamba.MedMamba.from_pretrained("medmamba/no-such-model")
 except medmamba.PretrainedError as error:

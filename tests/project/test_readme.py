@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,15 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def cell(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "demo" / "examples" / "blood_neutrophil.webp", tmp_path / "cell.webp")
+def folder(tmp_path, monkeypatch):
+    """An empty folder: nothing is needed but what the README makes itself."""
     monkeypatch.chdir(tmp_path)
+
+
+def test_it_opens_with_a_picture_and_an_example():
+    first, picture, *_ = [line for line in README.splitlines() if line]
+    assert first == "# medmamba" and re.fullmatch(r"!\[[^\]]+\]\(docs/[\w/.-]+\)", picture)
+    assert README.index("```python") < README.index("\n## ")
 
 
 def test_the_first_model_is_the_one_that_needs_no_network():
@@ -32,17 +37,20 @@ def test_the_first_model_is_the_one_that_needs_no_network():
     assert named <= set(medmamba.bundled_models()), "a name that no folder in hub/models has"
 
 
-def test_python_snippets(cell, capsys):
+def test_python_snippets(folder, capsys):
     namespace: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
-    (said,) = re.findall(r"print\(prediction\)  # (.*?), \.\.\.", README)
-    assert str(namespace["prediction"]).startswith(said)
+    (said,) = re.findall(r"print\(model.predict\(image\)\)  # (.*?), \.\.\.", README)
+    assert f"\n{said}, " in f"\n{capsys.readouterr().out}"
+    assert said.endswith(f"{namespace['prediction'].label} {namespace['prediction'].probability:.1%}")
     assert [len(p.top) for p in namespace["predictions"]] == [2, 2]
     assert namespace["logits"].shape == (2, 4) and len(namespace["maps"]) == 4
 
 
-def test_commands(cell, capsys):
+def test_commands(folder, capsys):
+    (saved,) = re.findall(r'save\("(.+?)"\)', README)
+    medmamba.example_image().to_pil().save(saved)
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     assert [c[:2] for c in commands] == [["medmamba", "predict"], ["medmamba", "doctor"]]
     for command in commands:
