@@ -36,6 +36,7 @@ from .checkpoint import LOCK, CheckpointStore, check_same_run
 from .finalise import RESULT_FILES, finish, finished_before, training_record
 from .graphed_step import GRAPHS
 from .identity import data_table, fingerprint, known_files, remember_files, run_identity
+from .live_plot import LivePlot
 from .recipe import Recipe, load_recipe
 from .run_log import HISTORY, RunLog
 from .setup import KEEP, ImageCache, build_model, check_splits
@@ -109,6 +110,7 @@ def train(
     restart: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
+    live_plot: bool = False,
     **settings: Any,
 ) -> TrainResult:
     """Trains, selects the best epoch and calibrates on validation, then evaluates on test, once.
@@ -162,6 +164,7 @@ def train(
         restart: deletes the run in `out` first.
         progress: shows progress bars.
         tensorboard: writes TensorBoard logs to `out`/tensorboard.
+        live_plot: draws losses and the score on val after each epoch, in the output of a notebook cell.
         settings: of the recipe, by name (`epochs=10`, `size=128`, `**{"augment.hflip": 0}`).
 
     Raises:
@@ -177,6 +180,7 @@ def train(
         raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
     if graphs not in GRAPHS:
         raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
+    plot = LivePlot(chosen.epochs, chosen.select[0]) if live_plot else None
     source = init if isinstance(init, MedMamba) or init is None else MedMamba.from_pretrained(init)
     if chosen.size is None:
         chosen = chosen.replace(size=source.config.preprocess.input_size[0] if source else 224)
@@ -203,6 +207,8 @@ def train(
     )
     stored = {"stored": "float16" if half else "float32"}  # affects the files, not the training
     if not restart and (done := _already_done(out, identity | stored)) is not None:
+        if plot is not None:
+            plot.show(done.history)
         return done
     store = CheckpointStore(out / CHECKPOINTS)
     with alone(out, accelerator):
@@ -223,7 +229,7 @@ def train(
                     checked.note()
             store.note_run(identity, table)
             remember_files(folder, index, files)
-        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
+        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0, plot)
         for note in index.notes:
             log.note(f"{index.name}: {note}")
         del table  # which is large for many images

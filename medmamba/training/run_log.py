@@ -1,4 +1,4 @@
-"""Reports on a run: progress bar, `history.csv`, `history.jsonl` and, optionally, TensorBoard."""
+"""Reports on a run: progress bar, `history.csv`, `history.jsonl` and, optionally, TensorBoard and a live plot."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..utils.files import write_text
+from .live_plot import LivePlot
 
 HISTORY = "history.jsonl"
 _SHOWN = ("loss", "accuracy", "dice", "map50")
@@ -23,8 +24,16 @@ _SHOWN = ("loss", "accuracy", "dice", "map50")
 class RunLog:
     """Writes the logs of the main process; other processes (`active=False`) are silent."""
 
-    def __init__(self, folder: Path, progress: bool = True, tensorboard: bool = False, active: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        progress: bool = True,
+        tensorboard: bool = False,
+        active: bool = True,
+        plot: LivePlot | None = None,
+    ):
         self.folder, self.progress, self.active = folder, progress and active, active
+        self._plot = plot if active else None
         self._writer: Any = None
         self._tensorboard = tensorboard and active
 
@@ -38,17 +47,20 @@ class RunLog:
             warnings.warn(text.removeprefix("warning: "), UserWarning, stacklevel=2)
 
     def note(self, text: str) -> None:
-        """Prints a note on the data to standard error, above any bar."""
+        """Prints a note on the data above any bar, to standard error, or where that looks like a failure, to output."""
         if self.active:
-            tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+            stream = sys.stderr if self._plot is None else sys.stdout
+            tqdm.write(text.encode("utf-8", "backslashreplace").decode(), file=stream)
 
     def resumed(self, history: list[dict[str, Any]]) -> None:
         """Rewrites the files with this history, dropping rows written after the checkpoint."""
         self._write_history(history)
+        self._draw(history)
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
-        """Writes the history after an epoch, its last row."""
+        """Writes and draws the history after an epoch, its last row."""
         self._write_history(history)
+        self._draw(history)
         if self._tensorboard:
             row = history[-1]
             if self._writer is None:
@@ -64,6 +76,10 @@ class RunLog:
         """Closes the TensorBoard writer."""
         if self._writer is not None:
             self._writer.close()
+
+    def _draw(self, history: list[dict[str, Any]]) -> None:
+        if self._plot is not None:
+            self._plot.show(history)
 
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         if not self.active or not history:

@@ -31,5 +31,5 @@ def test_the_default_and_names_with_spaces():
 
 @pytest.mark.parametrize("name", ["blood", "../README", "", "chest_xray_sample"])
 def test_other_names_are_refused_with_a_list(name):
-    with pytest.raises(medmamba.ImageError, match="blood_basophil.*chest_pneumonia"):
+    with pytest.raises(medmamba.ImageError, match=r"blood_basophil.*chest_pneumonia"):
         medmamba.example_image(name)
