@@ -30,7 +30,9 @@ def test_a_table_holds_every_image_with_its_groups(tmp_path):
             folder.mkdir(parents=True)
             for name in files:
                 Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{label}_{name}")
-    (tmp_path / "data" / "metadata.csv").write_text("file,age\nx_p1_a.png,60\nx_p2_a.png,40\ny_p2_a.png,71\n", encoding="utf-8")
+    (tmp_path / "data" / "metadata.csv").write_text(
+        "file,age\nx_p1_a.png,60\nx_p2_a.png,40\ny_p2_a.png,71\n", encoding="utf-8"
+    )
     model = medmamba.create_model("test", num_classes=2)
     model.config.id2label.update({0: "x", 1: "y"})
     model.save_pretrained(tmp_path / "model")
