@@ -1,4 +1,4 @@
-"""Stable API endpoints: `/models`, `/classify`, `/classify_batch`, `/explain`.
+"""Stable API endpoints: `/models`, `/classify`, `/classify_batch`, `/explain`, `/evaluate`.
 
 They share only the models with the pages: each call uploads its own file, which is deleted some minutes later. Every
 field is validated, errors name the field and the reason, and responses contain no NaN.
@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 
 from medmamba.config import ConfigError
+from medmamba.data import DatasetError
 from medmamba.explain import methods
 from medmamba.imaging.load import ImageError
 from medmamba.inference.predict import Failure
@@ -25,6 +26,7 @@ from medmamba.serving.record import Server, check_view, classification, finite
 
 from .advice import for_programs, of_problem, plain
 from .context import Context, Known
+from .labelled import take, without_paths
 from .options import NOTICE
 from .service import Answer, View
 from .store import Loaded
@@ -37,6 +39,7 @@ ENDPOINTS = {
     "classify": ("file", "model", *_VIEW, "anyway"),
     "classify_batch": ("files", "model", "anyway"),
     "explain": ("file", "model", "method", "target", "check", *_VIEW),
+    "evaluate": ("files", "model", "by"),
 }
 """Parameter names of each endpoint, in order."""
 
@@ -151,12 +154,46 @@ def build(context: Context) -> None:
             saved = [str(found.explanations[0].save(target_file.with_suffix(suffix))) for suffix in (".png", ".npz")]
             return finite({**found.to_dict(), "notice": NOTICE}), saved[0], saved[1]
 
+    def evaluate(
+        files: list[str], request: gr.Request, model: str | None = None, by: str | None = None
+    ) -> tuple[dict[str, Any], str]:
+        """Evaluate a model on labelled images. For research only; not a medical device.
+
+        Args:
+            files: a zip of class folders; or images and a CSV file with the columns path and label.
+            model: a name from /models; default: the first.
+            by: columns of the CSV file whose groups are compared, separated by commas; default: none.
+
+        Returns:
+            Metrics with intervals, overall and by class, the confusion matrix, the groups, files that could not be read
+            and the number of images that look unusual; and a table of all images as CSV text.
+        """
+        with client_errors(*(files or [])):
+            session = context.sessions.of(request)
+            session.labelled = None
+            try:
+                found = take(session, files, limits)
+            except (DatasetError, OSError) as problem:
+                raise ValueError(without_paths(problem, session)) from problem
+            wanted = [part.strip() for part in (by or "").split(",") if part.strip()]
+            if unknown := [part for part in wanted if part not in found.columns]:
+                raise ValueError(f"by: no column {unknown[0]!r} with groups; there are: {', '.join(found.columns)}")
+            loaded = context.load(None, model)
+            result = context.service.review(loaded, found.index, found.groups(wanted)).result()
+            failures = [
+                {"file": name, "error": for_programs(without_paths(text, session))} for name, text in result.failures
+            ]
+            unusual = None if result.unusual is None else int(result.unusual.sum())
+            record = {**result.scored.to_dict(), "unusual": unusual, "failures": failures, "notice": NOTICE}
+            return finite(record), without_paths(result.to_csv(), session)
+
     with gr.Row(visible=False):
         name = checked(gr.Textbox(label="model"), "model", str)
         file = checked(gr.File(label="file", type="filepath"), "file")
         files = checked(gr.File(label="files", type="filepath", file_count="multiple"), "files")
         frame, center, width = (checked(gr.Number(label=label, value=None), label, float) for label in _VIEW)
         method = checked(gr.Textbox(label="method", value="integrated_gradients", info="of attribution"), "method", str)
+        by = checked(gr.Textbox(label="by"), "by", str)
         target = checked(gr.Textbox(label="target"), "target", str)
         check = checked(gr.Checkbox(label="check"), "check", bool)
         anyway = checked(gr.Checkbox(label="anyway"), "anyway", bool)
@@ -173,6 +210,7 @@ def build(context: Context) -> None:
     endpoint(list_models, [], [record], "classify")
     endpoint(classify, [file, name, *view, anyway], [record], "classify")
     endpoint(classify_batch, [files, name, anyway], [record, text], "classify")
+    endpoint(evaluate, [files, name, by], [record, text], "evaluate")
     endpoint(explain, [file, name, method, target, check, *view], [record, picture, maps], "explain")
 
 

@@ -28,7 +28,7 @@ from .guard import Guard
 from .options import Limits, Options
 from .sessions import Sessions
 from .store import ModelStore
-from .tabs import address, classify, explain, finetune, models, saved, segment, viewer
+from .tabs import address, classify, compare, evaluate, explain, finetune, models, saved, segment, viewer
 
 HERE = Path(__file__).parent
 
@@ -59,6 +59,10 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
             if named:
                 with gr.Tab("Segment", id="segment"):
                     segment.build(context, outlining)
+            with gr.Tab("Evaluate", id="evaluate") as evaluate_tab:
+                evaluate.build(context, evaluate_tab)
+            with gr.Tab("Compare", id="compare") as compare_tab:
+                compare.build(context, compare_tab)
             with gr.Tab("Fine-tune", id="finetune"):
                 finetune.build(context, classified, tabs)
             with gr.Tab("Models", id="models"):

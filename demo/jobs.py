@@ -88,6 +88,31 @@ def plan(path: Path, limits: Limits, pattern: str = "", patients: str = "") -> P
     Raises:
         DatasetError: too large, unsafe (path traversal, links, nested archives, zip bombs) or not an image dataset.
     """
+    names = check_archive(path, limits)
+    if pattern:
+        check_pattern(pattern, names)
+    index = open_dataset(path, patient_pattern=pattern or None, patients=patients or None)
+    check_size(index, limits, "medmamba train")
+    made, val_taken = not any(index.splits), False
+    if made:
+        rarest = min(index.class_counts)
+        if rarest < 5:
+            raise DatasetError(f"a class has only {rarest} images; at least five per class are needed for a split")
+        index = make_splits(index, FRACTIONS)
+    elif val_taken := set(index.split_sizes) == {"train", "test"}:
+        index = val_from_train(index)  # as `medmamba train` does
+    for split in ("train", "val"):
+        if not index.split_sizes.get(split):
+            raise DatasetError(f"there are split folders, but none called {split!r}; add it, or use class folders only")
+    return Plan(path, index, made, val_taken, pattern, patients)
+
+
+def check_archive(path: Path, limits: Limits) -> list[str]:
+    """Returns the file names in a zip file, without unpacking it.
+
+    Raises:
+        DatasetError: it is too large, packed or unpacked, or not a zip file.
+    """
     if path.stat().st_size > limits.zip_mb * 2**20:
         raise DatasetError(f"{path.name} is larger than {limits.zip_mb} MB; resize the images or use fewer")
     try:
@@ -103,25 +128,15 @@ def plan(path: Path, limits: Limits, pattern: str = "", patients: str = "") -> P
         )
     if count > 4 * limits.zip_images:
         raise DatasetError(f"{path.name} holds {count} files; the limit is {limits.zip_images} images")
-    if pattern:
-        check_pattern(pattern, names)
-    index = open_dataset(path, patient_pattern=pattern or None, patients=patients or None)
+    return names
+
+
+def check_size(index: ImageDataset, limits: Limits, command: str) -> None:
+    """Raises DatasetError if a dataset has too many images or classes for the app; `command` has no such limit."""
     if len(index) > limits.zip_images:
-        raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `medmamba train` has no limit")
+        raise DatasetError(f"{len(index)} images; the limit here is {limits.zip_images}. `{command}` has no limit")
     if len(index.classes) > limits.zip_classes:
         raise DatasetError(f"{len(index.classes)} classes; the limit here is {limits.zip_classes}")
-    made, val_taken = not any(index.splits), False
-    if made:
-        rarest = min(index.class_counts)
-        if rarest < 5:
-            raise DatasetError(f"a class has only {rarest} images; at least five per class are needed for a split")
-        index = make_splits(index, FRACTIONS)
-    elif val_taken := set(index.split_sizes) == {"train", "test"}:
-        index = val_from_train(index)  # as `medmamba train` does
-    for split in ("train", "val"):
-        if not index.split_sizes.get(split):
-            raise DatasetError(f"there are split folders, but none called {split!r}; add it, or use class folders only")
-    return Plan(path, index, made, val_taken, pattern, patients)
 
 
 def check_pattern(pattern: str, names: list[str]) -> None:

@@ -6,7 +6,7 @@ import contextvars
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,9 @@ import numpy as np
 
 from medmamba import MedMamba
 from medmamba.config import MedMambaConfig
+from medmamba.data import ImageDataset
+from medmamba.data.metadata import Columns
+from medmamba.evaluation import Pair, Review, compare_models, review
 from medmamba.explain import Comparison, iter_compare
 from medmamba.imaging.dicom import DicomWindows, dicom_window_presets
 from medmamba.imaging.image import FrameNeeded, WindowNeeded
@@ -162,6 +165,7 @@ class Service:
         self._forward = on_gpu(20)(self._predict)
         # A single thread: libraries below PyTorch keep buffers per thread, and server threads come and go.
         self._thread = ThreadPoolExecutor(1, "predict")
+        self._evaluations = ThreadPoolExecutor(1, "evaluate")
         self._explain = on_gpu(_explain_seconds)(self._explained)
 
     def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -252,6 +256,43 @@ class Service:
         self.store.get(source)
         # A callback cannot be sent to the process that holds the GPU.
         yield from self._explain(source, path, view, methods, target, checks, None if ZERO_GPU else report)
+
+    def review(
+        self,
+        loaded: Loaded,
+        index: ImageDataset,
+        columns: Callable[[ImageDataset], Columns] | None = None,
+        split: str = "all",
+        progress: Callable[[int], object] | None = None,
+    ) -> Future[Review]:
+        """Starts to evaluate a model on labelled images, in a thread of its own, on the CPU where GPUs are lent.
+
+        Args:
+            progress: called with the number of images that are done; returns False to cancel.
+
+        Returns:
+            The result to come; raises what `medmamba.evaluation.review` raises.
+        """
+
+        def run() -> Review:
+            return review(loaded.fused, index, name=loaded.title, split=split, columns=columns, progress=progress)
+
+        return self._evaluations.submit(run)
+
+    def compare(
+        self,
+        first: Loaded,
+        second: Loaded,
+        images: ImageDataset | list[Path],
+        progress: Callable[[int], object] | None = None,
+    ) -> Future[Pair]:
+        """Starts to compare two models; see `review`, and `medmamba.evaluation.compare_models`."""
+
+        def run() -> Pair:
+            names = first.title, second.title
+            return compare_models(first.fused, second.fused, images, names=names, progress=progress)
+
+        return self._evaluations.submit(run)
 
     def _predict(
         self, source: str, images: Sequence[MedicalImage | Path], program: bool = False

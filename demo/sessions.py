@@ -9,18 +9,21 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Limits
 
 if TYPE_CHECKING:
+    from medmamba.data import ImageDataset
+    from medmamba.evaluation import Review
     from medmamba.explain import Comparison
     from medmamba.inference.predict import Failure, Prediction
 
     from .examples import Example
     from .jobs import Plan
+    from .labelled import LabelledSet
     from .service import Answer
 
 
@@ -46,6 +49,11 @@ class Session:
         patients: a CSV file that tells the patients of its images.
         stop_explaining: set to cancel a running explanation.
         stop_training: set to cancel a running training.
+        labelled: the labelled images to evaluate on.
+        review: the last evaluation.
+        stop_evaluating: set to cancel a running evaluation.
+        compared: the images to compare models on: a labelled set, or files.
+        stop_comparing: set to cancel a running comparison.
     """
 
     def __init__(self, folder: Path, outbox: Path):
@@ -67,6 +75,11 @@ class Session:
         self.patients: Path | None = None
         self.stop_explaining = threading.Event()
         self.stop_training = threading.Event()
+        self.labelled: LabelledSet | None = None
+        self.review: Review | None = None
+        self.stop_evaluating = threading.Event()
+        self.compared: ImageDataset | list[Path] | None = None
+        self.stop_comparing = threading.Event()
         self.used = time.monotonic()
 
     def new_folder(self) -> Path:
@@ -84,11 +97,15 @@ class Session:
     def keep_images(self, uploads: list[str]) -> None:
         """Sets the current images and deletes the previous ones."""
         before = {path.parent for path in self.images}
-        self.images, self.current = [self._keep(upload) for upload in uploads], 0
+        self.images, self.current = self.kept(uploads), 0
         self.prediction = self.comparison = None
         self.results, self.labels = [], {}
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def kept(self, uploads: Sequence[str]) -> list[Path]:
+        """Returns copies of uploaded files, each in a folder of its own, deleted with the session."""
+        return [self._keep(upload) for upload in uploads]
 
     def keep_outlined(self, upload: str) -> None:
         """Sets the image of the Segment tab and deletes the previous one."""
@@ -111,6 +128,8 @@ class Session:
         """Cancels whatever is running for this visitor."""
         self.stop_explaining.set()
         self.stop_training.set()
+        self.stop_evaluating.set()
+        self.stop_comparing.set()
 
     def close(self) -> None:
         """Cancels running work and deletes the files of this visitor."""

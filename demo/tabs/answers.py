@@ -186,29 +186,42 @@ def batch_html(
     return card(table(columns, rows, "Predictions", sort=True, css="mm-batch"), done, text)
 
 
-def batch_csv(paths: list[Path], results: list[Answer | Failure], labels: list[str], anyway: bool = False) -> str:
+RECORDED = ("model", "weights_sha256", "software", "date", "file_sha256", "frame", "window", "decisions", "notice")
+"""Facts of a record (`medmamba.reporting.record_facts`) that become columns of a table."""
+
+
+def batch_csv(
+    paths: list[Path],
+    results: list[Answer | Failure],
+    labels: list[str],
+    anyway: bool = False,
+    facts: Sequence[Mapping[str, str]] | None = None,
+) -> str:
     """Returns the table with all classes as CSV, safe to open in a spreadsheet.
 
     Args:
         anyway: answer also where the image is unlike all that the model knows.
+        facts: of the record of each image, for further columns.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(csv_row(["image", "label", "probability", "unsure", "unusual", *labels, "warnings", "error"]))
-    for path, result in zip(paths, results, strict=True):
+    header = ["image", "label", "probability", "unsure", "unusual", *labels, "warnings", "error"]
+    writer.writerow(csv_row([*header, *(RECORDED if facts is not None else ())]))
+    for i, (path, result) in enumerate(zip(paths, results, strict=True)):
+        own = [] if facts is None else [facts[i].get(name, "") for name in RECORDED]
         if isinstance(result, Failure):
-            writer.writerow(csv_row([path.name, *[""] * (5 + len(labels)), plain(result.error, path)]))
+            writer.writerow(csv_row([path.name, *[""] * (5 + len(labels)), plain(result.error, path), *own]))
             continue
         prediction = result.prediction
         if result.refused and not anyway:
-            refused = [path.name, "", "", "", True, *[""] * (1 + len(labels)), f"refused: {REFUSED}"]
+            refused = [path.name, "", "", "", True, *[""] * (1 + len(labels)), f"refused: {REFUSED}", *own]
             writer.writerow(csv_row(refused))
             continue
         scores = dict(prediction.top)
         unusual = "" if result.unusual is None else result.unusual
         row = [path.name, prediction.label, f"{prediction.probability:.6f}", result.unsure, unusual]
         warned = "; ".join(in_app(text) for text in result.warnings)
-        writer.writerow(csv_row([*row, *(f"{scores[label]:.6f}" for label in labels), warned, ""]))
+        writer.writerow(csv_row([*row, *(f"{scores[label]:.6f}" for label in labels), warned, "", *own]))
     return text.getvalue()
 
 

@@ -24,6 +24,7 @@ from ..sessions import Session
 from ..store import Loaded
 from ..theme import Html
 from . import answers, decide, labels, refusals
+from .record import RecordButton, csv_facts
 from .window import AS_FILE, CUSTOM, FIRST, default_window, presets, slider_step, view_of
 
 LABEL_JS = (
@@ -100,11 +101,12 @@ def build(context: Context) -> ClassifyTab:
             )
             panel = decide.build(context, model)
             explain = gr.Button("Explain this prediction", visible=False, elem_id="mm-explain-this")
+            record = RecordButton()
             with gr.Accordion("About this model", open=True, elem_id="mm-about"):
                 card = Html(answers.card_html(store.default))
 
     view = [preset, center, width, frame]
-    shown = [current, reading, *view, batch, table_file, result, explain, card, *panel.parts, *bar.parts]
+    shown = [current, reading, *view, batch, table_file, result, explain, record.button, card, *panel.parts, *bar.parts]
 
     def controls(session: Session) -> Updates:
         """Returns the preview and window controls for a new image; none for several images."""
@@ -158,7 +160,7 @@ def build(context: Context) -> ClassifyTab:
     def answer(session: Session, title: str, view: View) -> Updates:
         """Returns the results for the current images of the session."""
         nothing = {batch: gr.update(visible=False), table_file: gr.update(visible=False)}
-        nothing |= {**panel.hidden(), **bar.hidden()}
+        nothing |= {**panel.hidden(), **bar.hidden(), **record.shown(False)}
         try:
             loaded = context.load(session, title)
         except (PretrainedError, ConfigError, OSError, ValueError) as problem:
@@ -169,15 +171,16 @@ def build(context: Context) -> ClassifyTab:
             return {**nothing, **about, result: start, explain: gr.update(visible=False)}
         if len(session.images) == 1:
             return {**nothing, **about, **single(session, loaded, view)}
-        results = context.service.classify_files(loaded.source, session.images)
-        session.results = results
-        text = answers.batch_csv(session.images, results, loaded.config.labels)
+        results = session.results = context.service.classify_files(loaded.source, session.images)
+        facts = csv_facts(loaded, session.images, results)
+        text = answers.batch_csv(session.images, results, loaded.config.labels, facts=facts)
         path = session.new_download("medmamba.csv")
         path.write_text(text, encoding="utf-8")
         return {
             **about,
             **panel.hidden(),
             **listed(session, loaded),
+            **record.shown(True),
             table_file: gr.update(value=str(path), visible=True),
             result: "",
             explain: gr.update(visible=False),
@@ -222,6 +225,7 @@ def build(context: Context) -> ClassifyTab:
             return {result: refusals.refusal_html(found, loaded, suggestion), **hidden}
         session.prediction = found.prediction
         return {
+            **(record.shown(True) if len(session.images) == 1 else {}),
             result: answers.answer_html(
                 found, loaded, truth_of([*examples, *session.examples.get(loaded.title, ())], path, loaded)
             ),
@@ -347,6 +351,7 @@ def build(context: Context) -> ClassifyTab:
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}
     gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
     frame.release(look, [model, *view], shown, **moved)
+    record.attach(context, model, view, result)
     return ClassifyTab(model, view, explain, rerun, look, opening, shown)
 
 

@@ -27,7 +27,7 @@ from ..html import Markup, card, empty, error, tag
 from ..options import BUSY
 from ..service import inspect
 from ..theme import Html
-from . import answers, maps
+from . import answers, maps, record
 from .classify import ClassifyTab
 from .finetune import duration
 from .window import view_of
@@ -36,6 +36,7 @@ BEST = "Predicted class"
 DEFAULT = recommended()
 NO_IMAGE = empty("Nothing to explain yet", "Choose an image in the Classify tab first.")
 READY = empty("Ready", "Choose one or more methods and press Explain. Their attribution maps appear side by side.")
+FILES = ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)", "Page for the record (HTML)")
 Updates = dict[Any, Any]
 
 
@@ -66,9 +67,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             )  # Gradio draws its progress bar over this, not over the maps
             picture = Html(NO_IMAGE, elem_id="mm-maps")
             with gr.Row(visible=False, elem_id="mm-downloads") as downloads:
-                files = [
-                    gr.DownloadButton(label, size="sm") for label in ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)")
-                ]
+                files = [gr.DownloadButton(label, size="sm") for label in FILES]
             trust = Html(visible=False, elem_id="mm-trust")
     panel = [picture, trust, downloads, *files, run, stop, status]
 
@@ -173,7 +172,8 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             return
         assert found is not None
         target_file = session.new_download("explanation.png")
-        saved = [str(found.save(target_file.with_suffix(suffix))) for suffix in (".png", ".npz", ".json")]
+        answer = context.service.classify(loaded.source, path, view)
+        saved = record.explained(loaded, path, answer, view, found, target_file)
         yield {
             trust: gr.update(value=maps.trust_html(found), visible=True),
             downloads: gr.update(visible=True),

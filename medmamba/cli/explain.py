@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
                 lines.append(assess(model, result, progress=progress, **settings).table())
     say("\n".join(followable(line, args.parser) for line in lines))
     for path in outputs:
-        say(f"wrote {result.save(path)}")
+        facts = {"facts": _facts(args, model)} if path.suffix == ".png" and args.scan is None else {}
+        say(f"wrote {result.save(path, **facts)}")
     return 0
 
 
@@ -142,6 +143,17 @@ def _check_combination(args: argparse.Namespace) -> None:
     if idle:
         advice = "; name a layer as in --compare gradcam:stage3.scan" if mode == "--compare" and args.layer else ""
         raise ValueError(f"{', '.join(idle)} would have no effect with {mode}{advice}: leave it out")
+
+
+def _facts(args: argparse.Namespace, model: Any) -> dict[str, str]:
+    """Returns the metadata of a picture: the model, its weights, the file and the date."""
+    from ..pretrained import fetch
+    from ..reporting import RecordedModel, record_facts
+    from ..utils.checksums import file_hash
+
+    image = Path(args.image)
+    facts = record_facts(RecordedModel.of(args.model, fetch(args.model), model.config))
+    return facts | {"file": printable(image.name), "file_sha256": file_hash(image)}
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..config import DEFAULT_MODEL
@@ -13,6 +14,7 @@ from ..utils.tables import csv_row
 from ..utils.text import for_stream, json_text, printable
 from .groups import add_grouping, check_grouping, run_groups
 from .messages import followable, say
+from .page import Page, check_record, shortened
 
 
 def add_parser(subparsers: Any) -> None:
@@ -85,6 +87,12 @@ def add_parser(subparsers: Any) -> None:
         "interruption the same command goes on",
     )
     parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="also write a page for the record, .html or .pdf: each image with its prediction, file hash, window and "
+        "warnings, and the model with the hash of its weights (at most 100 images)",
+    )
+    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="compute on a Ray cluster at this address; auto: the running one, or a new one on this machine",
@@ -141,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from ..inference.predict import iter_predict
     from ..inference.to_file import Summary
     from ..model import MedMamba
+    from ..pretrained import fetch
     from ..utils.devices import pick_devices
 
     if args.csv and args.top_k is not None:
@@ -149,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out and whole and args.top_k is not None:
         raise ValueError("--top-k has no effect on such a file, which holds every class: leave it out, or write .jsonl")
     check_grouping(args)
+    if args.record:
+        check_record(args)
     if args.decide and args.out and whole:
         raise ValueError("such a file has no place for decisions: write .jsonl with --decide")
     sources = open_sources(args.images, lists=args.list, column=args.column)
@@ -157,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
     if args.ray and args.device != "auto":
         raise ValueError("--device has no effect on --ray, where each actor takes a GPU if there are any: leave it out")
     devices = pick_devices("cpu" if args.ray else args.device)
-    model = MedMamba.from_pretrained(args.model).to(devices[0])
+    folder = fetch(args.model, sidecars=True) if args.record else args.model
+    model = MedMamba.from_pretrained(folder).to(devices[0])
     args.top_k = None if whole else 3 if args.top_k is None else args.top_k
     options = {
         "batch_size": args.batch_size,
@@ -185,7 +197,11 @@ def run(args: argparse.Namespace) -> int:
 
         del options["devices"]
         args.predict = functools.partial(predict_on_ray, address=args.ray)
+    if args.record:
+        args.page = Page(Path(args.record), args.model, folder, model.config, args.frame, args.window)
     summary: Summary = _to_file(args, model, sources, options) if args.out else _print(args, model, sources, options)
+    if args.record:
+        say(f"{args.page.write()}: a page for the record", sys.stderr)
     total = summary.answered
     counts = {
         "could not be read": summary.unread,
@@ -230,20 +246,25 @@ def _print(args: argparse.Namespace, model: Any, sources: Any, options: dict[str
     from ..inference.to_file import Summary
 
     write = _json if args.json else _csv(model, _names(model, args.decide)) if args.csv else _lines
-    names: deque[str] = deque()
+    given_sources: deque[Any] = deque()
     summary = Summary()
+    top_k = None if args.record else args.top_k  # the page shows every class
 
     def named() -> Iterator[Any]:
         for source in sources:
-            names.append(name_of(source))
+            given_sources.append(source)
             yield source
 
     given = _Counted(named(), sources.count)
     with tqdm(total=sources.count, unit="image", disable=None, file=sys.stderr) as bar:
-        for result in args.predict(model, given, args.top_k, **options):
+        for result in args.predict(model, given, top_k, **options):
             bar.update()
+            source = given_sources.popleft()
+            if args.record:
+                args.page.add(source, result)
+                result = shortened(result, args.top_k)
             summary.count(result)
-            write(bar, names.popleft(), result, args.parser)
+            write(bar, name_of(source), result, args.parser)
     return summary
 
 

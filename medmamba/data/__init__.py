@@ -12,6 +12,7 @@ from .dataset import SPLITS, DatasetError, ImageDataset, Record, to_tensor
 from .files import open_folder, open_zip
 from .grouping import with_patients
 from .hf_datasets import open_hf
+from .labelled import Labelled, open_labelled
 from .labels import alphabetical_permutation, order_classes
 from .leakage import LeakageError, LeakageReport, check_leakage, find_leakage
 from .npz import open_npz, unpack_npz
@@ -28,6 +29,7 @@ __all__ = [
     "DatasetError",
     "DecodedAnew",
     "ImageDataset",
+    "Labelled",
     "LeakageError",
     "LeakageReport",
     "Record",
@@ -43,6 +45,7 @@ __all__ = [
     "open_dataset",
     "open_folder",
     "open_hf",
+    "open_labelled",
     "open_npz",
     "open_shards",
     "open_zip",

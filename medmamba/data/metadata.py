@@ -20,6 +20,7 @@ from ..utils.names import shown
 from .csv_text import Table, read_table
 from .dataset import DatasetError, ImageDataset
 from .labels import is_missing
+from .table import COLUMNS
 
 IMAGE_COLUMNS = ("path", "image_path", "file", "filename", "file_name", "image", "img_id", "image_id", "isic_id", "id")
 MOST_CODES = 8  # of different numbers that are taken as codes, not as a quantity
@@ -93,6 +94,31 @@ def read_columns(
         values[name], said = _groups(name, texts, limits.get(name.lower()), path)
         notes += said
     return Columns(values, tuple(notes))
+
+
+def group_columns(path: str | os.PathLike, dataset: ImageDataset) -> list[str]:
+    """Returns the columns of a CSV file that divide the images of a dataset into at least two groups.
+
+    Columns that name images, classes, patients or splits are left out.
+
+    Raises:
+        DatasetError: no row matches an image.
+    """
+    path = Path(path)
+    table = read_table(path, IMAGE_COLUMNS)
+    rows, _ = rows_of_images(table, dataset, path)
+    others = {*IMAGE_COLUMNS, *(name for names in COLUMNS.values() for name in names), *map(str.lower, dataset.classes)}
+    found = []
+    for column in table.header:
+        if column.lower() in others:
+            continue
+        try:
+            values, _ = _groups(column, [_cell(row, column) for row in rows], None, path)
+        except DatasetError:  # too many values
+            continue
+        if len(set(values) - {None}) > 1:
+            found.append(column)
+    return found
 
 
 def rows_of_images(table: Table, dataset: ImageDataset, path: Path) -> tuple[list[dict[str, str] | None], list[str]]:

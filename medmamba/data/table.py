@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..utils.names import AmbiguousNameError, alike, shown, whole_number, words
+from .archive import member_paths
 from .cells import LABEL_SEPARATOR, parse_labels
 from .csv_text import Table, read_table
 from .dataset import DatasetError, ImageDataset, Record, split_name
-from .files import FolderReader
+from .files import FolderReader, ZipReader, check_members
 from .labels import is_missing, notes_on_names, resolve_classes
 from .locate import locate
 from .patients import patients_by_name
@@ -36,13 +38,16 @@ def open_csv(
     classes: Sequence[str] | None = None,
     class_order: str = "auto",
     patient_pattern: str | None = None,
+    by_name: bool = False,
 ) -> ImageDataset:
     """Indexs the images that a CSV file lists. The first line names the columns.
 
     Columns: `path` (relative to `root`, by default the folder of the CSV file), `label`, and optionally `patient` and
-    `split`. Several labels of one image are separated by `;`: if any row has them the task is multi-label, and an
-    empty label is then an image that shows none. Instead of `label` there can be one column of 0 and 1 per class.
-    Delimiters are commas, semicolons, tabs or bars. See `open_dataset` for the other arguments.
+    `split`. `root` can also be a zip file, whose images are read without unpacking it. With `by_name`, and in a zip
+    file, a path that does not exist is found by its file name, if only one file has it. Several labels of one image
+    are separated by `;`: if any row has them the task is multi-label, and an empty label is then an image that shows
+    none. Instead of `label` there can be one column of 0 and 1 per class. Delimiters are commas, semicolons, tabs or
+    bars. See `open_dataset` for the other arguments.
 
     Raises:
         DatasetError: a column or file that is missing, a row without a label ("nan" and its like included), labels that
@@ -66,7 +71,8 @@ def open_csv(
     names, index = resolve_classes((part for parts in found for part in parts), entry, classes, class_order, where)
     notes += notes_on_names(part for parts in found for part in parts)
     folder = Path(root) if root is not None else path.parent
-    images, said = locate([(line, row[columns["path"]].strip()) for line, row in table.rows], folder, where)
+    reader, members = _place(folder, by_name)
+    images, said = locate([(line, row[columns["path"]].strip()) for line, row in table.rows], folder, where, members)
     notes += said
     _check_unique(images, found, table, folder, path)
     patients, said = _patients(table, columns, images, patient_pattern, entry, where)
@@ -80,7 +86,28 @@ def open_csv(
         label = tuple(int(i in numbers) for i in range(len(names))) if multilabel else numbers.pop()
         records.append(Record(image, label, split, patient))
     task = "multilabel" if multilabel else "multiclass"
-    return ImageDataset(records, names, FolderReader(folder), task, None, path.name, notes)
+    return ImageDataset(records, names, reader, task, None, path.name, notes)
+
+
+def _place(folder: Path, by_name: bool) -> tuple[FolderReader | ZipReader, list[str] | None]:
+    """Returns the reader of a folder or zip file and, where images are found by name, the paths of its files."""
+    if not folder.is_file():
+        inside = (file for file in folder.rglob("*") if file.is_file()) if by_name else ()
+        return FolderReader(folder), [file.relative_to(folder).as_posix() for file in inside] if by_name else None
+    try:
+        with zipfile.ZipFile(folder) as archive:
+            infos = archive.infolist()
+    except zipfile.BadZipFile as exc:
+        raise DatasetError(f"{folder}: not a complete zip file ({exc}); download it again") from exc
+    check_members(infos, str(folder))
+    return ZipReader(folder), [path for path in member_paths(infos) if not path.endswith("/")]
+
+
+def roles(header: Sequence[str]) -> dict[str, str]:
+    """Returns the column of each role: "path", "label", "patient" and "split", as far as there is one."""
+    by_name = {name.lower(): name for name in header}
+    found = {role: next((by_name[name] for name in names if name in by_name), None) for role, names in COLUMNS.items()}
+    return {role: name for role, name in found.items() if name is not None}
 
 
 def _columns(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[str]]:

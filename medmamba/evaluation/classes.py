@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from ..config import MedMambaConfig
 from ..data import DatasetError, ImageDataset, registry
@@ -50,6 +51,38 @@ def match_classes(dataset: ImageDataset, config: MedMambaConfig) -> ImageDataset
 
     records = [dataclasses.replace(record, label=renumbered(record.label)) for record in dataset.records]
     return ImageDataset(records, wanted, dataset.reader, dataset.task, dataset.transform, dataset.name, dataset.notes)
+
+
+def propose_classes(dataset: ImageDataset, config: MedMambaConfig) -> dict[str, str] | None:
+    """Returns what the classes of a dataset may be for a model that does not know all their names, else None.
+
+    Classes with a known name keep it, the others are taken in order. This is a guess that a person has to confirm, and
+    only made where there are as many classes as the model has.
+    """
+    wanted = config.labels
+    if len(dataset.classes) != len(wanted) or (dataset.task == "multilabel") != (config.task == "multilabel"):
+        return None
+    try:
+        found = {name: find_name(name, wanted) for name in dataset.classes}
+    except AmbiguousNameError:
+        return None
+    known = [number for number in found.values() if number is not None]
+    if len(set(known)) != len(known):
+        return None
+    free = iter([name for number, name in enumerate(wanted) if number not in known])
+    return {name: next(free) if number is None else wanted[number] for name, number in found.items()}
+
+
+def rename_classes(dataset: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
+    """Returns the dataset with other names for its classes, and a note about that.
+
+    Args:
+        names: new name of each class that gets one.
+    """
+    new = [names.get(name, name) for name in dataset.classes]
+    changed = [f"{a!r} as {b!r}" for a, b in zip(dataset.classes, new, strict=True) if a != b]
+    notes = (*dataset.notes, f"classes were taken by the user's word: {', '.join(changed)}")
+    return ImageDataset(dataset.records, new, dataset.reader, dataset.task, dataset.transform, dataset.name, notes)
 
 
 def _entry_of(config: MedMambaConfig) -> registry.DatasetEntry | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -83,11 +83,15 @@ class Comparison:
             "agreement": self.agreement.tolist(),
         }
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Writes .png (the figure), .npz (`maps` (n, H, W), `methods` (n,) and the record) or .json (the record)."""
+    def save(self, path: str | os.PathLike, facts: Mapping[str, str] | None = None) -> Path:
+        """Writes .png (the figure), .npz (`maps` (n, H, W), `methods` (n,) and the record) or .json (the record).
+
+        Args:
+            facts: text by name for the metadata of the .png, such as `reporting.record_facts`.
+        """
         path = Path(path)
         if path.suffix == ".png":
-            self.figure().savefig(path)
+            self.figure().savefig(path, metadata=dict(facts or {}))
         elif path.suffix == ".npz":
             maps = np.stack([e.attribution for e in self.explanations])
             titles = np.array([e.title for e in self.explanations])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,8 +134,11 @@ class Explanation:
         """Returns the map as `render` takes it."""
         return Map(self.title, self.attribution_full, colour_limit(self.attribution), self.signed)
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike, facts: Mapping[str, str] | None = None) -> Path:
         """Writes .png (the overlay), .npz (both maps, and the record as JSON text) or .json (the record).
+
+        Args:
+            facts: text by name for the metadata of the .png, such as `reporting.record_facts`.
 
         Returns:
             The path.
@@ -145,7 +148,7 @@ class Explanation:
         """
         path = Path(path)
         if path.suffix == ".png":
-            self.overlay().savefig(path)
+            self.overlay().savefig(path, metadata=dict(facts or {}))
         elif path.suffix == ".npz":
             record = json_text(self.to_dict())
             np.savez_compressed(

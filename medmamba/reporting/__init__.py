@@ -5,6 +5,19 @@
 """
 
 from .checklists import CHECKLISTS
-from .report import write_drift, write_report
+from .record import Entry, RecordedModel, record_facts, record_page, write_record
+from .report import report_html, write_drift, write_report
+from .study import study_of
 
-__all__ = ["CHECKLISTS", "write_drift", "write_report"]
+__all__ = [
+    "CHECKLISTS",
+    "Entry",
+    "RecordedModel",
+    "record_facts",
+    "record_page",
+    "report_html",
+    "study_of",
+    "write_drift",
+    "write_record",
+    "write_report",
+]

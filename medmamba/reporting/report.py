@@ -23,7 +23,7 @@ from .checklists import CHECKLISTS
 from .figures import score_figure
 from .page import render, write
 from .sections import report_sections
-from .study import make_study
+from .study import Study, make_study
 
 REPORT_NAME = "report"
 DRIFT_PAGE = "drift"
@@ -73,15 +73,27 @@ def write_report(
         require("weasyprint", "a report as PDF (leave it out with pdf=False)", "report")
     said = _statements(statements)
     study = make_study(model, data, split=split, **options)
-    sections = report_sections(study, said)
+    return write(Path(out), REPORT_NAME, report_html(study, said), pdf)
+
+
+def report_html(study: Study, statements: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Returns a report as one HTML page that needs no other file.
+
+    Args:
+        study: from `study.make_study`, or from `study.study_of` for an evaluation that was made already.
+        statements: what only authors can say, see `write_report`.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is missing.
+    """
+    sections = report_sections(study, _statements(statements))
     title = f"Evaluation of {Path(str(study.name)).name} on {study.index.name}"
     about = {
         "Model": f"{study.name}, weights SHA-256 {study.weights[:16]}…",
         "Data": f"{study.index.name}, split {study.split}, {len(study.index)} images",
         **_about(),
     }
-    html = render(title, sections, notice=NOTICE, about=about)
-    return write(Path(out), REPORT_NAME, html, pdf)
+    return render(title, sections, notice=NOTICE, about=about)
 
 
 def write_drift(

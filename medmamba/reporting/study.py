@@ -16,6 +16,7 @@ from ..data import ImageDataset, open_dataset
 from ..data.metadata import metadata_file
 from ..evaluation import Scored, evaluate_model, match_classes
 from ..evaluation.corruptions import Corruptions
+from ..evaluation.review import Review, label_text, worst_first
 from ..explain import compare
 from ..explain.comparison import Comparison
 from ..imaging.load import MedicalImage
@@ -145,14 +146,35 @@ def _facts(folder: Path) -> ModelFacts:
         return read_facts(folder, licence="other")
 
 
+def study_of(found: Review, model: MedMamba, folder: Path, dataset: ImageDataset | None = None) -> Study:
+    """Returns what a report is written from for images that `evaluation.review` has evaluated already.
+
+    Args:
+        found: the evaluation.
+        model: that made it.
+        folder: with its files.
+        dataset: all images of the data; None: those that were evaluated.
+    """
+    facts = _facts(folder)
+    return Study(
+        name=found.model,
+        weights=file_hash(folder / WEIGHTS_NAME),
+        model=model,
+        facts=facts,
+        dataset=found.index if dataset is None else dataset,
+        index=found.index,
+        split=str(found.scored.evaluation.context["split"]),
+        scored=found.scored,
+        signatures=found.signatures,
+        corruptions=facts.corruptions,
+        external=True,
+        notes=in_force(model).notes,
+    )
+
+
 def wrong_first(study: Study) -> np.ndarray:
     """Returns the rows of misclassified images, the most confident first; for several labels, the most wrong first."""
-    p, labels = study.probabilities, study.index.labels
-    if labels.ndim == 2:
-        errors = np.abs(p - labels).max(axis=1)
-        return np.argsort(-errors, kind="stable")[: int((errors > 0.5).sum())]
-    wrong = np.flatnonzero(p.argmax(axis=1) != labels)
-    return wrong[np.argsort(-p[wrong].max(axis=1), kind="stable")]
+    return worst_first(study.probabilities, study.index.labels)
 
 
 def _explanations(study: Study, count: int, methods: Sequence[str], seed: int) -> tuple[tuple[str, Comparison], ...]:
@@ -175,7 +197,4 @@ def _explanations(study: Study, count: int, methods: Sequence[str], seed: int) -
 
 def true_classes(study: Study, row: int) -> str:
     """Returns the true classes of an evaluated image in words."""
-    label, names = study.index.labels[row], study.scored.evaluation.classes
-    if np.ndim(label) == 0:
-        return names[int(label)]
-    return ", ".join(name for name, shown in zip(names, label, strict=True) if shown) or "none of the classes"
+    return label_text(study.index.labels[row], study.scored.evaluation.classes)

@@ -26,7 +26,7 @@ from demo import (  # noqa: E402
 
 def test_the_endpoints_are_these_and_documented(client, url):
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(named) == {"/models", "/classify", "/classify_batch", "/explain"}
+    assert set(named) == {"/models", "/classify", "/classify_batch", "/explain", "/evaluate"}
     names = [p["parameter_name"] for p in named["/classify"]["parameters"]]
     assert names == ["file", "model", "frame", "window_center", "window_width", "anyway"]
     info = httpx.get(f"{url}gradio_api/info").text

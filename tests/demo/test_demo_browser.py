@@ -20,7 +20,7 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright")
 from demo.options import EXAMPLES
 
 pytestmark = MARKS
-TABS = ("Classify", "Explain", "Fine-tune", "Models")
+TABS = ("Classify", "Explain", "Evaluate", "Compare", "Fine-tune", "Models")
 
 
 # --- Classify ---
