@@ -24,9 +24,9 @@ from medmamba.training.finalise import score_splits, training_record
 from medmamba.training.identity import differences, fingerprint, run_identity
 from medmamba.training.progress import Progress
 from medmamba.training.recipe import Recipe, load_recipe
-from medmamba.training.run import CHECKPOINTS
 from medmamba.training.run_log import RunLog
 from medmamba.training.setup import ImageCache, check_splits
+from medmamba.training.task import CHECKPOINTS
 from medmamba.training.trainer import Trainer
 from medmamba.utils.devices import make_accelerator
 from medmamba.utils.files import write_text

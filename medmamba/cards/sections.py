@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +13,7 @@ from ..data import registry
 from ..data.registry import DatasetEntry
 from ..metrics import PAPER_COLUMNS, TITLES
 from .decisions import decisions_section
+from .reproduce import how_to_reproduce
 
 if TYPE_CHECKING:
     from .facts import ModelFacts
@@ -25,8 +24,6 @@ PAPER = """@article{yue2024medmamba,
   journal = {arXiv preprint arXiv:2403.03849},
   year    = {2024}
 }"""
-# Settings with command-line flags of their own, or that only describe a recipe.
-_NOT_SETTINGS = ("name", "description")
 
 
 def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
@@ -45,7 +42,7 @@ def sections(facts: ModelFacts, repo_id: str) -> list[tuple[str, str]]:
         ("Out-of-distribution images", _unusual(facts)),
         ("What the model looks at", _attribution(facts)),
         ("Limits", _limits(facts)),
-        ("How to reproduce", _reproduce(facts)),
+        ("How to reproduce", how_to_reproduce(facts)),
         ("Licence", licence(facts)),
         ("Citation", citation(facts)),
     ]
@@ -321,93 +318,6 @@ def _limits(facts: ModelFacts) -> str:
     if facts.terms.non_commercial:
         limits.append("The data may not be used commercially.")
     return "\n".join(f"- {limit}" for limit in limits)
-
-
-def _reproduce(facts: ModelFacts) -> str:
-    t = facts.config.training
-    if t.get("origin"):
-        return f"`python -m hub.convert {t['origin']['file']}` with the authors' file."
-    if not t.get("recipe"):
-        return ""
-    commands = _zoo_commands(facts)
-    if not commands:
-        words = ["medmamba", "train", "--data", "DATA", "--out", "OUT", "--recipe", t["recipe"]]
-        if facts.entry:
-            words += ["--dataset", facts.entry.name]
-        words += ["--from", t["init"]] if t.get("init") else ["--variant", facts.config.architecture]
-        commands = [[*words, "--seed", str(t.get("seed", 0))]]
-    if changed := _changed_settings(t):
-        commands[-1] += ["--set", *changed]
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(t.get("precision")), "unrecorded")
-    versions = ", ".join(f"{name} {version}" for name, version in t.get("versions", {}).items())
-    lines = "\n".join(map(shlex.join, commands))
-    return (
-        f"```bash\n{lines}\n```\n\n"
-        f"It was run on {t.get('device', 'an unrecorded device')} in {precision} precision, "
-        f"{t.get('seconds', 0) / 60:.0f} minutes, with {versions or 'unrecorded versions'}. Of "
-        f"{t.get('epochs')} epochs, epoch {t.get('best_epoch')} was best on validation, by "
-        f"{' then '.join(t.get('selected_by', []))}. All settings are in `results.json`."
-    )
-
-
-def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
-    """Returns the commands of `hub.zoo` that train a model of one of its recipes; [] for other models."""
-    t = facts.config.training
-    if not facts.entry or not str(t.get("recipe")).startswith("zoo-"):
-        return []
-    words = ["python", "-m", "hub.zoo", "train", facts.entry.name, "--data", "DATA", "--out", "OUT"]
-    words += ["--recipe", t["recipe"]] if t["recipe"] != f"zoo-{facts.entry.name}" else []
-    commands = [[*words, "--seed", str(t.get("seed", 0))]]
-    if t.get("base_model"):
-        commands[-1] += ["--init", str(t["base_model"])]
-    if teachers := re.match(r"(\d+) x ([\w-]+)", str(t.get("teacher", ""))):
-        first = ["python", "-m", "hub.zoo", "baseline", facts.entry.name, "--data", "DATA", "--model", teachers[2]]
-        first += ["--recipe", str(t["recipe"]).removesuffix("-distilled")]
-        changed = [f"{key}={_json(value)}" for key, value in t.get("teacher_settings", {}).items()]
-        first += ["--set", *changed] if changed else []
-        folders = [f"TEACHER-{seed}" for seed in range(int(teachers[1]))]
-        commands = [
-            *([*first, "--seed", str(seed), "--out", folder] for seed, folder in enumerate(folders)),
-            [*commands[-1], "--teacher", *folders],
-        ]
-    if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
-        first = ["python", "-m", "hub.zoo", "pretrain", "--data", "DATA", "--out", "START", "--seed", start[2]]
-        commands = [first + (["--recipe", start[1]] if start[1] != "zoo-joint" else []), *commands]
-        commands[-1] += ["--init", "START"]
-    if facts.config.architecture != "tiny":
-        for command in commands:
-            command += ["--variant", facts.config.architecture]
-    return commands
-
-
-def _changed_settings(training: dict[str, Any]) -> list[str]:
-    """Returns `key=value` for every setting that differs from the named recipe."""
-    from ..training.recipe import RecipeError, load_recipe
-
-    settings = training.get("settings", {})
-    try:
-        base = load_recipe(training["recipe"]).to_dict()
-    except (RecipeError, OSError):
-        return []
-    flat, flat_base = _flatten(settings), _flatten(base)
-    return [
-        f"{key}={_json(value)}"
-        for key, value in flat.items()
-        if key not in _NOT_SETTINGS and flat_base.get(key) != value
-    ]
-
-
-def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def licence(facts: ModelFacts) -> str:

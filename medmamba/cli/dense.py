@@ -1,11 +1,16 @@
-"""Options that `medmamba segment` and `medmamba detect` share."""
+"""What `medmamba segment` and `medmamba detect` share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..utils.text import json_text
+from .messages import say
+from .predict import add_reading
 from .training_options import STOPPED, split_option
 
 RESUMES = (
@@ -71,6 +76,39 @@ def report(result: Any) -> int:
     return 0
 
 
+def add_prediction(parser: argparse.ArgumentParser, model: str, out: str) -> None:
+    """Adds images, model, output and how to read the images; `model` and `out` are what the help calls these two."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
+    parser.add_argument("--model", required=True, help=f"folder or org/name of {model}")
+    parser.add_argument("--out", metavar="DIR", help=f"folder for {out}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line and image")
+    add_tiles(parser)
+    add_reading(parser)
+
+
+def predict_each(args: argparse.Namespace, predict: Callable[[Path], Any], summary: Callable[[Any], str]) -> int:
+    """Predicts and prints every image; those that cannot be read are reported. Returns the exit code.
+
+    Args:
+        args: the options of `add_prediction`.
+        predict: returns what is found in a file, with `to_dict()`, and writes its files.
+        summary: returns the line that is printed without --json.
+    """
+    from ..imaging import ImageError, expand_inputs
+
+    failed = False
+    for path in expand_inputs(args.images):
+        try:
+            found = predict(path)
+        except (ImageError, OSError) as error:
+            failed = True
+            say(json_text({"source": str(path), "error": str(error)}) if args.json else f"{error}", sys.stderr)
+            continue
+        say(json_text(found.to_dict()) if args.json else f"{path}: {summary(found)}")
+    return int(failed)
+
+
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Adds model, data, split and output."""
     parser.add_argument("--model", required=True, help="folder or org/name of the model")
@@ -79,6 +117,29 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patient-pattern", metavar="REGEX", help="group 1 in a file name is the patient")
     parser.add_argument("--out", metavar="FILE", help="write the metrics to this JSON file")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
+    add_tiles(parser)
+
+
+def evaluate(
+    args: argparse.Namespace, model: Any, open_data: Callable[..., Any], measure: Callable[..., Any], **how: Any
+) -> int:
+    """Evaluates a model on a split of a dataset, prints and writes the metrics; returns the exit code.
+
+    Args:
+        args: the options of `add_evaluation`.
+        model: the loaded model.
+        open_data: opens the dataset, such as `open_segmentation`.
+        measure: returns the evaluation, such as `evaluate_segmenter`; `how` are further arguments of it.
+    """
+    from tqdm import tqdm
+
+    data = open_data(args.data, model.config.classes, patient_pattern=args.patient_pattern)
+    if args.split != "all":
+        data = data.split(args.split)
+    found = measure(model, data, progress=lambda rows: tqdm(rows, unit="img"), **how)
+    say(f"{data.name}, {args.split}: {found.n} images, 95 % intervals over {found.units}\n{found.table()}")
+    write_metrics(found, args.out)
+    return 0
 
 
 def add_tiles(parser: argparse.ArgumentParser) -> None:

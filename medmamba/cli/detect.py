@@ -1,14 +1,19 @@
 """The subcommand `medmamba detect`: train, predict and evaluate detectors."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..utils.text import json_text
-from .dense import RESUMES, add_evaluation, add_tiles, add_training, report, training_options, write_metrics
-from .messages import say
-from .predict import add_reading
+from .dense import (
+    RESUMES,
+    add_evaluation,
+    add_prediction,
+    add_training,
+    evaluate,
+    predict_each,
+    report,
+    training_options,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,21 +54,14 @@ def _add_predict(actions: Any) -> None:
         description="Detects in files, folders and globs; prints one line per image, and with --out writes pictures "
         "with the boxes. Files that cannot be read are reported and skipped, and the exit code is then 1.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
-    parser.add_argument("--model", required=True, help="folder or org/name of a detector")
-    parser.add_argument("--out", metavar="DIR", help="folder for pictures with the boxes")
+    add_prediction(parser, "a detector", "pictures with the boxes")
     parser.add_argument("--score", type=float, metavar="P", help="from which a box is reported (default: the model's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line and image")
-    add_tiles(parser)
-    add_reading(parser)
     parser.set_defaults(act=_predict)
 
 
 def _add_evaluate(actions: Any) -> None:
     parser = actions.add_parser("evaluate", help="compare with true boxes", description="COCO's mAP and mAP50.")
     add_evaluation(parser)
-    add_tiles(parser)
     parser.set_defaults(act=_evaluate)
 
 
@@ -75,43 +73,24 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..imaging import ImageError, expand_inputs
-
-    paths = expand_inputs(args.images)
     model = _load(args)
-    failed = False
-    for path in paths:
-        try:
-            how = dict(frame=args.frame, window=args.window, tile=args.tile, overlap=args.overlap, score=args.score)
-            found = model.predict(path, **how)
-            if args.out:
-                Path(args.out).mkdir(parents=True, exist_ok=True)
-                found.overlay().save(Path(args.out) / f"{path.stem}_boxes.png")
-        except (ImageError, OSError) as error:
-            failed = True
-            say(json_text({"source": str(path), "error": str(error)}) if args.json else f"{error}", sys.stderr)
-            continue
-        counts = ", ".join(f"{label} {count}" for label, count in found.counts.items())
-        say(json_text(found.to_dict()) if args.json else f"{path}: {counts}")
-    return int(failed)
+
+    def predict(path: Path) -> Any:
+        how = dict(frame=args.frame, window=args.window, tile=args.tile, overlap=args.overlap, score=args.score)
+        found = model.predict(path, **how)
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            found.overlay().save(Path(args.out) / f"{path.stem}_boxes.png")
+        return found
+
+    return predict_each(args, predict, lambda found: ", ".join(f"{label} {n}" for label, n in found.counts.items()))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ..detection.dataset import open_detection
     from ..detection.evaluate import evaluate_detector
 
-    model = _load(args)
-    data = open_detection(args.data, model.config.classes, patient_pattern=args.patient_pattern)
-    if args.split != "all":
-        data = data.split(args.split)
-    found = evaluate_detector(
-        model, data, progress=lambda rows: tqdm(rows, unit="img"), tile=args.tile, overlap=args.overlap
-    )
-    say(f"{data.name}, {args.split}: {found.n} images, 95 % intervals over {found.units}\n{found.table()}")
-    write_metrics(found, args.out)
-    return 0
+    return evaluate(args, _load(args), open_detection, evaluate_detector, tile=args.tile, overlap=args.overlap)
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -1,14 +1,19 @@
 """The subcommand `medmamba segment`: train, predict and evaluate segmentation models."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..utils.text import json_text
-from .dense import RESUMES, add_evaluation, add_tiles, add_training, report, training_options, write_metrics
-from .messages import say
-from .predict import add_reading
+from .dense import (
+    RESUMES,
+    add_evaluation,
+    add_prediction,
+    add_training,
+    evaluate,
+    predict_each,
+    report,
+    training_options,
+)
 
 _WRITTEN = {"png": ".png", "nifti": ".nii.gz", "dicom": ".dcm"}
 
@@ -54,27 +59,21 @@ def _add_predict(actions: Any) -> None:
         description="Segments files, folders and globs; writes masks and overlays to --out and prints one line per "
         "image. Files that cannot be read are reported and skipped, and the exit code is then 1.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
-    parser.add_argument("--model", required=True, help="folder or org/name of a segmentation model")
-    parser.add_argument("--out", metavar="DIR", help="folder for masks and overlays")
+    add_prediction(parser, "a segmentation model", "masks and overlays")
     parser.add_argument("--format", default="png", choices=tuple(_WRITTEN), help="of the masks (default: png)")
     parser.add_argument("--threshold", type=float, metavar="P", help="probability from which a pixel counts")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line and image")
-    _add_how(parser)
-    add_reading(parser)
+    _add_flips(parser)
     parser.set_defaults(act=_predict)
 
 
 def _add_evaluate(actions: Any) -> None:
     parser = actions.add_parser("evaluate", help="compare with true masks", description="Dice, IoU, HD95 and lesions.")
     add_evaluation(parser)
-    _add_how(parser)
+    _add_flips(parser)
     parser.set_defaults(act=_evaluate)
 
 
-def _add_how(parser: argparse.ArgumentParser) -> None:
-    add_tiles(parser)
+def _add_flips(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flips", action="store_true", help="average over reflections, in four times the time")
 
 
@@ -86,53 +85,37 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..imaging import ImageError, expand_inputs
-
-    paths = expand_inputs(args.images)
     model = _load(args)
     out = Path(args.out) if args.out else None
     if args.format == "dicom" and out is None:
         raise ValueError("--format dicom needs --out")
-    failed = False
-    for path in paths:
-        try:
-            found = model.predict(path, frame=args.frame, window=args.window, **_how(args))
-            if args.threshold is not None:
-                found = found.with_thresholds(args.threshold)
-            if out is not None:
-                out.mkdir(parents=True, exist_ok=True)
-                found.save(out / f"{path.stem}{_WRITTEN[args.format]}", source=path)
-                found.overlay().save(out / f"{path.stem}_overlay.png")
-        except (ImageError, OSError) as error:
-            failed = True
-            say(json_text({"source": str(path), "error": str(error)}) if args.json else f"{error}", sys.stderr)
-            continue
-        record = found.to_dict()
-        if args.json:
-            say(json_text(record))
-            continue
-        parts = []
-        for entry in record["classes"]:
-            area = f"{entry['area']} px" if entry["area_mm2"] is None else f"{entry['area_mm2']:.1f} mm²"
-            parts.append(f"{entry['label']} {area} ({entry['share']:.1%}, {entry['regions']} regions)")
-        say(f"{path}: {', '.join(parts)}")
-    return int(failed)
+
+    def predict(path: Path) -> Any:
+        found = model.predict(path, frame=args.frame, window=args.window, **_how(args))
+        if args.threshold is not None:
+            found = found.with_thresholds(args.threshold)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            found.save(out / f"{path.stem}{_WRITTEN[args.format]}", source=path)
+            found.overlay().save(out / f"{path.stem}_overlay.png")
+        return found
+
+    return predict_each(args, predict, _summary)
+
+
+def _summary(found: Any) -> str:
+    parts = []
+    for entry in found.to_dict()["classes"]:
+        area = f"{entry['area']} px" if entry["area_mm2"] is None else f"{entry['area_mm2']:.1f} mm²"
+        parts.append(f"{entry['label']} {area} ({entry['share']:.1%}, {entry['regions']} regions)")
+    return ", ".join(parts)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ..segmentation.evaluate import evaluate_segmenter
     from ..segmentation.open import open_segmentation
 
-    model = _load(args)
-    data = open_segmentation(args.data, model.config.classes, patient_pattern=args.patient_pattern)
-    if args.split != "all":
-        data = data.split(args.split)
-    found = evaluate_segmenter(model, data, progress=lambda rows: tqdm(rows, unit="img"), **_how(args))
-    say(f"{data.name}, {args.split}: {found.n} images, 95 % intervals over {found.units}\n{found.table()}")
-    write_metrics(found, args.out)
-    return 0
+    return evaluate(args, _load(args), open_segmentation, evaluate_segmenter, **_how(args))
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +14,7 @@ from ..data import DatasetError
 from ..data.csv_text import read_table
 from ..data.dataset import split_name
 from ..data.patients import compile_pattern, patient_of
+from ..dense.examples import Examples
 from ..dense.files import under
 from ..imaging import MedicalImage, expand_inputs, load_image
 from ..utils.strict_json import StrictJsonError, read_json
@@ -48,7 +48,7 @@ class Boxed:
 
 
 @dataclass(frozen=True)
-class DetectionDataset:
+class DetectionDataset(Examples):
     """Images with boxes, and the names of the classes.
 
     Attributes:
@@ -62,26 +62,6 @@ class DetectionDataset:
     classes: tuple[str, ...]
     examples: tuple[Boxed, ...]
     notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def split_sizes(self) -> dict[str | None, int]:
-        """Number of images in each split."""
-        return dict(Counter(example.split for example in self.examples))
-
-    def split(self, name: str) -> DetectionDataset:
-        """Returns the images of one split.
-
-        Raises:
-            DatasetError: it has no images.
-        """
-        kept = tuple(example for example in self.examples if example.split == name)
-        if not kept:
-            there = ", ".join(map(str, self.split_sizes)) or "none"
-            raise DatasetError(f"{self.name} has no images in split {name!r}; it has {there}")
-        return replace(self, examples=kept)
 
     def load(self, index: int) -> tuple[MedicalImage, np.ndarray, np.ndarray]:
         """Reads one image; returns it with its boxes and labels.

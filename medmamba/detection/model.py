@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, variant_config
-from ..dense import encoder_config, load_weights
+from ..dense import load_weights, names_of, starting_encoder
 from ..model import MedMamba
 from ..model.network import MedMambaNetwork
 from ..pretrained.folder import FolderMixin
@@ -139,16 +138,11 @@ def create_detector(
         PretrainedError: `start` cannot be loaded.
         ImportError: torchvision is not installed.
     """
-    source = start if isinstance(start, MedMamba) or start is None else MedMamba.from_pretrained(start)
-    base = source.config if source else variant_config(variant)
-    side = SIDE if size is None else size
-    if side % 32 or side < 32:
-        raise ConfigError(f"size must be a multiple of 32, got {side}")
-    names = [f"class_{i + 1}" for i in range(classes)] if isinstance(classes, int) else list(classes)
+    encoder, source = starting_encoder(variant, start, in_chans, SIDE if size is None else size)
     model = MedMambaDetector(
         DetectorConfig(
-            encoder=encoder_config(base, in_chans or base.in_chans, side),
-            classes=tuple(names),
+            encoder=encoder,
+            classes=names_of(classes),
             channels=channels,
             first_stage=0 if small_objects else 1,
             training={"base_model": str(start)} if isinstance(start, str) else {},

@@ -56,8 +56,9 @@ def unpacked(found: Any, name: str, shape: tuple[int | None, ...]) -> NDArray[np
         values = np.frombuffer(data, kind).reshape(size).astype(np.float64)
     else:
         values = np.array(found, np.float64)
+    lengths: tuple[int, ...] = values.shape
     fits = values.ndim == len(shape)
-    fits = fits and all(size > 0 and wanted in (None, size) for size, wanted in zip(values.shape, shape, strict=True))
+    fits = fits and all(n > 0 and wanted in (None, n) for n, wanted in zip(lengths, shape, strict=True))
     if not fits:
         expected = ", ".join("n" if n is None else str(n) for n in shape)
         raise ConfigError(f"{name} has the shape {values.shape}, not ({expected})")

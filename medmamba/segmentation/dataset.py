@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..data import DatasetError
+from ..dense.examples import Examples
 from ..imaging import MedicalImage, load_image
 
 IGNORED = 255
@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class SegmentationDataset:
+class SegmentationDataset(Examples):
     """Pairs of images and masks, and the names of the classes.
 
     A mask is (1, H, W) with 0 for the background and 1, 2, ... for the classes if they are exclusive or there is one
@@ -52,33 +52,8 @@ class SegmentationDataset:
 
     name: str
     classes: tuple[str, ...]
-    pairs: tuple[Pair, ...]
+    examples: tuple[Pair, ...]
     exclusive: bool = False
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def examples(self) -> tuple[Pair, ...]:
-        """The pairs."""
-        return self.pairs
-
-    @property
-    def split_sizes(self) -> dict[str | None, int]:
-        """Number of images in each split."""
-        return dict(Counter(pair.split for pair in self.pairs))
-
-    def split(self, name: str) -> SegmentationDataset:
-        """Returns the images of one split.
-
-        Raises:
-            DatasetError: it has no images.
-        """
-        kept = tuple(pair for pair in self.pairs if pair.split == name)
-        if not kept:
-            there = ", ".join(map(str, self.split_sizes)) or "none"
-            raise DatasetError(f"{self.name} has no images in split {name!r}; it has {there}")
-        return replace(self, pairs=kept)
 
     def load(self, index: int) -> tuple[MedicalImage, np.ndarray]:
         """Reads one image and its mask.
@@ -87,7 +62,7 @@ class SegmentationDataset:
             ImageError: the image or the mask cannot be read.
             DatasetError: a mask of another size than its image, or with values that name no class.
         """
-        pair = self.pairs[index]
+        pair = self.examples[index]
         image = load_image(pair.image)
         return image, self.check_mask(pair.read(image.size), pair)
 

@@ -35,7 +35,7 @@ def evaluate_segmenter(
         ImageError, DatasetError: an image or mask that cannot be read.
     """
     check_classes(model, dataset)
-    spacings = [pixel_spacing(pair.image) for pair in dataset.pairs]
+    spacings = [pixel_spacing(pair.image) for pair in dataset.examples]
     in_mm = None not in spacings  # one unit for all images
     scores = []
     rows: Iterable[int] = range(len(dataset))
@@ -43,7 +43,7 @@ def evaluate_segmenter(
         image, mask = dataset.load(row)
         found = model.predict(image, **options)
         scores.append(score_image(found.masks, mask, dataset.exclusive, spacings[row] if in_mm else None))
-    patients = [pair.patient for pair in dataset.pairs]
+    patients = [pair.patient for pair in dataset.examples]
     return summarise(dataset.classes, scores, patients, in_mm=in_mm, resamples=resamples)
 
 

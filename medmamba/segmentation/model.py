@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, variant_config
-from ..dense import encoder_config, load_weights
+from ..config import ConfigError
+from ..dense import load_weights, names_of, starting_encoder
 from ..model import MedMamba
 from ..model.fuse import fuse
 from ..pretrained.folder import FolderMixin
@@ -121,17 +121,12 @@ def create_segmenter(
         PretrainedError: `start` cannot be loaded.
         ImportError: segmentation_models_pytorch is not installed.
     """
-    source = start if isinstance(start, MedMamba) or start is None else MedMamba.from_pretrained(start)
-    base = source.config if source else variant_config(variant)
-    side = SIDE if size is None else size
-    if side % 32 or side < 32:
-        raise ConfigError(f"size must be a multiple of 32, got {side}")
-    names = [f"class_{i + 1}" for i in range(classes)] if isinstance(classes, int) else list(classes)
+    encoder, source = starting_encoder(variant, start, in_chans, SIDE if size is None else size)
     config = SegmenterConfig(
-        encoder=encoder_config(base, in_chans or base.in_chans, side),
+        encoder=encoder,
         decoder=decoder,
         decoder_options=DECODER_OPTIONS.get(decoder, {}) if decoder_options is None else decoder_options,
-        classes=tuple(names),
+        classes=names_of(classes),
         exclusive=exclusive,
         training={"base_model": str(start)} if isinstance(start, str) else {},
     )

@@ -14,7 +14,6 @@ from ..data.csv_text import read_table
 from ..data.dataset import split_name
 from ..data.patients import compile_pattern, patient_of
 from ..dense.files import under
-from ..dense.splits import divided
 from ..imaging import expand_inputs
 from ..utils.strict_json import StrictJsonError, read_json
 from .dataset import Pair, SegmentationDataset, mask_from_file, pair_by_name
@@ -63,26 +62,10 @@ def open_segmentation(
     pattern = compile_pattern(patient_pattern)
     if pattern is None:
         return found
-    pairs = tuple(replace(pair, patient=patient_of(pair.image.name, pattern)) for pair in found.pairs)
+    pairs = tuple(replace(pair, patient=patient_of(pair.image.name, pattern)) for pair in found.examples)
     if not any(pair.patient for pair in pairs):
         raise DatasetError(f"{path}: patient_pattern {pattern.pattern!r} matches none of the {len(pairs)} file names")
-    return replace(found, pairs=pairs)
-
-
-def make_segmentation_splits(
-    dataset: SegmentationDataset, fractions: Sequence[float] = (0.7, 0.1, 0.2), seed: int = 0
-) -> SegmentationDataset:
-    """Divides a dataset without splits into train, val and test, all images of a patient on one side.
-
-    Raises:
-        DatasetError: it has splits, fractions that do not sum to 1, or too few patients for three splits.
-    """
-    if any(pair.split for pair in dataset.pairs):
-        raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes})")
-    units = [pair.patient or str(pair.image) for pair in dataset.pairs]
-    places = divided(units, fractions, seed, dataset.name)
-    pairs = tuple(replace(pair, split=split) for pair, split in zip(dataset.pairs, places, strict=True))
-    return replace(dataset, pairs=pairs)
+    return replace(found, examples=pairs)
 
 
 def _from_folders(root: Path, classes: tuple[str, ...]) -> SegmentationDataset:

@@ -8,13 +8,15 @@ trainer     the loop                    graphed_step   a batch as one CUDA graph
 teacher     distillation from a trained model
 validation  selection of the epoch      data_parallel  several processes
 progress    position of a run           checkpoint     stop and resume
-run_log     progress bar, history       finalise       calibration, test, the model folder
-run         `train`, which combines these
+run_log     progress bar, history       record         provenance of the weights
+task        one run, for any task       finalise       calibration, test, the model folder
+run         `train`, for classifiers    dense          what segmentation and detection share
 """
 
 from .checkpoint import ResumeError
 from .recipe import Augment, Recipe, RecipeError, load_recipe, recipe_names
-from .run import TrainResult, train
+from .run import train
+from .task import TrainResult
 from .trainer import TrainingError
 
 __all__ = [

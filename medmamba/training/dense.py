@@ -1,215 +1,145 @@
-"""One training run of a model other than a classifier: locks, resuming, selection, evaluation, and the model folder."""
+"""Training of models other than classifiers, with masks or boxes: checks of the data, evaluation, the model folder."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import os
-import platform
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
 from ..data import DatasetError
+from ..dense.cached import Progressed
+from ..dense.split_cache import SplitCache
+from ..evaluation import RESULTS_NAME
 from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME
-from ..utils.devices import make_accelerator, wait_for_everyone
-from ..utils.files import LockedError, write_text
-from .checkpoint import CheckpointStore, check_same_run
+from ..utils.devices import make_accelerator
+from ..utils.files import write_text
 from .dense_data import check_readable, data_digest, data_table
-from .finalise import finished_before
 from .identity import model_fingerprint, run_identity
+from .progress import Progress
 from .recipe import Recipe
-from .run import CHECKPOINTS, alone
-from .run_log import HISTORY, RunLog
-from .trainer import Trainer
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-RESULTS_NAME = "results.json"
-RESULT_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md")
+from .record import run_record
+from .run_log import RunLog
+from .task import E, M, Run, Task, TrainResult, run_task
 
 
-class DenseDataset(Protocol):
-    """Images with masks or boxes. An example has `image`, `label_file`, `split` and `patient`."""
+class DenseTask(Task[M, E]):
+    """Training of models for segmentation or detection.
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def examples(self) -> Sequence[Any]: ...
-
-    @property
-    def split_sizes(self) -> dict[str | None, int]: ...
-
-    def split(self, name: str) -> Any: ...
-
-
-class Task(Protocol):
-    """What differs between segmentation and detection."""
-
-    settings: dict[str, Any]
-    """Choices beside the recipe that affect the result, such as the loss."""
-
-    def images(self, dataset: Any, model: Any, accelerator: Accelerator, progress: bool, say: Any) -> Any:
-        """Returns a function of (split, size) that decodes images and labels once."""
-
-    def trainer(self, *args: Any, **options: Any) -> Trainer:
-        """Returns the trainer."""
-
-    def choose(self, model: Any, val: Any, device: torch.device) -> Any:
-        """Returns the configuration with what validation images choose, such as thresholds."""
-
-    def evaluate(self, model: Any, dataset: Any, progress: bool) -> Any:
-        """Returns the evaluation of one split, which has `table()`, `to_dict()` and `from_dict()`."""
-
-    def restore(self, data: dict[str, Any]) -> Any:
-        """Returns the evaluation that `to_dict` wrote."""
-
-
-@dataclass(frozen=True)
-class DenseResult:
-    """Result of `train_segmenter` and `train_detector`.
-
-    Attributes:
-        out: the folder; it holds a model once the run has finished.
-        model_class: what loads it.
-        finished: False if the run was stopped by `max_seconds` or SIGTERM; the same call resumes it.
-        epoch: epochs completed.
-        best_epoch: the selected epoch, counted from 1; None before the first validation.
-        history: one row per epoch, as in `history.csv`.
-        val, test: evaluation at the size of the images; None unless finished, or without such a split.
+    Args:
+        dataset: with splits train and val.
+        init: what the weights are from, for the record; None: they are random.
+        settings: choices beside the recipe that affect the result, such as the loss.
     """
 
-    out: Path
-    model_class: Any
-    finished: bool
-    epoch: int
-    best_epoch: int | None
-    history: list[dict[str, Any]]
-    val: Any = None
-    test: Any = None
+    result_files = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, "results.md")
 
-    def load(self) -> Any:
-        """Loads the trained model."""
-        return self.model_class.from_pretrained(self.out)
+    def __init__(self, dataset: Any, init: Any, settings: dict[str, Any]):
+        self.dataset, self.settings = dataset, settings
+        self.init = str(init) if isinstance(init, str | os.PathLike) else "" if init is None else "a model"
+
+    def check(self, run: Run, resumed: bool) -> None:
+        if not resumed:
+            check_readable(self.dataset, "test")  # training reads the other splits; test images only when it has ended
+
+    def cache(self, decode: Callable[..., Any], run: Run, model: M, log: RunLog) -> SplitCache:
+        """Returns the images of a run; `decode` is `cache_pairs` or `cache_boxes`."""
+        config = model.config
+        return SplitCache(
+            decode, self.dataset, config.preprocess, config.in_chans, run.accelerator, run.progress, log.warn
+        )
+
+    @abstractmethod
+    def choose(self, model: M, val: Any, device: torch.device) -> Any:
+        """Returns the configuration with what validation images choose, such as thresholds."""
+
+    @abstractmethod
+    def evaluate(self, model: M, dataset: Any, progress: Progressed) -> E:
+        """Returns the evaluation of one split, which has `table()` and `to_dict()`."""
+
+    @abstractmethod
+    def restore_one(self, data: dict[str, Any]) -> E:
+        """Returns the evaluation that `to_dict` wrote."""
+
+    def finish(self, run: Run, model: M, images: Any, state: Progress) -> dict[str, E]:
+        from tqdm import tqdm
+
+        sizes = self.dataset.split_sizes
+        record = {
+            "dataset": self.dataset.name,
+            "split_sizes": {str(name): count for name, count in sizes.items()},
+            **run_record(run.recipe, run.final_identity, state, run.accelerator),
+            **self.settings,
+            "init": self.init,
+        }
+        val = images("val", model.config.preprocess.input_size[0])
+        model.config = self.choose(model, val, run.accelerator.device).replace(training=record)
+
+        def bar(rows: Iterable[int]) -> Iterable[int]:
+            return tqdm(rows, unit="img", disable=not run.progress)
+
+        # Test images are used here for the first time.
+        splits = [split for split in ("val", "test") if sizes.get(split)]
+        found: dict[str, Any] = {split: self.evaluate(model, self.dataset.split(split), bar) for split in splits}
+        if run.first:
+            write_text(run.out / "results.md", "\n".join(f"## {s}\n\n{e.table()}\n" for s, e in found.items()))
+            data = {"training": record, "splits": {split: e.to_dict() for split, e in found.items()}}
+            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+            write_text(run.out / RESULTS_NAME, text + "\n")
+            model.to("cpu").save_pretrained(run.out, dtype=run.dtype)
+        return found
+
+    def restore(self, results: dict[str, Any]) -> dict[str, E]:
+        return {split: self.restore_one(data) for split, data in results["splits"].items()}
 
 
 def run_dense(
-    task: Task,
-    dataset: DenseDataset,
-    model: Any,
+    task: DenseTask[M, E],
+    model: M,
     recipe: Recipe,
     out: str | os.PathLike,
     *,
-    init: Any,
     seed: int,
     device: str,
     precision: str,
     accumulate: int,
     half: bool,
     max_seconds: float | None,
-    checkpoint_seconds: float,
-    restart: bool,
-    progress: bool,
-    tensorboard: bool,
-) -> DenseResult:
+    **options: Any,
+) -> TrainResult[M, E]:
     """Trains a model, selects on val, evaluates once on test, and writes the folder; see `train_segmenter`.
 
     Args:
         task: segmentation or detection.
-        dataset: with splits train and val.
         model: built for its classes, with initial weights.
-        recipe: with the size of the images.
-        init: what the weights are from, for the record; None: they are random.
+        recipe: the size is that of the model where it has none.
+        out: folder of the run.
+        seed, device, precision, accumulate, half, max_seconds: see `train_segmenter`.
+        options: further fields of `Run`.
     """
-    started, out = time.monotonic(), Path(out)
+    started = time.monotonic()
+    recipe = recipe if recipe.size else recipe.replace(size=model.config.preprocess.input_size[0])
+    _resize_input(model, recipe.evaluated_at)
     accelerator = make_accelerator(device, precision)
-    table = data_table(dataset)
+    table = data_table(task.dataset)
+    parts, precision = accelerator.num_processes * accumulate, accelerator.mixed_precision
+    digest = data_digest(task.dataset, table)
     identity = {
-        **run_identity(
-            recipe,
-            model,
-            None,
-            data_digest(dataset, table),
-            seed=seed,
-            precision=accelerator.mixed_precision,
-            parts=accelerator.num_processes * accumulate,
-        ),
-        "init_weights": model_fingerprint(model) if init is not None else "",
+        **run_identity(recipe, model, None, digest, seed=seed, precision=precision, parts=parts),
+        "init_weights": model_fingerprint(model) if task.init else "",
         "stored": "float16" if half else "float32",
         **task.settings,
     }
-    if not restart and (done := _already_done(task, type(model), out, identity)) is not None:
-        return done
-    store = CheckpointStore(out / CHECKPOINTS)
-    if restart or not store:
-        check_readable(dataset, "test")  # training reads the other splits; test images only when it has ended
-    with nothing_left(out, store, accelerator), alone(out, accelerator):
-        if restart and accelerator.process_index == 0:
-            store.clear()
-            for name in RESULT_FILES:
-                (out / name).unlink(missing_ok=True)
-        wait_for_everyone(accelerator)
-        if accelerator.process_index == 0:
-            check_same_run(store, identity, table)
-            store.note_run(identity, table)
-        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0)
-        images = task.images(dataset, model, accelerator, progress, log.warn)
-        trainer = task.trainer(
-            model,
-            recipe,
-            images,
-            accelerator,
-            store,
-            log,
-            seed=seed,
-            accumulate=accumulate,
-            identity=identity,
-            deadline=None if max_seconds is None else started + max_seconds,
-            checkpoint_seconds=checkpoint_seconds,
-            graphs="off",  # decoders and losses of other packages are not known to be safe to capture
-        )
-        try:
-            state = trainer.fit()
-        finally:
-            log.close()
-        best = state.best["epoch"] if state.best else None
-        finished = state.finished(recipe) and best is not None
-        shown = None if best is None else best + 1
-        result = DenseResult(out, type(model), finished, state.epoch, shown, state.history)
-        if not finished or best is None:
-            return result
-        record = _record(task, dataset, recipe, identity, state, accelerator, init)
-        found = _finish(task, out, model, dataset, images, store, accelerator, record, best, half, progress)
-        return dataclasses.replace(result, val=found["val"], test=found.get("test"))
-
-
-@contextlib.contextmanager
-def nothing_left(out: Path, store: CheckpointStore, accelerator: Accelerator) -> Iterator[None]:
-    """Removes what a run has noted if it fails before its first checkpoint, when there is nothing to resume."""
-    new = not out.exists()
-    try:
-        yield
-    except LockedError:  # the notes are those of the other run
-        raise
-    except BaseException:
-        if accelerator.process_index == 0 and not store:
-            store.clear()
-            if new:
-                with contextlib.suppress(OSError):
-                    out.rmdir()
-        raise
+    deadline = None if max_seconds is None else started + max_seconds
+    chosen = dict(seed=seed, accumulate=accumulate, half=half, deadline=deadline)
+    return run_task(task, Run(Path(out), recipe, identity, accelerator, **chosen, **options), model, table)  # type: ignore[arg-type]
 
 
 def start_from(init: Any, kind: Any, classes: tuple[str, ...]) -> Any:
@@ -237,90 +167,9 @@ def _kind_of(name: Any) -> str | None:
         return None
 
 
-def _record(
-    task: Task,
-    dataset: DenseDataset,
-    recipe: Recipe,
-    identity: dict[str, Any],
-    state: Any,
-    accelerator: Accelerator,
-    init: Any,
-) -> dict[str, Any]:
-    """Returns the provenance of the weights, for `config.training`."""
-    import accelerate
-
-    from .._version import __version__
-
-    gpu = accelerator.device.type == "cuda"
-    return {
-        "dataset": dataset.name,
-        "split_sizes": {str(name): count for name, count in dataset.split_sizes.items()},
-        "recipe": recipe.name,
-        "settings": recipe.to_dict(),
-        **task.settings,
-        "epochs": state.epoch,
-        "best_epoch": state.best["epoch"] + 1,
-        "seed": identity["seed"],
-        "identity": identity,
-        "init": str(init) if isinstance(init, str | os.PathLike) else "" if init is None else "a model",
-        "device": torch.cuda.get_device_name(accelerator.device) if gpu else f"cpu ({platform.machine()})",
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "seconds": round(sum(row["seconds"] for row in state.history), 1),
-        "versions": {
-            "medmamba": __version__,
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _finish(
-    task: Task,
-    out: Path,
-    model: Any,
-    dataset: DenseDataset,
-    images: Any,
-    store: CheckpointStore,
-    accelerator: Accelerator,
-    record: dict[str, Any],
-    best: int,
-    half: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    """Writes the model folder; test images are used here for the first time, with the weights as stored."""
-    wait_for_everyone(accelerator)
-    kind, dtype = type(model), torch.float16 if half else None
-    final = kind(model.config)
-    final.load_state_dict(store.load_best(best))
-    with tempfile.TemporaryDirectory() as folder:
-        final = kind.from_pretrained(final.save_pretrained(folder, dtype=dtype))
-    final.to(accelerator.device)
-    val = images("val", final.config.preprocess.input_size[0])
-    final.config = task.choose(final, val, accelerator.device).replace(training=record)
-    found = {
-        split: task.evaluate(final, dataset.split(split), progress)
-        for split in ("val", "test")
-        if dataset.split_sizes.get(split)
-    }
-    if accelerator.process_index == 0:
-        write_text(out / "results.md", "\n".join(f"## {split}\n\n{e.table()}\n" for split, e in found.items()))
-        data = {"training": record, "splits": {split: e.to_dict() for split, e in found.items()}}
-        write_text(out / RESULTS_NAME, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        final.to("cpu").save_pretrained(out, dtype=dtype)
-        store.clear()
-    wait_for_everyone(accelerator)
-    return found
-
-
-def _already_done(task: Task, kind: Any, out: Path, identity: dict[str, Any]) -> DenseResult | None:
-    """Returns the result of the same run if it has finished in this folder, else None."""
-    results = finished_before(out, identity)
-    if results is None:
-        return None
-    lines = (out / HISTORY).read_text(encoding="utf-8").splitlines() if (out / HISTORY).is_file() else []
-    found = {split: task.restore(data) for split, data in results["splits"].items()}
-    record, history = results["training"], [json.loads(line) for line in lines]
-    val, test = found["val"], found.get("test")
-    return DenseResult(out, kind, True, record["epochs"], record["best_epoch"], history, val, test)
+def _resize_input(model: Any, side: int) -> None:
+    """Sets the size of the network's input in the configuration of a model with an encoder."""
+    encoder = model.config.encoder
+    if encoder.preprocess.input_size != (side, side):
+        preprocess = dataclasses.replace(encoder.preprocess, input_size=(side, side))
+        model.config = model.config.replace(encoder=encoder.replace(preprocess=preprocess))

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from ..data import DatasetError
+from ..dense.examples import Examples
 from ..utils.checksums import file_hash
 
-if TYPE_CHECKING:
-    from .dense import DenseDataset
+D = TypeVar("D", bound=Examples)
 
 
-def check_readable(dataset: DenseDataset, split: str) -> None:
+def with_splits(dataset: D, split: Sequence[float] | None, seed: int) -> D:
+    """Returns a dataset with splits: its own, or new ones by patient where known.
+
+    Args:
+        dataset: `SegmentationDataset` or `DetectionDataset`.
+        split: fractions of train, val and test for data without splits; default: 0.7, 0.1 and 0.2.
+        seed: of new splits.
+
+    Raises:
+        DatasetError: it has splits already and fractions were given, or see `check_dense_splits`.
+    """
+    if set(dataset.split_sizes) <= {None}:
+        dataset = dataset.divided(split or (0.7, 0.1, 0.2), seed)
+    elif split is not None:
+        raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes}); leave split= out")
+    check_dense_splits(dataset)
+    return dataset
+
+
+def check_readable(dataset: Examples, split: str) -> None:
     """Reads all images and labels of a split, if the dataset has it.
 
     Raises:
@@ -25,7 +45,7 @@ def check_readable(dataset: DenseDataset, split: str) -> None:
             part.load(row)
 
 
-def check_dense_splits(dataset: DenseDataset) -> None:
+def check_dense_splits(dataset: Examples) -> None:
     """Checks that there are images in train and val, and no patient in two splits.
 
     Raises:
@@ -48,7 +68,7 @@ def check_dense_splits(dataset: DenseDataset) -> None:
         )
 
 
-def check_copies(dataset: DenseDataset, table: dict[str, str]) -> None:
+def check_copies(dataset: Examples, table: dict[str, str]) -> None:
     """Checks that no image file is in two splits.
 
     Args:
@@ -70,7 +90,7 @@ def check_copies(dataset: DenseDataset, table: dict[str, str]) -> None:
         )
 
 
-def data_table(dataset: DenseDataset) -> dict[str, str]:
+def data_table(dataset: Examples) -> dict[str, str]:
     """Returns for each image a digest of its content and one of its label, split and patient."""
     files: dict[Path, str] = {}  # one file may hold the labels of all images
     rows = {}
@@ -82,7 +102,7 @@ def data_table(dataset: DenseDataset) -> dict[str, str]:
     return rows
 
 
-def data_digest(dataset: DenseDataset, table: dict[str, str]) -> str:
+def data_digest(dataset: Examples, table: dict[str, str]) -> str:
     """Returns a digest of the classes and of all images and labels; `table` is of `data_table`."""
     digest = hashlib.sha256(repr((dataset.classes, getattr(dataset, "exclusive", None))).encode())
     for example in dataset.examples:

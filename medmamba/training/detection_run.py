@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..data import DatasetError
+from ..dense.cached import Progressed
 from ..dense.split_cache import SplitCache
 from ..detection import MedMambaDetector, create_detector
-from ..detection.cached import cache_boxes
+from ..detection.cached import CachedBoxes, cache_boxes
+from ..detection.config import DetectorConfig
 from ..detection.dataset import DetectionDataset, open_detection
 from ..detection.evaluate import evaluate_detector
 from ..imaging.preprocess import normalise
 from ..metrics.detection import DetectionEvaluation
-from .dense import DenseResult, run_dense, start_from
-from .dense_data import check_dense_splits
+from .dense import DenseTask, run_dense, start_from
+from .dense_data import with_splits
 from .detection import DetectionTrainer
 from .recipe import Recipe, load_recipe
-from .segmentation_run import resize_input
+from .run_log import RunLog
+from .task import Run, TrainResult
 
 if TYPE_CHECKING:
     from ..model import MedMamba
@@ -53,7 +54,7 @@ def train_detector(
     progress: bool = True,
     tensorboard: bool = False,
     **settings: Any,
-) -> DenseResult:
+) -> TrainResult[MedMambaDetector, DetectionEvaluation]:
     """Trains, selects the best epoch and the reported score on validation, then evaluates on test, once.
 
     After an interruption of any kind, the same call resumes from the last checkpoint.
@@ -74,26 +75,17 @@ def train_detector(
         ResumeError, LockedError, TrainingError: as in `train`.
     """
     chosen = load_recipe(recipe, **settings)
-    dataset = open_detection(data, classes, patient_pattern=patient_pattern)
-    if not any(example.split for example in dataset.examples):
-        dataset = make_detection_splits(dataset, split or (0.7, 0.1, 0.2), seed)
-    elif split is not None:
-        raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes}); leave split= out")
-    check_dense_splits(dataset)
+    dataset = with_splits(open_detection(data, classes, patient_pattern=patient_pattern), split, seed)
     torch.manual_seed(seed)
     model = start_from(init, MedMambaDetector, dataset.classes)
     if model is None:
         options: dict[str, Any] = dict(small_objects=small_objects, in_chans=in_chans, size=chosen.size)
         model = create_detector(variant, dataset.classes, start=init, **options)  # type: ignore[arg-type]
-    chosen = chosen if chosen.size else chosen.replace(size=model.config.preprocess.input_size[0])
-    resize_input(model, chosen.evaluated_at)
     return run_dense(
-        Detecting(),
-        dataset,
+        Detection(dataset, init, {}),
         model,
         chosen,
         out,
-        init=init,
         seed=seed,
         device=device,
         precision=precision,
@@ -107,30 +99,23 @@ def train_detector(
     )
 
 
-@dataclass
-class Detecting:
-    """Detection as a task of `run_dense`."""
+class Detection(DenseTask[MedMambaDetector, DetectionEvaluation]):
+    """Training of detectors."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    trainer = DetectionTrainer
 
-    def images(self, dataset: DetectionDataset, model: Any, accelerator: Any, progress: bool, say: Any) -> SplitCache:
-        for note in dataset.notes:
-            say(f"{dataset.name}: {note}")
-        config = model.config
-        return SplitCache(cache_boxes, dataset, config.preprocess, config.in_chans, accelerator, progress, say)
+    def images(self, run: Run, model: MedMambaDetector, log: RunLog) -> SplitCache:
+        for note in self.dataset.notes:
+            log.warn(f"{self.dataset.name}: {note}")
+        return self.cache(cache_boxes, run, model, log)
 
-    def trainer(self, *args: Any, **options: Any) -> DetectionTrainer:
-        return DetectionTrainer(*args, **options)
-
-    def choose(self, model: MedMambaDetector, val: Any, device: torch.device) -> Any:
+    def choose(self, model: MedMambaDetector, val: CachedBoxes, device: torch.device) -> DetectorConfig:
         return model.config.replace(score=choose_score(model, val, device))
 
-    def evaluate(self, model: MedMambaDetector, dataset: DetectionDataset, progress: bool) -> DetectionEvaluation:
-        from tqdm import tqdm
+    def evaluate(self, model: MedMambaDetector, dataset: DetectionDataset, progress: Progressed) -> DetectionEvaluation:
+        return evaluate_detector(model, dataset, progress=progress)
 
-        return evaluate_detector(model, dataset, progress=lambda rows: tqdm(rows, unit="img", disable=not progress))
-
-    def restore(self, data: dict[str, Any]) -> DetectionEvaluation:
+    def restore_one(self, data: dict[str, Any]) -> DetectionEvaluation:
         return DetectionEvaluation.from_dict(data)
 
 
@@ -163,17 +148,3 @@ def choose_score(model: MedMambaDetector, data: Any, device: torch.device) -> fl
                     hits[i, 1] += len(chosen)
     f1 = 2 * hits[:, 0] / np.maximum(hits[:, 1] + total, 1)
     return round(float(GRID[int(f1.argmax())]), 2)
-
-
-def make_detection_splits(dataset: DetectionDataset, fractions: Sequence[float], seed: int = 0) -> DetectionDataset:
-    """Divides a dataset without splits into train, val and test, all images of a patient on one side.
-
-    Raises:
-        DatasetError: fractions that do not sum to 1, or too few patients for three splits.
-    """
-    from ..dense.splits import divided
-
-    units = [example.patient or str(example.image) for example in dataset.examples]
-    places = divided(units, fractions, seed, dataset.name)
-    examples = tuple(replace(e, split=split) for e, split in zip(dataset.examples, places, strict=True))
-    return replace(dataset, examples=examples)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,51 +26,18 @@ from ..evaluation import evaluations
 from ..metrics import Evaluation
 from ..model import MedMamba
 from ..pretrained import hub_name
-from ..utils.devices import make_accelerator, wait_for_everyone
-from ..utils.files import LockedError, locked
+from ..utils.devices import make_accelerator
 from .checked import Checked
-from .checkpoint import LOCK, CheckpointStore, check_same_run
-from .finalise import RESULT_FILES, finish, finished_before, training_record
+from .finalise import RESULT_FILES, finish, training_record
 from .graphed_step import GRAPHS
 from .identity import data_table, fingerprint, known_files, remember_files, run_identity
 from .live_plot import LivePlot
+from .progress import Progress
 from .recipe import Recipe, load_recipe
-from .run_log import HISTORY, RunLog
+from .run_log import RunLog
 from .setup import KEEP, ImageCache, build_model, check_splits
+from .task import Run, Task, TrainResult, run_task
 from .teacher import load_teacher, weights_digest
-from .trainer import Trainer
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-CHECKPOINTS = "checkpoint"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of `train`.
-
-    Attributes:
-        out: the folder; it holds a model once the run has finished.
-        finished: False if the run was stopped by `max_seconds` or SIGTERM; the same call resumes it.
-        epoch: epochs completed.
-        best_epoch: the selected epoch, counted from 1; None before the first validation.
-        history: one row per epoch, as in `history.csv`.
-        val: evaluation of the selected weights on validation; None unless finished.
-        test: evaluation on test; None unless finished, or without such a split.
-    """
-
-    out: Path
-    finished: bool
-    epoch: int
-    best_epoch: int | None
-    history: list[dict[str, Any]]
-    val: Evaluation | None = None
-    test: Evaluation | None = None
-
-    def load(self) -> MedMamba:
-        """Loads the trained model."""
-        return MedMamba.from_pretrained(self.out)
 
 
 def train(
@@ -112,7 +76,7 @@ def train(
     tensorboard: bool = False,
     live_plot: bool = False,
     **settings: Any,
-) -> TrainResult:
+) -> TrainResult[MedMamba, Evaluation]:
     """Trains, selects the best epoch and calibrates on validation, then evaluates on test, once.
 
     After an interruption of any kind, the same call resumes from the last checkpoint, and the result is that of an
@@ -205,96 +169,79 @@ def train(
         parts=accelerator.num_processes * accumulate,
         teacher="" if adviser is None else weights_digest(adviser),
     )
-    stored = {"stored": "float16" if half else "float32"}  # affects the files, not the training
-    if not restart and (done := _already_done(out, identity | stored)) is not None:
-        if plot is not None:
-            plot.show(done.history)
-        return done
-    store = CheckpointStore(out / CHECKPOINTS)
-    with alone(out, accelerator):
-        if restart and accelerator.process_index == 0:
-            store.clear()
-            for name in RESULT_FILES:
-                (out / name).unlink(missing_ok=True)
-        wait_for_everyone(accelerator)
-        if (done := _already_done(out, identity | stored)) is not None:  # by the run that just released the folder
-            return done
-        checked_before = bool(store)
-        if accelerator.process_index == 0:
-            check_same_run(store, identity, table)
-            if not checked_before:
-                checked = Checked(folder, identity, allow_leakage, check_duplicates)
-                if not checked:
-                    check_leakage(index, allow=allow_leakage, duplicates=check_duplicates)
-                    checked.note()
-            store.note_run(identity, table)
-            remember_files(folder, index, files)
-        log = RunLog(out, progress, tensorboard, accelerator.process_index == 0, plot)
-        for note in index.notes:
-            log.note(f"{index.name}: {note}")
-        del table  # which is large for many images
-        images = ImageCache(
-            index,
-            model.config,
-            accelerator,
-            folder,
-            progress,
-            files=files,
-            say=log.warn,
-            keep=keep,
-            workers=workers,
-            tell=log.note,
-        )
-        trainer = Trainer(
-            model,
-            chosen,
-            images,
-            accelerator,
-            store,
-            log,
-            seed=seed,
-            accumulate=accumulate,
-            identity=identity,
-            deadline=None if max_seconds is None else started + max_seconds,
-            checkpoint_seconds=checkpoint_seconds,
-            graphs=graphs,
-            teacher=adviser,
-        )
-        try:
-            state = trainer.fit()
-        finally:
-            log.close()
-        best = state.best["epoch"] if state.best else None
-        finished = state.finished(chosen) or (finish_early and best is not None)
-        result = TrainResult(out, finished, state.epoch, None if best is None else best + 1, state.history)
-        if not result.finished or best is None:
-            return result
-        record = training_record(index, entry, chosen, identity | stored, state, accelerator, rule)
-        record["init"] = init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
-        if init is not None and not isinstance(init, MedMamba) and (base := hub_name(init)):
-            record["base_model"] = base  # for the card; a local folder may have the name of a model on the Hub
-        record |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
-        record |= {} if check_duplicates else {"duplicates_checked": False}
-        record |= notes or {}
-        found = finish(out, model, images, store, accelerator, record, best, half)
-        return dataclasses.replace(result, val=found["val"], test=found.get("test"))
+    provenance: dict[str, Any] = {
+        "init": init_name or ("" if init is None else "a model" if isinstance(init, MedMamba) else str(init))
+    }
+    if init is not None and not isinstance(init, MedMamba) and (base := hub_name(init)):
+        provenance["base_model"] = base  # for the card; a local folder may have the name of a model on the Hub
+    provenance |= {"allowed_leakage": sorted(allow_leakage)} if allow_leakage else {}
+    provenance |= {} if check_duplicates else {"duplicates_checked": False}
+    run = Run(
+        out,
+        chosen,
+        identity,
+        accelerator,
+        seed=seed,
+        accumulate=accumulate,
+        half=half,
+        deadline=None if max_seconds is None else started + max_seconds,
+        checkpoint_seconds=checkpoint_seconds,
+        restart=restart,
+        progress=progress,
+        tensorboard=tensorboard,
+        plot=plot,
+        finish_early=finish_early,
+        graphs=graphs,
+        teacher=adviser,
+    )
+    cache_ = ImageCache(index, model.config, accelerator, folder, progress, files=files, keep=keep, workers=workers)
+    job = Classification(cache_, entry, rule, provenance | dict(notes or {}), allow_leakage, check_duplicates)
+    return run_task(job, run, model, table)
 
 
-@contextlib.contextmanager
-def alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Locks the folder of a run in the process of rank 0, so that a second run into it is rejected."""
-    if accelerator.process_index != 0:
-        yield
-        return
-    lock = out / CHECKPOINTS / LOCK
-    try:
-        with locked(lock, f"{out} is being trained", timeout=0, remove=True):
-            yield
-    except LockedError as error:
-        raise LockedError(f"{error}; wait until it ends, or choose another folder (out=, --out)") from None
-    finally:
-        with contextlib.suppress(OSError):
-            lock.parent.rmdir()  # empty once the run has finished
+@dataclass
+class Classification(Task[MedMamba, Evaluation]):
+    """Training of classifiers.
+
+    Attributes:
+        cache: the images.
+        entry: what the registry knows of them.
+        split_rule: how their splits were made.
+        provenance: more entries for the record of the weights.
+        allow_leakage, check_duplicates: see `train`.
+    """
+
+    result_files = RESULT_FILES
+
+    cache: ImageCache
+    entry: registry.DatasetEntry | None
+    split_rule: str
+    provenance: dict[str, Any]
+    allow_leakage: Collection[str] = ()
+    check_duplicates: bool = True
+
+    def check(self, run: Run, resumed: bool) -> None:
+        index, folder = self.cache.index, self.cache.folder
+        if not resumed:
+            checked = Checked(folder, run.identity, self.allow_leakage, self.check_duplicates)
+            if not checked:
+                check_leakage(index, allow=self.allow_leakage, duplicates=self.check_duplicates)
+                checked.note()
+        remember_files(folder, index, self.cache.files)
+
+    def images(self, run: Run, model: MedMamba, log: RunLog) -> ImageCache:
+        for note in self.cache.index.notes:
+            log.note(f"{self.cache.index.name}: {note}")
+        self.cache.say, self.cache.tell = log.warn, log.note
+        return self.cache
+
+    def finish(self, run: Run, model: MedMamba, images: ImageCache, state: Progress) -> dict[str, Evaluation]:
+        index, identity = images.index, run.final_identity
+        record = training_record(index, self.entry, run.recipe, identity, state, run.accelerator, self.split_rule)
+        return finish(run.out, model, images, run.accelerator, record | self.provenance, run.dtype)
+
+    def restore(self, results: dict[str, Any]) -> dict[str, Evaluation]:
+        return evaluations(results)
 
 
 def _open(
@@ -349,14 +296,3 @@ def _as_task(index: ImageDataset, task: str | None, ordered: bool) -> ImageDatas
             f"{', '.join(index.classes)} are only sorted by name; give them with classes=[...] (--classes ...)"
         )
     return index.with_task(task)
-
-
-def _already_done(out: Path, identity: dict[str, Any]) -> TrainResult | None:
-    """Returns the result of the same run if it has finished in this folder, else None."""
-    results = finished_before(out, identity)
-    if results is None:
-        return None
-    lines = (out / HISTORY).read_text(encoding="utf-8").splitlines() if (out / HISTORY).is_file() else []
-    history = [json.loads(line) for line in lines]
-    found, record = evaluations(results), results["training"]
-    return TrainResult(out, True, record["epochs"], record["best_epoch"], history, found["val"], found.get("test"))

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..data import DatasetError
+from ..dense.cached import Progressed
 from ..dense.split_cache import SplitCache
 from ..imaging.preprocess import normalise
 from ..metrics.segmentation import SegmentationEvaluation
 from ..segmentation import MedMambaSegmenter, create_segmenter
-from ..segmentation.cached import cache_pairs
+from ..segmentation.cached import CachedPairs, cache_pairs
+from ..segmentation.config import SegmenterConfig
 from ..segmentation.dataset import SegmentationDataset
 from ..segmentation.evaluate import evaluate_segmenter
-from ..segmentation.open import make_segmentation_splits, open_segmentation
+from ..segmentation.open import open_segmentation
 from ..segmentation.predict import probabilities
-from .dense import DenseResult, run_dense, start_from
-from .dense_data import check_dense_splits
+from .dense import DenseTask, run_dense, start_from
+from .dense_data import with_splits
 from .recipe import Recipe, load_recipe
+from .run_log import RunLog
 from .segmentation import LOSSES, SegmentationTrainer, binary_planes
+from .task import Run, TrainResult
 
 if TYPE_CHECKING:
     from ..model import MedMamba
@@ -56,7 +57,7 @@ def train_segmenter(
     progress: bool = True,
     tensorboard: bool = False,
     **settings: Any,
-) -> DenseResult:
+) -> TrainResult[MedMambaSegmenter, SegmentationEvaluation]:
     """Trains, selects the best epoch and the thresholds on validation, then evaluates on test, once.
 
     After an interruption of any kind, the same call resumes from the last checkpoint.
@@ -94,21 +95,17 @@ def train_segmenter(
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     chosen = load_recipe(recipe, **settings)
-    dataset = _open(data, classes, split, patient_pattern, seed)
+    dataset = with_splits(open_segmentation(data, classes, patient_pattern=patient_pattern), split, seed)
     torch.manual_seed(seed)
     model = start_from(init, MedMambaSegmenter, dataset.classes)
     if model is None:
         options: dict[str, Any] = dict(exclusive=dataset.exclusive, decoder=decoder, in_chans=in_chans)
         model = create_segmenter(variant, dataset.classes, start=init, size=chosen.size, **options)  # type: ignore[arg-type]
-    chosen = chosen if chosen.size else chosen.replace(size=model.config.preprocess.input_size[0])
-    resize_input(model, chosen.evaluated_at)
     return run_dense(
-        Segmenting(loss),
-        dataset,
+        Segmentation(dataset, init, {"loss": loss}),
         model,
         chosen,
         out,
-        init=init,
         seed=seed,
         device=device,
         precision=precision,
@@ -122,34 +119,26 @@ def train_segmenter(
     )
 
 
-@dataclass
-class Segmenting:
-    """Segmentation as a task of `run_dense`."""
+class Segmentation(DenseTask[MedMambaSegmenter, SegmentationEvaluation]):
+    """Training of segmentation models."""
 
-    loss: str
-    settings: dict[str, Any] = field(init=False)
+    trainer = SegmentationTrainer
 
-    def __post_init__(self) -> None:
-        self.settings = {"loss": self.loss}
+    def trainer_options(self) -> dict[str, Any]:
+        return self.settings
 
-    def images(
-        self, dataset: SegmentationDataset, model: Any, accelerator: Any, progress: bool, say: Any
-    ) -> SplitCache:
-        config = model.config
-        return SplitCache(cache_pairs, dataset, config.preprocess, config.in_chans, accelerator, progress, say)
+    def images(self, run: Run, model: MedMambaSegmenter, log: RunLog) -> SplitCache:
+        return self.cache(cache_pairs, run, model, log)
 
-    def trainer(self, *args: Any, **options: Any) -> SegmentationTrainer:
-        return SegmentationTrainer(*args, loss=self.loss, **options)
-
-    def choose(self, model: MedMambaSegmenter, val: Any, device: torch.device) -> Any:
+    def choose(self, model: MedMambaSegmenter, val: CachedPairs, device: torch.device) -> SegmenterConfig:
         return model.config.replace(thresholds=choose_thresholds(model, val, device))
 
-    def evaluate(self, model: MedMambaSegmenter, dataset: SegmentationDataset, progress: bool) -> Any:
-        from tqdm import tqdm
+    def evaluate(
+        self, model: MedMambaSegmenter, dataset: SegmentationDataset, progress: Progressed
+    ) -> SegmentationEvaluation:
+        return evaluate_segmenter(model, dataset, progress=progress)
 
-        return evaluate_segmenter(model, dataset, progress=lambda rows: tqdm(rows, unit="img", disable=not progress))
-
-    def restore(self, data: dict[str, Any]) -> SegmentationEvaluation:
+    def restore_one(self, data: dict[str, Any]) -> SegmentationEvaluation:
         return SegmentationEvaluation.from_dict(data)
 
 
@@ -177,23 +166,3 @@ def choose_thresholds(model: MedMambaSegmenter, data: Any, device: torch.device)
                 total = (predicted & counted).sum((2, 3)) + (true & counted).sum((2, 3))
                 sums[i] += torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0).sum(0).cpu()
     return tuple(round(grid[i], 2) for i in sums.argmax(0).tolist())
-
-
-def resize_input(model: Any, side: int) -> None:
-    """Sets the size of the network's input in the configuration of a model with an encoder."""
-    encoder = model.config.encoder
-    if encoder.preprocess.input_size != (side, side):
-        preprocess = dataclasses.replace(encoder.preprocess, input_size=(side, side))
-        model.config = model.config.replace(encoder=encoder.replace(preprocess=preprocess))
-
-
-def _open(
-    data: Any, classes: Sequence[str], split: Sequence[float] | None, pattern: str | None, seed: int
-) -> SegmentationDataset:
-    dataset = open_segmentation(data, classes, patient_pattern=pattern)
-    if not any(pair.split for pair in dataset.pairs):
-        dataset = make_segmentation_splits(dataset, split or (0.7, 0.1, 0.2), seed)
-    elif split is not None:
-        raise DatasetError(f"{dataset.name} has splits already ({dataset.split_sizes}); leave split= out")
-    check_dense_splits(dataset)
-    return dataset

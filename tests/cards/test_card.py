@@ -15,7 +15,7 @@ from hub import card as tool
 from medmamba import create_model
 from medmamba.cards import NOTICE, CardError, ModelFacts, check_card, read_facts, render_card, write_card
 from medmamba.cards.licences import HUB_LICENCES, LicenceError, terms_of
-from medmamba.cards.sections import _changed_settings
+from medmamba.cards.reproduce import changed_settings
 from medmamba.data import registry
 from medmamba.inference.ood import Unusual
 from medmamba.training import load_recipe
@@ -159,8 +159,8 @@ def test_terms_of_pretraining_are_inherited(record):
 
 def test_settings_that_differ_from_the_recipe_are_in_the_command():
     settings = load_recipe("default", epochs=7, **{"augment.hflip": 0.25}).to_dict()
-    assert set(_changed_settings({"recipe": "default", "settings": settings})) == {"epochs=7", "augment.hflip=0.25"}
-    assert _changed_settings({"recipe": "my own", "settings": settings}) == []
+    assert set(changed_settings({"recipe": "default", "settings": settings})) == {"epochs=7", "augment.hflip=0.25"}
+    assert changed_settings({"recipe": "my own", "settings": settings}) == []
 
 
 def test_results_of_another_program_are_refused(folder):

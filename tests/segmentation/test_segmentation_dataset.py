@@ -9,7 +9,7 @@ from PIL import Image
 from segmentation_data import disc, write_pairs
 
 from medmamba.data import DatasetError
-from medmamba.segmentation.open import make_segmentation_splits, open_segmentation
+from medmamba.segmentation.open import open_segmentation
 from medmamba.training.dense_data import check_dense_splits
 
 
@@ -38,7 +38,7 @@ def test_a_csv_gives_splits_and_patients(folder):
     (folder / "table.csv").write_text("\n".join(rows))
     found = open_segmentation(folder / "table.csv", ("disc",))
     assert found.split_sizes == {"train": 3, "test": 1}
-    assert [pair.patient for pair in found.pairs] == ["P0", "P1", "P2", "P3"]
+    assert [pair.patient for pair in found.examples] == ["P0", "P1", "P2", "P3"]
 
 
 @pytest.mark.parametrize(
@@ -195,15 +195,15 @@ def test_splits_keep_patients_together_and_a_patient_in_two_is_refused(tmp_path)
     for folder in ("images", "masks"):
         for number, path in enumerate(sorted((tmp_path / folder).iterdir())):
             path.rename(path.with_name(f"q{number // 2}_{number}.png"))
-    found = make_segmentation_splits(open_segmentation(tmp_path, patient_pattern="^(q[0-9]+)_"), (0.5, 0.25, 0.25))
+    found = open_segmentation(tmp_path, patient_pattern="^(q[0-9]+)_").divided((0.5, 0.25, 0.25))
     assert set(found.split_sizes) == {"train", "val", "test"} and sum(found.split_sizes.values()) == 12
     check_dense_splits(found)
     import dataclasses
 
-    first, second, *rest = found.pairs
+    first, second, *rest = found.examples
     pairs = (dataclasses.replace(first, split="train"), dataclasses.replace(second, split="test"), *rest)
     with pytest.raises(DatasetError, match="q0"):
-        check_dense_splits(dataclasses.replace(found, pairs=pairs))
+        check_dense_splits(dataclasses.replace(found, examples=pairs))
 
 
 def test_a_pattern_that_matches_nothing_is_refused(folder):
