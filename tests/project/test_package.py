@@ -54,7 +54,8 @@ def test_the_wheel_holds_the_package_and_one_model(wheel):
     assert package <= set(names)
     assert "medmamba/kernels/lib/linux-x86_64.so" in names and "medmamba/kernels/lib/windows-x86_64.dll" in names
     examples = {name.removeprefix("medmamba/examples/") for name in names if name.startswith("medmamba/examples/")}
-    beside = {path.name for path in (ROOT / "demo" / "examples").iterdir()}
+    folder = ROOT / "demo" / "examples"
+    beside = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert examples == {name for name in beside if not name.endswith(".zip")} and "README.md" in examples
     assert wheel.stat().st_size < LARGEST
 
