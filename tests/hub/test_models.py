@@ -15,7 +15,8 @@ from medmamba import MedMamba
 from medmamba.cards import EXAMPLE_NAME, is_dense, read_dense_facts, read_facts, render_card, render_dense_card
 from medmamba.cli.main import main
 from medmamba.inference.ood import load_unusual
-from medmamba.pretrained import has_classes
+from medmamba.inference.signature import width
+from medmamba.pretrained import has_classes, read_config
 
 DENSE = [folder for folder in model_folders() if is_dense(folder)]
 BACKBONES = [folder for folder in model_folders() if not has_classes(folder) and folder not in DENSE]
@@ -74,6 +75,15 @@ def test_its_card_tells_everything(folder):
         and f"--seed {facts.config.training['seed']}" in command
     )
     assert load_unusual(folder) is not None and "## Out-of-distribution images" in text
+
+
+def test_its_detector_compares_signatures_and_flags_other_kinds(folder):
+    found = load_unusual(folder)
+    assert found.combined.width == width(read_config(folder)) and found.reference.n == len(found.reference.scores) > 50
+    assert (folder / "unusual.json").stat().st_size < 2**20
+    others, own = found.measured["auroc"], found.measured["own"]
+    assert len(others) >= 7 and all(row["called_unusual"] >= 0.95 for row in others.values())
+    assert own["called_unusual"] <= 0.1 and own["called_far"] <= 0.02 and found.measured["same_kind"]
 
 
 @pytest.fixture(params=BACKBONES, ids=lambda folder: folder.name)
