@@ -15,6 +15,7 @@ from medmamba.training import (
     train,
 )
 from medmamba.training.optim import build_optimizer
+from medmamba.training.trainer import Trainer
 
 
 def test_bad_data_is_refused_with_a_way_out(tmp_path):
@@ -48,8 +49,24 @@ def test_leaking_splits_are_refused_unless_allowed(tmp_path):
     (data / "test" / "class_0" / "twin.png").write_bytes(twin.read_bytes())
     with pytest.raises(LeakageError, match=r"twin\.png"):
         train(data, tmp_path / "out", "default", "test", **QUICK, **COMMON)
+    assert not (tmp_path / "out").exists()
     options = {**QUICK, "epochs": 1, "batch_size": 4}
     assert train(data, tmp_path / "out", "default", "test", allow_leakage=("duplicates",), **options, **COMMON).finished
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(folder, tmp_path, monkeypatch):
+    def fails(self):
+        raise MemoryError("no space for the first batch")
+
+    monkeypatch.setattr(Trainer, "fit", fails)
+    with pytest.raises(MemoryError):
+        train(folder, tmp_path / "out", "default", "test", **QUICK, **COMMON)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("of the user")
+    with pytest.raises(MemoryError):
+        train(folder, tmp_path / "own", "default", "test", **QUICK, **COMMON)
+    assert [file.name for file in (tmp_path / "own").iterdir()] == ["notes.txt"]
 
 
 def test_wrong_devices_and_precisions_are_refused(folder, tmp_path):
