@@ -275,7 +275,7 @@ def _backbones() -> list[str]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not config.get("num_classes", 1):
             size = f"{config['variant']}, {config['preprocess']['input_size'][0]} px"
-            what = "nothing: a general start for `train --from`"
+            what = "no classes: initial weights for `train --from`"
             link = f"[`medmamba/{path.parent.name}`](hub/models/{path.parent.name})"
             rows.append(f"| {link} | {what} | {size} | | | | {config['training']['licence'].upper()} |")
     return rows

@@ -38,7 +38,7 @@ def transfer_tables(rows: Sequence[dict[str, Any]], level: int) -> str:
     texts = []
     for variant, name in dict.fromkeys((row["variant"], row["set"]) for row in rows):
         found = [row for row in rows if (row["variant"], row["set"]) == (variant, name)]
-        lines = [["way", "training images", "start", "pixels", "seeds", *METRICS.values()]]
+        lines = [["protocol", "training images", "initial weights", "pixels", "seeds", *METRICS.values()]]
         lines.append(["---"] * len(lines[0]))
         for row in found:
             scores = [_score(row[metric]) for metric in METRICS]
@@ -57,8 +57,8 @@ def _score(value: dict[str, float]) -> str:
 
 def _model(facts: ModelFacts) -> str:
     return (
-        f"MedMamba-{facts.config.architecture}, {parameters(facts) / 1e6:.1f}M parameters, without a classifier: a "
-        "start for training on your own images, and an extractor of features. Convolutions and a four-direction "
+        f"MedMamba-{facts.config.architecture}, {parameters(facts) / 1e6:.1f}M parameters, without a classifier: an "
+        "initialisation for training on your own images, or a feature extractor. Convolutions and a four-direction "
         f"selective scan side by side (arXiv 2403.03849), in the `medmamba` implementation.\n\n{input_text(facts)}"
     )
 
@@ -74,16 +74,16 @@ def _use(facts: ModelFacts, repo_id: str) -> str:
         "maps = model.forward_pyramid(images)  # four feature maps\n"
         "model.reset_classifier(5)  # then train\n"
         "```\n\n"
-        "It classifies nothing as it is: `predict` refuses.\n\n" + usage_in_timm(repo_id)
+        "It has no classifier, so `predict` raises an error.\n\n" + usage_in_timm(repo_id)
     )
 
 
 def _intended() -> str:
     return (
-        "Research and teaching: as a start for fine-tuning, most of all where labelled images are few, and as frozen "
-        "features.\n\n"
-        "Not for clinical use: not for diagnosis, triage, screening or treatment. It is no medical device and has no "
-        "regulatory clearance. What is trained from it needs an evaluation of its own."
+        "Research and teaching: as an initialisation for fine-tuning, in particular with few labelled images, and as a "
+        "frozen feature extractor.\n\n"
+        "Not for clinical use: not for diagnosis, triage, screening or treatment. It is not a medical device and has "
+        "no regulatory clearance. Models trained from it need their own evaluation."
     )
 
 
@@ -92,7 +92,7 @@ def _data(facts: ModelFacts) -> str:
     sources: dict[str, dict[str, Any]] = t.get("sources") or {}
     if not sources:
         return f"{facts.dataset}."
-    lines = [["Dataset", "Source", "Licence of the images", "Training images", "Left out as near-duplicates"]]
+    lines = [["Dataset", "Source", "Licence of the images", "Training images", "Excluded as near-duplicates"]]
     lines.append(["---"] * len(lines[0]))
     for name, s in sources.items():
         labels = "" if name in t["labels_of"] else " (no labels)"
@@ -101,9 +101,9 @@ def _data(facts: ModelFacts) -> str:
     labelled = ", ".join(f"`{name}`" for name in t["labels_of"])
     return (
         f"{t['images']:,} training images:\n\n{table}\n\n"
-        f"Near-duplicates were left out: images with a {t['near_duplicates']} of any dataset, also of "
-        "datasets outside the pool. No validation or test image was trained on. An image that is turned, mirrored or "
-        "cut differently is not found that way.\n\n"
+        f"Near-duplicates were excluded: images with a {t['near_duplicates']} of any dataset, also of "
+        "datasets outside the pool. No validation or test image was used for training. Rotated, mirrored or "
+        "differently cropped copies are not detected.\n\n"
         f"Teacher: {t['teacher']}, from the package {t['teacher_wheel']}. The backbone learnt to predict the teacher's "
         f"last feature maps. The labels of the training images of {labelled} were used too, with weight "
         f"{t['label_weight']:g}: results on those datasets are **not** transfer to unseen data."

@@ -14,10 +14,10 @@ run         `train`, for classifiers    dense          what segmentation and det
 """
 
 from .checkpoint import ResumeError
+from .divergence import TrainingError
 from .recipe import Augment, Recipe, RecipeError, load_recipe, recipe_names
 from .run import train
 from .task import TrainResult
-from .trainer import TrainingError
 
 __all__ = [
     "Augment",

@@ -20,6 +20,7 @@ from ..model import MedMamba
 from ..utils.devices import autocast, owning
 from . import augment, data_parallel, graphed_step, loss, sampling
 from .checkpoint import CheckpointStore, ResumeError, another_run
+from .divergence import check_weights, diverged
 from .identity import differences
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
 from .progress import Progress
@@ -43,10 +44,6 @@ class _SizedGraph(NamedTuple):
 
 
 _NO_GRAPH = _SizedGraph(None, None)
-
-
-class TrainingError(RuntimeError):
-    """Raised when training cannot continue, such as when the loss is NaN."""
 
 
 class Trainer:
@@ -278,11 +275,11 @@ class Trainer:
         if progress.epoch == recipe.final_phase:
             progress.best = None  # earlier epochs had another image size
         batch_size = validation_batch(plan.part, self.accelerator.device)
-        self._check_weights()
+        check_weights(self.model, self.progress.epoch, self.store)
         try:
             scores = self._validate(shown, val, batch_size)
         except NotFiniteError as error:
-            raise self._diverged(f"{error} after epoch {progress.epoch + 1}") from error
+            raise diverged(f"{error} after epoch {progress.epoch + 1}", self.store) from error
         score = [selection_score(scores, metric) for metric in recipe.select]
         is_best = progress.best is None or score > progress.best["score"]
         row = {
@@ -336,7 +333,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         if self.accelerator.process_index != 0:
             return
-        self._check_weights()
+        check_weights(self.model, self.progress.epoch, self.store)
         progress = self.progress
         scaler = self.accelerator.scaler
         if self._best is not None and progress.best:
@@ -390,28 +387,8 @@ class Trainer:
     def _checked(self, running: Tensor, epoch: int) -> float:
         value = float(running)
         if not math.isfinite(value):
-            raise self._diverged(f"the loss is NaN or infinite in epoch {epoch + 1}")
+            raise diverged(f"the loss is NaN or infinite in epoch {epoch + 1}", self.store)
         return value
-
-    def _check_weights(self) -> None:
-        """Checks the weights, since a loss reflects the weights before its step.
-
-        Raises:
-            TrainingError: a weight or statistic is NaN or infinite.
-        """
-        tensors = [t.detach() for t in self.model.state_dict().values() if t.is_floating_point()]
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
-        if not bool(torch.isfinite(largest).all()):
-            raise self._diverged(f"weights are NaN or infinite in epoch {self.progress.epoch + 1}")
-
-    def _diverged(self, what: str) -> TrainingError:
-        kept = "no checkpoint was saved yet"
-        if self.store:
-            kept = f"the last good checkpoint is in {self.store.folder}"
-        return TrainingError(
-            f"{what}: training has diverged. Use a smaller lr, clip_grad=1, or precision='fp32'. Other settings need a "
-            f"new run (another folder, or restart=True, --restart); {kept}"
-        )
 
 
 def _double(device: torch.device) -> torch.device:
