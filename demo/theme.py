@@ -44,6 +44,11 @@ def Html(value: str = "", **options: Any) -> gr.HTML:
     return _Html(value, apply_default_css=False, padding=False, **options)
 
 
+def warn(text: str, title: str) -> None:
+    """Shows a message beside the page for some seconds; the text is escaped, which `gr.Warning` would show as HTML."""
+    gr.Warning(escape(text), title=title)
+
+
 def theme() -> gr.themes.Base:
     """Returns the theme; its fonts are bundled with Gradio, so nothing is fetched from other servers."""
     return gr.themes.Base(

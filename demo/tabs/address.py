@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..context import Context
-from ..theme import Html
+from ..theme import Html, warn
 from .classify import ClassifyTab
 
 EVENT = (
@@ -28,7 +28,7 @@ def build(context: Context, classify: ClassifyTab) -> None:
         session = context.sessions.of(request)
         title = str(event.index)
         if title not in context.titles(session):
-            gr.Warning(f"There is no model {title[:100]!r} here; {context.default_title} is shown.", title="Address")
+            warn(f"There is no model {title[:100]!r} here; {context.default_title} is shown.", "Address")
             return gr.skip()
         return gr.update(choices=context.choices(session), value=title)
 

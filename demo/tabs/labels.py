@@ -32,7 +32,7 @@ class LabelBar:
     """The components below the table of a batch."""
 
     group: gr.Group
-    said: gr.HTML
+    said: Any
     accept: gr.Button
     download: gr.DownloadButton
 

@@ -18,10 +18,11 @@ TITLE = f"Not answered: {REFUSED}"
 def refusal_html(found: Answer, loaded: Loaded, suggestion: Suggestion | None) -> Markup:
     """Renders a refusal: why, which model to try, and a button that gets the answer anyway."""
     height, width = loaded.config.preprocess.input_size
-    button = '<button type="button" class="mm-mend" data-mm-window="{}">{}</button>'
-    buttons = [tag(button, ANYWAY, "Answer anyway")]
-    if suggestion:
-        buttons.insert(0, tag(button, MODEL + suggestion.name, f"Try {suggestion.name}"))
+    actions = [(MODEL + suggestion.name, f"Try {suggestion.name}")] if suggestion else []
+    buttons = (
+        tag('<button type="button" class="mm-mend" data-mm-window="{}">{}</button>', sent, text)
+        for sent, text in [*actions, (ANYWAY, "Answer anyway")]
+    )
     return tag(
         '<section class="mm-card mm-answer mm-doubt" aria-live="polite" aria-label="Not answered">{}'
         '<div class="mm-answer-top"><figure class="mm-seen"><img src="{}" alt="The image as the model sees it">'

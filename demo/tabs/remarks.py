@@ -141,6 +141,7 @@ def _auroc_text(loaded: Loaded) -> str:
     shares = [row["called_unusual"] for row in measured.values()]
     found = f"{min(shares):.0%} to {max(shares):.0%}" if min(shares) < max(shares) else f"{min(shares):.0%}"
     return (
-        f" The warning is a heuristic: it flagged {found} of the images of {len(shares)} other datasets. It does not "
+        f" The warning is a heuristic: it flagged {found} of the images of {len(shares)} other dataset"
+        f"{'s' if len(shares) > 1 else ''}. It does not "
         "notice an unknown disease in an image of the usual kind."
     )

@@ -165,7 +165,7 @@ def test_images_unlike_the_training_images_are_marked(tmp_path):
     assert all(UNUSUAL not in f.prediction.image_notes for f in (found[0], found[2])), "the page says it elsewhere"
     assert found[2].seen.shape == (48, 48, 3) and found[2].prediction.unusual is True
     page = answers.answer_html(answers_.classify(str(folder), noise), answers_.store.default)
-    assert "does not look like the training images" in page and "it flagged 100% of the images of 1 other" in page
+    assert "does not look like the training images" in page and "flagged 100% of the images of 1 other dataset." in page
     assert "100% of Other" in answers.card_html(answers_.store.default)
 
 
