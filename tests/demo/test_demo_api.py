@@ -179,7 +179,7 @@ def test_calibrated_means_that_a_temperature_was_fitted(tmp_path):
         folder = save_model(tmp_path / method, calibration=calibration)
         loaded = store.ModelStore((str(folder),), "cpu").default
         found = service.Service(store.ModelStore((str(folder),), "cpu")).classify(str(folder), NEUTROPHIL)
-        assert api._record(found, loaded, None, Path(NEUTROPHIL), None, anyway=True)["calibrated"] is calibrated
+        assert api._record(found, loaded)["calibrated"] is calibrated
 
 
 def test_no_number_in_an_answer_is_nan():

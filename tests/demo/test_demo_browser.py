@@ -150,7 +150,7 @@ def test_many_files_become_a_table_and_a_csv(open_page, tmp_path):
     page.locator(".mm-batch").get_by_role("button", name="Probability").click()
     values = [float(v.get_attribute("data-mm-value")) for v in page.locator(".mm-batch [data-mm-value]").all()]
     assert values == sorted(values) and len(values) == 3
-    page.get_by_role("button", name="blood_eosinophil.webp").click()
+    page.get_by_role("button", name="blood_eosinophil.webp", exact=True).click()
     page.locator(".mm-answer").wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the table").click()
@@ -191,7 +191,7 @@ def test_keys_rows_and_examples(open_page):
     to_tab(page, "Classify")
     give(page, *sorted(EXAMPLES.glob("*.webp")))
     page.locator(".mm-batch").wait_for()
-    page.get_by_role("button", name="blood_basophil.webp").click()
+    page.get_by_role("button", name="blood_basophil.webp", exact=True).click()
     page.locator(".mm-answer").wait_for()
     page.wait_for_function("document.querySelector('.mm-answer').getBoundingClientRect().top < 600")
 
