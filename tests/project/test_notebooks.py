@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-NAMES = ("01_classify", "02_explain", "03_finetune")
+NAMES = ("01_classify", "02_explain", "03_finetune", "04_segment")
 _spec = importlib.util.spec_from_file_location("notebooks_execute", FOLDER / "execute.py")
 execute = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(execute)
