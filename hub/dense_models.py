@@ -40,8 +40,9 @@ SOURCES: dict[str, dict[str, Any]] = {
         "split": "by patient, of a third of the set that was not drawn at random",
         "notes": "Images are smartphone photographs of skin. The masks were drawn by students and are not official.",
         "limits": [
-            "Each training image shows one lesion near the middle, so it looks for one there; skin without a lesion "
-            "was not among the training images, and what it says of such skin is not known.",
+            "434 of the 446 training images show a single lesion, nearly all of them near the middle, so it looks for "
+            "one there; skin without a lesion was not among them, and what it says of such skin is not known.",
+            "Short training on a CPU; train and validation loss had parted by the end: expect more of a longer one.",
             "How well people agree on the outlines was not measured; it bounds what any figure here can be.",
         ],
         "citation": [

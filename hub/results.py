@@ -263,7 +263,7 @@ def _dense() -> list[str]:
             does = "outlines" if facts.task == "segmentation" else "finds"
             size = f"{facts.config.encoder.architecture}, {facts.config.preprocess.input_size[0]} px"
             link = f"[`medmamba/{folder.name}`](hub/models/{folder.name})"
-            what = f"nothing: {does} {facts.dataset}, {name} {value}"
+            what = f"no classes: {does} {facts.dataset}, {name} {value}"
             rows.append(f"| {link} | {what} | {size} | | | | {facts.terms.licence.upper()} |")
     return rows
 

@@ -187,7 +187,7 @@ def _model(facts: DenseFacts) -> str:
     config = facts.config
     height, width = config.preprocess.input_size
     if facts.kind == "medmamba-segmenter":
-        what = f"a {config.decoder} decoder of segmentation_models_pytorch"
+        what = f"a decoder of segmentation_models_pytorch ({config.decoder})"
         chosen = f" Thresholds, chosen on validation images: {_by_class(config.classes, config.thresholds)}."
         chosen = "" if config.exclusive else chosen
     else:
@@ -228,7 +228,7 @@ def _use(facts: DenseFacts, repo_id: str) -> str:
 
 def _intended(facts: DenseFacts) -> str:
     return (
-        f"Research and teaching on images like those of {facts.dataset}, and as a start for training on your own.\n\n"
+        "Research and teaching on images like those it was trained on, and as a start for training on your own.\n\n"
         "Not for clinical use: not for diagnosis, triage, screening, measurement or treatment. It is no medical device "
         "and has no regulatory clearance. Areas in mm² are as wrong as the outline and the pixel spacing of the file."
     )
@@ -237,7 +237,11 @@ def _intended(facts: DenseFacts) -> str:
 def _data(facts: DenseFacts) -> str:
     training = facts.training
     sizes = training.get("split_sizes") or {}
-    text = f"{facts.dataset}: " + ", ".join(f"{count:,} {split}" for split, count in sizes.items()) + " images."
+    text = (
+        f"{facts.dataset[:1].upper()}{facts.dataset[1:]}: "
+        + ", ".join(f"{count:,} {split}" for split, count in sizes.items())
+        + " images."
+    )
     if training.get("split"):
         text += f" Split {training['split']}."
     if training.get("init"):
