@@ -82,13 +82,13 @@ def build(context: Context, models: DenseModels) -> None:
                 elem_id="mm-segment-examples",
                 js_on_load=pick_js("mm-example", "click"),
             )
-            about = Html(about_html(first), elem_id="mm-segment-about")
         with gr.Column(scale=7, min_width=320):
             result = Html(empty("Nothing to outline yet", EMPTY_TEXT), elem_id="mm-segment-result")
             with gr.Row(visible=False, elem_id="mm-segment-downloads") as downloads:
                 mask = gr.DownloadButton("Mask (PNG)", size="sm")
                 overlay = gr.DownloadButton("Overlay (PNG)", size="sm")
                 dicom = gr.DownloadButton("DICOM Segmentation", size="sm")
+            about = Html(about_html(first), elem_id="mm-segment-about")
 
     shown = [result, downloads, mask, overlay, dicom]
 
@@ -338,7 +338,7 @@ def about_html(dense: Dense) -> Markup:
             shown = ", ".join(filter(None, (wanted[metric], of_class, "test")))
             rows.append((shown, with_detail(f"{score['value']:.3f}", span)))
     rows.append(("Licence", licence_name(info.terms.name or info.terms.licence)))
-    limits = bullets(info.training.get("limits", ()))
+    limits = info.training.get("limits") or ()
     text = "Areas and counts are only as good as the outlines. Check every one of them."
-    more = tag('<details class="mm-more"><summary>Limits</summary>{}</details>', limits) if limits else NOTHING
+    more = tag('<details class="mm-more"><summary>Limits</summary>{}</details>', bullets(limits)) if limits else NOTHING
     return card(facts(rows) + more, "About this model", text)
