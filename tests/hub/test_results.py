@@ -8,6 +8,7 @@ import pytest
 
 from hub import results, zoo
 from medmamba.data import registry
+from medmamba.pretrained import has_classes
 
 
 def make_run(
@@ -44,7 +45,8 @@ def test_every_kept_run_is_complete_and_says_nothing_of_a_machine():
 
 
 def test_every_model_that_ships_has_its_figures_kept():
-    for folder in sorted(path.parent for path in results.MODELS.glob("*/results.json")):
+    folders = sorted(path.parent for path in results.MODELS.glob("*/results.json"))
+    for folder in filter(has_classes, folders):  # the figures of masks and boxes lie in their folders alone
         kept = results.Run.of_folder(folder)
         assert results.Run(json.loads(kept.path.read_text(encoding="utf-8"))).data["test"] == kept.data["test"]
 
