@@ -28,7 +28,7 @@ from .guard import Guard
 from .options import Limits, Options
 from .sessions import Sessions
 from .store import ModelStore
-from .tabs import address, classify, compare, evaluate, explain, finetune, models, saved, segment, viewer
+from .tabs import address, classify, compare, evaluate, explain, finetune, models, saved, segment, similar, viewer
 
 HERE = Path(__file__).parent
 
@@ -54,6 +54,8 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
                 classified = classify.build(context)
                 with classified.opening:
                     saved.build(context, classified)
+                with classified.below:
+                    similar.build(context, classified)
             with gr.Tab("Explain", id="explain") as tab:
                 explain.build(context, classified, tab, tabs)
             if named:

@@ -20,7 +20,7 @@ from medmamba.metrics.result import Estimate
 
 from .options import NOTICE
 
-__all__ = ["Markup", "escape", "join", "tag"]
+__all__ = ["Markup", "escape", "join", "pick_js", "tag"]
 
 
 def tag(template: str, /, *values: object, **named: object) -> Markup:
@@ -233,3 +233,17 @@ def table(
         head=join(map(head, header_cells)),
         body=body,
     )
+
+
+def pick_js(attribute: str, event: str) -> str:
+    """Returns JavaScript for a `gr.HTML` that sends the `data-<attribute>` of a clicked button as `index`."""
+    return (
+        f"element.addEventListener('click', (e) => {{ const b = e.target.closest('[data-{attribute}]');"
+        f" if (b) trigger('{event}', {{index: b.dataset.{camel(attribute)}}}); }});"
+    )
+
+
+def camel(attribute: str) -> str:
+    """Converts mm-example to mmExample, as in `HTMLElement.dataset`."""
+    first, *rest = attribute.split("-")
+    return first + "".join(word.capitalize() for word in rest)

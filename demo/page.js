@@ -95,7 +95,7 @@
 
   // Up and down move through the images of a batch.
   document.addEventListener("keydown", (event) => {
-    const row = event.target.closest?.("#mm-batch [data-mm-index]");
+    const row = event.target.closest?.("#mm-batch [data-mm-index], #mm-embedding [data-mm-index]");
     if (row && (event.key === "Enter" || event.key === " ") && row.tagName !== "BUTTON") {
       event.preventDefault();
       row.dispatchEvent(new MouseEvent("click", { bubbles: true }));
@@ -111,9 +111,9 @@
     }
   });
   document.addEventListener("click", (event) => {
-    const picked = event.target.closest("#mm-batch [data-mm-index]");
+    const picked = event.target.closest("#mm-batch [data-mm-index], #mm-embedding [data-mm-index]");
     if (!picked) return;
-    for (const other of document.querySelectorAll("#mm-batch [data-mm-index]"))
+    for (const other of document.querySelectorAll("#mm-batch [data-mm-index], #mm-embedding [data-mm-index]"))
       other.toggleAttribute("data-mm-current", other.dataset.mmIndex === picked.dataset.mmIndex);
   });
 

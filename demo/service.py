@@ -25,6 +25,7 @@ from medmamba.imaging.load import ImageError, MedicalImage, load_image
 from medmamba.imaging.preprocess import preprocess, to_display
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import Failure, Prediction, iter_predict
+from medmamba.inference.similar import features_of
 from medmamba.inference.suggest import Suggestion, suggest_model
 from medmamba.serving.record import WARNING, Applied, applied, is_unsure, warnings_of, without_unusual
 
@@ -233,6 +234,18 @@ class Service:
                 return None
 
         return self._in_thread(find)
+
+    def features(self, source: str, paths: list[Path], view: View) -> np.ndarray:
+        """Returns the pooled features (N, C) of files.
+
+        Raises:
+            SimilarError: a file cannot be read.
+            PretrainedError, ConfigError: the model cannot be loaded.
+        """
+        return self._in_thread(on_gpu(20)(self._features), source, paths, view)
+
+    def _features(self, source: str, paths: list[Path], view: View) -> np.ndarray:
+        return features_of(self.store.get(source).fused, paths, view.frame, view.window)
 
     def explain(
         self,

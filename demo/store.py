@@ -17,6 +17,7 @@ from medmamba.explain import Speed, measure_speed
 from medmamba.inference.fitted import in_force
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
+from medmamba.inference.similar import Gallery, load_gallery
 from medmamba.kernels import resolve_backend
 from medmamba.metrics.calibration import Calibration
 from medmamba.pretrained import PretrainedError, fetch
@@ -74,6 +75,15 @@ class Loaded:
     def speed(self) -> Speed:
         """Seconds per image of an explanation on this machine, measured on first use."""
         return measure_speed(self.model)
+
+    @cached_property
+    def gallery(self) -> Gallery | None:
+        """Training images to show as similar ones, or None if the model has none.
+
+        Raises:
+            SimilarError: the file is damaged.
+        """
+        return load_gallery(self.folder)
 
     @property
     def decide(self) -> str | None:

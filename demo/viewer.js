@@ -27,7 +27,8 @@
         <label data-part="overlay"><span>Overlay</span><input type="range" min="0" max="100" aria-label="Overlay opacity"><output></output></label>
         <p class="mm-viewer-facts" role="status"></p>
       </footer>`;
-    document.querySelector(".gradio-container").append(dialog);
+    // Gradio prefixes the rules of style.css with this element.
+    (document.querySelector(".gradio-container .contain") ?? document.querySelector(".gradio-container")).append(dialog);
     dialog.addEventListener("close", () => opener?.isConnected && opener.focus());
     dialog.addEventListener("click", (event) => {
       const button = event.target.closest("[data-do]");
@@ -246,9 +247,12 @@
   // A drag across the image is one range of its values: right is wider, up is brighter (a lower level).
   const shiftWindow = (dx, dy) => {
     const w = state.record.window;
-    const now = state.dragged ?? { level: w.level, width: w.width };
-    const step = Math.max(Math.min(w.high - w.low, 4 * w.width), 1e-9) / 400;
-    const least = (w.high - w.low) / 1000 || 1e-6;
+    const range = w.high - w.low || 1;
+    // A window far wider than the values, such as that of a whole data type, would take metres to narrow.
+    const start = { level: Math.min(Math.max(w.level, w.low), w.high), width: Math.min(w.width, 1.2 * range) };
+    const now = state.dragged ?? start;
+    const step = Math.max(Math.min(range, 4 * now.width), range / 50) / 400;
+    const least = range / 1000;
     state.dragged = { level: now.level + dy * step, width: Math.max(now.width + dx * step, least) };
     facts();
     if (!timer) timer = setTimeout(() => {

@@ -18,7 +18,7 @@ from medmamba.pretrained import PretrainedError
 from ..advice import of_problem
 from ..context import Context
 from ..examples import Example, examples_html, load_examples
-from ..html import Markup, empty, error, tag
+from ..html import Markup, empty, error, pick_js, tag
 from ..service import AnswerError, FileFacts, View, inspect
 from ..sessions import Session
 from ..store import Loaded
@@ -44,6 +44,10 @@ class ClassifyTab:
     rerun: Callable[..., Any]
     look: Callable[..., Any]
     opening: gr.Column
+    below: gr.Column
+    result: gr.HTML
+    batch: gr.HTML
+    opens: Callable[[gr.HTML], None]
     outputs: list[Any]
 
 
@@ -102,6 +106,7 @@ def build(context: Context) -> ClassifyTab:
             panel = decide.build(context, model)
             explain = gr.Button("Explain this prediction", visible=False, elem_id="mm-explain-this")
             record = RecordButton()
+            below = gr.Column(min_width=0, elem_id="mm-below")
             with gr.Accordion("About this model", open=True, elem_id="mm-about"):
                 card = Html(answers.card_html(store.default))
 
@@ -339,8 +344,13 @@ def build(context: Context) -> ClassifyTab:
     ]
     for event in given:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
-    opened = batch.click(open_row, [model], [result, explain, *panel.parts], **shared)
-    opened.then(None, js="() => mmShowAnswer(true)", api_visibility="private")
+
+    def opens(component: gr.HTML) -> None:
+        """Has the clicks on a component open the image whose index it sends."""
+        opened = component.click(open_row, [model], [result, explain, *panel.parts], **shared)
+        opened.then(None, js="() => mmShowAnswer(true)", api_visibility="private")
+
+    opens(batch)
     batch.select(label, [model], bar.parts, api_visibility="private", show_progress="hidden")
     bar.accept.click(accept, [model], [batch, *bar.parts], api_visibility="private", show_progress="hidden")
     button.click(pressed, [model, *view], shown, **shared)
@@ -352,7 +362,7 @@ def build(context: Context) -> ClassifyTab:
     gr.on([center.input, width.input], by_hand, [model, center, width, frame], shown, **moved)
     frame.release(look, [model, *view], shown, **moved)
     record.attach(context, model, view, result)
-    return ClassifyTab(model, view, explain, rerun, look, opening, shown)
+    return ClassifyTab(model, view, explain, rerun, look, opening, below, result, batch, opens, shown)
 
 
 def dataset_of(loaded: Loaded) -> str | None:
@@ -384,17 +394,3 @@ def refuse(files: list[str], most: int, megabytes: int) -> str:
         if Path(name).stat().st_size > megabytes * 2**20:
             return f"{Path(name).name} is larger than {megabytes} MB. Crop or downscale it first."
     return ""
-
-
-def pick_js(attribute: str, event: str) -> str:
-    """Returns JavaScript for a `gr.HTML` that sends the `data-<attribute>` of a clicked button as `index`."""
-    return (
-        f"element.addEventListener('click', (e) => {{ const b = e.target.closest('[data-{attribute}]');"
-        f" if (b) trigger('{event}', {{index: b.dataset.{camel(attribute)}}}); }});"
-    )
-
-
-def camel(attribute: str) -> str:
-    """Converts mm-example to mmExample, as in `HTMLElement.dataset`."""
-    first, *rest = attribute.split("-")
-    return first + "".join(word.capitalize() for word in rest)

@@ -14,7 +14,12 @@ from ..utils.checksums import CONFIG_NAME, WEIGHTS_NAME, PretrainedError
 from .config_file import MAX_CONFIG, read_config
 from .weights_file import check_header, parse_header, read_header
 
-SIDECARS = ("decisions.json", "results.json", "unusual.json")  # optional files of a model, shown by the app
+SIDECARS = (
+    "decisions.json",
+    "results.json",
+    "similar.safetensors",
+    "unusual.json",
+)  # optional files of a model, shown by the app
 MAX_SIDECAR = 64 * 2**20  # bytes
 MAX_MEMBERS = 10_000
 MAX_RATIO = 100  # unpacked to packed size; weights hardly compress

@@ -176,6 +176,7 @@ class TestInABrowser:
         page.wait_for_function("location.search.includes('tab=explain')")
         page.keyboard.press("ArrowLeft")
         page.wait_for_function("location.search.includes('tab=classify')")
+        page.wait_for_function("document.activeElement?.textContent.trim() === 'Classify'")
         page.keyboard.press("ArrowLeft")  # past the first comes the last
         page.wait_for_function("location.search.includes('tab=models')")
         page.go_back()

@@ -123,6 +123,11 @@ class TestInABrowser:
     def test_maps_appear_one_by_one_and_open_beside_the_image(self, page):
         give(page, NEUTROPHIL)
         page.get_by_role("button", name="Explain this prediction").click()
+        page.get_by_text("Ready", exact=True).wait_for()
+        for method in page.locator("#mm-methods input").all():
+            method.uncheck()
+        for method in ("Grad-CAM", "Saliency", "Occlusion"):
+            page.locator("#mm-methods label", has_text=method).locator("input").check()
         page.locator(".mm-cost", has_text="3 maps on this machine").wait_for()
         page.evaluate(
             """() => { window.counts = new Set(); new MutationObserver(() => window.counts.add(
@@ -133,7 +138,7 @@ class TestInABrowser:
         page.locator("#mm-downloads button").first.wait_for()
         assert {1, 2, 3} <= set(page.evaluate("[...window.counts]"))
         assert page.locator(".mm-heat td").count() == 10
-        assert "values, enlarged" in page.locator(".mm-map").first.inner_text()
+        assert "values, enlarged" in page.locator(".mm-map", has_text="Grad-CAM").inner_text()
         page.get_by_role("button", name="Enlarge Occlusion beside the image").click()
         page.locator(".mm-pane").nth(1).wait_for()
         page.wait_for_function("document.querySelectorAll('.mm-canvas .mm-over')[1]?.naturalWidth === 224")
