@@ -64,6 +64,7 @@ def test_a_damaged_image(pairs, tmp_path, capsys):
     assert path.name in refused("segment", pairs, tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_empty_masks_are_images_with_nothing_to_segment(pairs, tmp_path, capsys):
     for path in (pairs / "train" / "masks").iterdir():
         Image.fromarray(np.zeros((48, 40), np.uint8)).save(path)
