@@ -45,9 +45,9 @@ class ClassifyTab:
     look: Callable[..., Any]
     opening: gr.Column
     below: gr.Column
-    result: gr.HTML
-    batch: gr.HTML
-    opens: Callable[[gr.HTML], None]
+    result: Any
+    batch: Any
+    opens: Callable[[Any], None]
     outputs: list[Any]
 
 
@@ -345,7 +345,7 @@ def build(context: Context) -> ClassifyTab:
     for event in given:
         event.then(None, js="() => mmShowAnswer()", api_visibility="private")
 
-    def opens(component: gr.HTML) -> None:
+    def opens(component: Any) -> None:
         """Has the clicks on a component open the image whose index it sends."""
         opened = component.click(open_row, [model], [result, explain, *panel.parts], **shared)
         opened.then(None, js="() => mmShowAnswer(true)", api_visibility="private")

@@ -239,6 +239,12 @@ def mistakes_html(found: Review) -> Markup:
     return gallery_html(found, rows, "Worst mistakes", f"{len(rows):,} errors ({share}), most confident first.")
 
 
+def _with_interval(text: str) -> Markup:
+    """Renders "0.938 (0.844 to 1.000)" with the interval below the value."""
+    value, _, interval = text.partition(" (")
+    return tag("{}<small>{}</small>", value, interval.rstrip(")").replace(" to ", " – "))
+
+
 def subgroups_html(found: Subgroups | None) -> Markup:
     """Renders the metrics of each group, with gaps and tests."""
     if found is None:
@@ -246,7 +252,8 @@ def subgroups_html(found: Subgroups | None) -> Markup:
     parts: list[Markup] = []
     for column in found.columns:
         header, rows = found.rows(column)
-        parts.append(table(list(header), rows, f"By {column}", css="mm-groups"))
+        cells = [[row[0], *map(_with_interval, row[1:])] for row in rows]
+        parts.append(table(list(header), cells, f"By {column}", css="mm-groups"))
         warnings = [f"{group.name}: {text}" for group in found.of(column) for text in group.warnings]
         if warnings:
             parts.append(tag('<div class="mm-hint">* Unreliable: {}</div>', bullets(warnings)))

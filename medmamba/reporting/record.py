@@ -199,8 +199,8 @@ def record_page(model: RecordedModel, entries: Sequence[Entry], *, date: str | N
     }
     sections = [] if len(entries) == 1 else [_overview(entries)]
     sections += [_section(number, entry, model) for number, entry in enumerate(entries, 1)]
-    title = f"Record: {entries[0].name}" if len(entries) == 1 else f"Record: {len(entries)} images"
-    return render(title, sections, notice=f"Research only. {NOTICE}", about=about)
+    what = entries[0].name if len(entries) == 1 else f"{len(entries)} images"
+    return render(f"Research only: record of {what}", sections, notice=NOTICE, about=about)
 
 
 def write_record(
