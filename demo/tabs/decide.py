@@ -170,7 +170,7 @@ def readout(
         ["NPV", rate(found.npv), f"share without {what} among images called negative"],
     ]
     note = tag(
-        '<p class="mm-hint">Measured on the {} validation images that chose it, with 95 % intervals: expect slightly '
+        '<p class="mm-hint">Measured on the {} validation images that chose it, with 95 % intervals: expect '
         "less on other images, and something else at another site.{}</p>",
         f"{positives + negatives:,}",
         tested(loaded, point) if index == curve.nearest(point.threshold) else "",
