@@ -21,6 +21,7 @@ from medmamba.cards import (
 )
 from medmamba.config import ConfigError
 from medmamba.inference.fitted import FINGERPRINT
+from medmamba.inference.similar import NAME as GALLERY_NAME
 from medmamba.pretrained import PretrainedError
 from medmamba.pretrained.sources import PICKLES
 from medmamba.utils.checksums import CHECKSUM_KEY, CONFIG_NAME, WEIGHTS_NAME
@@ -124,7 +125,7 @@ def _check_files(report: Report) -> None:
             report.warnings.append(f"{path.name}/ is a folder and will not be uploaded")
         elif path.suffix in PICKLES:
             report.problems.append(f"{path.name} is a pickle, which can execute code when loaded: remove it")
-        elif path.suffix == ".safetensors" and path.name != WEIGHTS_NAME:
+        elif path.suffix == ".safetensors" and path.name not in (WEIGHTS_NAME, GALLERY_NAME):
             report.problems.append(f"{path.name}: weights must be in {WEIGHTS_NAME}")
         elif path.suffix not in (*SUFFIXES, ".safetensors"):
             report.problems.append(f"{path.name} does not belong in a model repository: remove it")
