@@ -159,10 +159,11 @@ def batch_html(
         prediction = result.prediction
         name = tag(
             '<span class="mm-file"><button type="button" class="mm-thumb" data-mm-view="image:{index}" '
-            'aria-label="Enlarge {name}"><img src="{image}" alt=""></button>'
+            'aria-label="Enlarge image {number}"><img src="{image}" alt=""></button>'
             '<button type="button" class="mm-link" data-mm-index="{index}">{name}</button></span>',
             image=data_uri(squeeze(result.seen), exact=False),
             index=i,
+            number=i + 1,
             name=path.name,
         )
         if result.refused:
