@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from medmamba.config import ConfigError
+from medmamba.imaging.dicom.series import series_order
 from medmamba.imaging.image import WindowNeeded
 from medmamba.imaging.load import ImageError
 from medmamba.pretrained import PretrainedError
@@ -243,7 +244,7 @@ def build(context: Context) -> ClassifyTab:
         if problem := refuse(files or [], limits.batch_files, limits.image_mb):
             return {file: None, result: error("Upload rejected", problem)}
         try:
-            session.keep_images(list(files or []))
+            session.keep_images([files[i] for i in series_order(files)] if files else [])
         except OSError:  # another visitor with an identical file left meanwhile
             return {file: None, result: error("The upload was lost", "Choose the file again.")}
         return {file: None, **controls(session), **answer(session, title, FIRST)}
