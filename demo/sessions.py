@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .examples import Example
     from .jobs import Plan
     from .labelled import LabelledSet
-    from .service import Answer
+    from .service import Answer, View
 
 
 class Session:
@@ -38,6 +38,7 @@ class Session:
         current: index of the displayed image.
         prediction: of that image, or None.
         anyway: (model, image) pairs that are to be answered although the model does not know such images.
+        view: frame and window with which the displayed image was read, or None for those of the file.
         comparison: the last explanation, or None.
         results: answers for the images, if there are several.
         labels: true classes set by the visitor, by index of the image.
@@ -64,6 +65,7 @@ class Session:
         self.current = 0
         self.prediction: Prediction | None = None
         self.anyway: set[tuple[str, Path]] = set()
+        self.view: View | None = None
         self.comparison: Comparison | None = None
         self.results: list[Answer | Failure] = []
         self.labels: dict[int, str] = {}
@@ -99,7 +101,7 @@ class Session:
         before = {path.parent for path in self.images}
         self.images, self.current = self.kept(uploads), 0
         self.prediction = self.comparison = None
-        self.results, self.labels = [], {}
+        self.results, self.labels, self.view = [], {}, None
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 

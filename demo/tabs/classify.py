@@ -218,7 +218,7 @@ def build(context: Context) -> ClassifyTab:
     def single(session: Session, loaded: Any, view: View) -> Updates:
         path = session.images[session.current]
         hidden: Updates = {explain: gr.update(visible=False), **panel.hidden()}
-        session.prediction = None
+        session.prediction, session.view = None, view
         try:
             found = context.service.classify(loaded.source, path, view)
         except AnswerError as problem:

@@ -21,7 +21,6 @@ from ..service import Answer, View
 from ..store import Loaded
 from ..theme import Html
 from .classify import ClassifyTab
-from .window import view_of
 
 SHOWN = 6
 WIDTH, HEIGHT, MARGIN = 640, 420, 22
@@ -36,12 +35,12 @@ def build(context: Context, classify: ClassifyTab) -> None:
     button = gr.Button("Map of these images", size="sm", visible=False, elem_id="mm-map-batch")
     plot = Html("", js_on_load=pick_js("mm-index", "click"), elem_id="mm-embedding")
 
-    def neighbours(title: str, preset: str, c: float, w: float, f: float, request: gr.Request) -> Markup | str:
+    def neighbours(title: str, request: gr.Request) -> Markup | str:
         """Renders the training images nearest to the displayed image."""
         session = context.sessions.of(request)
         if session.prediction is None or not session.images:
             return ""
-        view = view_of(preset, c, w, f) if len(session.images) == 1 else View()
+        view = session.view or View()
         try:
             loaded = context.load(session, title)
             if loaded.gallery is None:
@@ -72,7 +71,7 @@ def build(context: Context, classify: ClassifyTab) -> None:
         return map_html(found, points, loaded)
 
     quiet: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", concurrency_id="similar")
-    classify.result.change(neighbours, [classify.model, *classify.view], similar, trigger_mode="always_last", **quiet)
+    classify.result.change(neighbours, classify.model, similar, trigger_mode="always_last", **quiet)
     classify.batch.change(offer, None, [button, plot], **quiet)
     button.click(
         draw, classify.model, plot, show_progress_on=[plot], api_visibility="private", concurrency_id="similar"

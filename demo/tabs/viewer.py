@@ -34,7 +34,7 @@ from ..theme import Html
 from . import answers, maps
 from .answers import squeeze
 from .classify import ClassifyTab
-from .window import CUSTOM, view_of
+from .window import AS_FILE, CUSTOM
 
 LARGEST = 4096
 """Longest side, in pixels, of an image in the viewer."""
@@ -50,35 +50,36 @@ def build(context: Context, classify: ClassifyTab) -> None:
     """Builds the channel of the viewer and its events. Call inside `gr.Blocks`."""
     channel = Html("", js_on_load=EVENT, elem_id="mm-view-data")
 
-    def show(event: gr.EventData, preset: str, c: float, w: float, f: float, request: gr.Request) -> Markup | Any:
+    def show(event: gr.EventData, request: gr.Request) -> Markup | Any:
         """Returns the record of the requested image."""
         asked = parse(event)
         session = context.sessions.of(request)
         if asked is None or not session.images:
             return gr.skip()
         try:
-            return record_html(record(session, asked, view_of(preset, c, w, f)))
+            return record_html(record(session, asked, session.view or View(0)))
         except (ImageError, PretrainedError, ConfigError, OSError, ValueError) as problem:
             path = session.images[session.current]
             return record_html({"seq": asked.seq, "error": answers.reason(of_problem(problem), path)})
 
-    def apply(
-        event: gr.EventData, title: str, preset: str, c: float, w: float, f: float, request: gr.Request
-    ) -> dict[Any, Any]:
+    def apply(event: gr.EventData, title: str, request: gr.Request) -> dict[Any, Any]:
         """Classifies the image again with the window and the frame chosen in the viewer."""
         asked = parse(event)
-        if asked is None or len(context.sessions.of(request).images) != 1:
+        session = context.sessions.of(request)
+        if asked is None or len(session.images) != 1:
             return {channel: gr.skip()}
-        if asked.window is not None:
-            preset, (c, w) = CUSTOM, asked.window
-        f = f if asked.frame is None else asked.frame + 1
+        view = session.view or View(0)
+        window = asked.window or view.window
+        number = (view.frame or 0 if asked.frame is None else asked.frame) + 1
+        preset, (level, width) = (CUSTOM, window) if window else (AS_FILE, (0.0, 1.0))
         preset_control, *_, frame_control = classify.view
-        return {preset_control: preset, frame_control: f, **classify.look(title, preset, c, w, f, request)}
+        chosen = {preset_control: preset} if asked.window else {}
+        return {**chosen, frame_control: number, **classify.look(title, preset, level, width, number, request)}
 
     private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
-    channel.click(show, classify.view, channel, concurrency_id="view", trigger_mode="always_last", **private)
-    given = [classify.model, *classify.view]
-    channel.submit(apply, given, [channel, *classify.outputs], concurrency_id="classify", **private)
+    # Not the controls as inputs: a slider whose range has just changed would refuse the value it had before.
+    channel.click(show, None, channel, concurrency_id="view", trigger_mode="always_last", **private)
+    channel.submit(apply, classify.model, [channel, *classify.outputs], concurrency_id="classify", **private)
 
 
 @dataclasses.dataclass(frozen=True)
