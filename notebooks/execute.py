@@ -1,8 +1,9 @@
 """Executes the notebooks and stores their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
 
-Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size. Hashes of the code and weights and
-the output types per cell are stored too; `problems` compares them to detect stale or missing outputs. `--address` runs
-nothing and only writes the repository URL ([project.urls] in pyproject.toml) into the badges and the first cell.
+Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size, and sliders as the picture of their
+first setting. The first cell gets the time that each section took. Hashes of the code and weights and the output types
+per cell are stored too; `problems` compares them to detect stale or missing outputs. `--address` runs nothing and only
+writes the repository URL ([project.urls] in pyproject.toml) into the badges and the first cell.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import base64
 import hashlib
 import io
 import json
+import os
+import platform
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -27,7 +31,10 @@ SOURCE, WEIGHTS, OUTPUTS = "medmamba_source_sha256", "medmamba_weights_sha256", 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB = "https://colab.research.google.com/github/"
 # Code that draws when the cell runs, not inside a function definition.
-DRAWS = re.compile(r"^\S.*(subplots|[._]figure\(|\.overlay\(|\.plot\.|display\()|^draw\(", re.MULTILINE)
+DRAWS = re.compile(r"^\S.*(subplots|[._]figure\(|\.overlay\(|\.plot\.|display\()|^(draw|explore)\(", re.MULTILINE)
+HEADING = re.compile(r"^## (\d+)\. ", re.MULTILINE)
+TIMES = re.compile(r"^Time per section.*$", re.MULTILINE)
+STATIC = "MEDMAMBA_NOTEBOOK_STATIC"  # where this is "1", the notebooks draw pictures instead of sliders
 PRIVATE = re.compile(r"/(home|root|tmp|Users|work|usr|var|opt)/|site-packages|[A-Z]:\\")
 
 
@@ -64,6 +71,10 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
         found.append("the cells were not run once each, in order")
     if notebook.metadata.get(OUTPUTS) != output_types(notebook):
         found.append("outputs are missing or were added")
+    timed = TIMES.search(notebook.cells[0].source)
+    numbers = [number for cell in notebook.cells for number in HEADING.findall(cell.source) if cell.cell_type != "code"]
+    if not timed or re.findall(r"(\d+)\) \d+ s", timed[0]) != numbers:
+        found.append("the first cell does not say how long each section takes")
     for number, cell in enumerate(cells, 1):
         pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
         texts = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in cell.outputs)
@@ -87,7 +98,9 @@ def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": FOLDER}})
-    client.execute()
+    client.execute(env={**os.environ, STATIC: "1"})
+    line = times_text(section_seconds(notebook))
+    notebook.cells[0].source = TIMES.sub(lambda _: line, notebook.cells[0].source)
     notebook.metadata = nbformat.NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
@@ -103,6 +116,40 @@ def execute(path: Path, timeout: int = 900) -> nbformat.NotebookNode:
         OUTPUTS: output_types(notebook),
     }
     return notebook
+
+
+def section_seconds(notebook: nbformat.NotebookNode) -> dict[str, float]:
+    """Returns the seconds that the cells of each numbered section took, by number; "0" is what comes before the first.
+
+    From the timestamps that the client adds to cells as it runs them.
+    """
+    found, number = {"0": 0.0}, "0"
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            number = ([number] + HEADING.findall(cell.source))[-1]
+            found.setdefault(number, 0.0)
+        elif stamps := cell.metadata.get("execution"):
+            ends = (stamps["iopub.execute_input"], stamps["shell.execute_reply"])
+            start, end = (datetime.fromisoformat(text.replace("Z", "+00:00")) for text in ends)
+            found[number] += (end - start).total_seconds()
+    return found
+
+
+def times_text(seconds: dict[str, float]) -> str:
+    """Returns the line of the first cell about the time that each section takes."""
+    each = ", ".join(f"{number}) {max(1, round(value))} s" for number, value in seconds.items() if number != "0")
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    where = f"{threads} {'thread' if threads == 1 else 'threads'} of {_processor()}"
+    return f"Time per section, on {where}: {each}. Loading the packages before that: {round(seconds['0'])} s."
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return f"a processor of type {names[0].strip() if names else platform.processor() or platform.machine()}"
 
 
 def repository() -> str:
