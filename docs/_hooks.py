@@ -94,7 +94,9 @@ def _repository() -> str:
 def _tutorial(path: Path) -> tuple[str, dict[str, bytes]]:
     """Returns a notebook as Markdown, and its pictures by file name."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if "setup" not in cell.metadata.get("tags", [])]
+    # Without what is hidden in a notebook too: set-up, checks, and the code of the sliders.
+    hidden = {"setup", "check", "hide-input"}
+    notebook.cells = [cell for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     download = f'[Download this notebook]({path.name}){{ download="{path.name}" }} to run it.'
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -107,6 +109,8 @@ def _tutorial(path: Path) -> tuple[str, dict[str, bytes]]:
             )
     body, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.DOTALL)
+    # The caption below a picture is what it says to those who do not see it.
+    body = re.sub(r"!\[png\](\([^)]+\)\s+)\*(Figure \d+\. )([^*\n]+)\*", r"![\3]\1*\2\3*", body)
     return body, resources["outputs"]
 
 

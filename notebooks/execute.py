@@ -1,9 +1,10 @@
 """Executes the notebooks and stores their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
 
-Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size, and sliders as the picture of their
-first setting. The first cell gets the time that each section took. Hashes of the code and weights and the output types
-per cell are stored too; `problems` compares them to detect stale or missing outputs. `--address` runs nothing and only
-writes the repository URL ([project.urls] in pyproject.toml) into the badges and the first cell.
+Figures are stored as PNG of at most 800 pixels and 256 colours, a third of the size, and sliders as the picture of
+their first setting. The first cell gets the time that each section took, where it has a line for it. Hashes of the code
+and weights and the output types per cell are stored too; `problems` compares them to detect stale or missing outputs.
+`--address` runs nothing and only writes the repository URL ([project.urls] in pyproject.toml) into the badges and the
+first cell.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
         found.append("outputs are missing or were added")
     timed = TIMES.search(notebook.cells[0].source)
     numbers = [number for cell in notebook.cells for number in HEADING.findall(cell.source) if cell.cell_type != "code"]
-    if not timed or re.findall(r"(\d+)\) \d+ s", timed[0]) != numbers:
+    if timed and re.findall(r"(\d+)\) \d+ s", timed[0]) != numbers:
         found.append("the first cell does not say how long each section takes")
     for number, cell in enumerate(cells, 1):
         pictures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]

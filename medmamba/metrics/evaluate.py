@@ -169,6 +169,7 @@ class Scorer:
     def _chunk(self, weights: Floats, area: Floats) -> dict[str, Floats]:
         """Returns the scores under one chunk of weights, given its AUROC and AUPRC `(R, K, 2)`."""
         total = weights.sum(axis=1)
+        total = np.where(total > 0, total, np.nan)  # a random group may have no image at all
         tables = self._tables(weights)  # (R, K, 2, 2)
         by_class = scores.rates(tables)
         by_class["auroc"], by_class["auprc"] = area[..., 0], area[..., 1]

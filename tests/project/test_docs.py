@@ -74,6 +74,12 @@ def test_links_are_resolved_for_the_site(page, link, resolved, monkeypatch):
     assert hooks.on_page_markdown(link, file, None, None) == resolved
 
 
+def test_a_tutorial_shows_no_hidden_cell_and_its_pictures_say_what_they_show():
+    page, pictures = hooks._tutorial(ROOT / "notebooks" / "05_is_this_real.ipynb")
+    assert "assert " not in page and "@title" not in page and "find_spec" not in page
+    assert len(pictures) >= 7 and page.count("![") == len(pictures) and "![png]" not in page
+
+
 def test_other_files_are_linked_in_the_repository(monkeypatch):
     page = SimpleNamespace(file=SimpleNamespace(src_uri="how-it-works.md"))
     link = "[`network.py`](../medmamba/model/network.py)"
