@@ -17,7 +17,8 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = ("01_classify", "02_explain", "03_finetune", "04_segment", "05_is_this_real")
-HIDING = ("01_classify", "05_is_this_real")  # those that keep their checks in hidden cells, and say how long each section takes
+# Those that keep their checks in hidden cells, and say how long each section takes.
+HIDING = ("01_classify", "05_is_this_real")
 _spec = importlib.util.spec_from_file_location("notebooks_execute", FOLDER / "execute.py")
 execute = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(execute)
