@@ -25,7 +25,7 @@ from medmamba.imaging.load import find_images
 from medmamba.inference.fingerprint import fingerprint
 from medmamba.inference.fitted import body
 from medmamba.inference.ood import Unusual, fit_signatures
-from medmamba.inference.ood_fit import Seen, look, look_at, sample
+from medmamba.inference.ood_fit import Seen, look, look_altered, look_at, sample
 from medmamba.metrics import scores
 from medmamba.metrics.calibration import OOD_SCORES, ood_auroc
 from medmamba.utils.text import json_text
@@ -100,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         split: kept(cache, f"{split}-{most}", lambda split=split, most=most: look(model, dataset, split, most))
         for split, most in zip(("train", "val", "test"), args.images, strict=False)
     }
-    warning = fit_signatures(own["train"].signatures, own["train"].labels, own["val"].signatures, model.config)
+    slightly = look_altered(model, dataset)
+    seen_in = own["train"].signatures, own["train"].labels, own["val"].signatures
+    warning = fit_signatures(*seen_in, model.config, altered=slightly)
     found = []
     for given in (args.others, args.same_kind):
         seen, most = {}, args.images[3]

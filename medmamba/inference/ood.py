@@ -278,6 +278,7 @@ def fit_signatures(
     validation: ArrayLike,
     config: MedMambaConfig,
     coverage: float = 0.95,
+    altered: ArrayLike | None = None,
 ) -> Unusual:
     """Fits a detector to signatures (`inference.signatures`): of training images, its thresholds to validation images.
 
@@ -287,6 +288,8 @@ def fit_signatures(
         validation: (M, S) of validation images.
         config: of the model.
         coverage: fraction of the validation images that are not to be flagged.
+        altered: (L, S) of slightly altered validation images (`inference.altered`), of which only one in a hundred may
+            be called far.
 
     Raises:
         UnusualError: as `fit_unusual`.
@@ -302,8 +305,26 @@ def fit_signatures(
     assert found.combined is not None
     scores, pixels = found.score(held_out), found.combined.pixel_score(held_out[:, :PIXELS])
     limits = dataclasses.replace(found.combined, far=tail(scores, FAR), pixel_limit=tail(pixels, FAR))
-    found = dataclasses.replace(found, combined=limits)
-    return _with_threshold(found, held_out, held_out[:, -config.dims[-1] :])
+    found = _with_threshold(dataclasses.replace(found, combined=limits), held_out, held_out[:, -config.dims[-1] :])
+    return found if altered is None else tolerant(found, altered)
+
+
+def tolerant(found: Unusual, altered: ArrayLike) -> Unusual:
+    """Returns a detector of signatures that calls only one in a hundred of these images far.
+
+    Args:
+        altered: (L, S), see `fit_signatures`.
+
+    Raises:
+        UnusualError: the detector is of version 1, or the shape is wrong.
+    """
+    x = np.asarray(altered, np.float64)
+    scores = found.score(x)
+    if found.combined is None or not len(x):
+        raise UnusualError("this needs a detector of version 2, and images")
+    far = max(found.combined.far, float(np.quantile(scores, 1 - FAR)))
+    limit = max(found.combined.pixel_limit, float(np.quantile(found.combined.pixel_score(x[:, :PIXELS]), 1 - FAR)))
+    return dataclasses.replace(found, combined=dataclasses.replace(found.combined, far=far, pixel_limit=limit))
 
 
 def _with_threshold(found: Unusual, held_out: NDArray[np.float64], features: NDArray[np.float64]) -> Unusual:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from ..data.deferred import RecordImages
 from ..imaging.ahead import Order, Unread
+from ..imaging.image import ImageError
+from .altered import altered
 from .fingerprint import fingerprint
 from .fitted import body
 from .ood import Unusual, UnusualError, fit_signatures
@@ -84,6 +86,23 @@ def look_at(model: Any, sources: Iterable[Any]) -> tuple[NDArray[np.float32], ND
     return seen.array(), np.concatenate(logits)
 
 
+def look_altered(model: Any, dataset: ImageDataset, images: int = 140) -> NDArray[np.float32]:
+    """Returns the signatures (N, S) of slightly altered images of the split "val", see `altered`.
+
+    Args:
+        images: at most, drawn with a fixed seed; each has one alteration.
+
+    Raises:
+        UnusualError: images that cannot be read.
+    """
+    part = dataset.split("val")
+    rows = sample(len(part), images)
+    try:
+        return look_at(model, (altered(part.image(int(row)), i) for i, row in enumerate(rows)))[0]
+    except ImageError as error:
+        raise UnusualError(f"{dataset.name}: {error}") from error
+
+
 def sample(count: int, most: int) -> NDArray[np.int64]:
     """Returns at most `most` of the integers below `count`, sorted; the same on every call."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most])
@@ -99,7 +118,8 @@ def learn_unusual(model: Any, dataset: ImageDataset, images: int = 600) -> Unusu
         UnusualError: a split is missing or too small, or has images that cannot be read.
     """
     train, val = (look(model, dataset, split, images) for split in ("train", "val"))
-    found = fit_signatures(train.signatures, train.labels, val.signatures, model.config)
+    slightly = look_altered(model, dataset)
+    found = fit_signatures(train.signatures, train.labels, val.signatures, model.config, altered=slightly)
     return dataclasses.replace(found, weights=fingerprint(body(model.state_dict())))
 
 

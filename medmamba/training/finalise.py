@@ -15,7 +15,7 @@ from ..evaluation import RESULTS_NAME, Scored, predict_logits, score, write_resu
 from ..imaging.preprocess import normalise
 from ..inference.ood import NAME as UNUSUAL_NAME
 from ..inference.ood import Unusual, UnusualError, fit_signatures
-from ..inference.ood_fit import learn_unusual, sample
+from ..inference.ood_fit import learn_unusual, look_altered, sample
 from ..inference.predict import predict_signatures
 from ..metrics import Evaluation
 from ..metrics.calibration import fit_calibration
@@ -103,7 +103,8 @@ def _learn_unusual(model: MedMamba, images: ImageCache, size: int, device: torch
         seen[split] = torch.cat([predict_signatures(model, batch)[0] for batch in batches]).numpy()
         labels[split] = np.asarray(data.index.labels)[rows]
     with contextlib.suppress(UnusualError):
-        return fit_signatures(seen["train"], labels["train"], seen["val"], model.config)
+        slightly = look_altered(model, images.index)
+        return fit_signatures(seen["train"], labels["train"], seen["val"], model.config, altered=slightly)
     return None
 
 

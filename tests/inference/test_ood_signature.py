@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from medmamba.data import make_splits, open_dataset
-from medmamba.imaging.load import load_image
+from medmamba.imaging.load import MedicalImage, load_image
 from medmamba.imaging.preprocess import preprocess
 from medmamba.inference import (
     Refused,
@@ -22,7 +22,9 @@ from medmamba.inference import (
     signatures,
     suggest_model,
 )
+from medmamba.inference.altered import ALTERATIONS, altered
 from medmamba.inference.engine import Engine
+from medmamba.inference.ood import tolerant
 from medmamba.inference.ood_file import packed, unpacked
 from medmamba.inference.ood_parts import tail
 from medmamba.inference.predict import needs_signatures, unusual_flags
@@ -239,3 +241,35 @@ def test_a_refused_image_is_sent_to_the_model_of_its_kind(of_discs, tmp_path):
 
     found = suggest_model(opened("stripes"), known, load)
     assert found.name == "stripes" and found.asked and asked == ["stripes"]
+
+
+def test_no_more_than_one_slightly_altered_image_in_a_hundred_is_far(tiny_model):
+    rng = np.random.default_rng(0)
+    images = [
+        MedicalImage(rng.uniform(0.45, 0.55, (32, 32, 3)).astype(np.float32), f"{i}", "PNG", "RGB", 8)
+        for i in range(90)
+    ]
+    with signatures() as seen:
+        tiny_model.predict(images)
+    slightly = [altered(image, i) for i, image in enumerate(images)]
+    with signatures() as other:
+        tiny_model.predict(slightly)
+    x, y = seen.array(), other.array()
+    before = fit_signatures(x[:60], np.zeros(60), x[60:], tiny_model.config)
+    after = fit_signatures(x[:60], np.zeros(60), x[60:], tiny_model.config, altered=y)
+    assert np.mean(before.score(y) > before.far) > 0.2, "a stronger lamp made them another kind of image"
+    assert np.mean(after.score(y) > after.far) <= 0.02 and after.threshold == before.threshold
+    assert after.combined.pixel_limit > before.combined.pixel_limit
+    with pytest.raises(UnusualError, match="version 2"):
+        tolerant(dataclasses.replace(before, combined=None), x[:, -before.means.shape[1] :])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alterations_are_small_and_stay_in_range(channels):
+    pixels = np.random.default_rng(1).uniform(0, 1, (24, 18, channels)).astype(np.float32)
+    image = MedicalImage(pixels.copy(), "a", "PNG", "RGB", 8)
+    found = [altered(image, i) for i in range(len(ALTERATIONS))]
+    assert np.array_equal(image.pixels, pixels) and len({one.pixels.tobytes() for one in found}) == len(ALTERATIONS)
+    for one in found:
+        assert one.pixels.shape == pixels.shape and one.pixels.dtype == np.float32
+        assert one.pixels.min() >= 0 and one.pixels.max() <= 1 and one.source == "a"
