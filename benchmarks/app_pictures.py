@@ -15,7 +15,7 @@ LIMIT = 250_000  # bytes of a picture
 
 
 def take(url: str, folder: Path, chromium: str, flags: list[str]) -> dict[str, Any]:
-    """Writes four pictures.
+    """Writes six pictures.
 
     Returns:
         The size in bytes of each, by its name, and under "train" the seconds that ten epochs on the sample set took.
@@ -35,6 +35,8 @@ def take(url: str, folder: Path, chromium: str, flags: list[str]) -> dict[str, A
             return found
 
         pictures = {"classify": _shot(_classify(page())), "explain": _shot(_explain(page(height=1280, dark=True)))}
+        pictures["evaluate"] = _shot(_evaluate(page(height=1400)))
+        pictures["segment"] = _shot(_segment(page(height=1000)))
         training, seconds = _train(page(height=980))
         pictures["finetune"] = _shot(training)
         phones = [_shot(_unusual(page(390, 844))), _shot(_batch(page(390, 844))), _shot(_models(page(390, 844, True)))]
@@ -64,8 +66,35 @@ def _explain(page: Any) -> Any:
     return page
 
 
+def _tab(page: Any, name: str) -> None:
+    """Opens a tab, which on a phone may be in the menu of those that do not fit."""
+    page.wait_for_timeout(300)
+    tab = page.get_by_role("tab", name=name).first
+    if tab.is_visible():
+        tab.click()
+    else:
+        page.get_by_role("button", name="More tabs").click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+
+
+def _evaluate(page: Any) -> Any:
+    _tab(page, "Evaluate")
+    page.locator("#mm-evaluate-sample").click()
+    page.get_by_text("Worst mistakes").wait_for()
+    page.wait_for_timeout(1500)
+    return page
+
+
+def _segment(page: Any) -> Any:
+    _tab(page, "Segment")
+    page.locator("#mm-segment-examples button").nth(1).click()
+    page.get_by_text("Share of the image").wait_for()
+    page.wait_for_timeout(1200)
+    return page
+
+
 def _train(page: Any) -> tuple[Any, float]:
-    page.get_by_role("tab", name="Fine-tune").click()
+    _tab(page, "Fine-tune")
     page.locator("#mm-sample").click()
     page.locator("#mm-set .mm-card").wait_for()
     began = time.perf_counter()
@@ -90,7 +119,7 @@ def _batch(page: Any) -> Any:
 
 
 def _models(page: Any) -> Any:
-    page.get_by_role("tab", name="Models").click()
+    _tab(page, "Models")
     return page
 
 
