@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import time
@@ -25,6 +26,7 @@ from medmamba.imaging.load import ImageError, MedicalImage, load_image
 from medmamba.imaging.preprocess import preprocess, to_display
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import Failure, Prediction, iter_predict
+from medmamba.inference.signature import signatures
 from medmamba.inference.similar import features_of
 from medmamba.inference.suggest import Suggestion, suggest_model
 from medmamba.serving.record import WARNING, Applied, applied, is_unsure, warnings_of, without_unusual
@@ -80,6 +82,7 @@ class Answer:
         seen: (H, W, 3) uint8, the image as preprocessed for the model; for several files, a thumbnail.
         milliseconds: total time from file to prediction.
         how: how the file was read; its fields are attributes of the answer too.
+        features: (C,) pooled features, where the model has training images to compare them with; else None.
     """
 
     prediction: Prediction
@@ -88,6 +91,7 @@ class Answer:
     seen: np.ndarray
     milliseconds: float
     how: Applied = field(default_factory=Applied)
+    features: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def refused(self) -> bool:
@@ -193,11 +197,12 @@ class Service:
         loaded = self.store.get(source)
         began = time.perf_counter()
         image = load_image(path, frame=view.frame, window=view.window)
-        ((result, _),) = self._forward(source, [image])
+        ((result, kept),) = self._forward(source, [image])
         if isinstance(result, Failure):
             raise AnswerError(result.error)
         seen = to_display(preprocess(image, loaded.config.preprocess, loaded.config.in_chans), loaded.config.preprocess)
-        return answer(loaded, result, seen, 1e3 * (time.perf_counter() - began), applied(image))
+        found = answer(loaded, result, seen, 1e3 * (time.perf_counter() - began), applied(image))
+        return dataclasses.replace(found, features=kept.features)
 
     def classify_files(self, source: str, paths: list[Path], program: bool = False) -> list[Answer | Failure]:
         """Classifies several files; returns one entry per file, in order. Multi-frame files are failures.
@@ -326,7 +331,14 @@ class Service:
                     kept.append(Seen(reduced(image, THUMBNAIL).to_uint8(), applied(image)))
                     yield image
 
-        answers = iter(list(iter_predict(loaded.fused, read(), decide=loaded.decide)))
+        # The forward pass of the answer gives what similar images are found by.
+        watched = signatures() if loaded.compares else contextlib.nullcontext()
+        with watched as seen:
+            found = list(iter_predict(loaded.fused, read(), decide=loaded.decide))
+        if seen is not None and len(rows := seen.array()) == len(found):
+            for one, row in zip((one for i, one in enumerate(kept) if i not in failed), rows, strict=True):
+                one.features = row[-loaded.config.dims[-1] :]
+        answers = iter(found)
         return [(failed[i] if i in failed else next(answers), seen) for i, seen in enumerate(kept)]
 
     def _explained(
@@ -347,12 +359,13 @@ class Service:
             yield with_image(found, shown)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """Display data of an image, kept after prediction: a thumbnail, and fields of its `Answer`."""
+    """Data of an image, kept after prediction: a thumbnail, and fields of its `Answer`."""
 
     thumbnail: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
     applied: Applied = field(default_factory=Applied)
+    features: np.ndarray | None = None
 
 
 def answer(

@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .options import Limits
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Session:
         images: the current images, in upload order.
         current: index of the displayed image.
         prediction: of that image, or None.
+        features: (C,) of that image, see `service.Answer`.
         anyway: (model, image) pairs that are to be answered although the model does not know such images.
         view: frame and window with which the displayed image was read, or None for those of the file.
         comparison: the last explanation, or None.
@@ -64,6 +67,7 @@ class Session:
         self.images: list[Path] = []
         self.current = 0
         self.prediction: Prediction | None = None
+        self.features: np.ndarray | None = None
         self.anyway: set[tuple[str, Path]] = set()
         self.view: View | None = None
         self.comparison: Comparison | None = None
@@ -100,7 +104,7 @@ class Session:
         """Sets the current images and deletes the previous ones."""
         before = {path.parent for path in self.images}
         self.images, self.current = self.kept(uploads), 0
-        self.prediction = self.comparison = None
+        self.prediction = self.comparison = self.features = None
         self.results, self.labels, self.view = [], {}, None
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from medmamba.explain import Speed, measure_speed
 from medmamba.inference.fitted import in_force
 from medmamba.inference.ood import Unusual
 from medmamba.inference.predict import predict_logits
+from medmamba.inference.similar import NAME as GALLERY
 from medmamba.inference.similar import Gallery, load_gallery
 from medmamba.kernels import resolve_backend
 from medmamba.metrics.calibration import Calibration
@@ -84,6 +85,11 @@ class Loaded:
             SimilarError: the file is damaged.
         """
         return load_gallery(self.folder)
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers need the features of the image, to find training images like it."""
+        return (self.folder / GALLERY).is_file()
 
     @property
     def decide(self) -> str | None:

@@ -218,7 +218,7 @@ def build(context: Context) -> ClassifyTab:
     def single(session: Session, loaded: Any, view: View) -> Updates:
         path = session.images[session.current]
         hidden: Updates = {explain: gr.update(visible=False), **panel.hidden()}
-        session.prediction, session.view = None, view
+        session.prediction, session.features, session.view = None, None, view
         try:
             found = context.service.classify(loaded.source, path, view)
         except AnswerError as problem:
@@ -229,7 +229,7 @@ def build(context: Context) -> ClassifyTab:
         if found.refused and (loaded.title, path) not in session.anyway:
             suggestion = context.suggest(loaded.title, path, view, ask=True)
             return {result: refusals.refusal_html(found, loaded, suggestion), **hidden}
-        session.prediction = found.prediction
+        session.prediction, session.features = found.prediction, found.features
         return {
             **(record.shown(True) if len(session.images) == 1 else {}),
             result: answers.answer_html(

@@ -45,8 +45,10 @@ def build(context: Context, classify: ClassifyTab) -> None:
             loaded = context.load(session, title)
             if loaded.gallery is None:
                 return ""
-            features = context.service.features(loaded.source, [session.images[session.current]], view)
-            return similar_html(loaded.gallery, loaded.gallery.nearest(features[0], SHOWN))
+            features = session.features
+            if features is None:
+                features = context.service.features(loaded.source, [session.images[session.current]], view)[0]
+            return similar_html(loaded.gallery, loaded.gallery.nearest(features, SHOWN))
         except (SimilarError, ImageError, PretrainedError, ConfigError, OSError, ValueError):
             return ""  # the answer above says what is wrong with the image
 

@@ -151,6 +151,8 @@ class SS2D(nn.Module):
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
         """Initialises as Mamba does: A = -(1..N), step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, 3.6)."""
+        if self.dt_weight.is_meta:  # weights are loaded later; computing without data would import PyTorch's compiler
+            return
         K, C, R = self.dt_weight.shape
         bound = C**-0.5
         nn.init.uniform_(self.x_proj, -bound, bound)
@@ -387,6 +389,8 @@ class MedMambaNetwork(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # see `reset_scan_parameters`
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -58,8 +58,7 @@ def test_models_from_the_hub_are_preloaded(tmp_path):
     card = SpaceCard((tmp_path / "s" / "README.md").read_text(encoding="utf-8")).data
     assert card.models == [f"org/{here}", "org/others"]
     assert card.preload_from_hub == [
-        f"org/{here} config.json,model.safetensors,decisions.json,results.json,similar.safetensors,"
-        "unusual.json",
+        f"org/{here} config.json,model.safetensors,decisions.json,results.json,similar.safetensors,unusual.json",
         "org/others config.json,model.safetensors abc",
     ]
     assert not (tmp_path / "s" / "medmamba" / "weights").exists()

@@ -8,8 +8,10 @@ import torch
 from medmamba.kernels.define import assume_constant_result, operator
 
 FIRST_PREDICTION = """
-import sys, torch, medmamba
-model = medmamba.create_model("test", num_classes=3).eval()
+import sys, tempfile, torch, medmamba
+folder = tempfile.mkdtemp()
+medmamba.create_model("test", num_classes=3).eval().save_pretrained(folder)
+model = medmamba.MedMamba.from_pretrained(folder)
 with torch.no_grad():
     logits = model(torch.zeros(1, 3, 32, 32))
 assert logits.shape == (1, 3)
@@ -17,7 +19,7 @@ print(sorted(name for name in ("torch._dynamo", "torch._inductor") if name in sy
 """
 
 
-def test_a_prediction_does_not_import_the_compiler():
+def test_loading_and_a_prediction_do_not_import_the_compiler():
     done = subprocess.run([sys.executable, "-c", FIRST_PREDICTION], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
