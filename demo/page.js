@@ -131,15 +131,20 @@
     if (`?${text}` !== location.search) history.pushState(null, "", `?${text}`);
   };
   window.mmAddress = address;
-  const follow = () => {
+  const selectedTab = () => tabButtons().find((tab) => tab.getAttribute("aria-selected") === "true");
+  const follow = (start = false) => {
     const query = new URLSearchParams(location.search);
     moving = true;
-    const wanted = query.get("tab")?.toLowerCase().replace(/[^a-z0-9]+/g, "-") ?? DEFAULT_TAB;
+    const wanted = query.get("tab")?.toLowerCase().replace(/[^a-z0-9]+/g, "-") ?? (start ? null : DEFAULT_TAB);
     const tab = tabButtons().find((other) => slug(other) === wanted || slug(other).replace("-", "") === wanted);
     if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
     const model = query.get("model") ?? startModel;
     if (model && model !== shownModel) window.mmChooseModel?.(model);
-    setTimeout(() => (moving = false), 800);
+    setTimeout(() => {
+      moving = false;
+      const now = wanted ? null : selectedTab(); // somebody chose a tab before the page was ready
+      if (now && slug(now) !== DEFAULT_TAB) address({ tab: slug(now) });
+    }, 800);
   };
   let startModel, shownModel;
   window.mmModel = (title, first) => {
@@ -147,11 +152,11 @@
     if (first) startModel = title;
     else address({ model: title });
   };
-  window.addEventListener("popstate", follow);
+  window.addEventListener("popstate", () => follow());
   later(".mm-tabs > .tab-wrapper", (bar) => {
     let selected = DEFAULT_TAB;
     new MutationObserver(() => {
-      const now = tabButtons().find((tab) => tab.getAttribute("aria-selected") === "true");
+      const now = selectedTab();
       if (!now || slug(now) === selected) return;
       selected = slug(now);
       address({ tab: selected });
@@ -160,7 +165,7 @@
   const begin = (tries = 50) => {
     if (!tries) return;
     if (!window.mmChooseModel || !startModel || !tabButtons().length) return void setTimeout(() => begin(tries - 1), 100);
-    follow();
+    follow(true);
   };
   begin();
 

@@ -60,27 +60,45 @@ def page_url(model_folders, page_root):
         yield address
 
 
+class Pages:
+    """Opens the app, and records what a page asks of another server and the errors that it throws until it is left."""
+
+    def __init__(self, browser, address):
+        self.browser, self.address = browser, address
+        self.opened, self.left, self.outside, self.problems = [], [], [], []
+
+    def __call__(self, address=None, width=1280, dark=False):
+        address = address or self.address
+        scheme = "dark" if dark else "light"
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(120_000)
+        own = (address, "data:", "blob:")
+        page.on("request", lambda r: self.outside.append(r.url) if not r.url.startswith(own) else None)
+        page.on("pageerror", lambda error: self.record(page, str(error)))
+        page.on("console", lambda m: self.record(page, m.text) if m.type == "error" else None)
+        page.goto(address)
+        page.get_by_text("No image yet").wait_for()
+        self.opened.append(page)
+        return page
+
+    def record(self, page, problem):
+        if page not in self.left:
+            self.problems.append(problem)
+
+    def leave(self, page):
+        """Goes to an empty page. The requests which that cuts off are errors of the page, and no problem."""
+        self.left.append(page)
+        page.goto("about:blank")
+
+
 @pytest.fixture
 def open_page(browser, page_url):
     """Opens the app; at the end no page may have asked another server or thrown an error."""
-    pages, outside, problems = [], [], []
-
-    def open_(address=page_url, width=1280, dark=False):
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
-        page.set_default_timeout(120_000)
-        own = (address, "data:", "blob:")
-        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith(own) else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.goto(address)
-        page.get_by_text("No image yet").wait_for()
-        pages.append(page)
-        return page
-
-    yield open_
-    for page in pages:
+    pages = Pages(browser, page_url)
+    yield pages
+    for page in pages.opened:
         page.close()
-    assert outside == [] and problems == []
+    assert pages.outside == [] and pages.problems == []
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,7 @@ def test_a_run_goes_on_and_writes_the_tables(bench, folder, monkeypatch, capsys)
     page = folder / "explain.md"
     page.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
     monkeypatch.setattr(report, "DOCS", page)
+    monkeypatch.setattr(report, "MEASURED", folder / "measured.json")
     report.write([result])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
