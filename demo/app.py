@@ -108,7 +108,7 @@ def launch_options(limits: Limits) -> dict[str, Any]:
 
 def script() -> str:
     """Returns the JavaScript of the page: a function that runs those of all files."""
-    parts = [(HERE / name).read_text(encoding="utf-8") for name in ("page.js", "viewer.js")]
+    parts = [(HERE / name).read_text(encoding="utf-8") for name in ("page.js", "viewer.js", "folder.js")]
     return "() => {" + "".join(f"({part.strip()})();\n" for part in parts) + "}"
 
 

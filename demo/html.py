@@ -235,6 +235,21 @@ def table(
     )
 
 
+def folder_html(zone: str, megabytes: int) -> Markup:
+    """Renders the button that chooses a folder for a drop zone, and the place of what `folder.js` says about it.
+
+    Args:
+        zone: `elem_id` of the drop zone.
+        megabytes: largest folder that is packed.
+    """
+    return tag(
+        '<p class="mm-hint"><button type="button" class="mm-link" data-mm-folder="{}" data-mm-largest="{}">'
+        'Choose a folder</button> <span role="status"></span></p>',
+        zone,
+        megabytes,
+    )
+
+
 def pick_js(attribute: str, event: str) -> str:
     """Returns JavaScript for a `gr.HTML` that sends the `data-<attribute>` of a clicked button as `index`."""
     return (

@@ -56,6 +56,7 @@ class Session:
         labelled: the labelled images to evaluate on.
         review: the last evaluation.
         stop_evaluating: set to cancel a running evaluation.
+        pages: the last page for the record or report (HTML) of a tab, by the name of the tab.
         compared: the images to compare models on: a labelled set, or files.
         stop_comparing: set to cancel a running comparison.
     """
@@ -84,6 +85,7 @@ class Session:
         self.labelled: LabelledSet | None = None
         self.review: Review | None = None
         self.stop_evaluating = threading.Event()
+        self.pages: dict[str, Path] = {}
         self.compared: ImageDataset | list[Path] | None = None
         self.stop_comparing = threading.Event()
         self.used = time.monotonic()

@@ -19,6 +19,7 @@ from medmamba.pretrained import read_config
 from medmamba.utils.checksums import CONFIG_NAME
 
 MODELS = Path(__file__).resolve().parent / "models"
+IMAGES = 300
 LARGEST = 2 * 2**20  # bytes of a gallery
 
 
@@ -27,11 +28,12 @@ def attribution(entry: DatasetEntry) -> str:
     return f"{entry.citation[-1]} Licence: {entry.licence.id}, {entry.licence.url}. Reduced in size."
 
 
-def build(folder: Path, data: Path) -> str:
+def build(folder: Path, data: Path, images: int = IMAGES) -> str:
     """Writes the gallery of a model folder; returns what was done or why not.
 
     Args:
         data: folder of its dataset.
+        images: number of images, divided among the classes.
     """
     name = str(read_config(folder).training.get("dataset") or "")
     try:
@@ -44,7 +46,7 @@ def build(folder: Path, data: Path) -> str:
         return f"no gallery: there is no folder {data}"
     model = MedMamba.from_pretrained(folder)
     dataset = match_classes(open_dataset(data, dataset=entry), model.config)
-    gallery = build_gallery(model, dataset, str(entry.licence.id), attribution(entry))
+    gallery = build_gallery(model, dataset, str(entry.licence.id), attribution(entry), images)
     path = gallery.save(folder)
     size = path.stat().st_size
     if size > LARGEST:
@@ -58,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hub.similar", description="Builds galleries of training images.")
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per dataset")
     parser.add_argument("--models", nargs="+", type=Path, help="model folders (default: all in hub/models)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images in a gallery (%(default)s)")
     args = parser.parse_args(argv)
     folders = args.models or sorted(path.parent for path in MODELS.glob(f"*/{CONFIG_NAME}"))
     for folder in folders:
         config = read_config(folder)
         if config.num_classes:
-            said = build(folder, args.data / str(config.training.get("dataset")).replace("-", "_"))
+            said = build(folder, args.data / str(config.training.get("dataset")).replace("-", "_"), args.images)
             print(f"{folder.name}: {said}")
     return 0
 

@@ -19,14 +19,14 @@ from medmamba.pretrained import PretrainedError
 from ..advice import of_problem
 from ..context import Context
 from ..examples import Example, examples_html, load_examples
-from ..html import Markup, empty, error, pick_js, tag
-from ..service import AnswerError, FileFacts, View, inspect
+from ..html import Markup, empty, error, folder_html, pick_js, tag
+from ..service import AnswerError, View, inspect
 from ..sessions import Session
 from ..store import Loaded
 from ..theme import Html
 from . import answers, decide, labels, refusals
 from .record import RecordButton, csv_facts
-from .window import AS_FILE, CUSTOM, FIRST, default_window, presets, slider_step, view_of
+from .window import CUSTOM, FIRST, WindowControls, full_range, named_window, view_of
 
 LABEL_JS = (
     "element.addEventListener('change', (e) => { const s = e.target.closest('[data-mm-label]');"
@@ -80,13 +80,11 @@ def build(context: Context) -> ClassifyTab:
                     limits.image_mb,
                     limits.batch_files,
                 )
+                + folder_html("mm-drop", limits.zip_mb)
             )
             current = Html("", visible=False, elem_id="mm-current")
-            with gr.Group(visible=False, elem_id="mm-reading") as reading:
-                preset = gr.Dropdown([AS_FILE, CUSTOM], value=AS_FILE, label="Window", filterable=False)
-                with gr.Row(equal_height=True):
-                    center = gr.Slider(0, 1, 0.5, label="Level (centre)", min_width=140, buttons=[])
-                    width = gr.Slider(0, 1, 1, label="Window width", min_width=140, buttons=[])
+            reading = WindowControls("mm-reading")
+            preset, center, width = reading.parts
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, buttons=[])
             button = gr.Button("Classify", variant="primary", size="lg", elem_id="mm-classify")
             examples = load_examples()
@@ -112,14 +110,14 @@ def build(context: Context) -> ClassifyTab:
                 card = Html(answers.card_html(store.default))
 
     view = [preset, center, width, frame]
-    shown = [current, reading, *view, batch, table_file, result, explain, record.button, card, *panel.parts, *bar.parts]
+    shown = [current, reading.group, *view, batch, table_file, result, explain, record.row, card]
+    shown += [*panel.parts, *bar.parts]
 
     def controls(session: Session) -> Updates:
         """Returns the preview and window controls for a new image; none for several images."""
         hidden: Updates = {
             current: gr.update(visible=False),
-            reading: gr.update(visible=False),
-            preset: gr.update(choices=[AS_FILE, CUSTOM], value=AS_FILE),
+            **reading.hidden(),
             frame: gr.update(visible=False, value=1),
         }
         if len(session.images) != 1:
@@ -132,36 +130,7 @@ def build(context: Context) -> ClassifyTab:
         updates = {**hidden, current: gr.update(value=answers.preview_html(path, found), visible=True)}
         if found.image.n_frames > 1:
             updates[frame] = gr.update(visible=True, maximum=found.image.n_frames, value=1)
-        return {**updates, **window_controls(found)}
-
-    def window_controls(found: FileFacts) -> Updates:
-        """Returns the window controls for a new image, set to the applied window; hidden for a lookup table."""
-        if found.windows is None or found.windows.value_range is None:
-            return {}
-        unit = f" ({found.windows.unit})" if found.windows.unit else ""
-        names = [AS_FILE, *(name for name, _ in presets(found)), CUSTOM]
-        return {
-            reading: gr.update(visible=True),
-            preset: gr.update(choices=names, value=None if found.lacks_window else AS_FILE),
-            **sliders(found, unit),
-        }
-
-    def sliders(found: FileFacts, unit: str | None = None) -> Updates:
-        """Returns the level and width sliders, set to the applied window."""
-        assert found.windows is not None and found.windows.value_range is not None
-        low, high = found.windows.value_range
-        window = found.image.window
-        c, w = window or default_window(found)
-        step = slider_step(low, high, c, w)
-        labels: list[Updates] = [{}, {}]
-        if unit is not None:
-            labels = [{"label": f"{name}{unit}"} for name in ("Level (centre)", "Window width")]
-        shown: Updates = {"visible": window is not None, "step": step}
-        # The window of a file may exceed the value range of the image.
-        return {
-            center: gr.update(minimum=min(low, c), maximum=max(high, c), value=c, **shown, **labels[0]),
-            width: gr.update(minimum=min(step, w), maximum=max(high - low, w), value=w, **shown, **labels[1]),
-        }
+        return {**updates, **reading.shown(found)}
 
     def answer(session: Session, title: str, view: View) -> Updates:
         """Returns the results for the current images of the session."""
@@ -280,15 +249,13 @@ def build(context: Context) -> ClassifyTab:
                 found = inspect(session.images[0], view)
                 updates[current] = answers.preview_html(session.images[0], found)
                 if found.windowed:
-                    updates.update(sliders(found))
+                    updates.update(reading.sliders(found))
         return updates
 
     def use_preset(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         session = context.sessions.of(request)
-        if preset_ not in (AS_FILE, CUSTOM) and len(session.images) == 1:
-            with contextlib.suppress(ImageError, OSError):  # reported with the prediction
-                found = inspect(session.images[0], view_of(AS_FILE, c, w, f))
-                c, w = dict(presets(found)).get(preset_, (c, w))
+        if len(session.images) == 1:
+            c, w = named_window(session.images[0], preset_, c, w, f)
         return look(title, preset_, c, w, f, request)
 
     def by_hand(title: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
@@ -317,15 +284,14 @@ def build(context: Context) -> ClassifyTab:
             return {result: gr.skip()}
         path = session.images[session.current]
         try:
-            found = inspect(path, view_of(AS_FILE, 0, 1, f if len(session.images) == 1 else 1))
+            found = full_range(path, f if len(session.images) == 1 else 1)
         except (ImageError, OSError) as problem:
             return {result: answers.failure_html(of_problem(problem), path)}
-        window = found.image.range_window
-        if window is None:
+        if found is None:
             return {result: gr.skip()}
+        name, window = found
         if len(session.images) > 1:
-            return single(session, context.load(session, title), View(found.image.frame, window))
-        name = next((name for name, known in presets(found) if known == window), CUSTOM)
+            return single(session, context.load(session, title), View(0, window))
         return {preset: name, **look(title, name, *window, f, request)}
 
     def examples_of(title: str, request: gr.Request) -> Markup:

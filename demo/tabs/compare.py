@@ -16,7 +16,7 @@ from medmamba.evaluation import ReviewCancelled
 
 from ..advice import in_app, plain
 from ..context import Context
-from ..html import empty, error, tag
+from ..html import empty, error, folder_html, tag
 from ..labelled import TABLES, take, without_paths
 from ..options import BUSY, Limits
 from ..sessions import Session
@@ -58,6 +58,7 @@ def build(context: Context, tab: gr.Tab) -> None:
                     limits.zip_mb,
                     limits.zip_images,
                 )
+                + folder_html("mm-compared", limits.zip_mb)
             )
             with gr.Row(elem_id="mm-take"):
                 classified = gr.Button("Images of Classify", size="sm", elem_id="mm-take-classified")

@@ -29,7 +29,7 @@ from medmamba.reporting import report_html, study_of
 
 from ..advice import in_app, plain
 from ..context import Context, Known
-from ..html import Markup, callout, card, empty, error, tag
+from ..html import Markup, callout, card, empty, error, folder_html, tag
 from ..labelled import LabelledSet, take, without_paths
 from ..options import BUSY, SAMPLE_SET
 from ..sessions import Session
@@ -38,6 +38,7 @@ from ..theme import Html
 from . import evaluation as pages
 from .classify import pick_js
 from .decide import curves_of
+from .pdf import PdfButton, pdf_of
 
 EMPTY = empty(
     "Evaluate a model on your images",
@@ -73,6 +74,7 @@ def build(context: Context, tab: gr.Tab) -> None:
                     limits.zip_mb,
                     limits.zip_images,
                 )
+                + folder_html("mm-labelled", limits.zip_mb)
             )
             sample = gr.Button("Try the sample set: 64 chest X-rays", size="sm", elem_id="mm-evaluate-sample")
             seen = Html(visible=False, elem_id="mm-labelled-set")
@@ -87,6 +89,7 @@ def build(context: Context, tab: gr.Tab) -> None:
             picture = Html(EMPTY, elem_id="mm-evaluation")
             with gr.Row(visible=False, elem_id="mm-evaluate-files") as files:
                 report = gr.DownloadButton("Report (HTML)", size="sm")
+                pdf = PdfButton("Report (PDF)", "mm-report-pdf")
                 table = gr.DownloadButton("Each image (CSV)", size="sm")
             with gr.Group(visible=False) as point:
                 wanted = gr.Dropdown([], label="Decide about", filterable=False, elem_id="mm-wanted")
@@ -251,6 +254,7 @@ def build(context: Context, tab: gr.Tab) -> None:
         paths[0].write_text(without_paths(result.to_csv(), session), encoding="utf-8")
         study = study_of(result, loaded.model, loaded.folder)
         paths[1].write_text(without_paths(report_html(study), session), encoding="utf-8")
+        session.pages["evaluate"] = paths[1]
         session.review = replace(result, signatures=result.signatures[:, :0])  # only the report needs them
         return {files: gr.update(visible=True), table: str(paths[0]), report: str(paths[1])}
 
@@ -308,6 +312,7 @@ def build(context: Context, tab: gr.Tab) -> None:
         None, js="() => document.querySelector('#mm-cell-images')?.scrollIntoView({block: 'nearest'})", **private
     )
     stop.click(cancel, None, stop, queue=False, **private)
+    pdf.attach(context, lambda session: pdf_of(session.pages.get("evaluate")))
 
 
 class Progress:

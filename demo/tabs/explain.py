@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -30,13 +31,14 @@ from ..theme import Html
 from . import answers, maps, record
 from .classify import ClassifyTab
 from .finetune import duration
+from .pdf import PdfButton, pdf_of
 from .window import view_of
 
 BEST = "Predicted class"
 DEFAULT = recommended()
 NO_IMAGE = empty("Nothing to explain yet", "Choose an image in the Classify tab first.")
 READY = empty("Ready", "Choose one or more methods and press Explain. Their attribution maps appear side by side.")
-FILES = ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)", "Page for the record (HTML)")
+FILES = ("Picture (PNG)", "Maps (NumPy)", "Record (JSON)", f"{record.PAGE} (HTML)")
 Updates = dict[Any, Any]
 
 
@@ -68,6 +70,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
             picture = Html(NO_IMAGE, elem_id="mm-maps")
             with gr.Row(visible=False, elem_id="mm-downloads") as downloads:
                 files = [gr.DownloadButton(label, size="sm") for label in FILES]
+                pdf = PdfButton(f"{record.PAGE} (PDF)", "mm-explain-pdf")
             trust = Html(visible=False, elem_id="mm-trust")
     panel = [picture, trust, downloads, *files, run, stop, status]
 
@@ -174,6 +177,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
         target_file = session.new_download("explanation.png")
         answer = context.service.classify(loaded.source, path, view)
         saved = record.explained(loaded, path, answer, view, found, target_file)
+        session.pages["explain"] = Path(saved[-1])
         yield {
             trust: gr.update(value=maps.trust_html(found), visible=True),
             downloads: gr.update(visible=True),
@@ -206,6 +210,7 @@ def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -
     )
     drawn.failure(refused, None, panel, queue=False, api_visibility="private")
     stop.click(cancel, None, stop, queue=False, api_visibility="private")
+    pdf.attach(context, lambda session: pdf_of(session.pages.get("explain")))
 
 
 def cost_html(seconds: float, count: int, checks: bool) -> Markup:

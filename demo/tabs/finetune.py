@@ -30,6 +30,7 @@ from ..html import (
     card,
     empty,
     error,
+    folder_html,
     tag,
 )
 from ..jobs import Job, JobError, Progress, plan
@@ -77,6 +78,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                     limits.zip_mb,
                     limits.zip_images,
                 )
+                + folder_html("mm-zip", limits.zip_mb)
             )
             sample = gr.Button("Use the sample dataset: 64 chest X-rays", size="sm", elem_id="mm-sample")
             seen = Html(visible=False, elem_id="mm-set")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +22,51 @@ from ..html import error
 from ..service import Answer, AnswerError, View
 from ..sessions import Session
 from ..store import Loaded
+from .pdf import PdfButton, click_js
 from .refusals import REFUSED
 from .window import view_of
 
-CLICK = "() => setTimeout(() => document.querySelector('#mm-record-file')?.click(), 300)"
-"""JavaScript that downloads the page once the server has made it."""
+PAGE = "Page for the record"
 
 
 class RecordButton:
-    """The button under an answer. Create it inside `gr.Blocks`, then `attach` it."""
+    """The buttons under an answer. Create them inside `gr.Blocks`, then `attach` them."""
 
     def __init__(self) -> None:
-        self.button = gr.Button("Page for the record (HTML)", visible=False, size="sm", elem_id="mm-record")
-        self.file = gr.DownloadButton("Download it", visible="hidden", elem_id="mm-record-file")
+        with gr.Row(visible=False, elem_id="mm-record-row") as self.row:
+            self.button = gr.Button(f"{PAGE} (HTML)", size="sm", elem_id="mm-record")
+            self.file = gr.DownloadButton("Download it", visible="hidden", elem_id="mm-record-file")
+            self.pdf = PdfButton(f"{PAGE} (PDF)", "mm-record-pdf")
 
     def shown(self, visible: bool) -> dict[Any, Any]:
-        """Returns an update that shows or hides the button."""
-        return {self.button: gr.update(visible=visible)}
+        """Returns an update that shows or hides the buttons."""
+        return {self.row: gr.update(visible=visible)}
 
     def attach(self, context: Context, model: gr.Dropdown, view: Sequence[Any], result: Any) -> None:
-        """Makes the button write a page about the current images, with the model and window that are shown.
+        """Makes the buttons write a page about the current images, with the model and window that are shown.
 
         Args:
             model, view: the controls of the answer.
             result: where a problem is shown.
         """
 
+        def page(name: str, session: Session, title: str, preset: str, c: float, w: float, f: float) -> Path:
+            loaded = context.load(session, title)
+            entries = entries_of(context, session, loaded, view_of(preset, c, w, f))
+            return write_record(session.new_download(name), recorded(loaded), entries)
+
         def make(title: str, preset: str, c: float, w: float, f: float, request: gr.Request) -> dict[Any, Any]:
-            session = context.sessions.of(request)
             try:
-                loaded = context.load(session, title)
-                entries = entries_of(context, session, loaded, view_of(preset, c, w, f))
-                path = write_record(session.new_download("record.html"), recorded(loaded), entries)
+                path = page("record.html", context.sessions.of(request), title, preset, c, w, f)
             except (ImageError, AnswerError, PretrainedError, ConfigError, ImportError, OSError, ValueError) as problem:
                 return {result: error("The page was not made", str(problem))}
             return {self.file: str(path)}
 
         self.button.click(make, [model, *view], [self.file, result], concurrency_id="classify",
                           api_visibility="private", show_progress_on=[self.button]).success(
-            None, js=CLICK, api_visibility="private"
+            None, js=click_js("mm-record-file"), api_visibility="private"
         )  # fmt: skip
+        self.pdf.attach(context, partial(page, "record.pdf"), [model, *view])
 
 
 def recorded(loaded: Loaded) -> RecordedModel:

@@ -43,6 +43,7 @@ from ..sessions import Session
 from ..theme import Html
 from .answers import failure_html, reason
 from .classify import pick_js, refuse
+from .window import CUSTOM, FIRST, WindowControls, full_range, named_window, view_of
 
 OPACITY = 45
 SNIFFED = 4096  # bytes that tell the format of a file
@@ -71,6 +72,7 @@ def build(context: Context, models: DenseModels) -> None:
                     limits.image_mb,
                 )
             )
+            reading = WindowControls("mm-segment-reading")
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, buttons=[])
             threshold = gr.Slider(
                 LEAST_SCORE, 0.95, round(first.threshold, 2), step=0.01, label=slider_label(first), buttons=[],
@@ -83,7 +85,10 @@ def build(context: Context, models: DenseModels) -> None:
                 js_on_load=pick_js("mm-example", "click"),
             )
         with gr.Column(scale=7, min_width=320):
-            result = Html(empty("Nothing to outline yet", EMPTY_TEXT), elem_id="mm-segment-result")
+            result = Html(
+                empty("Nothing to outline yet", EMPTY_TEXT), elem_id="mm-segment-result",
+                js_on_load=pick_js("mm-window", "click"),
+            )  # fmt: skip
             with gr.Row(visible=False, elem_id="mm-segment-downloads") as downloads:
                 mask = gr.DownloadButton("Mask (PNG)", size="sm")
                 overlay = gr.DownloadButton("Overlay (PNG)", size="sm")
@@ -91,22 +96,19 @@ def build(context: Context, models: DenseModels) -> None:
             about = Html(about_html(first), elem_id="mm-segment-about")
 
     shown = [result, downloads, mask, overlay, dicom]
+    preset, center, width = reading.parts
+    view = [*reading.parts, frame]
 
-    def answer(session: Session, title: str, value: float | None, frame_: float) -> Updates:
+    def answer(session: Session, title: str, value: float | None, view_: View) -> Updates:
         """Returns the result for the image of the session."""
         hidden: Updates = {downloads: gr.update(visible=False)}
         path = session.outlined
         if path is None:
             return {result: empty("Nothing to outline yet", EMPTY_TEXT), **hidden}
         try:
-            found = models.predict(title, path, View(max(int(frame_ or 1) - 1, 0)), value)
+            found = models.predict(title, path, view_, value)
         except WindowNeeded as problem:
-            low, high = problem.value_range
-            text = (
-                f"its values run from {low:g} to {high:g}, and the file declares no display window; give one as "
-                "window_center and window_width of the endpoint /segment"
-            )
-            return {result: failure_html(text, path), **hidden}
+            return {result: failure_html(of_problem(problem), path, windowed=True), **hidden}
         except ImageError as problem:
             return {result: failure_html(of_problem(problem), path), **hidden}
         except PROBLEMS as problem:
@@ -130,16 +132,19 @@ def build(context: Context, models: DenseModels) -> None:
             session.keep_outlined(upload)
         except OSError:  # another visitor with an identical file left meanwhile
             return {file: None, result: error("The upload was lost", "Choose the file again.")}
-        frames = 1
+        controls: Updates = {frame: gr.update(visible=False, value=1), **reading.hidden()}
         with contextlib.suppress(ImageError, ValueError):  # the prediction reports why
-            frames = inspect(session.outlined).image.n_frames if session.outlined else 1
-        control = gr.update(visible=frames > 1, maximum=max(frames, 2), value=1)
+            found = inspect(session.outlined) if session.outlined else None
+            if found is not None:
+                frames = found.image.n_frames
+                controls |= {frame: gr.update(visible=frames > 1, maximum=max(frames, 2), value=1)}
+                controls |= reading.shown(found)
         try:
             start = models.get(title)
         except PROBLEMS as problem:
             return {file: None, result: error("The model could not be loaded", str(problem))}
         level = gr.update(value=round(start.threshold, 2))
-        return {file: None, frame: control, threshold: level, **answer(session, title, None, 1)}
+        return {file: None, **controls, threshold: level, **answer(session, title, None, FIRST)}
 
     def pick(event: gr.EventData, title: str, request: gr.Request) -> Updates:
         index = int(event.index)
@@ -147,10 +152,41 @@ def build(context: Context, models: DenseModels) -> None:
             return {result: gr.skip()}
         return take(str(examples[index].path), title, request)
 
-    def moved(title: str, value: float, frame_: float, request: gr.Request) -> Updates:
-        return answer(context.sessions.of(request), title, float(value), frame_)
+    def moved(title: str, value: float, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        return answer(context.sessions.of(request), title, float(value), view_of(preset_, c, w, f))
 
-    def chosen(title: str, frame_: float, request: gr.Request) -> Updates:
+    def look(title: str, value: float, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        """Applies a window, and sets the sliders to it."""
+        session = context.sessions.of(request)
+        path = session.outlined
+        if path is None:
+            return {result: gr.skip()}
+        c, w = named_window(path, preset_, c, w, f)
+        updates = answer(session, title, float(value), view_of(preset_, c, w, f))
+        with contextlib.suppress(ImageError, OSError):  # reported with the result
+            found = inspect(path, view_of(preset_, c, w, f))
+            if found.windowed:
+                updates |= reading.sliders(found)
+        return updates
+
+    def by_hand(title: str, value: float, c: float, w: float, f: float, request: gr.Request) -> Updates:
+        # Leaves the sliders alone: the visitor may have moved them further.
+        return {preset: CUSTOM, **moved(title, value, CUSTOM, c, w, f, request)}
+
+    def by_range(title: str, value: float, f: float, request: gr.Request) -> Updates:
+        """Applies the full-range window, as the button in a result says."""
+        path = context.sessions.of(request).outlined
+        try:
+            found = full_range(path, f) if path is not None else None
+        except (ImageError, OSError) as problem:
+            assert path is not None
+            return {result: failure_html(of_problem(problem), path)}
+        if found is None:
+            return {result: gr.skip()}
+        name, window = found
+        return {preset: name, **look(title, value, name, *window, f, request)}
+
+    def chosen(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         try:
             dense = models.get(title)
         except PROBLEMS as problem:
@@ -159,21 +195,24 @@ def build(context: Context, models: DenseModels) -> None:
             about: about_html(dense),
             picker: outlined_html(examples, dense.dataset),
             threshold: gr.update(value=round(dense.threshold, 2), label=slider_label(dense), visible=adjustable(dense)),
-            **answer(context.sessions.of(request), title, None, frame_),
+            **answer(context.sessions.of(request), title, None, view_of(preset_, c, w, f)),
         }
 
     shared: dict[str, Any] = dict(api_visibility="private", concurrency_id="classify", show_progress_on=[result])
     minimal: dict[str, Any] = {**shared, "show_progress": "minimal"}
-    changed = [file, frame, threshold, *shown]
+    changed = [file, reading.group, *view, threshold, *shown]
     for given in (
         file.upload(take, [file, model], changed, **minimal),
         picker.click(pick, [model], changed, **minimal),
     ):
         given.then(None, js="() => mmShowAnswer(false, '#mm-segment-result')", api_visibility="private")
     moving: dict[str, Any] = {**shared, "show_progress": "hidden", "trigger_mode": "always_last"}
-    threshold.input(moved, [model, threshold, frame], shown, **moving)
-    frame.release(moved, [model, threshold, frame], shown, **moving)
-    model.input(chosen, [model, frame], [about, picker, threshold, *shown], **minimal)
+    threshold.input(moved, [model, threshold, *view], shown, **moving)
+    frame.release(moved, [model, threshold, *view], shown, **moving)
+    preset.input(look, [model, threshold, *view], [*reading.parts, *shown], **minimal)
+    gr.on([center.input, width.input], by_hand, [model, threshold, center, width, frame], [preset, *shown], **moving)
+    result.click(by_range, [model, threshold, frame], [*reading.parts, *shown], **minimal)
+    model.input(chosen, [model, *view], [about, picker, threshold, *shown], **minimal)
 
 
 def adjustable(dense: Dense) -> bool:

@@ -1,6 +1,7 @@
 """The Evaluate tab: from a labelled set to a threshold to a report; without a browser and in one."""
 
 import csv
+import importlib.util
 import io
 import zipfile
 from pathlib import Path
@@ -153,6 +154,10 @@ def test_from_a_set_to_a_threshold_to_a_report(browser, address, tmp_path, width
     with page.expect_download() as download:
         page.get_by_role("button", name="Report (HTML)").click()
     assert "TRIPOD+AI" in Path(download.value.path()).read_text(encoding="utf-8")
+    if not dark and importlib.util.find_spec("weasyprint"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Report (PDF)").click()
+        assert Path(download.value.path()).read_bytes().startswith(b"%PDF")
     with page.expect_download() as download:
         page.get_by_role("button", name="Each image (CSV)").click()
     assert len(Path(download.value.path()).read_text(encoding="utf-8").splitlines()) == 65

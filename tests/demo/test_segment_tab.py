@@ -61,6 +61,15 @@ def dicom(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def scan(tmp_path_factory) -> Path:
+    """A TIFF of floating-point values, which declares no window; beside it a colour image."""
+    path = tmp_path_factory.mktemp("scan") / "slice.tif"
+    Image.fromarray(disc((48, 64), 2)[0][..., 0].astype(np.float32) * 8 - 1000).save(path)
+    Image.fromarray(disc((64, 96), 1)[0]).save(path.with_name("colour.png"))
+    return path
+
+
+@pytest.fixture(scope="module")
 def url(folders, tmp_path_factory):
     with serving(list(folders.values()), tmp_path_factory.mktemp("app")) as address:
         yield address
@@ -201,6 +210,37 @@ class TestInABrowser:
         page.locator("#mm-segment-drop input[type=file]").set_input_files(str(tmp_path / "scan.png"))
         page.get_by_role("alert").filter(has_text="could not be read").wait_for()
         assert serious(page) == []
+
+    def test_a_window_is_chosen_where_the_file_declares_none(self, page, folders, scan, tmp_path):
+        import medmamba
+
+        page.locator("#mm-segment-drop input[type=file]").set_input_files(str(scan))
+        page.get_by_text("declares no display window").wait_for()
+        assert "endpoint" not in page.locator("#mm-segment-result").inner_text()
+        page.get_by_role("button", name="Use the full value range").click()
+        page.locator(".mm-outlined .mm-over").wait_for()
+        level = page.locator("#mm-segment-reading input[type=number]")
+        window = [float(level.nth(k).input_value()) for k in (0, 1)]
+        assert serious(page) == []
+        # A level by hand gives what the package gives with that window.
+        level.nth(0).fill(str(window[0] + 200))
+        level.nth(0).press("Tab")
+        page.wait_for_function(
+            "[...document.querySelectorAll('#mm-segment-reading input')].some((input) => input.value === 'Manual')"
+        )
+        page.wait_for_timeout(500)
+        page.get_by_text("from a probability of").wait_for()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Mask (PNG)").click()
+        download.value.save_as(tmp_path / "mask.png")
+        model = medmamba.MedMambaSegmenter.from_pretrained(folders["segmenter"])
+        found = model.predict(scan, window=(window[0] + 200, window[1]))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, found.masks[0])
+        assert not np.array_equal(found.masks[0], model.predict(scan, window=tuple(window)).masks[0])
+        # The next image has controls of its own.
+        page.locator("#mm-segment-drop input[type=file]").set_input_files(str(scan.with_name("colour.png")))
+        page.get_by_text("96×64 pixels").wait_for()
+        assert not page.locator("#mm-segment-reading").is_visible()
 
     def test_it_fits_a_phone(self, page, image):
         page.set_viewport_size({"width": 390, "height": 800})
