@@ -102,7 +102,7 @@ class WindowControls:
             with gr.Row(equal_height=True):
                 self.center = gr.Slider(0, 1, 0.5, label="Level (centre)", min_width=140, buttons=[])
                 self.width = gr.Slider(0, 1, 1, label="Window width", min_width=140, buttons=[])
-        self.parts = [self.preset, self.center, self.width]
+        self.parts: list[Any] = [self.preset, self.center, self.width]
 
     def hidden(self) -> dict[Any, Any]:
         """Returns updates that hide the controls and select the window of the file."""
