@@ -88,7 +88,7 @@
   }, true);
   // Tab leaves an open menu and closes it; otherwise it stays over the page.
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Tab" || !event.target.matches?.("input[role=listbox], input[aria-haspopup=listbox]")) return;
+    if (event.key !== "Tab" || !event.target.matches?.("input[role=combobox], input[role=listbox]")) return;
     const input = event.target;
     setTimeout(() => { if (document.activeElement !== input) input.blur(); input.dispatchEvent(new FocusEvent("blur")); }, 0);
   });

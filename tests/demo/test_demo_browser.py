@@ -180,7 +180,7 @@ def test_keys_rows_and_examples(open_page):
     page.locator("#mm-model input").click()
     page.get_by_role("option", name="other").wait_for()
     page.keyboard.press("Tab")
-    page.get_by_role("option", name="other").wait_for(state="hidden")
+    page.get_by_role("option").first.wait_for(state="hidden")  # the selected one too
     page.get_by_role("tab", name="Classify").focus()
     page.keyboard.press("ArrowRight")
     page.get_by_text("Check the maps").wait_for()
