@@ -1,6 +1,6 @@
 """Executes the notebooks and stores their outputs: `python notebooks/execute.py [01_classify.ipynb ...]`.
 
-Figures are stored as PNG of at most 800 pixels and 128 colours, a quarter of the size, and sliders as the picture of
+Figures are stored as PNG of at most 800 pixels and 96 colours, a quarter of the size, and sliders as the picture of
 their first setting. The first cell gets the time that each section took, where it has a line for it. Hashes of the code
 and weights and the output types per cell are stored too; `problems` compares them to detect stale or missing outputs.
 `--address` runs nothing and only writes the repository URL ([project.urls] in pyproject.toml) into the badges and the
@@ -27,7 +27,7 @@ from PIL import Image
 import medmamba
 
 FOLDER = Path(__file__).resolve().parent
-MAX_WIDTH, COLOURS = 800, 128
+MAX_WIDTH, COLOURS = 800, 96
 SOURCE, WEIGHTS, OUTPUTS = "medmamba_source_sha256", "medmamba_weights_sha256", "medmamba_outputs"
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB = "https://colab.research.google.com/github/"

@@ -17,7 +17,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = ("01_classify", "02_explain", "03_finetune", "04_segment", "05_is_this_real")
-SLIDING = ("01_classify", "04_segment", "05_is_this_real")  # with sliders
+SLIDING = ("01_classify", "02_explain", "04_segment", "05_is_this_real")  # with sliders
 _spec = importlib.util.spec_from_file_location("notebooks_execute", FOLDER / "execute.py")
 execute = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(execute)
@@ -168,7 +168,7 @@ def test_layout(notebook):
         assert (FOLDER / target).exists(), target
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "02_explain"])
+@pytest.mark.parametrize("name", NAMES)
 def test_checks_are_hidden_and_the_time_of_each_section_is_said(name):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     for cell in code_cells(notebook):
