@@ -131,13 +131,18 @@
     if (`?${text}` !== location.search) history.pushState(null, "", `?${text}`);
   };
   window.mmAddress = address;
-  const selectedTab = () => tabButtons().find((tab) => tab.getAttribute("aria-selected") === "true");
+  // On a narrow page Gradio moves the last tabs into a menu.
+  const menuTabs = () => [...document.querySelectorAll(".mm-tabs > .tab-wrapper .overflow-dropdown > button")];
+  const selectedTab = () =>
+    tabButtons().find((tab) => tab.getAttribute("aria-selected") === "true")
+    ?? menuTabs().find((tab) => tab.classList.contains("selected"));
   const follow = (start = false) => {
     const query = new URLSearchParams(location.search);
     moving = true;
     const wanted = query.get("tab")?.toLowerCase().replace(/[^a-z0-9]+/g, "-") ?? (start ? null : DEFAULT_TAB);
-    const tab = tabButtons().find((other) => slug(other) === wanted || slug(other).replace("-", "") === wanted);
-    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+    const tabs = [...tabButtons(), ...menuTabs()];
+    const tab = tabs.find((other) => slug(other) === wanted || slug(other).replace("-", "") === wanted);
+    if (tab && tab !== selectedTab()) tab.click();
     const model = query.get("model") ?? startModel;
     if (model && model !== shownModel) window.mmChooseModel?.(model);
     setTimeout(() => {
@@ -160,7 +165,7 @@
       if (!now || slug(now) === selected) return;
       selected = slug(now);
       address({ tab: selected });
-    }).observe(bar, { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-selected"] });
+    }).observe(bar, { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-selected", "class"] });
   });
   const begin = (tries = 50) => {
     if (!tries) return;

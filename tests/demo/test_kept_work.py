@@ -193,6 +193,14 @@ class TestInABrowser:
         page.get_by_text("There is no model 'nobody/nothing' here").wait_for()
         assert selected(page) == "Classify"
 
+    def test_an_address_opens_a_tab_that_a_phone_has_in_its_menu(self, open_page):
+        page = open_page("?tab=fine-tune", width=390)
+        page.get_by_label("Epochs").first.wait_for()
+        page.wait_for_timeout(1000)
+        page.get_by_label("More tabs").click()
+        page.locator(".overflow-dropdown > button", has_text="Models").click()
+        page.wait_for_function("location.search.includes('tab=models')")
+
     def test_labels_are_corrected_exported_and_kept_from_being_lost(self, open_page):
         page = open_page()
         give(page, *sorted(EXAMPLES.glob("*.webp"))[:3])
