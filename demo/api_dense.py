@@ -34,7 +34,7 @@ def build(context: Context, models: DenseModels) -> None:
         if problem := refuse([file], 1, limits.image_mb):
             raise ValueError(problem)
         level, frame, center, width = rest
-        fitting = [title for title in models.titles if models.get(title).facts.task == kind]
+        fitting = [title for title in models.titles if models.about(title).facts.task == kind]
         if not fitting:
             raise ValueError(f"no model for {kind} is offered here")
         title = model or fitting[0]

@@ -59,16 +59,16 @@ def build_demo(options: Options, root: Path) -> gr.Blocks:
             with gr.Tab("Explain", id="explain") as tab:
                 explain.build(context, classified, tab, tabs)
             if named:
-                with gr.Tab("Segment", id="segment"):
-                    segment.build(context, outlining)
+                with gr.Tab("Segment", id="segment") as segment_tab:
+                    segment.build(context, outlining, segment_tab)
             with gr.Tab("Evaluate", id="evaluate") as evaluate_tab:
                 evaluate.build(context, evaluate_tab)
             with gr.Tab("Compare", id="compare") as compare_tab:
                 compare.build(context, compare_tab)
             with gr.Tab("Fine-tune", id="finetune"):
                 finetune.build(context, classified, tabs)
-            with gr.Tab("Models", id="models"):
-                models.build(context, classified, tabs)
+            with gr.Tab("Models", id="models") as models_tab:
+                models.build(context, classified, models_tab, tabs)
 
         viewer.build(context, classified)
         address.build(context, classified)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from medmamba.cards import LicenceError, ModelFacts, read_facts
@@ -24,16 +25,22 @@ class Known:
     Attributes:
         title: displayed name.
         facts: configuration, results and licence from its folder.
-        unusual: its out-of-distribution detector, if any.
         bytes: size of the weights.
         folder: location of its files.
     """
 
     title: str
     facts: ModelFacts
-    unusual: Unusual | None
     bytes: int
-    folder: Path | None = None
+    folder: Path
+
+    @cached_property
+    def unusual(self) -> Unusual | None:
+        """Its out-of-distribution detector, read on first use; None if it has none, or a damaged one."""
+        try:
+            return load_unusual(self.folder)
+        except (OSError, ValueError):  # reported when the model is used
+            return None
 
 
 @dataclass
@@ -125,7 +132,7 @@ def known_models(names: tuple[str, ...]) -> list[Known]:
             except LicenceError:  # no licence stated; the page says so
                 facts = read_facts(folder, licence="other")
             size = (folder / WEIGHTS_NAME).stat().st_size
-            found.append(Known(display_name(name), facts, load_unusual(folder), size, folder))
+            found.append(Known(display_name(name), facts, size, folder))
         except (OSError, ValueError):  # missing or damaged: reported when it is used
             continue
     return found

@@ -16,28 +16,30 @@ from medmamba.cards import DenseFacts, LicenceError, is_dense, read_dense_facts
 from medmamba.pretrained import PretrainedError, fetch
 from medmamba.pretrained.folder import LOADERS
 from medmamba.utils.devices import pick_device
+from medmamba.utils.extras import missing_text
 
 from .gpu import on_gpu
 from .service import Service, View
 from .store import display_name
 
+SMP = "segmentation_models_pytorch"
 MAX_LOADED = 3
 LEAST_SCORE = 0.05
 """Score from which boxes are kept, so that the slider has something to move over."""
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
-    """A segmentation model or detector in memory.
+class Offered:
+    """A segmentation model or detector that is offered, loaded or not.
 
     Attributes:
         title: displayed name.
-        model: a `MedMambaSegmenter` or `MedMambaDetector` on the device of the app.
+        folder: location of its files.
         facts: configuration, results and licence from its folder.
     """
 
     title: str
-    model: Any
+    folder: Path
     facts: DenseFacts
 
     @property
@@ -53,8 +55,19 @@ class Dense:
     @property
     def threshold(self) -> float:
         """Probability or score from which the model itself counts a pixel or a box."""
-        config = self.model.config
+        config = self.facts.config
         return float(config.score if self.detects else config.thresholds[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Offered):
+    """A segmentation model or detector in memory.
+
+    Attributes:
+        model: a `MedMambaSegmenter` or `MedMambaDetector` on the device of the app.
+    """
+
+    model: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +105,7 @@ class DenseModels:
             if self._sources.setdefault(display_name(name), name) != name:
                 raise ValueError(f"two models are called {display_name(name)!r}; rename one of the folders")
         self._device, self._service = device, service
+        self._offered: dict[str, Offered] = {}
         self._loaded: OrderedDict[str, Dense] = OrderedDict()
         self._lock = threading.Lock()
         self._forward = on_gpu(20)(self._predict)
@@ -101,6 +115,28 @@ class DenseModels:
         """Displayed names, the default first."""
         return list(self._sources)
 
+    def about(self, title: str | None) -> Offered:
+        """Returns what is known of a model without loading it; None or "": of the first.
+
+        Raises:
+            ValueError: no such model.
+            PretrainedError, ConfigError: its files cannot be read.
+            ImportError: a package that it needs is not installed.
+        """
+        title = title or next(iter(self._sources), "")
+        if title not in self._sources:
+            raise ValueError(f"no model {title!r} here; available: {', '.join(self._sources)}")
+        if title not in self._offered:
+            folder = fetch(self._sources[title])
+            try:
+                facts = read_dense_facts(folder)
+            except LicenceError:  # no licence stated; the page says so
+                facts = read_dense_facts(folder, licence="other")
+            if facts.kind == "medmamba-segmenter" and not has_smp():
+                raise ImportError(missing_text(SMP, "segmentation"))
+            self._offered[title] = Offered(title, folder, facts)
+        return self._offered[title]
+
     def get(self, title: str | None) -> Dense:
         """Returns a model by its displayed name; None or "": the first.
 
@@ -108,18 +144,13 @@ class DenseModels:
             ValueError: no such model.
             PretrainedError, ConfigError, ImportError: it cannot be loaded.
         """
-        title = title or next(iter(self._sources), "")
-        if title not in self._sources:
-            raise ValueError(f"no model {title!r} here; available: {', '.join(self._sources)}")
+        offered = self.about(title)
+        title = offered.title
         with self._lock:  # concurrent requests for one model share a single load
             if title not in self._loaded:
-                folder = fetch(self._sources[title])
-                try:
-                    facts = read_dense_facts(folder)
-                except LicenceError:  # no licence stated; the page says so
-                    facts = read_dense_facts(folder, licence="other")
-                model = getattr(medmamba, LOADERS[facts.kind]).from_pretrained(folder)
-                self._loaded[title] = Dense(title, model.to(pick_device(self._device)), facts)
+                model = getattr(medmamba, LOADERS[offered.facts.kind]).from_pretrained(offered.folder)
+                device = pick_device(self._device)
+                self._loaded[title] = Dense(title, offered.folder, offered.facts, model.to(device))
                 while len(self._loaded) > MAX_LOADED:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(title)
@@ -166,9 +197,14 @@ def split_models(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 def bundled_dense() -> tuple[str, ...]:
     """Returns the names of the bundled models for masks and boxes, where the packages that they need are installed."""
-    if importlib.util.find_spec("segmentation_models_pytorch") is None:
+    if not has_smp():
         return ()
     return tuple(name for name, folder in medmamba.bundled_models().items() if is_dense(folder))
+
+
+def has_smp() -> bool:
+    """Returns whether the package for segmentation models is installed, without importing it, which takes seconds."""
+    return importlib.util.find_spec(SMP) is not None
 
 
 def _is_dense(name: str) -> bool:

@@ -19,7 +19,7 @@ from medmamba.pretrained import PretrainedError
 from ..advice import of_problem
 from ..context import Context
 from ..examples import Example, examples_html, load_examples
-from ..html import Markup, empty, error, folder_html, pick_js, tag
+from ..html import NOTHING, Markup, empty, error, folder_html, pick_js, tag
 from ..service import AnswerError, View, inspect
 from ..sessions import Session
 from ..store import Loaded
@@ -110,7 +110,7 @@ def build(context: Context) -> ClassifyTab:
                 card = Html(answers.card_html(store.default))
 
     view = [preset, center, width, frame]
-    shown = [current, reading.group, *view, batch, table_file, result, explain, record.row, card]
+    shown = [current, reading.group, *view, batch, table_file, result, explain, record.row]
     shown += [*panel.parts, *bar.parts]
 
     def controls(session: Session) -> Updates:
@@ -139,20 +139,18 @@ def build(context: Context) -> ClassifyTab:
         try:
             loaded = context.load(session, title)
         except (PretrainedError, ConfigError, OSError, ValueError) as problem:
-            return {**nothing, result: error("The model could not be loaded", str(problem)), card: ""}
-        about = {card: answers.card_html(loaded)}
+            return {**nothing, result: error("The model could not be loaded", str(problem))}
         if not session.images:
             start = empty(answers.EMPTY_TITLE, answers.EMPTY_TEXT)
-            return {**nothing, **about, result: start, explain: gr.update(visible=False)}
+            return {**nothing, result: start, explain: gr.update(visible=False)}
         if len(session.images) == 1:
-            return {**nothing, **about, **single(session, loaded, view)}
+            return {**nothing, **single(session, loaded, view)}
         results = session.results = context.service.classify_files(loaded.source, session.images)
         facts = csv_facts(loaded, session.images, results)
         text = answers.batch_csv(session.images, results, loaded.config.labels, facts=facts)
         path = session.new_download("medmamba.csv")
         path.write_text(text, encoding="utf-8")
         return {
-            **about,
             **panel.hidden(),
             **listed(session, loaded),
             **record.shown(True),
@@ -294,13 +292,15 @@ def build(context: Context) -> ClassifyTab:
             return single(session, context.load(session, title), View(0, window))
         return {preset: name, **look(title, name, *window, f, request)}
 
-    def examples_of(title: str, request: gr.Request) -> Markup:
+    def describe(title: str, request: gr.Request) -> tuple[Markup, Markup]:
+        """Returns the examples and the card of a model."""
         try:
             session = context.sessions.of(request)
-            dataset = dataset_of(context.load(session, title))
-            return examples_html(examples, dataset, session.examples.get(title, ()))
+            loaded = context.load(session, title)
+            offered = examples_html(examples, dataset_of(loaded), session.examples.get(title, ()))
+            return offered, answers.card_html(loaded)
         except (PretrainedError, ConfigError, OSError, ValueError):  # reported with the prediction
-            return examples_html(examples, None)
+            return examples_html(examples, None), NOTHING
 
     shared: dict[str, Any] = dict(
         api_visibility="private", concurrency_id="classify", show_progress_on=[result], show_progress="minimal"
@@ -322,7 +322,7 @@ def build(context: Context) -> ClassifyTab:
     bar.accept.click(accept, [model], [batch, *bar.parts], api_visibility="private", show_progress="hidden")
     button.click(pressed, [model, *view], shown, **shared)
     model.input(rerun, [model, *view], shown, **shared)
-    model.change(examples_of, model, picker, api_visibility="private", show_progress="hidden")
+    model.change(describe, model, [picker, card], api_visibility="private", show_progress="hidden")
     result.click(act, [model, *view], [model, *shown], **shared)
     preset.input(use_preset, [model, *view], shown, **shared)
     moved: dict[str, Any] = {**shared, "trigger_mode": "always_last"}

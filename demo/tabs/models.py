@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import gradio as gr
@@ -18,17 +19,18 @@ from .results import results_html
 
 HEADER = ["Dataset", "Images", "Licence", "Accuracy, paper", "Accuracy, here", "AUC, paper", "AUC, here", "Weights"]
 VARIANTS = ("tiny", "small", "base")
+LOADING = Markup('<p class="mm-hint" role="status">The results are being collected …</p>')
 NONE = Markup('<span class="mm-none">–</span>')
 
 
-def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
+def build(context: Context, classify: ClassifyTab, tab: gr.Tab, tabs: gr.Tabs) -> None:
     """Builds the tab and its events, without network access. Call inside `gr.Tab`."""
-    known = list(context.known.values())
-    page = Html(
-        models_html(known) + classes_html(known) + warnings_html(known),
-        js_on_load=pick_js("mm-use", "click"),
-        elem_id="mm-zoo",
-    )
+    page = Html(LOADING, js_on_load=pick_js("mm-use", "click"), elem_id="mm-zoo")
+
+    @cache
+    def content() -> Markup:
+        known = list(context.known.values())
+        return models_html(known) + classes_html(known) + warnings_html(known)
 
     def use(event: gr.EventData, request: gr.Request) -> tuple[Any, Any]:
         session = context.sessions.of(request)
@@ -38,6 +40,8 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         return gr.update(choices=context.choices(session), value=title), gr.Tabs(selected="classify")
 
     private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    # Not part of the page that everybody loads: it is a third of it.
+    tab.select(content, None, page, **private)
     page.click(use, None, [classify.model, tabs], **private).then(
         classify.rerun, [classify.model, *classify.view], classify.outputs, concurrency_id="classify", **private
     )

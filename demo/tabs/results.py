@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,20 +91,28 @@ def reliability_html(folder: Path | None) -> Markup:
     if folder is None or not (folder / RELIABILITY).is_file():
         return NOTHING
     try:
-        with Image.open(folder / RELIABILITY) as picture:
-            if picture.width * picture.height > _LARGEST_PLOT:
-                return NOTHING
-            picture.thumbnail((700, 700))
-            pixels = np.asarray(picture.convert("RGB"))
+        picture = _plot(folder / RELIABILITY, (folder / RELIABILITY).stat().st_mtime_ns)
     except (OSError, ValueError, Image.DecompressionBombError):
+        return NOTHING
+    if not picture:
         return NOTHING
     return tag(
         '<details class="mm-more"><summary>Reliability: are the probabilities right?</summary>'
         '<figure class="mm-plot"><img src="{}" alt="Reliability diagram: accuracy against predicted probability, with '
         'a histogram of the probabilities" loading="lazy"><figcaption>On the diagonal, predictions are right as often '
         "as their probability says. Below it, the model is too confident.</figcaption></figure></details>",
-        data_uri(pixels, exact=False),
+        picture,
     )
+
+
+@lru_cache(maxsize=32)
+def _plot(path: Path, changed: int) -> str:
+    """Returns a diagram, as it was at time `changed`, as a data URI; "" if it is too large."""
+    with Image.open(path) as picture:
+        if picture.width * picture.height > _LARGEST_PLOT:
+            return ""
+        picture.thumbnail((700, 700))
+        return data_uri(np.asarray(picture.convert("RGB")), exact=False)
 
 
 def _cell(estimate: Estimate | None) -> Markup:

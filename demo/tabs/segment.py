@@ -19,7 +19,7 @@ from medmamba.pretrained import PretrainedError
 
 from ..advice import WARNING, in_app, of_problem
 from ..context import Context
-from ..dense import LEAST_SCORE, Dense, DenseModels, Outlined
+from ..dense import LEAST_SCORE, DenseModels, Offered, Outlined
 from ..examples import load_outlined, outlined_html
 from ..html import (
     NOTHING,
@@ -52,10 +52,10 @@ PROBLEMS = (ImageError, PretrainedError, ConfigError, ImportError, OSError, Valu
 Updates = dict[Any, Any]
 
 
-def build(context: Context, models: DenseModels) -> None:
+def build(context: Context, models: DenseModels, tab: gr.Tab) -> None:
     """Builds the tab and its events. Call inside `gr.Blocks`."""
     limits = context.options.limits
-    first = models.get(None)
+    first = models.about(None)
     with gr.Row(elem_classes="mm-columns"):
         with gr.Column(scale=5, min_width=320):
             model = gr.Dropdown(
@@ -140,7 +140,7 @@ def build(context: Context, models: DenseModels) -> None:
                 controls |= {frame: gr.update(visible=frames > 1, maximum=max(frames, 2), value=1)}
                 controls |= reading.shown(found)
         try:
-            start = models.get(title)
+            start = models.about(title)
         except PROBLEMS as problem:
             return {file: None, result: error("The model could not be loaded", str(problem))}
         level = gr.update(value=round(start.threshold, 2))
@@ -188,7 +188,7 @@ def build(context: Context, models: DenseModels) -> None:
 
     def chosen(title: str, preset_: str, c: float, w: float, f: float, request: gr.Request) -> Updates:
         try:
-            dense = models.get(title)
+            dense = models.about(title)
         except PROBLEMS as problem:
             return {result: error("The model could not be loaded", str(problem)), downloads: gr.update(visible=False)}
         return {
@@ -198,6 +198,12 @@ def build(context: Context, models: DenseModels) -> None:
             **answer(context.sessions.of(request), title, None, view_of(preset_, c, w, f)),
         }
 
+    def prepare(title: str) -> None:
+        """Loads the model while the visitor looks for an image: its packages alone take seconds."""
+        with contextlib.suppress(*PROBLEMS):  # reported when the model is used
+            models.get(title)
+
+    tab.select(prepare, model, None, api_visibility="private", show_progress="hidden")
     shared: dict[str, Any] = dict(api_visibility="private", concurrency_id="classify", show_progress_on=[result])
     minimal: dict[str, Any] = {**shared, "show_progress": "minimal"}
     changed = [file, reading.group, *view, threshold, *shown]
@@ -215,12 +221,12 @@ def build(context: Context, models: DenseModels) -> None:
     model.input(chosen, [model, *view], [about, picker, threshold, *shown], **minimal)
 
 
-def adjustable(dense: Dense) -> bool:
+def adjustable(dense: Offered) -> bool:
     """Returns whether the model has one threshold to move."""
-    return dense.detects or not dense.model.config.exclusive
+    return dense.detects or not dense.facts.config.exclusive
 
 
-def slider_label(dense: Dense) -> str:
+def slider_label(dense: Offered) -> str:
     """Returns the label of the slider, with the model's own value."""
     what = "Score from which a box is shown" if dense.detects else "Probability from which a pixel counts"
     return f"{what} (the model’s own: {dense.threshold:.2f})"
@@ -356,12 +362,12 @@ def _warnings(notes: tuple[str, ...]) -> Markup:
     return join(callout("warn", text[:1].upper() + text[1:]) for text in dict.fromkeys(said))
 
 
-def about_html(dense: Dense) -> Markup:
+def about_html(dense: Offered) -> Markup:
     """Renders what the model is, what it was trained on, and its figures on test images."""
     info = dense.facts
-    height, width = dense.model.config.preprocess.input_size
+    height, width = dense.facts.config.preprocess.input_size
     rows: list[tuple[object, object]] = [
-        ("Finds", ", ".join(dense.model.config.classes)),
+        ("Finds", ", ".join(dense.facts.config.classes)),
         ("Trained on", info.dataset),
         (
             "Network",

@@ -73,9 +73,9 @@ def _fuse_branch(branch: Any) -> None:
         conv.to(memory_format=torch.channels_last)
     # Skips the random initialisation, which would advance the caller's generator.
     pointwise = Pointwise(conv3.in_channels, conv3.out_channels, device="meta", dtype=conv3.weight.dtype)
-    pointwise.to_empty(device=conv3.weight.device)
-    pointwise.weight.copy_(conv3.weight.flatten(1))
-    pointwise.bias.copy_(conv3.bias)
+    # Not `to_empty`, which imports a symbolic algebra package for half a second.
+    pointwise.weight = nn.Parameter(conv3.weight.flatten(1).clone(memory_format=torch.contiguous_format))
+    pointwise.bias = nn.Parameter(conv3.bias.clone())
     del branch[:]
     branch.extend([ChannelAffine(*_scale_and_shift(norm0)), conv1, relu1, conv2, relu2, pointwise, relu3])
 
