@@ -202,7 +202,7 @@ def test_how_a_set_is_divided_is_said_as_it_is(tmp_path):
 def test_the_controls_show_the_window_that_was_applied(deep):
     found = inspect(deep, classify.FIRST)
     assert found.image.window == (32767.5, 65535) == load_image(deep).window
-    name, levels = classify.presets(found)[-1]
+    name, levels = window.presets(found)[-1]
     assert name.startswith(window.RANGE) and levels == (1776, 2856)
     again = inspect(deep, View(0, levels))
     assert again.image.window == levels and not again.image.low_contrast
@@ -252,7 +252,7 @@ def test_ct_without_a_window_likewise(loaded_with):
 @pytest.mark.parametrize("window", [(100.25, 3.5), (32767.5, 65535), (40, 400)])
 def test_a_step_lets_a_window_be_shown_exactly(window):
     center, width = window
-    step = classify.slider_step(0, 4095, center, width)
+    step = window.slider_step(0, 4095, center, width)
     assert step == (1 if float(center).is_integer() and float(width).is_integer() else 0.5)
 
 

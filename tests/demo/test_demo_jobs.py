@@ -32,8 +32,7 @@ from demo import (  # noqa: E402
 )
 from demo.options import EXAMPLES, Limits  # noqa: E402
 from demo.service import inspect, reduced  # noqa: E402
-from demo.tabs import answers, finetune, models  # noqa: E402
-from demo.tabs import classify as tab_classify  # noqa: E402
+from demo.tabs import answers, finetune, models, window  # noqa: E402
 
 # --- fine-tuning: what is let in ------------------------------------------------------------------------------------
 
@@ -184,7 +183,7 @@ def test_licences_as_people_write_them():
 
 
 def test_windows_on_offer(tmp_path, dicom_with_patient):
-    names = dict(tab_classify.presets(inspect(dicom_with_patient)))
+    names = dict(window.presets(inspect(dicom_with_patient)))
     assert names["Lung (-600 / 1500)"] == (-600, 1500), "those in use for CT"
     pydicom = pytest.importorskip("pydicom")
     ds = pydicom.dcmread(dicom_with_patient)
@@ -192,9 +191,9 @@ def test_windows_on_offer(tmp_path, dicom_with_patient):
     ds.WindowCenterWidthExplanation = [SECRET, "SOFT TISSUE"]
     ds.save_as(tmp_path / "windows.dcm")
     found = inspect(tmp_path / "windows.dcm")
-    names = [name for name, _ in tab_classify.presets(found)]
+    names = [name for name, _ in window.presets(found)]
     assert names[:2] == ["Window (50 / 350)", "Soft tissue (60 / 300)"], "free text of a header is not shown"
-    assert tab_classify.default_window(found) == (50, 350)
+    assert window.default_window(found) == (50, 350)
 
 
 # --- several models -------------------------------------------------------------------------------------------------
