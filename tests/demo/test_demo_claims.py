@@ -249,9 +249,8 @@ def test_ct_without_a_window_likewise(loaded_with):
     assert "data-mm-window" in answers.answer_html(answering.classify(loaded.source, path, classify.FIRST), loaded)
 
 
-@pytest.mark.parametrize("window", [(100.25, 3.5), (32767.5, 65535), (40, 400)])
-def test_a_step_lets_a_window_be_shown_exactly(window):
-    center, width = window
+@pytest.mark.parametrize(("center", "width"), [(100.25, 3.5), (32767.5, 65535), (40, 400)])
+def test_a_step_lets_a_window_be_shown_exactly(center, width):
     step = window.slider_step(0, 4095, center, width)
     assert step == (1 if float(center).is_integer() and float(width).is_integer() else 0.5)
 
