@@ -101,6 +101,8 @@ def test_on_a_gpu(tiny_model, files):
 def test_ctrl_c_ends_everything_and_keeps_the_rows(files, tmp_path):
     out = tmp_path / "out" / "r.jsonl"
     code = (
+        # A shell starts what runs in the background with the signal ignored, and children inherit that.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, itertools, medmamba.data.sources as s, medmamba.inference.sinks as k\n"
         "from medmamba.inference import to_file\nk.Sink.rows_at_once = 1\n"
         f"class Endless(s.Sources):\n    def __iter__(self): return iter({[str(file) for file in files]!r} * 10**6)\n"
