@@ -39,7 +39,10 @@ class PdfButton:
     def __init__(self, label: str, elem_id: str, visible: bool = True) -> None:
         self.elem_id = elem_id
         self.button = gr.Button(label, visible=visible, size="sm", elem_id=elem_id)
-        self.file = gr.DownloadButton("Download it", visible="hidden", elem_id=f"{elem_id}-file")
+        # Gradio shows a hidden button again when the row around it appears, so the style sheet hides it too.
+        self.file = gr.DownloadButton(
+            "Download it", visible="hidden", elem_id=f"{elem_id}-file", elem_classes="mm-unseen"
+        )
 
     def attach(self, context: Context, make: Callable[..., Path | None], inputs: Sequence[Any] = ()) -> None:
         """Makes the button download what `make` writes; a problem is shown beside the page, which stays as it is.

@@ -35,7 +35,9 @@ class RecordButton:
     def __init__(self) -> None:
         with gr.Row(visible=False, elem_id="mm-record-row") as self.row:
             self.button = gr.Button(f"{PAGE} (HTML)", size="sm", elem_id="mm-record")
-            self.file = gr.DownloadButton("Download it", visible="hidden", elem_id="mm-record-file")
+            self.file = gr.DownloadButton(
+                "Download it", visible="hidden", elem_id="mm-record-file", elem_classes="mm-unseen"
+            )
             self.pdf = PdfButton(f"{PAGE} (PDF)", "mm-record-pdf")
 
     def shown(self, visible: bool) -> dict[Any, Any]:

@@ -151,6 +151,7 @@ def test_from_a_set_to_a_threshold_to_a_report(browser, address, tmp_path, width
     assert "clears 0 of 32 without" in page.locator("#mm-point").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found["results"] = serious(page)
+    assert page.get_by_text("Download it").locator("visible=true").count() == 0, "pressed by scripts alone"
     with page.expect_download() as download:
         page.get_by_role("button", name="Report (HTML)").click()
     assert "TRIPOD+AI" in Path(download.value.path()).read_text(encoding="utf-8")
