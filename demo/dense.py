@@ -22,7 +22,8 @@ from .gpu import on_gpu
 from .service import Service, View
 from .store import display_name
 
-SMP = "segmentation_models_pytorch"
+NEEDED = {"medmamba-segmenter": "segmentation_models_pytorch", "medmamba-detector": "torchvision"}
+"""Kind of model, and the package that loading it imports."""
 MAX_LOADED = 3
 LEAST_SCORE = 0.05
 """Score from which boxes are kept, so that the slider has something to move over."""
@@ -132,8 +133,8 @@ class DenseModels:
                 facts = read_dense_facts(folder)
             except LicenceError:  # no licence stated; the page says so
                 facts = read_dense_facts(folder, licence="other")
-            if facts.kind == "medmamba-segmenter" and not has_smp():
-                raise ImportError(missing_text(SMP, "segmentation"))
+            if not can_load(facts.kind):
+                raise ImportError(missing_text(NEEDED[facts.kind], facts.task, "segment"))
             self._offered[title] = Offered(title, folder, facts)
         return self._offered[title]
 
@@ -197,14 +198,14 @@ def split_models(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 def bundled_dense() -> tuple[str, ...]:
     """Returns the names of the bundled models for masks and boxes, where the packages that they need are installed."""
-    if not has_smp():
+    if not all(map(can_load, NEEDED)):
         return ()
     return tuple(name for name, folder in medmamba.bundled_models().items() if is_dense(folder))
 
 
-def has_smp() -> bool:
-    """Returns whether the package for segmentation models is installed, without importing it, which takes seconds."""
-    return importlib.util.find_spec(SMP) is not None
+def can_load(kind: str) -> bool:
+    """Returns whether the package for a kind of model is installed, without importing it, which takes seconds."""
+    return importlib.util.find_spec(NEEDED[kind]) is not None
 
 
 def _is_dense(name: str) -> bool:

@@ -142,6 +142,18 @@ def test_a_file_that_is_no_image_is_named(client, tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
+@pytest.mark.parametrize(("which", "package"), [(0, "segmentation_models_pytorch"), (1, "torchvision")])
+def test_a_missing_package_is_named_before_a_model_is_loaded(folders, monkeypatch, which, package):
+    from demo import dense
+
+    folder = [folders["segmenter"], folders["detector"]][which]
+    models = dense.DenseModels((str(folder),), "cpu", None)
+    found = dense.importlib.util.find_spec
+    monkeypatch.setattr(dense.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ImportError, match=r"medmamba\[segment\]"):
+        models.about(None)
+
+
 @pytest.fixture
 def page(browser, url):
     """The Segment tab; at the end the page may not have asked another server or thrown an error."""
