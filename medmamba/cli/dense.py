@@ -37,6 +37,9 @@ def add_training(parser: argparse.ArgumentParser, recipe: str) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="stop after about S seconds; rerun to resume")
+    parser.add_argument(
+        "--finish-early", action="store_true", help="on --max-seconds, write the model of the best epoch so far"
+    )
     parser.add_argument("--restart", action="store_true", help="discard the run in --out and start again")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
@@ -60,7 +63,7 @@ def training_options(args: argparse.Namespace, more: Sequence[str] = ()) -> dict
     split = split_option(args.split)
     if isinstance(split, str):
         raise ValueError("--split takes three fractions such as 0.7,0.1,0.2")
-    names = ("recipe", "variant", "init", "seed", "patient_pattern", "device", "precision", "max_seconds", "restart")
+    names = "recipe variant init seed patient_pattern device precision max_seconds finish_early restart".split()
     return {name: getattr(args, name) for name in names} | {"split": split, "progress": not args.quiet, **settings}
 
 

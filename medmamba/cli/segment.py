@@ -47,7 +47,12 @@ def _add_train(actions: Any) -> None:
         "--classes", nargs="+", default=["object"], metavar="NAME", help="names of the mask values 1, 2, ..."
     )
     parser.add_argument("--decoder", default="unet", metavar="NAME", help="unet, fpn, segformer, ... (default: unet)")
-    parser.add_argument("--loss", default="dice+ce", choices=("dice+ce", "dice+focal"), help="default: %(default)s")
+    parser.add_argument(
+        "--loss",
+        default="dice+ce",
+        choices=("dice+ce", "dice+focal", "image-dice+ce"),
+        help="dice+focal: for rare foreground; image-dice+ce: small objects count as large ones (default: %(default)s)",
+    )
     add_training(parser, "segment")
     parser.set_defaults(act=_train)
 

@@ -9,7 +9,7 @@ from .training_options import STOPPED, split_option
 
 DENSE = ("segment", "detect")
 """Tasks beside those of classifiers."""
-CLASSIFIERS_ONLY = ("teacher", "dataset", "allow_leakage", "cache", "keep", "workers", "graphs", "finish_early")
+CLASSIFIERS_ONLY = ("teacher", "dataset", "allow_leakage", "cache", "keep", "workers", "graphs")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
 
     dense = parser.add_argument_group("with --task segment or detect")
     dense.add_argument("--decoder", metavar="NAME", help="segment: unet, fpn, segformer, ... (default: unet)")
-    dense.add_argument("--loss", choices=("dice+ce", "dice+focal"), help="segment (default: dice+ce)")
+    dense.add_argument("--loss", choices=("dice+ce", "dice+focal", "image-dice+ce"), help="segment (default: dice+ce)")
     dense.add_argument("--small-objects", action="store_true", help="detect: for objects of few pixels")
 
     recipe = parser.add_argument_group("recipe settings")

@@ -49,6 +49,7 @@ def train_detector(
     accumulate: int = 1,
     half: bool = True,
     max_seconds: float | None = None,
+    finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
     restart: bool = False,
     progress: bool = True,
@@ -68,7 +69,8 @@ def train_detector(
         init: what to start from: a MedMamba for the encoder, or a detector of the same classes.
         small_objects: see `create_detector`.
         split, patient_pattern, in_chans, device, precision, accumulate, half: as in `train_segmenter`.
-        max_seconds, checkpoint_seconds, restart, progress, tensorboard, settings: as in `train_segmenter`.
+        max_seconds, finish_early, checkpoint_seconds, restart, progress, tensorboard, settings: as in
+            `train_segmenter`.
 
     Raises:
         RecipeError, DatasetError, PretrainedError, ConfigError: a problem to fix before training.
@@ -92,6 +94,7 @@ def train_detector(
         accumulate=accumulate,
         half=half,
         max_seconds=max_seconds,
+        finish_early=finish_early,
         checkpoint_seconds=checkpoint_seconds,
         restart=restart,
         progress=progress,

@@ -23,13 +23,15 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from ..segmentation.config import SegmenterConfig
 
-LOSSES = ("dice+ce", "dice+focal")
+LOSSES = ("dice+ce", "dice+focal", "image-dice+ce")
 
 
 class SegmentationLoss(nn.Module):
     """Dice loss plus cross entropy, or plus focal loss (arXiv 1708.02002) where foreground is rare.
 
-    The first is that of segmentation_models_pytorch, the last torchvision's; pixels of value 255 count for none.
+    The first is that of segmentation_models_pytorch, the last torchvision's; pixels of value 255 count for none. The
+    Dice loss is that of all pixels of a batch, or with "image-dice+ce" the mean over its images, in which small objects
+    count as much as large ones; a class that an image lacks does not count there.
 
     Args:
         config: whether classes are exclusive.
@@ -44,26 +46,37 @@ class SegmentationLoss(nn.Module):
         mode = "multiclass" if config.exclusive else "multilabel"
         classes = list(range(1, config.outputs)) if config.exclusive else None  # the background is the rest
         self.overlap = smp.losses.DiceLoss(mode, classes=classes, smooth=1.0, ignore_index=IGNORED)
-        self.focal = kind == "dice+focal"
+        self.kind = kind
+        # Takes the images of a batch for its classes.
+        self.overlap_of_images = smp.losses.DiceLoss("multilabel", from_logits=False, smooth=1.0)
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Returns the loss of logits (B, K, H, W) and masks (B, M, H, W) uint8, in float32."""
         logits = logits.float()
         targets = masks[:, 0].long() if self.exclusive else masks.float()
-        if self.exclusive and not self.focal:
+        if self.exclusive and self.kind == "dice+ce":
             return self.overlap(logits, targets) + F.cross_entropy(logits, targets, ignore_index=IGNORED)
         counted = (masks != IGNORED).float()
         if self.exclusive:
             planes = F.one_hot(targets.where(targets != IGNORED, 0), logits.shape[1]).permute(0, 3, 1, 2).float()
         else:
             planes = targets.where(masks != IGNORED, 0)
-        if self.focal:
+        if self.kind == "dice+focal":
             from torchvision.ops import sigmoid_focal_loss
 
             each = sigmoid_focal_loss(logits, planes, alpha=-1)
+        elif self.exclusive:
+            each = F.cross_entropy(logits, planes, reduction="none")[:, None]
         else:
             each = F.binary_cross_entropy_with_logits(logits, planes, reduction="none")
-        return self.overlap(logits, targets) + (each * counted).sum() / counted.expand_as(each).sum().clamp(min=1)
+        if self.kind == "image-dice+ce":
+            found = (logits.softmax(1) if self.exclusive else logits.sigmoid()) * counted
+            first = int(self.exclusive)  # of the exclusive ones the background is left out
+            flat = [x[:, first:].flatten(0, 1)[None] for x in (found, planes * counted)]
+            overlap = self.overlap_of_images(*flat)
+        else:
+            overlap = self.overlap(logits, targets)
+        return overlap + (each * counted).sum() / counted.expand_as(each).sum().clamp(min=1)
 
 
 class SegmentationTrainer(Trainer):

@@ -22,6 +22,7 @@ from ..segmentation.open import open_segmentation
 from ..segmentation.predict import probabilities
 from .dense import DenseTask, run_dense, start_from
 from .dense_data import with_splits
+from .graphed_step import GRAPHS
 from .recipe import Recipe, load_recipe
 from .run_log import RunLog
 from .segmentation import LOSSES, SegmentationTrainer, binary_planes
@@ -52,7 +53,9 @@ def train_segmenter(
     accumulate: int = 1,
     half: bool = True,
     max_seconds: float | None = None,
+    finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
+    graphs: str = "off",
     restart: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
@@ -72,7 +75,8 @@ def train_segmenter(
         init: what to start from: a MedMamba for the encoder, or a segmentation model of the same classes.
         seed: of initial weights, splits, order, augmentation and dropout.
         decoder: see `create_segmenter`.
-        loss: "dice+ce", or "dice+focal" where the foreground is rare.
+        loss: "dice+ce", "dice+focal" where the foreground is rare, or "image-dice+ce": the Dice loss of each image, in
+            which small objects count as much as large ones, instead of that of the batch.
         split: other fractions for data without splits.
         patient_pattern: regular expression; group 1 in a file name is the patient.
         in_chans: channels of the model; default: those of `init`, or 3.
@@ -80,7 +84,9 @@ def train_segmenter(
         accumulate: parts in which each process takes its share of a batch, to save memory.
         half: stores the weights in float16.
         max_seconds: stops after about this time; the same call resumes.
+        finish_early: makes the best epoch so far the final model when the run is stopped, instead of resuming later.
         checkpoint_seconds: minimum time between two checkpoints.
+        graphs: "auto": forward and backward as one CUDA graph on a GPU; "off": never. Not every decoder allows it.
         restart: deletes the run in `out` first.
         progress: shows progress bars.
         tensorboard: writes TensorBoard logs.
@@ -92,6 +98,8 @@ def train_segmenter(
         LockedError: another process is training into `out`.
         TrainingError: the loss or the weights are NaN or infinite.
     """
+    if graphs not in GRAPHS:
+        raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     chosen = load_recipe(recipe, **settings)
@@ -112,7 +120,9 @@ def train_segmenter(
         accumulate=accumulate,
         half=half,
         max_seconds=max_seconds,
+        finish_early=finish_early,
         checkpoint_seconds=checkpoint_seconds,
+        graphs=graphs,
         restart=restart,
         progress=progress,
         tensorboard=tensorboard,

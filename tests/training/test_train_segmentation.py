@@ -71,7 +71,7 @@ def test_masks_move_with_their_images():
     assert (moved != masks).any()
 
 
-@pytest.mark.parametrize("kind", ["dice+ce", "dice+focal"])
+@pytest.mark.parametrize("kind", ["dice+ce", "dice+focal", "image-dice+ce"])
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_the_loss_ignores_what_is_marked_and_falls_towards_the_truth(kind, exclusive):
     from medmamba.segmentation import create_segmenter
@@ -92,6 +92,36 @@ def test_the_loss_ignores_what_is_marked_and_falls_towards_the_truth(kind, exclu
     wrong = right.clone()
     wrong[:, :, 4:12] *= -1
     torch.testing.assert_close(criterion(wrong, masks), criterion(right, masks))
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_dice_of_images_is_the_mean_of_that_of_each(exclusive):
+    from medmamba.segmentation import create_segmenter
+
+    config = create_segmenter("test", ("a", "b"), exclusive=exclusive, size=64).config
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, config.outputs, 16, 16, generator=generator)
+    masks = torch.randint(0, 3 if exclusive else 2, (3, 1 if exclusive else 2, 16, 16), generator=generator).byte()
+    masks[1, :, 1:] = 0  # a small object
+    masks[2, :, :3] = 255
+    of_batch, of_images = SegmentationLoss(config), SegmentationLoss(config, "image-dice+ce")
+    true = masks[:, 0].long() if exclusive else masks.float()
+    each = torch.stack([of_images.overlap(logits[i : i + 1], true[i : i + 1]) for i in range(3)]).mean()
+    whole = of_batch.overlap(logits, true)
+    torch.testing.assert_close(of_images(logits, masks) - of_batch(logits, masks), each - whole)
+    assert (each - whole).abs() > 1e-3
+
+
+def test_a_stopped_run_can_end_with_its_best_epoch(discs, tmp_path, monkeypatch):
+    from medmamba.training.segmentation import SegmentationTrainer
+
+    def stop_in_the_second(self, stopping):
+        return self.progress.epoch == 1
+
+    monkeypatch.setattr(SegmentationTrainer, "_must_stop", stop_in_the_second)
+    result = run(discs, tmp_path / "run", epochs=5, finish_early=True)
+    assert result.finished and result.best_epoch == 1 and result.test.n == 6
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_recipes_of_classifiers_are_refused(discs, tmp_path):
