@@ -64,11 +64,12 @@ class Part:
 
     def distances(self, signatures: Floats) -> Floats:
         """Returns log(1 + d) of both distances, (N, 2), of signatures (N, S); d is about 1 for training images."""
-        z = (signatures[:, self.first : self.end] - self.mean) / self.std
-        z = np.clip(z, -_SAFE, _SAFE)
-        inside = z @ self.axes.T
-        within = (inside**2 / self.variances).mean(1)
-        outside = np.maximum((z**2).sum(1) - (inside**2).sum(1), 0) / self.rest
+        z = signatures[:, self.first : self.end] - self.mean
+        z /= self.std  # in place: many images are limited by memory
+        np.clip(z, -_SAFE, _SAFE, out=z)
+        inside = np.square(z @ self.axes.T)
+        within = (inside / self.variances).mean(1)
+        outside = np.maximum(np.einsum("nd,nd->n", z, z) - inside.sum(1), 0) / self.rest
         return np.log1p(np.stack((within, outside), 1))
 
 

@@ -280,17 +280,19 @@ def _finish(
     features, logits, seen = batch.answer
     finite = logits.isfinite().all(1)
     good = enumerate(finite.tolist())
-    known = None if features is None else (features if seen is None else seen)[finite]
-    chances = probabilities(logits[finite], config)
+    known, answered = features if seen is None else seen, logits
+    if not all(finite.tolist()):
+        answered, known = logits[finite], None if known is None else known[finite]
+    chances = probabilities(answered, config)
     order = chances.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    levels = _levels(config, detector, known, logits[finite])
+    levels = _levels(config, detector, known, answered)
     flags = [None if level is None else bool(level) for level in levels]
     decided: list[tuple[Decision, ...]] = [()] * len(chances)
     if decide:  # in the precision in which the thresholds were chosen
-        exact = probabilities(logits[finite].double(), config).numpy()
+        exact = probabilities(answered.double(), config).numpy()
         decided = decisions_of(chosen(found, decide), exact, config, flags)
     rows = zip(
-        logits[finite].tolist(),
+        answered.tolist(),
         order.tolist(),
         chances.gather(1, order).tolist(),
         levels,

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from medmamba import create_model
 from medmamba.imaging.ahead import Order
+from medmamba.inference import replay
 from medmamba.inference.predict import Failure, iter_predict
 from medmamba.inference.stream import Options, stream
 
@@ -94,6 +96,66 @@ def test_on_a_gpu(tiny_model, files):
     expected = list(iter_predict(tiny_model, files, workers=0))
     agree(iter_predict(tiny_model.cuda(), files, workers=2), expected)
     agree(iter_predict(tiny_model, files, workers=2, devices=["cuda", "cpu"], batch_size=4), expected)
+
+
+def test_batches_of_one_shape_are_replayed_until_the_network_or_the_shape_changes(monkeypatch):
+    made = []
+
+    class Recorded:
+        def __init__(self, network, example, seen, maps):
+            if network == "too large":
+                seen.append(example)
+                raise torch.cuda.OutOfMemoryError
+            made.append((network, len(example)))
+
+    monkeypatch.setattr(replay, "Replayed", Recorded)
+    seen = []
+    repeats = replay.Repeats(seen, [])
+
+    def replayed(network, sizes):
+        return [repeats.faster(network, torch.zeros(size, 3)) is not network for size in sizes]
+
+    few = replay.WORTH - 1
+    assert replayed("a", [4] * few + [3]) == [False] * (few + 1) and not made
+    assert replayed("a", [4] * few + [4, 4, 3, 4]) == [False] * few + [True, True, False, True]  # 3: one was unreadable
+    assert replayed("a", [5] * few + [5, 4]) == [False] * few + [True, False]
+    assert replayed("b", [5] * few + [5]) == [False] * few + [True]
+    assert replayed("too large", [5] * 20) == [False] * 20 and not seen
+    assert made == [("a", 4), ("a", 5), ("b", 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_replay_gives_the_answers_of_its_layers(files, precision, monkeypatch):
+    model = create_model("nano", num_classes=3, preprocess={"input_size": (64, 64)}).eval().cuda()
+    order = Order(model.config.preprocess, model.config.in_chans)
+    options = Options(batch_size=4, workers=1, precision=precision, signature=True)
+    made = []
+    monkeypatch.setattr(
+        replay.Replayed, "__call__", lambda self, x, plain=replay.Replayed.__call__: made.append(1) or plain(self, x)
+    )
+
+    def answers(change=False):
+        found = []
+        for i, batch in enumerate(stream(model, [file for file in files if file.name != "07.png"] * 4, order, options)):
+            found.append(batch.answer)
+            if change and i == 25:
+                with torch.no_grad():
+                    model.head.bias += 1
+        return [torch.cat([getattr(answer, name) for answer in found]) for name in answer_names]
+
+    answer_names = ("logits", "features", "signature")
+    fast = answers()
+    assert made
+    monkeypatch.setattr(replay, "WORTH", 10**9)
+    made.clear()
+    for name, one, other in zip(answer_names, fast, answers(), strict=True):
+        assert torch.equal(one, other), name
+    assert not made
+    monkeypatch.setattr(replay, "WORTH", 4)
+    changed = answers(change=True)[0]
+    assert torch.allclose(changed[-4:], fast[0][-4:] + 1, atol=0.02) and torch.equal(changed[:80], fast[0][:80])
 
 
 @pytest.mark.slow
