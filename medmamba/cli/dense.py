@@ -63,7 +63,8 @@ def training_options(args: argparse.Namespace, more: Sequence[str] = ()) -> dict
     split = split_option(args.split)
     if isinstance(split, str):
         raise ValueError("--split takes three fractions such as 0.7,0.1,0.2")
-    names = "recipe variant init seed patient_pattern device precision max_seconds finish_early restart".split()
+    names = ["recipe", "variant", "init", "seed", "patient_pattern", "device", "precision", "max_seconds"]
+    names += ["finish_early", "restart"]
     return {name: getattr(args, name) for name in names} | {"split": split, "progress": not args.quiet, **settings}
 
 
