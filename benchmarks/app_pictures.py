@@ -87,7 +87,7 @@ def _evaluate(page: Any) -> Any:
 
 def _segment(page: Any) -> Any:
     _tab(page, "Segment")
-    page.locator("#mm-segment-examples button").nth(1).click()
+    page.locator("#mm-segment-examples button", has_text="nevus").click()
     page.get_by_text("Share of the image").wait_for()
     page.wait_for_timeout(1200)
     return page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +10,20 @@ import numpy as np
 from PIL import Image
 
 from medmamba.data import ImageDataset
+from medmamba.data.registry import RegistryError, get
 
 from .html import NOTHING, Markup, bullets, data_uri, join, tag
 from .options import EXAMPLES
 
 KINDS = {
-    "blood": ("bloodmnist", "blood cell", "Acevedo et al. 2020, doi:10.17632/snkd93bnjr.1"),
-    "breast": ("breastmnist", "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863"),
-    "chest": ("pneumoniamnist", "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2"),
+    "blood": (("bloodmnist",), "blood cell", "Acevedo et al. 2020, doi:10.17632/snkd93bnjr.1"),
+    "breast": (("breastmnist",), "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863"),
+    "chest": (("pneumoniamnist", "cpn-xray"), "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2"),
+    "skin": (("pad-ufes-20",), "photograph of skin", "PAD-UFES-20, Pacheco et al. 2020, doi:10.17632/zr7vgbcyr2.1"),
 }
-"""First word of a file name to (dataset whose test split it comes from, kind of image, source)."""
+"""First word of a file name to (datasets whose test splits hold the images, kind of image, source)."""
+LACKING = {"cpn-xray": "COVID is not among them: those images come without a licence to share them."}
+"""Dataset to the classes without an example, and why."""
 LICENCE = "CC BY 4.0"
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
 HELD_OUT = 8
@@ -30,12 +34,15 @@ FOREIGN = 1
 
 @dataclass(frozen=True)
 class Example:
-    """An example image; `what` is its true class, `kind` the kind of image, `dataset` its origin."""
+    """An example image; `what` is its true class, `kind` the kind of image.
+
+    `datasets` are those whose test splits hold it, by their names in the registry; none for an image of a visitor.
+    """
 
     path: Path
     what: str
     kind: str
-    dataset: str
+    datasets: tuple[str, ...]
     thumbnail: str
 
 
@@ -44,41 +51,34 @@ def load_examples() -> list[Example]:
     found = []
     for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES):
         first, _, what = path.stem.partition("_")
-        dataset, kind, _ = KINDS[first]
+        datasets, kind, _ = KINDS[first]
         with Image.open(path) as picture:
             small = picture.convert("RGB")
         small.thumbnail((120, 120))
         what = what.rstrip("0123456789").strip("_").replace("_", " ")
-        found.append(Example(path, what, kind, dataset, data_uri(np.asarray(small), exact=False)))
-    return found
-
-
-OUTLINED = {"skin": ("pad_ufes_20", "PAD-UFES-20, Pacheco et al. 2020, doi:10.17632/zr7vgbcyr2.1")}
-"""First word of a file name in examples/outline to (training dataset, whose test split it comes from; source)."""
-
-
-def load_outlined() -> list[Example]:
-    """Loads the examples of the Segment tab, sorted by name."""
-    found = []
-    for path in sorted(p for p in (EXAMPLES / "outline").iterdir() if p.suffix in SUFFIXES):
-        first, _, what = path.stem.partition("_")
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-        small.thumbnail((120, 120))
-        thumbnail = data_uri(np.asarray(small), exact=False)
-        found.append(Example(path, what.replace("_", " "), first, OUTLINED[first][0], thumbnail))
+        found.append(Example(path, what, kind, datasets, data_uri(np.asarray(small), exact=False)))
     return found
 
 
 def outlined_html(examples: list[Example], dataset: str | None) -> Markup:
-    """Renders the examples of the Segment tab that are of the training dataset of a model; nothing where none is."""
-    own = [(i, e) for i, e in enumerate(examples) if e.dataset == dataset]
+    """Renders the examples of the training dataset of a segmentation model or detector; nothing where there are none.
+
+    Args:
+        dataset: the training dataset, as the model names it.
+    """
+    own = [(i, e) for i, e in enumerate(examples) if registered(dataset) in e.datasets]
     if not own:
         return NOTHING
-    rows = bullets(source for known, source in OUTLINED.values() if known == dataset)
-    sources = tag('<details class="mm-more"><summary>Sources, all {}</summary>{}</details>', LICENCE, rows)
     shown = _group("Or try an example", own, "Test images, which the model was not trained on.")
-    return tag('<div class="mm-examples">{}{}</div>', shown, sources)
+    return tag('<div class="mm-examples">{}{}</div>', shown, _sources({e.kind for _, e in own}))
+
+
+def registered(dataset: str | None) -> str | None:
+    """Returns the name of a dataset in the registry, however it is spelt; None if it is not there."""
+    try:
+        return get(dataset).name if dataset else None
+    except RegistryError:
+        return None
 
 
 def held_out(index: ImageDataset, folder: Path) -> list[Example]:
@@ -102,7 +102,7 @@ def held_out(index: ImageDataset, folder: Path) -> list[Example]:
         small = picture.convert("RGB")
         small.thumbnail((120, 120))
         what = test.classes[record.label]
-        found.append(Example(path, what, "your test image", "", data_uri(np.asarray(small), exact=False)))
+        found.append(Example(path, what, "your test image", (), data_uri(np.asarray(small), exact=False)))
     return found
 
 
@@ -118,21 +118,22 @@ def examples_html(examples: list[Example], dataset: str | None, yours: Sequence[
         own_images = list(enumerate(yours, len(examples)))
         return tag('<div class="mm-examples">{}</div>', _group("Or try a held-out image", own_images, lead))
     numbered = list(enumerate(examples))
-    own = [(i, e) for i, e in numbered if e.dataset == dataset]
+    own = [(i, e) for i, e in numbered if dataset in e.datasets]
     others: list[tuple[int, Example]] = []
-    for kind in dict.fromkeys(e.kind for e in examples if e.dataset != dataset):
+    for kind in dict.fromkeys(e.kind for e in examples if dataset not in e.datasets):
         others += [(i, e) for i, e in numbered if e.kind == kind][: FOREIGN if own else 4]
     if not own:
         lead = "There are no examples for this model. Examples of other kinds:"
         groups = _group("Or try an example", others, lead)
     else:
-        first = _group("Or try an example", own, "Test images, labelled with their true class.")
+        lead = " ".join(filter(None, ("Test images, labelled with their true class.", LACKING.get(dataset or ""))))
+        first = _group("Or try an example", own, lead)
         groups = first + _group("Or an image the model was not trained for", others)
     return tag('<div class="mm-examples">{}{}</div>', groups, _sources())
 
 
-def _sources() -> Markup:
-    rows = bullets(f"{kind}: {source}" for _, kind, source in KINDS.values())
+def _sources(kinds: Container[str] | None = None) -> Markup:
+    rows = bullets(f"{kind}: {source}" for _, kind, source in KINDS.values() if kinds is None or kind in kinds)
     return tag('<details class="mm-more"><summary>Sources, all {}</summary>{}</details>', LICENCE, rows)
 
 

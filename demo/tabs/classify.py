@@ -341,11 +341,13 @@ def truth_of(examples: list[Example], path: Path, loaded: Loaded) -> str:
     """Returns the true class of a test image of the model's own dataset, bundled or held out, else ""."""
     dataset = dataset_of(loaded)
     for known in examples:
-        if known.path.name != path.name or known.dataset not in ("", dataset) or not known.path.is_file():
+        if known.path.name != path.name or not known.path.is_file():
+            continue
+        if known.datasets and dataset not in known.datasets:
             continue
         if path.read_bytes() != known.path.read_bytes():
             continue
-        if not known.dataset:
+        if not known.datasets:
             return known.what if known.what in loaded.config.labels else ""
         entry = loaded.facts.entry
         index = entry.class_index(known.what) if entry else None

@@ -20,7 +20,7 @@ from medmamba.pretrained import PretrainedError
 from ..advice import WARNING, in_app, of_problem
 from ..context import Context
 from ..dense import LEAST_SCORE, DenseModels, Offered, Outlined
-from ..examples import load_outlined, outlined_html
+from ..examples import load_examples, outlined_html
 from ..html import (
     NOTHING,
     Markup,
@@ -78,7 +78,7 @@ def build(context: Context, models: DenseModels, tab: gr.Tab) -> None:
                 LEAST_SCORE, 0.95, round(first.threshold, 2), step=0.01, label=slider_label(first), buttons=[],
                 visible=adjustable(first), elem_id="mm-segment-threshold",
             )  # fmt: skip
-            examples = load_outlined()
+            examples = load_examples()
             picker = Html(
                 outlined_html(examples, first.dataset),
                 elem_id="mm-segment-examples",

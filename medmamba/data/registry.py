@@ -92,7 +92,8 @@ class DatasetEntry:
     Attributes:
         name: key, lower case, such as "pad-ufes-20".
         task: "multiclass", "binary", "multilabel" or "ordinal" (classes are grades in ascending order).
-        channels: 1 for grey, 3 for colour images, as distributed.
+        channels: 1 or 3, of the files as distributed.
+        colour: whether the images are in colour: greyscale images may be stored in three channels; None if unknown.
         classes: names in the order of the label indices.
         display_names: the same, for people, where `classes` are abbreviations or numbers.
         aliases: other names of each class, such as folder names.
@@ -128,6 +129,7 @@ class DatasetEntry:
     n_patients: int | None = None
     group_pattern: str | None = None
     group_unit: str | None = None
+    colour: bool | None = None
 
     @property
     def num_classes(self) -> int:
@@ -202,7 +204,7 @@ def _entries() -> Mapping[str, DatasetEntry]:
 
 
 def _entry(row: dict[str, Any]) -> DatasetEntry:
-    row = dict(row)
+    row = {"colour": row["channels"] == 3, **row}
     rule, source = row["split_rule"], dict(row["source"])
     source["md5"] = MappingProxyType({int(size): md5 for size, md5 in source.get("md5", {}).items()})
     row["split_rule"] = SplitRule(**{**rule, "fractions": tuple(rule["fractions"]) if rule["fractions"] else None})

@@ -378,7 +378,6 @@ def trained_on_colour(config) -> bool | None:
     from ..data import registry
 
     try:
-        entry = registry.get(str(config.training.get("dataset") or ""))
+        return registry.get(str(config.training.get("dataset") or "")).colour
     except registry.RegistryError:
         return None
-    return entry.channels == 3

@@ -111,6 +111,9 @@ def test_medmnist_sets_carry_checksums_and_the_grey_or_colour_of_the_source() ->
     assert grey == {
         "octmnist", "pneumoniamnist", "breastmnist", "organamnist", "organcmnist", "organsmnist", "chestmnist",
     }  # fmt: skip
+    stored_in_three = {name for name in registry.names() if registry.get(name).colour is not True} - grey
+    assert stored_in_three == {"cpn-xray", "cervical-us", "fetal-planes-db"}
+    assert not any(registry.get(name).colour for name in grey) and registry.get("cpn-xray").colour is False
 
 
 def test_dermamnist_order_is_not_alphabetical() -> None:

@@ -60,7 +60,7 @@ def test_examples_paste_and_another_model(open_page):
 @pytest.mark.slow
 def test_models_for_other_images(open_page):
     page = open_page()
-    assert page.locator("[data-mm-example]").count() == 10
+    assert page.locator("[data-mm-example]").count() == 11
     to_tab(page, "Models")
     page.locator("[data-mm-use]", has_text="breast").click()
     page.locator(".mm-model h2", has_text="breast").wait_for()

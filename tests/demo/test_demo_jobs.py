@@ -13,6 +13,8 @@ from demo_helpers import save_model, serving
 from PIL import Image
 
 import medmamba
+from medmamba.data import registry
+from medmamba.imaging.colour import colour_note
 from medmamba.inference.ood import fit_unusual, load_unusual
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
@@ -287,14 +289,24 @@ def test_programs_choose_among_models(zoo, tmp_path):
 
 def test_examples_are_those_that_a_model_knows():
     found = examples.load_examples()
-    assert {e.dataset for e in found} == {"bloodmnist", "breastmnist", "pneumoniamnist"}, "CC BY images alone"
+    assert {d for e in found for d in e.datasets} == {
+        "bloodmnist", "breastmnist", "pneumoniamnist", "cpn-xray", "pad-ufes-20",
+    }, "CC BY images alone"  # fmt: skip
     blood, other = examples.examples_html(found, "bloodmnist").split("Or an image the model was not trained for")
-    assert blood.count("<button") == 8 and other.count("<button") == 2 and "breast ultrasound" in other
+    assert blood.count("<button") == 8 and other.count("<button") == 3 and "breast ultrasound" in other
     breast = examples.examples_html(found, "breastmnist").split("Or an image")[0]
     assert "malignant" in breast and "benign" in breast and "neutrophil" not in breast
+    skin = examples.examples_html(found, "pad-ufes-20").split("Or an image")[0]
+    assert skin.count("<button") == 6 and "melanoma" in skin
+    chest = [examples.examples_html(found, name).split("Or an image")[0] for name in ("pneumoniamnist", "cpn-xray")]
+    assert [part.count("<button") for part in chest] == [2, 2]
+    assert ["COVID" in part for part in chest] == [False, True], "what no example shows is named"
+    assert all(registry.get(d).class_index(e.what) is not None for e in found for d in e.datasets), "truth"
+    notes = {colour_note(medmamba.load_image(e.path), registry.get(d).colour) for e in found for d in e.datasets}
+    assert notes == {""}, "no image of a dataset is called unlike its dataset"
     assert "There are no examples for this model" in examples.examples_html(found, "dermamnist")
     numbers = sorted(int(n) for n in re.findall(r'data-mm-example="(\d+)"', blood + other))
-    assert len(set(numbers)) == 10 and all(0 <= n < len(found) for n in numbers)
+    assert len(set(numbers)) == 11 and all(0 <= n < len(found) for n in numbers)
     assert blood.count("CC BY 4.0") + other.count("CC BY 4.0") == 1 and "doi:10.17632/snkd93bnjr.1" in other
     credits = (EXAMPLES / "README.md").read_text()
     assert all(f"`{e.path.name.split('_')[0]}_*{e.path.suffix}`" in credits for e in found), "each has its source"

@@ -78,6 +78,23 @@ def test_class_folders_survive(open_page, folder, way):
     assert page.locator("#mm-batch tbody tr").count() == 12
 
 
+def test_a_dropped_folder_is_compared(open_page, tmp_path):
+    root = tmp_path / "two kinds"
+    for k, name in enumerate(("neutrophil", "platelet")):
+        (root / name).mkdir(parents=True)
+        for n in range(3):
+            Image.new("RGB", (32, 32), (40 * n, 120 * k, 60)).save(root / name / f"{n}.png")
+    page = open_page()
+    to_tab(page, "Compare")
+    drop(page, "mm-compared", root)
+    seen = page.locator("#mm-compared-set", has_text="6 images, 2 classes")
+    seen.wait_for(timeout=20_000)
+    assert root.name in seen.inner_text()
+    page.locator("#mm-run-compare").click()
+    page.locator("#mm-comparison", has_text="of 6 images").wait_for(timeout=60_000)
+    assert "McNemar" in page.locator("#mm-comparison").inner_text(), "the names of the class folders are the labels"
+
+
 def test_what_is_too_large_or_empty_is_said(open_page, folder, tmp_path):
     page = open_page()
     to_tab(page, "Evaluate")

@@ -19,9 +19,10 @@ def test_every_example_is_named_read_and_credited():
         kind, _, what = path.stem.partition("_")
         assert what in re.sub(r"\s+", " ", said) and f"`{kind}_*" in credits
         image = medmamba.example_image(path.stem)
-        assert image.source == path.name and image.pixels.shape[:2] == (224, 224)
+        assert image.source == path.name
+        assert image.pixels.shape[:2] == ((256, 256) if kind == "skin" else (224, 224))
         np.testing.assert_array_equal(image.pixels, medmamba.load_image(path).pixels)
-    assert len(files) == 13
+    assert len(files) == 19
 
 
 def test_the_default_and_names_with_spaces():
@@ -31,5 +32,5 @@ def test_the_default_and_names_with_spaces():
 
 @pytest.mark.parametrize("name", ["blood", "../README", "", "chest_xray_sample"])
 def test_other_names_are_refused_with_a_list(name):
-    with pytest.raises(medmamba.ImageError, match=r"blood_basophil.*chest_pneumonia"):
+    with pytest.raises(medmamba.ImageError, match=r"blood_basophil.*chest_pneumonia.*skin_melanoma"):
         medmamba.example_image(name)
