@@ -19,7 +19,7 @@ from medmamba.segmentation.open import open_segmentation
 from medmamba.training.segmentation_run import train_segmenter
 
 from .dense_runs import Run, command_line, finished, runs, start_of
-from .segment_peers import PEERS, peer
+from .segment_peers import PEERS, load_run, peer
 
 DATASETS = {"kvasir_seg": "polyp", "pad_ufes_20": "lesion"}
 RUNS = runs(tuple(DATASETS), ("nano", "tiny", "nano-scratch", *PEERS))
@@ -44,6 +44,8 @@ def train(run: Run, data: Path, out: Path, models: Path, **settings: Any) -> dic
     """Trains one run; returns its results. A finished one is returned as it is, an unfinished one resumed."""
     dataset = load(data, run.dataset)
     options: dict[str, Any] = dict(seed=run.seed, progress=False, **settings)
+    if "teacher" in options:  # the folder of another run, with distill=WEIGHT
+        options["teacher"] = load_run(options["teacher"])
     if run.model in PEERS:
         options["init"] = peer(run.model, dataset.classes, options.get("size") or 352)
         options.setdefault("layer_decay", 1.0)

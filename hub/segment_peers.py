@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from medmamba.config import variant_config
 from medmamba.segmentation import MedMambaSegmenter, SegmenterConfig
 from medmamba.segmentation.encoder import require_smp
+from medmamba.utils.checksums import CONFIG_NAME
 
 PEERS = ("resnet34", "efficientnet-lite2")
 LITE2 = "tu-tf_efficientnet_lite2"  # timm's name for the network
@@ -51,6 +54,13 @@ def peer(name: str, classes: Sequence[str], size: int) -> PeerSegmenter:
     if name == "efficientnet-lite2":
         load_lite2(model.encoder)
     return model
+
+
+def load_run(folder: str | Path) -> MedMambaSegmenter:
+    """Loads the model of a finished run of `hub.segment`, a peer or one of ours."""
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    kind = PeerSegmenter if "peer" in config["decoder_options"] else MedMambaSegmenter
+    return kind.from_pretrained(folder)  # type: ignore[no-any-return]
 
 
 def load_lite2(encoder: Any) -> None:

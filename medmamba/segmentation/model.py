@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..config import ConfigError
 from ..dense import load_weights, names_of, starting_encoder
@@ -80,13 +81,15 @@ class MedMambaSegmenter(FolderMixin, nn.Module):
         return predict(self, image, frame=frame, window=window, tile=tile, overlap=overlap, flips=flips)
 
     def fuse(self, dtype: torch.dtype | None = None) -> MedMambaSegmenter:
-        """Returns a copy for inference, with the batch norms of the encoder folded into its convolutions.
+        """Returns a copy for inference, with the batch norms folded into the convolutions.
 
         Raises:
             ValueError: the model is in training mode.
         """
         copied = copy.deepcopy(self)
         copied.net.encoder.net = fuse(copied.encoder, dtype)  # type: ignore[union-attr, arg-type, assignment]
+        fold_norms(copied.net.decoder)  # type: ignore[arg-type]
+        copied.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if dtype is not None:
             copied.net.decoder.to(dtype)  # type: ignore[union-attr]
             copied.net.segmentation_head.to(dtype)  # type: ignore[union-attr]
@@ -134,6 +137,24 @@ def create_segmenter(
     if source:
         load_weights(model.encoder, source.state_dict())
     return model
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Folds each batch norm that directly follows a convolution in the list of a module's children into it, in place.
+
+    That holds for the networks of segmentation_models_pytorch, and for those of torchvision.
+
+    Args:
+        module: in eval mode.
+    """
+    for part in list(module.modules()):
+        before: nn.Module | None = None
+        for name, child in list(part.named_children()):
+            if isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d):
+                fused = fuse_conv_bn_eval(before, child)
+                before.weight, before.bias = fused.weight, fused.bias
+                setattr(part, name, nn.Identity())
+            before = child
 
 
 def _architecture(smp: Any, config: SegmenterConfig, encoder: SmpEncoder) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data import DatasetError
 from ..dense.cached import Progressed
@@ -28,6 +29,7 @@ from .recipe import Recipe
 from .record import run_record
 from .run_log import RunLog
 from .task import E, M, Run, Task, TrainResult, run_task
+from .teacher import weights_digest
 
 
 class DenseTask(Task[M, E]):
@@ -112,6 +114,7 @@ def run_dense(
     accumulate: int,
     half: bool,
     max_seconds: float | None,
+    teacher: nn.Module | None = None,
     **options: Any,
 ) -> TrainResult[M, E]:
     """Trains a model, selects on val, evaluates once on test, and writes the folder; see `train_segmenter`.
@@ -122,6 +125,7 @@ def run_dense(
         recipe: the size is that of the model where it has none.
         out: folder of the run.
         seed, device, precision, accumulate, half, max_seconds: see `train_segmenter`.
+        teacher: see `train_segmenter`.
         options: further fields of `Run`.
     """
     started = time.monotonic()
@@ -132,13 +136,22 @@ def run_dense(
     parts, precision = accelerator.num_processes * accumulate, accelerator.mixed_precision
     digest = data_digest(task.dataset, table)
     identity = {
-        **run_identity(recipe, model, None, digest, seed=seed, precision=precision, parts=parts),
+        **run_identity(
+            recipe,
+            model,
+            None,
+            digest,
+            seed=seed,
+            precision=precision,
+            parts=parts,
+            teacher="" if teacher is None else weights_digest(teacher),
+        ),
         "init_weights": model_fingerprint(model) if task.init else "",
         "stored": "float16" if half else "float32",
         **task.settings,
     }
     deadline = None if max_seconds is None else started + max_seconds
-    chosen = dict(seed=seed, accumulate=accumulate, half=half, deadline=deadline)
+    chosen = dict(seed=seed, accumulate=accumulate, half=half, deadline=deadline, teacher=teacher)
     return run_task(task, Run(Path(out), recipe, identity, accelerator, **chosen, **options), model, table)  # type: ignore[arg-type]
 
 

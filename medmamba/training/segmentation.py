@@ -51,7 +51,10 @@ class SegmentationLoss(nn.Module):
         self.overlap_of_images = smp.losses.DiceLoss("multilabel", from_logits=False, smooth=1.0)
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Returns the loss of logits (B, K, H, W) and masks (B, M, H, W) uint8, in float32."""
+        """Returns the loss of logits (B, K, H, W) and masks (B, M, H, W), in float32.
+
+        Masks hold numbers of classes if these are exclusive, else 0, 1 or a probability; 255 is ignored.
+        """
         logits = logits.float()
         targets = masks[:, 0].long() if self.exclusive else masks.float()
         if self.exclusive and self.kind == "dice+ce":
@@ -104,9 +107,14 @@ class SegmentationTrainer(Trainer):
     def _batch(
         self, images: Tensor, labels: Tensor, drawn: augment.Draw, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Returns images and masks (B, M, H, W), moved together."""
+        """Returns images and masks (B, M, H, W), moved together; with a teacher the masks are probabilities."""
         images = augment.augment(images, drawn, self.recipe.augment, size)
         masks = augment.augment_masks(labels, drawn, self.recipe.augment, size)
+        if self.teacher is not None:
+            with torch.no_grad(), autocast(self.accelerator):
+                answers = self.teacher(images)
+            mixed = masks.float().lerp(answers.float(), self.recipe.distill)
+            masks = mixed.where(masks != IGNORED, IGNORED)
         return normalise(images, self.config.preprocess).contiguous(memory_format=torch.channels_last), masks
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:

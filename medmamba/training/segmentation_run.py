@@ -20,6 +20,7 @@ from ..segmentation.dataset import SegmentationDataset
 from ..segmentation.evaluate import evaluate_segmenter
 from ..segmentation.open import open_segmentation
 from ..segmentation.predict import probabilities
+from ..utils.devices import pick_device
 from .dense import DenseTask, run_dense, start_from
 from .dense_data import with_splits
 from .graphed_step import GRAPHS
@@ -27,6 +28,7 @@ from .recipe import Recipe, load_recipe
 from .run_log import RunLog
 from .segmentation import LOSSES, SegmentationTrainer, binary_planes
 from .task import Run, TrainResult
+from .teacher import load_mask_teacher
 
 if TYPE_CHECKING:
     from ..model import MedMamba
@@ -56,6 +58,7 @@ def train_segmenter(
     finish_early: bool = False,
     checkpoint_seconds: float = 60.0,
     graphs: str = "off",
+    teacher: str | os.PathLike | MedMambaSegmenter | None = None,
     restart: bool = False,
     progress: bool = True,
     tensorboard: bool = False,
@@ -87,6 +90,8 @@ def train_segmenter(
         finish_early: makes the best epoch so far the final model when the run is stopped, instead of resuming later.
         checkpoint_seconds: minimum time between two checkpoints.
         graphs: "auto": forward and backward as one CUDA graph on a GPU; "off": never. Not every decoder allows it.
+        teacher: distillation: a segmentation model for the same classes, a folder or a model, whose probabilities for
+            each augmented batch count by the recipe's `distill`, the masks by the rest.
         restart: deletes the run in `out` first.
         progress: shows progress bars.
         tensorboard: writes TensorBoard logs.
@@ -109,6 +114,7 @@ def train_segmenter(
     if model is None:
         options: dict[str, Any] = dict(exclusive=dataset.exclusive, decoder=decoder, in_chans=in_chans)
         model = create_segmenter(variant, dataset.classes, start=init, size=chosen.size, **options)  # type: ignore[arg-type]
+    adviser = None if teacher is None else load_mask_teacher(teacher, model.config, pick_device(device))
     return run_dense(
         Segmentation(dataset, init, {"loss": loss}),
         model,
@@ -123,6 +129,7 @@ def train_segmenter(
         finish_early=finish_early,
         checkpoint_seconds=checkpoint_seconds,
         graphs=graphs,
+        teacher=adviser,
         restart=restart,
         progress=progress,
         tensorboard=tensorboard,

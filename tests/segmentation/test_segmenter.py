@@ -46,7 +46,9 @@ def test_a_saved_model_is_the_same_and_a_fused_copy_agrees(segmenter, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(loaded(x), segmenter(x))
-        torch.testing.assert_close(segmenter.fuse()(x), segmenter(x), rtol=1e-4, atol=1e-5)
+        fused = segmenter.fuse()
+        torch.testing.assert_close(fused(x), segmenter(x), rtol=1e-4, atol=1e-5)
+        assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fused.modules())
     assert loaded.config == segmenter.config.replace(medmamba_version=medmamba.__version__)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 

@@ -124,6 +124,22 @@ def test_a_stopped_run_can_end_with_its_best_epoch(discs, tmp_path, monkeypatch)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def test_a_teacher_is_learnt_beside_the_masks(discs, tmp_path):
+    from medmamba.segmentation import create_segmenter
+
+    teacher = create_segmenter("test", ("disc",), size=32).eval()
+    with torch.no_grad():  # says that everything is a disc
+        teacher.net.segmentation_head[0].weight.zero_()
+        teacher.net.segmentation_head[0].bias.fill_(9.0)
+    result = run(discs, tmp_path / "run", epochs=4, teacher=teacher, distill=1.0)
+    found = result.load().predict(np.zeros((32, 32, 3), np.uint8)).probabilities
+    assert found.mean() > 0.6  # 0.43 without a teacher
+    with pytest.raises(RecipeError, match="teacher"):
+        run(discs, tmp_path / "other", epochs=1, distill=0.5)
+    with pytest.raises(RecipeError, match="classes"):
+        run(discs, tmp_path / "other", epochs=1, distill=0.5, teacher=create_segmenter("test", ("dot",), size=32))
+
+
 def test_recipes_of_classifiers_are_refused(discs, tmp_path):
     with pytest.raises(RecipeError, match="mixup"):
         run(discs, tmp_path / "run", epochs=1, mixup=0.2)
