@@ -230,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("dataset", type=_folder, choices=DATASETS)
     base.add_argument("--recipe", default="paper-medmnist")
     base.add_argument("--model", default="medmamba", help="medmamba, efficientnet-lite2 or a timm model")
+    base.set_defaults(finish_early=False, teacher=[])  # options of `train`, which also trains MedMamba here
     every = commands.add_parser("all", parents=[common], help="train all models and baselines, on all available GPUs")
     every.add_argument("--out", type=Path, required=True, help="parent folder of the runs")
     every.add_argument("--only", nargs="+", metavar="RUN", help="only these runs and their dependencies")

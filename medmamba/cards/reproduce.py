@@ -54,7 +54,7 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
         commands[-1] += ["--init", str(t["base_model"])]
     if teachers := re.match(r"(\d+) x ([\w-]+)", str(t.get("teacher", ""))):
         first = ["python", "-m", "hub.zoo", "baseline", facts.entry.name, "--data", "DATA", "--model", teachers[2]]
-        first += ["--recipe", str(t["recipe"]).removesuffix("-distilled")]
+        first += ["--recipe", str(t["recipe"]).partition("-distilled")[0]]
         changed = [f"{key}={_json(value)}" for key, value in t.get("teacher_settings", {}).items()]
         first += ["--set", *changed] if changed else []
         folders = [f"TEACHER-{seed}" for seed in range(int(teachers[1]))]
@@ -63,7 +63,9 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
             [*commands[-1], "--teacher", *folders],
         ]
     if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
-        first = ["python", "-m", "hub.zoo", "pretrain", "--data", "DATA", "--out", "START", "--seed", start[2]]
+        joint = start[1].startswith("zoo-joint")  # else an earlier run on the same dataset
+        first = ["python", "-m", "hub.zoo", *(["pretrain"] if joint else ["train", facts.entry.name])]
+        first += ["--data", "DATA", "--out", "START", "--seed", start[2]]
         commands = [first + (["--recipe", start[1]] if start[1] != "zoo-joint" else []), *commands]
         commands[-1] += ["--init", "START"]
     if facts.config.architecture != "tiny":

@@ -86,6 +86,13 @@ def test_decoded_images_are_found_by_the_others(root, tmp_path, monkeypatch):
     assert json.loads((out / "results.json").read_text())["training"]["duplicates_checked"] == "by hub.zoo decode"
 
 
+@pytest.mark.slow
+def test_medmamba_is_a_baseline_too(root, tmp_path):
+    assert run("baseline", "dermamnist", *small(root, tmp_path)) == 0
+    record = json.loads((tmp_path / "results.json").read_text())["training"]
+    assert (record["recipe"], record["identity"]["model"]) == ("paper-medmnist", "test") and not record.get("init")
+
+
 def test_a_baseline_is_trained_once_and_refuses_other_settings(root, tmp_path, timm):
     out = tmp_path / "run"
     words = [word for word in small(root, out) if word not in ("--variant", "test")]
