@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,16 @@ class MedMambaDetector(FolderMixin, nn.Module):
     def forward(self, x: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         return self.net(list(x), targets)
 
+    def raw(self, x: Tensor) -> RawDetections:
+        """Returns what the head says of every place of the pyramid, on the CPU, for images as in `forward`."""
+        features = list(self.net.backbone(x).values())  # type: ignore[operator]
+        images, _ = self.net.transform(list(x))  # type: ignore[operator]
+        outputs = {name: value.float().cpu() for name, value in self.net.head(features).items()}  # type: ignore[operator]
+        anchors = [places.cpu() for places in self.net.anchor_generator(images, features)]  # type: ignore[operator]
+        return RawDetections(
+            self.net, outputs, anchors, [f.shape[2] * f.shape[3] for f in features], images.image_sizes
+        )
+
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters to exclude from weight decay: the scan's A and D, biases and norms."""
         return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(("A_log", ".D", "dt_bias"))}
@@ -110,6 +121,31 @@ class MedMambaDetector(FolderMixin, nn.Module):
     ) -> Detection:
         """Detects objects in one image; see `medmamba.detection.predict.predict`."""
         return predict(self, image, frame=frame, window=window, tile=tile, overlap=overlap, score=score)
+
+
+@dataclass(frozen=True)
+class RawDetections:
+    """What the head of FCOS says of a batch: detections and losses of one forward pass.
+
+    Both are computed on the CPU: torchvision asks for results on the way hundreds of times for a batch, and a GPU would
+    have to finish all its work each time.
+    """
+
+    net: Any
+    outputs: dict[str, Tensor]
+    anchors: list[Tensor]
+    counts: list[int]
+    sizes: list[tuple[int, int]]
+
+    def detections(self) -> list[dict[str, Tensor]]:
+        """Returns what `MedMambaDetector.forward` returns in eval mode."""
+        split = {name: list(value.split(self.counts, dim=1)) for name, value in self.outputs.items()}
+        anchors = [list(places.split(self.counts)) for places in self.anchors]
+        return self.net.postprocess_detections(split, anchors, self.sizes)
+
+    def losses(self, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns the losses for targets on the CPU, as in `MedMambaDetector.forward`."""
+        return self.net.compute_loss(targets, self.outputs, self.anchors, self.counts)
 
 
 def create_detector(

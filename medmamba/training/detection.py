@@ -108,11 +108,12 @@ def validate_boxes(model: Any, data: CachedBoxes, accelerator: Any, batch_size: 
     for rows in torch.arange(len(data)).split(batch_size):
         images, labels = data.batch(rows, accelerator.device)
         images = normalise(images, config.preprocess).contiguous(memory_format=torch.channels_last)
-        targets = [{"boxes": b.to(accelerator.device), "labels": n.to(accelerator.device)} for b, n in labels]
+        targets = [{"boxes": boxes, "labels": numbers} for boxes, numbers in labels]
         model.eval()
         with autocast(accelerator):
-            detections = model(images)
-            losses.append(_eval_loss(model, images, targets) * len(rows))
+            raw = model.raw(images)
+        detections, parts = raw.detections(), raw.losses(targets)
+        losses.append(torch.stack(list(parts.values())).sum() * len(rows))
         for entry in detections:
             found.append(tuple(entry[name].float().cpu().numpy() for name in ("boxes", "scores", "labels")))
         true += [(boxes.numpy(), numbers.numpy()) for boxes, numbers in labels]
@@ -126,12 +127,3 @@ def validate_boxes(model: Any, data: CachedBoxes, accelerator: Any, batch_size: 
         "loss": loss,
         **{name: undefined if (v := scores[name]["value"]) is None else v for name in ("map50", "map")},
     }
-
-
-def _eval_loss(model: Any, images: Tensor, targets: Targets) -> Tensor:
-    """Returns the loss with batch norms in eval mode: torchvision computes losses only if the outermost is training."""
-    model.net.training = True
-    try:
-        return torch.stack([value.float() for value in model(images, targets).values()]).sum()
-    finally:
-        model.net.training = False

@@ -252,3 +252,17 @@ def test_a_detector_learns_squares(voc, tmp_path):
 def test_turned_boxes_are_refused(voc, tmp_path, capsys):
     assert main(command(voc, tmp_path / "run", 1, "augment.rotate=45")) == 2
     assert "rot90" in capsys.readouterr().err
+
+
+def test_one_pass_gives_the_detections_and_losses_of_two():
+    model = create_detector("test", ("a", "b"), size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    boxes = [torch.tensor([[4.0, 4, 30, 34], [20, 20, 60, 50]]), torch.zeros(0, 4)]
+    targets = [{"boxes": b, "labels": torch.arange(len(b))} for b in boxes]
+    with torch.no_grad():
+        raw, whole = model.raw(x), model(x)
+        model.net.training = True  # the outermost alone: batch norms stay as they are
+        losses = model(x, targets)
+    for one, other in zip(raw.detections(), whole, strict=True):
+        assert len(one["boxes"]) and all(torch.equal(one[name], other[name]) for name in other)
+    assert raw.losses(targets) == losses
