@@ -26,7 +26,14 @@ from .results import HUB, load_runs
 FOLDER, DOCUMENT = HUB / "results" / "ablation" / "tiny", HUB.parent / "docs" / "weights.md"
 MARKERS = "<!-- ablation: python -m hub.ablation -->", "<!-- end of ablation -->"
 EARLIER = "from zoo-joint"  # the variant of runs in hub/results
-VARIANTS = (EARLIER, "from tiny-medical", "distilled", "teacher")
+VARIANTS = (
+    EARLIER,
+    "from tiny-medical",
+    "distilled",
+    "distilled, without class weights",
+    "distilled from the teacher alone",
+    "teacher",
+)
 
 
 def records() -> list[dict[str, Any]]:

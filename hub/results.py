@@ -203,8 +203,8 @@ def document(runs: Sequence[Run]) -> str:
             if published:
                 title = f"{label}: {published.model}" if published.model else label
                 lines.append(f"| {title}, published | | | {_plain(published.accuracy)} | {_plain(published.auc)} | | |")
-        for model in shipped(name).values():
-            lines += _reproduce(name, model, groups)
+        for folder, model in shipped(name).items():
+            lines += _reproduce(name, folder, model, groups)
         lines += ["", "All runs, accuracy / AUROC on test:", ""]
         for key in sorted(groups):
             if key[0] == name:
@@ -317,7 +317,9 @@ def _joint(run: Run) -> str:
     )
 
 
-def _reproduce(name: str, model: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]) -> list[str]:
+def _reproduce(
+    name: str, folder: str, model: tuple[str, str, int], groups: dict[tuple[str, str, str], list[Run]]
+) -> list[str]:
     recipe, architecture, seed = model
     group = groups.get((name, recipe, architecture))
     suffix, prefix = ("", "") if architecture == "tiny" else (f"-{architecture}", f"{architecture}-")
@@ -328,7 +330,7 @@ def _reproduce(name: str, model: tuple[str, str, int], groups: dict[tuple[str, s
     measures = ", ".join(best_run.data["selected_by"])
     released = f"Released checkpoint: {architecture}, seed {seed} (best of {len(group)} by validation {measures})."
     if recipe != base or str(best_run.data["init"]).endswith("-medical"):
-        return ["", f"{released} Its [card](../hub/models/{name}) lists the commands that reproduce it."]
+        return ["", f"{released} Its [card](../hub/models/{folder}) lists the commands that reproduce it."]
     return [
         "",
         f"{released} To reproduce:",

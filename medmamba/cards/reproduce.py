@@ -57,10 +57,10 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
         first += ["--recipe", str(t["recipe"]).partition("-distilled")[0]]
         changed = [f"{key}={_json(value)}" for key, value in t.get("teacher_settings", {}).items()]
         first += ["--set", *changed] if changed else []
-        folders = [f"TEACHER-{seed}" for seed in range(int(teachers[1]))]
+        seeds = t.get("teacher_seeds") or range(int(teachers[1]))
         commands = [
-            *([*first, "--seed", str(seed), "--out", folder] for seed, folder in enumerate(folders)),
-            [*commands[-1], "--teacher", *folders],
+            *([*first, "--seed", str(seed), "--out", f"TEACHER-{seed}"] for seed in seeds),
+            [*commands[-1], "--teacher", *(f"TEACHER-{seed}" for seed in seeds)],
         ]
     if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
         joint = start[1].startswith("zoo-joint")  # else an earlier run on the same dataset

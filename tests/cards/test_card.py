@@ -182,6 +182,19 @@ def test_an_example_is_drawn_and_credited(folder, tmp_path, capsys, monkeypatch)
     assert str(tmp_path) not in text + (folder / "attribution.json").read_text()
 
 
+def test_a_student_is_trained_again_from_its_start_and_its_teachers(tmp_path):
+    from hub.zoo import _parser as zoo_parser
+
+    teachers = dict(teacher="2 x efficientnet-lite2", teacher_settings={"epochs": 10}, teacher_seeds=[4, 5])
+    record = dict(recipe="zoo-breastmnist-distilled", init="zoo-breastmnist, seed 3", **teachers)
+    text = write_card(finished_model(tmp_path / "breastmnist", "breastmnist", seed=7, **record)).read_text()
+    commands = text.partition("## How to reproduce")[2].partition("```bash\n")[2].partition("```")[0].splitlines()
+    start, *taught, last = (zoo_parser().parse_args(command.split()[3:]) for command in commands)
+    assert (start.command, start.dataset, start.seed, last.init) == ("train", "breastmnist", 3, start.out)
+    assert [(t.recipe, t.seed, t.set) for t in taught] == [("zoo-breastmnist", seed, ["epochs=10"]) for seed in (4, 5)]
+    assert (last.recipe, last.seed, last.teacher) == (record["recipe"], 7, [t.out for t in taught])
+
+
 def test_a_model_of_the_zoo_is_trained_again_by_two_commands(tmp_path):
     from hub.zoo import _parser as zoo_parser
 
