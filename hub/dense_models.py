@@ -99,11 +99,17 @@ def make(run: Path, folder: Path) -> Path:
         raise ValueError(f"nothing is known of the dataset {training['dataset']!r}; add it to SOURCES")
     recipe = training["settings"]
     start = Path(str(training["init"])).name
-    chosen = " ".join(f"{name}={recipe[name]}" for name in ("epochs", "size", "batch_size", "ema", "warmup_epochs"))
-    training |= SOURCES[training["dataset"]] | {
-        "init": start,
-        "command": f"python -m hub.segment train --data DATA --out RUNS --only {run.name} --set {chosen} half=false",
-    }
+    names = ("epochs", "size", "batch_size", "lr", "ema", "warmup_epochs")
+    chosen = [f"{name}={recipe[name]}" for name in names]
+    if "loss" in training:
+        chosen.append(f"loss={training['loss']}")
+    if recipe["distill"]:
+        chosen.append(
+            f"teacher=RUN distill={recipe['distill']}"
+        )  # the folder of a run of a peer, with the same settings
+    module = "hub.segment" if "loss" in training else "hub.detect"
+    command = f"python -m {module} train --data DATA --out RUNS --only {run.name} --set {' '.join(chosen)} half=false"
+    training |= SOURCES[training["dataset"]] | {"init": start, "command": command}
     model.config = model.config.replace(training=training)
     model.save_pretrained(folder)
     text = json.dumps({**results, "training": training}, indent=2, ensure_ascii=False, allow_nan=False)
