@@ -75,7 +75,8 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
         ROOT / "medmamba", folder / "medmamba", ignore=shutil.ignore_patterns(*IGNORED, "weights"), dirs_exist_ok=True
     )
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
-    shutil.copyfile(ROOT / "demo" / "requirements.txt", folder / "requirements.txt")
+    for name in ("requirements.txt", "packages.txt"):  # for pip and, one Debian package a line, for apt
+        shutil.copyfile(ROOT / "demo" / name, folder / name)
     if not from_hub:
         names = [_copy_model(name, folder / "medmamba" / "weights") for name in names]
     elif wrong := [name for name in names if name.count("/") != 1]:

@@ -87,12 +87,27 @@ def test_requirements_are_those_of_the_package_and_of_zero_gpu(folder):
     assert not {"mamba-ssm", "causal-conv1d", "gradio", "spaces"} & set(listed)
     project = pytest.importorskip("tomllib").loads((space.ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = project["dependencies"] + extras["demo"] + extras["explain"] + extras["dicom"] + extras["train"]
+    used = ("demo", "explain", "dicom", "train", "report")
+    texts = project["dependencies"] + [text for extra in used for text in extras[extra]]
     declared = {r.name: r for r in map(Requirement, texts)}
     unused = {"tensorboard", "gradio", "medmamba"}  # without use there, installed by the Hub, and in the folder itself
     assert set(declared) - set(listed) == unused
     for name, requirement in listed.items():
         assert name == "torch" or requirement.specifier == declared[name].specifier, name
+
+
+def test_what_weasyprint_loads_is_installed_by_apt(folder):
+    """The file is handed to apt-get as it is: names alone. Pango brings GObject, HarfBuzz and Fontconfig."""
+    names = (folder / "packages.txt").read_text(encoding="ascii").splitlines()
+    assert names == ["libpango-1.0-0", "libpangoft2-1.0-0", "libharfbuzz-subset0", "fonts-dejavu-core"]
+    try:
+        loader = Path(str(metadata.distribution("weasyprint").locate_file("weasyprint/text/ffi.py")))
+    except metadata.PackageNotFoundError:
+        pytest.skip('needs pip install "medmamba[report]"')
+    loaded = set(re.findall(r"'lib([\w.-]+?)\.so\.\d+'", loader.read_text(encoding="utf-8")))
+    here = {"gobject-2.0", "pango-1.0", "pangoft2-1.0", "harfbuzz", "harfbuzz-subset", "fontconfig"}
+    optional = {"harfbuzz-vector"}  # without it, weasyprint draws as it did before
+    assert here <= loaded <= here | optional
 
 
 def test_nothing_is_in_it_that_does_not_belong(folder):
