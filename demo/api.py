@@ -6,7 +6,6 @@ field is validated, errors name the field and the reason, and responses contain 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from medmamba.pretrained import PretrainedError
 from medmamba.serving.record import Server, check_view, classification, finite
 
 from .advice import for_programs, of_problem, plain
+from .api_docs import documented, example_of
 from .context import Context, Known
 from .labelled import take, without_paths
 from .options import NOTICE
@@ -189,8 +189,10 @@ def build(context: Context) -> None:
 
     with gr.Row(visible=False):
         name = checked(gr.Textbox(label="model"), "model", str)
-        file = checked(gr.File(label="file", type="filepath"), "file")
-        files = checked(gr.File(label="files", type="filepath", file_count="multiple"), "files")
+        file = example_of(checked(gr.File(label="file", type="filepath"), "file"), "image.png")
+        several: dict[str, Any] = {"label": "files", "type": "filepath", "file_count": "multiple"}
+        files = example_of(checked(gr.File(**several), "files"), "image.png", "scan.dcm")
+        labelled = example_of(checked(gr.File(**several), "files"), "labelled.zip")
         frame, center, width = (checked(gr.Number(label=label, value=None), label, float) for label in _VIEW)
         method = checked(gr.Textbox(label="method", value="integrated_gradients", info="of attribution"), "method", str)
         by = checked(gr.Textbox(label="by"), "by", str)
@@ -202,7 +204,7 @@ def build(context: Context) -> None:
 
     def endpoint(function: Callable[..., Any], inputs: list[Any], outputs: list[Any], queue: str) -> None:
         trigger = gr.Button(visible=False)
-        text = (inspect.getdoc(function) or "").replace("{methods}", ", ".join(methods()))
+        text = documented(function, inputs, methods=", ".join(methods()))
         trigger.click(function, inputs, outputs, api_name=function.__name__, api_description=text, concurrency_id=queue)
 
     view = [frame, center, width]
@@ -210,7 +212,7 @@ def build(context: Context) -> None:
     endpoint(list_models, [], [record], "classify")
     endpoint(classify, [file, name, *view, anyway], [record], "classify")
     endpoint(classify_batch, [files, name, anyway], [record, text], "classify")
-    endpoint(evaluate, [files, name, by], [record, text], "evaluate")
+    endpoint(evaluate, [labelled, name, by], [record, text], "evaluate")
     endpoint(explain, [file, name, method, target, check, *view], [record, picture, maps], "explain")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import gradio as gr
 from medmamba.serving.record import finite
 
 from .api import checked, client_errors, view_of
+from .api_docs import documented, example_of
 from .context import Context
 from .dense import DenseModels, Outlined
 from .options import NOTICE
@@ -24,19 +24,23 @@ ENDPOINTS = {
     "detect": ("file", "model", "score", *_VIEW),
 }
 """Parameter names of each endpoint, in order."""
+KINDS = {"segmentation": "segment", "detection": "detect"}
+"""Task of a model to its endpoint."""
 
 
 def build(context: Context, models: DenseModels) -> None:
-    """Adds the endpoints, with invisible components. Call inside `gr.Blocks`."""
+    """Adds an endpoint for each task that a model is offered for, with invisible components.
+
+    Call inside `gr.Blocks`.
+    """
     limits = context.options.limits
+    fit = {kind: [title for title in models.titles if models.about(title).facts.task == kind] for kind in KINDS}
 
     def run(kind: str, file: str, model: str | None, *rest: Any, **options: Any) -> Outlined:
         if problem := refuse([file], 1, limits.image_mb):
             raise ValueError(problem)
         level, frame, center, width = rest
-        fitting = [title for title in models.titles if models.about(title).facts.task == kind]
-        if not fitting:
-            raise ValueError(f"no model for {kind} is offered here")
+        fitting = fit[kind]
         title = model or fitting[0]
         if title not in fitting:
             raise ValueError(f"no model {title!r} for {kind} here; available: {', '.join(fitting)}")
@@ -91,11 +95,11 @@ def build(context: Context, models: DenseModels) -> None:
         """Detect objects in one medical image. For research only; not a medical device.
 
         Args:
-            file: an image, as for /segment.
+            file: PNG, JPEG, WebP, TIFF, BMP or DICOM image, 8 or 16 bit, detected by content.
             model: one of {models}; default: the first that detects.
             score: from which a box is reported, 0 to 1; default: that of the model.
-            frame: as for /segment.
-            window_center: as for /segment.
+            frame: frame of a multi-frame image, counted from 0.
+            window_center: for grey images, in the units of the file (Hounsfield for CT).
             window_width: with window_center.
 
         Returns:
@@ -106,22 +110,25 @@ def build(context: Context, models: DenseModels) -> None:
             found = run("detection", file, model, score, frame, window_center, window_width)
             return record_of(found), str(save(found, context.sessions.of(request), Path(file))["overlay"])
 
+    def names() -> gr.Textbox:
+        return checked(gr.Textbox(label="model"), "model", str)
+
     with gr.Row(visible=False):
-        file = checked(gr.File(label="file", type="filepath"), "file")
-        name = checked(gr.Textbox(label="model"), "model", str)
+        file = example_of(checked(gr.File(label="file", type="filepath"), "file"), "image.png")
         threshold = checked(gr.Number(label="threshold", value=None), "threshold", float)
         score = checked(gr.Number(label="score", value=None), "score", float)
         flips = checked(gr.Checkbox(label="flips"), "flips", bool)
         view = [checked(gr.Number(label=label, value=None), label, float) for label in _VIEW]
         record, mask = gr.JSON(label="record"), gr.File(label="mask")
         overlay, dicom = gr.File(label="overlay"), gr.File(label="dicom")
+        inputs = {"segment": [file, names(), threshold, flips, *view], "detect": [file, names(), score, *view]}
 
-    def endpoint(function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-        trigger = gr.Button(visible=False)
-        text = (inspect.getdoc(function) or "").replace("{models}", ", ".join(models.titles))
-        trigger.click(
-            function, inputs, outputs, api_name=function.__name__, api_description=text, concurrency_id="classify"
-        )
-
-    endpoint(segment, [file, name, threshold, flips, *view], [record, mask, overlay, dicom])
-    endpoint(detect, [file, name, score, *view], [record, overlay])
+    outputs: dict[str, list[Any]] = {"segment": [record, mask, overlay, dicom], "detect": [record, overlay]}
+    functions: dict[str, Callable[..., Any]] = {"segment": segment, "detect": detect}
+    for kind, name in KINDS.items():
+        if fit[kind]:
+            text = documented(functions[name], inputs[name], models=", ".join(fit[kind]))
+            gr.Button(visible=False).click(
+                functions[name], inputs[name], outputs[name], api_name=name, api_description=text,
+                concurrency_id="classify",
+            )  # fmt: skip

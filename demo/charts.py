@@ -47,11 +47,13 @@ def chart(
         margin = 0.06 * (y1 - y0)
         y0, y1 = (0.0 if y0 >= 0 and y0 - margin < 0.25 * y1 else y0 - margin), y1 + margin
 
+    top = _TOP + (12 if mark else 0)  # where its label stands, clear of the curves
+
     def px(x: float) -> float:
         return _LEFT + (x - x0) / (x1 - x0) * (width - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
-        return HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - _TOP - _BOTTOM)
+        return HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - top - _BOTTOM)
 
     parts: list[Markup] = []
     for tick in ticks(y0, y1):
@@ -66,10 +68,10 @@ def chart(
     end = width - _RIGHT
     parts.append(tag('<text x="{}" y="{}" text-anchor="end" class="axis">{}</text>', end, HEIGHT - 4, x_label))
     if mark is not None:
-        x, right = px(mark[0]), mark[0] > (x0 + x1) / 2
-        parts.append(tag('<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>', _TOP, HEIGHT - _BOTTOM, x=x))
-        beside, anchor = (x - 5, "end") if right else (x + 5, "start")
-        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', beside, _TOP + 8, anchor, mark[1]))
+        x, y = px(mark[0]), top - 8
+        parts.append(tag('<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>', y, HEIGHT - _BOTTOM, x=x))
+        beside, anchor = (x - 5, "end") if mark[0] > (x0 + x1) / 2 else (x + 5, "start")
+        parts.append(tag('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', beside, y + 3, anchor, mark[1]))
     # Dashed lines are drawn last: over a solid line of equal values, both remain visible.
     for line in sorted(lines, key=lambda line: ("faint", "b", "a", "dash").index(line.style)):
         points = [(px(x), py(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]

@@ -64,11 +64,11 @@
     event.target.nextElementSibling.value = `${event.target.value} %`;
   });
 
-  // Scroll to the answer: on a narrow page, below the controls; `opened` from a table, if it is out of view.
+  // Scroll to the answer: on a narrow page, below the controls; elsewhere, and `opened` from a table, if out of view.
   window.mmShowAnswer = (opened = false, where = "") => {
     const found = document.querySelector(where || (opened ? "#mm-result" : "#mm-result, #mm-batch"));
     const top = found?.getBoundingClientRect().top;
-    if (opened ? top < 0 || top > 0.6 * window.innerHeight : window.innerWidth <= 900)
+    if (top < 0 || top > 0.6 * window.innerHeight || (!opened && window.innerWidth <= 900))
       found?.scrollIntoView({ behavior: "smooth", block: "start" });
   };
 

@@ -270,7 +270,11 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
     trained.failure(refused, None, panel, queue=False, **private)
     stop.click(cancel, None, stop, queue=False, **private)
     use.click(try_it, None, [classify.model, tabs], **private).then(
-        classify.rerun, [classify.model, *classify.view], classify.outputs, **private
+        classify.rerun,
+        [classify.model, *classify.view],
+        classify.outputs,
+        js="(...x) => (scrollTo(0, 0), x)",
+        **private,
     )
 
 

@@ -30,7 +30,11 @@ def test_the_endpoints_are_these_and_documented(client, url):
     names = [p["parameter_name"] for p in named["/classify"]["parameters"]]
     assert names == ["file", "model", "frame", "window_center", "window_width", "anyway"]
     info = httpx.get(f"{url}gradio_api/info").text
-    assert "not a medical device" in info and "Hounsfield" in info
+    assert "not a medical device" in info and "Hounsfield" in info and "github.com" not in info
+    for name, endpoint in json.loads(info)["named_endpoints"].items():
+        assert "Returns: " in endpoint["description"] and "Args:" not in endpoint["description"], name
+        said = [p["python_type"]["description"] for p in endpoint["parameters"]]
+        assert all(said) and len(set(said)) == len(said) and not any("FileData" in text for text in said), name
 
 
 def test_the_answer_is_that_of_the_package(client, model_folder):

@@ -94,6 +94,7 @@ def test_fine_tuning_and_trying_the_new_model(open_page):
     page.get_by_role("button", name="pneumonia, your test image").first.click()
     page.locator(".mm-truth", has_text="this test image shows pneumonia").wait_for()
     assert "Yours: chest_xray_sample" in page.locator(".mm-answer").inner_text()
+    assert 0 <= page.locator("#mm-result").bounding_box()["y"] < 540, "in view, though the button was far down"
 
 
 @pytest.mark.slow

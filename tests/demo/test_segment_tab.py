@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ if importlib.util.find_spec("segmentation_models_pytorch") is None:
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 
 from demo.dense import split_models
+from demo.options import EXAMPLES
 
 pytestmark = pytest.mark.slow
 browser_only = [
@@ -175,6 +178,31 @@ def serious(page) -> list[str]:
     page.wait_for_timeout(300)  # colours that fade in
     found = axe.run(page).response["violations"]
     return [f"{v['id']} {v['nodes'][0]['html'][:120]}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def test_the_code_on_the_api_page_runs_as_it_stands(url, image, dicom, tmp_path, monkeypatch):
+    httpx, gradio_client = pytest.importorskip("httpx"), pytest.importorskip("gradio_client")
+    (tmp_path / "image.png").write_bytes(image.read_bytes())
+    (tmp_path / "scan.dcm").write_bytes(dicom.read_bytes())
+    with zipfile.ZipFile(tmp_path / "labelled.zip", "w") as archive:
+        for name in ("neutrophil", "platelet"):
+            for path in sorted(EXAMPLES.glob(f"blood_{name}.*")):
+                archive.write(path, f"{name}/{path.name}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gradio_client, "Client", partial(gradio_client.Client, verbose=False, download_files=tmp_path))
+    endpoints = httpx.get(f"{url}gradio_api/info").json()["named_endpoints"]
+    answers = {}
+    for name, endpoint in endpoints.items():
+        exec(endpoint["code_snippets"]["python"], scope := {})
+        answers[name] = scope["result"]
+    assert [record["name"] for record in answers["/models"]] == ["blood"]
+    assert set(answers["/classify"]["probabilities"]) == set(answers["/models"][0]["classes"])
+    records, csv = answers["/classify_batch"]
+    assert [record["file"] for record in records] == ["image.png", "scan.dcm"] and "scan.dcm" in csv
+    assert answers["/evaluate"][0]["n_images"] == 2
+    assert answers["/explain"][0]["explanations"][0]["method"] == "integrated_gradients"
+    assert answers["/segment"][0]["model"] == "discs" and answers["/detect"][0]["model"] == "squares"
+    assert len(answers) == 7
 
 
 class TestInABrowser:
