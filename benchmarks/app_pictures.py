@@ -37,7 +37,7 @@ def take(url: str, folder: Path, chromium: str, flags: list[str]) -> dict[str, A
         pictures = {"classify": _shot(_classify(page())), "explain": _shot(_explain(page(height=1280, dark=True)))}
         pictures["evaluate"] = _shot(_evaluate(page(height=1400)))
         pictures["segment"] = _shot(_segment(page(height=1000)))
-        training, seconds = _train(page(height=980))
+        training, seconds = _train(page(height=1800))
         pictures["finetune"] = _shot(training)
         phones = [_shot(_unusual(page(390, 844))), _shot(_batch(page(390, 844))), _shot(_models(page(390, 844, True)))]
         pictures["phone"] = _side_by_side(phones)
@@ -81,6 +81,7 @@ def _evaluate(page: Any) -> Any:
     _tab(page, "Evaluate")
     page.locator("#mm-evaluate-sample").click()
     page.get_by_text("Worst mistakes").wait_for()
+    page.locator("#mm-run-evaluate").wait_for()
     page.wait_for_timeout(1500)
     return page
 

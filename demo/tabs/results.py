@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medmamba.decision.intervals import proportion
 from medmamba.metrics import Evaluation
 from medmamba.metrics.result import MACRO, TITLES, Estimate, overall_title
 
@@ -51,7 +52,27 @@ def per_class_html(evaluation: Evaluation, split: str) -> Markup:
         rows.append([tag("<strong>{}</strong>", row.name), f"{row.support:,}", *cells])
     header = ["Class", "Images", *(CLASS_METRICS[name] for name in names)]
     caption = f"Each class against the rest, on the {split} images"
-    return table(header, rows, caption, sort=len(rows) > 2, css="mm-per-class")
+    return table(header, rows, caption, sort=len(rows) > 2, css="mm-per-class") + single_numbers_html(evaluation)
+
+
+def single_numbers_html(evaluation: Evaluation) -> Markup:
+    """Renders what an interval from 1 to 1, or from 0 to 0, does not mean; nothing where there is none."""
+    found = [
+        (row.support, score.value)
+        for row in evaluation.per_class
+        for name, score in row.scores.items()
+        if name == "sensitivity" and row.support and score.low == score.high == score.value
+    ]
+    if not found:
+        return NOTHING
+    n, value = min(found)
+    count = round(n * value)
+    rate = proportion(count, n, evaluation.level)
+    return tag(
+        '<p class="mm-hint">An interval of a single number is no certainty: all resamples of the images gave the same. '
+        "{} of {} images found allow a sensitivity from {:.3f} to {:.3f} (Wilson, {:.0%}).</p>",
+        count, n, rate.low, rate.high, evaluation.level,
+    )  # fmt: skip
 
 
 def overall_html(evaluation: Evaluation) -> Markup:

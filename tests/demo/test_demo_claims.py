@@ -22,7 +22,7 @@ from demo import advice, service, sessions, store
 from demo.context import Context
 from demo.options import Limits, Options
 from demo.service import Answer, View, inspect
-from demo.tabs import answers, classify, finetune, models, patients, remarks, window
+from demo.tabs import answers, classify, finetune, models, patients, remarks, results, window
 from medmamba.serving.record import UNSURE, Applied
 
 GOOD = {**CALIBRATION, "n": 1000, "ece_after": 0.02}
@@ -150,6 +150,15 @@ def test_groups_are_called_what_they_are(loaded_with, dataset, unit):
         ),
     )
     assert f"40 images of 20 {unit}" in answers.card_html(loaded)
+
+
+def test_an_interval_of_a_single_number_is_no_certainty():
+    right = np.repeat([[0.9, 0.1], [0.1, 0.9]], 6, axis=0)
+    found = evaluate(np.arange(12) // 6, right, ["a", "b"], resamples=20)
+    assert "6 of 6 images found allow a sensitivity from 0.610 to 1.000" in results.per_class_html(found, "test")
+    wrong = evaluate(np.arange(12) // 6, right[::-1], ["a", "b"], resamples=20)
+    assert "0 of 6 images found allow a sensitivity from 0.000 to 0.390" in results.per_class_html(wrong, "test")
+    assert "certainty" not in results.per_class_html(evaluation(False), "test")
 
 
 def test_every_unit_of_the_registry_has_a_plural():
