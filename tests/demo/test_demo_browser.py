@@ -261,6 +261,18 @@ def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (800, True)], ids=["light phone", "dark tablet"])
+def test_axe_finds_nothing_serious_on_small_screens(open_page, width, dark):
+    page = open_page(width=width, dark=dark)
+    answer_of(page, NEUTROPHIL)
+    found = {}
+    for tab in TABS:
+        to_tab(page, tab)
+        found[tab] = serious(page)
+    assert not any(found.values()), found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_axe_finds_nothing_serious_in_what_takes_longer(open_page, dark):
     page = open_page(dark=dark, width=390 if dark else 1280)
