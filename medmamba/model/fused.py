@@ -1,15 +1,16 @@
-"""A model for inference whose blocks run as few kernels on an NVIDIA GPU; `model.fuse()` returns one.
+"""A model for inference whose blocks run as few kernels, on NVIDIA GPUs and CPUs; `model.fuse()` returns one.
 
 Each block launches ten kernels: two convolutions with their ReLU, four matrix products, the depthwise convolution with
-its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. Anywhere
-else (CPUs, gradients, torch.compile, autocast over float32 weights, replaced layers), the layers of `network.py` run
-one by one. Hooks on layers inside a block fire only there.
+its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. In other
+cases (other devices, gradients, torch.compile, autocast over float32 weights, replaced layers, hooks on a CPU) the
+layers of `network.py` run one by one. On a GPU, hooks on layers inside a block fire only there.
 
 Fused models and their graphs are thread-safe; each thread may use a CUDA stream of its own.
 """
 
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import resolve_backend
-from ..kernels.block import inference
+from ..kernels.block import inference, inference_cpu
 from ..kernels.cuda import graph_capture
 from ..kernels.dispatch import transformed
 from ..kernels.once import once
@@ -54,6 +55,8 @@ LAYERS = {
     *(PatchEmbed, PatchMerging, Stage, SSConvSSM, SS2D, ConvBranch, DropPath, ChannelAffine, Pointwise),
     *(nn.Conv2d, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.ReLU),
 }
+RUNS = {"cuda": "cuda", "cpu": "native"}  # the scan backend on whose kernels a fused model runs
+RUNS_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _preparing = threading.Lock()
 
 
@@ -74,6 +77,8 @@ class _Block(NamedTuple):
 class _Prepared(NamedTuple):
     """Prepared blocks by stage, with the parameters and buffers they derive from and the version of those."""
 
+    embed_norm: tuple[Tensor, Tensor, float]
+    merge_norms: list[tuple[Tensor, Tensor, float]]
     blocks: list[list[_Block]]
     sources: list[Tensor]
     version: int
@@ -95,7 +100,9 @@ class FusedMedMamba(MedMambaNetwork):
         self._check_input(x)
         if x.dtype != (dtype := self.patch_embed.proj.weight.dtype):
             x = x.to(dtype)
-        return self.cuda_pyramid(x) if self._runs_fused(x) else super().forward_pyramid(x)
+        if not self._runs_fused(x):
+            return super().forward_pyramid(x)
+        return self.cuda_pyramid(x) if x.is_cuda else self._pyramid(x, inference_cpu)
 
     @torch.inference_mode()
     def graphed(self, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -187,10 +194,12 @@ class FusedMedMamba(MedMambaNetwork):
         return _unpickle, (self._base,), self.__dict__ | {"_blocks": None}
 
     def _runs_fused(self, x: Tensor) -> bool:
-        weight = self.patch_embed.proj.weight
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (x.is_cuda and weight.device == x.device):
+        weight, device = self.patch_embed.proj.weight, x.device.type
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device != x.device:
             return False
-        if weight.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        if device not in RUNS or weight.dtype not in RUNS_TYPES:
+            return False
+        if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             return False
         if not len(x) or torch.jit.is_tracing() or transformed():
             return False
@@ -199,32 +208,41 @@ class FusedMedMamba(MedMambaNetwork):
             own = super().forward_pyramid.__func__ is MedMambaNetwork.forward_pyramid  # type: ignore[attr-defined]
             self._plain = own and all(type(m) in LAYERS for part in parts for m in part.modules())
             self._share("_plain", self._plain)
-        if not self._plain:
+        if not self._plain or (device == "cpu" and self._observed()):
             return False
         stages: Any = self.stages
         ssm = stages[0].blocks[0].ssm
         fits = all(dim % 4 == 0 for dim in self.config.dims) and self.config.d_state <= 16
-        return fits and resolve_backend(x.device, weight.dtype, ssm.scan_backend) == "cuda"
+        return fits and resolve_backend(x.device, weight.dtype, ssm.scan_backend) == RUNS[device]
 
-    def _prepared(self) -> list[list[_Block]]:
-        """Returns the prepared blocks. One thread prepares them; others wait for it and for the GPU to finish."""
+    def _observed(self) -> bool:
+        parts = (self.patch_embed, self.stages, self.downsamples)
+        return any(m._forward_hooks or m._forward_pre_hooks for part in parts for m in part.modules())
+
+    def _prepared(self) -> _Prepared:
+        """Returns what is prepared. One thread prepares it; others wait for it and for the GPU to finish."""
         plan = self._blocks
         if plan is not None and _version(plan.sources) == plan.version:
-            return plan.blocks
+            return plan
         with _preparing:
             plan = self._blocks
             if plan is None or _version(plan.sources) != plan.version:
                 stages: Any = self.stages
-                sources = [*stages.parameters(), *stages.buffers()]
+                embed: Any = self.patch_embed
+                merging: Any = self.downsamples
+                parts = (self.patch_embed, self.stages, self.downsamples)
+                sources = [t for part in parts for t in (*part.parameters(), *part.buffers())]
                 version = _version(sources)
-                plan = _Prepared([[_prepare(block) for block in stage.blocks] for stage in stages], sources, version)
+                blocks = [[_prepare(block) for block in stage.blocks] for stage in stages]
+                norms = _norm(embed.norm), [_norm(m.norm) for m in merging]
+                plan = _Prepared(*norms, blocks, sources, version)
                 if sources[0].is_cuda:
                     if torch.cuda.is_current_stream_capturing():
-                        return plan.blocks  # filled when the graph is replayed, so private to that graph
+                        return plan  # filled when the graph is replayed, so private to that graph
                     torch.cuda.current_stream(sources[0].device).synchronize()  # others read them on other streams
                 self._blocks = plan
                 self._share("_blocks", plan)
-            return plan.blocks
+            return plan
 
     def _share(self, name: str, value: Any) -> None:
         """Copies what an `eval_view` computed from the shared weights to the original, for its next view."""
@@ -232,23 +250,27 @@ class FusedMedMamba(MedMambaNetwork):
         if original is not None and original._changes == self._changes:  # not moved or loaded since
             original.__dict__[name] = value
 
-    @torch.no_grad()
     def cuda_pyramid(self, x: Tensor) -> list[Tensor]:
         """Returns `forward_pyramid(x)` computed by the kernels of `kernels/block/inference.py`."""
+        return self._pyramid(x, inference)
+
+    @torch.no_grad()
+    def _pyramid(self, x: Tensor, kernels: ModuleType) -> list[Tensor]:
         embed: Any = self.patch_embed
         x = embed.proj(x.to(embed.proj.weight.dtype).contiguous(memory_format=torch.channels_last))
-        x = inference.norm(x.permute(0, 2, 3, 1).contiguous(), *_norm(embed.norm))  # (B, H, W, C)
+        prepared = self._prepared()
+        x = kernels.norm(x.permute(0, 2, 3, 1).contiguous(), *prepared.embed_norm)  # (B, H, W, C)
         maps = []
-        for i, blocks in enumerate(self._prepared()):
+        for i, blocks in enumerate(prepared.blocks):
             if i:
                 merging: Any = self.downsamples[i - 1]
-                x = F.linear(inference.gather_norm(x, *_norm(merging.norm)), merging.reduction.weight)
-            _, *halves = inference.mix_split(x, None, blocks[0].split)
+                x = F.linear(kernels.gather_norm(x, *prepared.merge_norms[i - 1]), merging.reduction.weight)
+            _, *halves = kernels.mix_split(x, None, blocks[0].split)
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 left, right = halves
                 assert left is not None and right is not None
-                mixed = _conv_branch(left, block), _scan_branch(right, block)
-                x, *halves = inference.mix_split(x, mixed, following.split if following else None)
+                mixed = _conv_branch(left, block), _scan_branch(right, block, kernels)
+                x, *halves = kernels.mix_split(x, mixed, following.split if following else None)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 
@@ -282,19 +304,34 @@ def _conv_branch(x: Tensor, block: _Block) -> Tensor:
     """Returns the convolution branch of x (B, H, W, C/2) before its last ReLU, in the same shape."""
     x = x.permute(0, 3, 1, 2)  # (B, C/2, H, W), channels_last
     for conv in block.convs:
-        if x.is_cuda:
-            x = torch.cudnn_convolution_relu(x, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
-        else:
-            x = F.relu(conv(x))
+        x = _conv_relu(x, conv.weight, conv.bias)
     return block.pointwise(x).permute(0, 2, 3, 1)
 
 
-def _scan_branch(x: Tensor, block: _Block) -> Tensor:
+def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    if _onednn_fuses(x.dtype):
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [1, 1], [1, 1], [1, 1], 1, "relu", [], "")
+    return F.relu_(F.conv2d(x, weight, bias, padding=1))
+
+
+@once
+def _onednn_fuses(dtype: torch.dtype) -> bool:
+    """Returns whether PyTorch's CPU library computes a convolution with its ReLU in this dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def _scan_branch(x: Tensor, block: _Block, kernels: ModuleType) -> Tensor:
     """Returns the scan branch of x (B, H, W, C/2), in the same shape."""
     x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)  # (B, H, W, C) each
-    x = inference.depthwise_silu(x, *block.depthwise)
+    x = kernels.depthwise_silu(x, *block.depthwise)
     proj = F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))  # (B, H, W, K, R4 + 2N)
-    return F.linear(inference.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
+    return F.linear(kernels.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
 
 
 def _prepare(block: SSConvSSM) -> _Block:

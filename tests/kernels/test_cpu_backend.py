@@ -317,7 +317,7 @@ states, y = torch.empty(0), torch.empty_like(x)
 call = native._scan_2d(x, proj, weight, A, dt_bias=bias, D=D, states=states, y=y)
 def work():
     while True:
-        native._call("scan_2d_forward", call)
+        native.call_library("scan_2d_forward", call)
         started.set()
 started = threading.Event()
 threading.Thread(target=work, daemon=True).start()

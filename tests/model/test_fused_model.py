@@ -97,18 +97,11 @@ def test_layers_that_it_cannot_fold_are_refused(tiny_model):
 
 
 def test_kernels_stand_for_known_layers_only(tiny_model, monkeypatch):
-    """Seen without a GPU: what is asked before the kernels run, of a tensor that claims to be on one."""
-    monkeypatch.setattr(fused_model, "resolve_backend", lambda *_: "cuda")
-
-    class OnGPU:
-        is_cuda, device = True, torch.device("cpu")
-
-        def __len__(self):
-            return 1
+    monkeypatch.setattr(fused_model, "resolve_backend", lambda *_: "native")
 
     def fits(model):
         with torch.inference_mode():
-            return model._runs_fused(OnGPU())
+            return model._runs_fused(torch.zeros(1, 3, 32, 32))
 
     fused = tiny_model.fuse()
     assert fits(fused)
@@ -123,6 +116,30 @@ def test_kernels_stand_for_known_layers_only(tiny_model, monkeypatch):
     assert fits(of(Doubled).fuse())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_cpu_its_kernels_compute_what_the_layers_do(tiny_model, dtype):
+    model, images = copy.deepcopy(tiny_model), torch.randn(2, 3, 68, 36)
+    with torch.no_grad():
+        for module in model.modules():  # so that nothing is one or zero by chance
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
+    fused = model.fuse(dtype)
+    with torch.inference_mode():
+        assert fused._runs_fused(images.to(dtype or torch.float32))
+        expected, found = model.forward_pyramid(images), fused.forward_pyramid(images)
+    tolerance = {None: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f.float(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
+
+
+def test_hooks_fire_on_a_cpu(tiny_model):
+    fused, seen = tiny_model.fuse(), []
+    fused.stages[1].blocks[0].ssm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        fused(torch.zeros(1, 3, 32, 32))
+    assert seen == [1]
+
+
 def test_what_the_kernels_read_follows_the_weights(tiny_model):
     fused, other = tiny_model.fuse(), of(medmamba.MedMamba)
     with torch.no_grad():
@@ -131,7 +148,7 @@ def test_what_the_kernels_read_follows_the_weights(tiny_model):
     other = other.fuse()
 
     def read(model):
-        return [block.scan[2] for stage in model._prepared() for block in stage]
+        return [block.scan[2] for stage in model._prepared().blocks for block in stage]
 
     first = read(fused)
     assert all(a is b for a, b in zip(read(fused), first, strict=True)), "made once"
@@ -142,7 +159,7 @@ def test_what_the_kernels_read_follows_the_weights(tiny_model):
         fused.stages[0].blocks[0].ssm.A_log.add_(1)
     assert not torch.equal(read(fused)[0], read(other)[0])
     fused.stages = fused.stages[:1]
-    assert len(fused._prepared()) == 1
+    assert len(fused._prepared().blocks) == 1
 
 
 def test_threads_prepare_it_once(tiny_model, monkeypatch):

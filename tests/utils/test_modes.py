@@ -46,7 +46,7 @@ def state_of(model: nn.Module) -> list:
         for key, value in sorted(module.__dict__.items()):
             if isinstance(value, dict):
                 found.append((name, key, id(value), [(k, id(v)) for k, v in value.items()]))
-            elif key != "training":
+            elif key not in ("training", "_blocks", "_plain"):  # the last two: kept results of fused models
                 found.append((name, key, id(value)))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         grad = None if tensor.grad is None else tensor.grad.numpy().tobytes()

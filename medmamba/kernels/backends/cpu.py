@@ -76,9 +76,14 @@ def best_variant() -> int:
     return load_library().medmamba_best_variant()
 
 
-def _call(function: str, arguments: ctypes.Structure) -> None:
+def call_library(function: str, arguments: ctypes.Structure) -> None:
+    """Calls a function of the library for the widest instruction set of this processor.
+
+    Raises:
+        MemoryError: it ran out of memory.
+    """
     if getattr(load_library(), f"medmamba_{function}")(best_variant(), ctypes.byref(arguments)):
-        raise MemoryError("the selective scan ran out of memory")
+        raise MemoryError(f"{function} ran out of memory")
 
 
 def _data(tensor: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class CpuBackend(Backend):
         x, proj = x.contiguous(), _data(proj)
         dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
         y = torch.empty_like(x)
-        _call("scan_2d_forward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, y=y))
+        call_library("scan_2d_forward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, y=y))
         return y
 
     def scan_2d_backward(
@@ -166,7 +171,7 @@ class CpuBackend(Backend):
         dt_weight, dt_bias, A, D = _floats(dt_weight, dt_bias, A, D)
         grads = [_like(t) for t in (x, proj, dt_weight, dt_bias, A, D)]
         outputs = dict(zip(("dx", "dproj", "ddt_weight", "ddt_bias", "dA", "dD"), grads, strict=True))
-        _call(
+        call_library(
             "scan_2d_backward", _scan_2d(x, proj, dt_weight, A, dt_bias=dt_bias, D=D, states=states, dy=dy, **outputs)
         )
         return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
@@ -178,7 +183,7 @@ class CpuBackend(Backend):
         A, D, delta_bias = _floats(A, D, delta_bias)
         y, last_state = torch.empty_like(u), u.new_empty((*u.shape[:2], A.shape[1]), dtype=torch.float32)
         arguments = _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, y=y, last_state=last_state)
-        _call("scan_1d_forward", arguments)
+        call_library("scan_1d_forward", arguments)
         return y, last_state
 
     def scan_1d_backward(
@@ -198,7 +203,9 @@ class CpuBackend(Backend):
         A, D, delta_bias = _floats(A, D, delta_bias)
         grads = [_like(t) for t in (u, delta, A, B, C, D, delta_bias)]
         outputs = dict(zip(("du", "ddelta", "dA", "dBs", "dCs", "dD", "ddelta_bias"), grads, strict=True))
-        _call("scan_1d_backward", _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, dy=dy, **outputs))
+        call_library(
+            "scan_1d_backward", _scan_1d(u, delta, A, B, C, softplus, D=D, delta_bias=delta_bias, dy=dy, **outputs)
+        )
         return tuple(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))  # type: ignore[return-value]
 
 

@@ -53,3 +53,8 @@ EXPORT int medmamba_scan_2d_forward(int variant, const Scan2d *a) { return varia
 EXPORT int medmamba_scan_2d_backward(int variant, const Scan2d *a) { return variants[variant]->scan_2d_backward(a); }
 EXPORT int medmamba_scan_1d_forward(int variant, const Scan1d *a) { return variants[variant]->scan_1d_forward(a); }
 EXPORT int medmamba_scan_1d_backward(int variant, const Scan1d *a) { return variants[variant]->scan_1d_backward(a); }
+
+EXPORT int medmamba_gate_norm(int variant, const Pixels *a) { return variants[variant]->gate_norm(a); }
+EXPORT int medmamba_mix_split(int variant, const Pixels *a) { return variants[variant]->mix_split(a); }
+EXPORT int medmamba_norm(int variant, const Pixels *a) { return variants[variant]->norm(a); }
+EXPORT int medmamba_depthwise_silu(int variant, const Pixels *a) { return variants[variant]->depthwise_silu(a); }

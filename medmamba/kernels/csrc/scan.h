@@ -45,12 +45,26 @@ typedef struct {
     float *dA, *dD, *ddelta_bias;
 } Scan1d;
 
+// The arguments of the operations around the scan, see pixels.h; each uses some of them.
+typedef struct {
+    int64_t B, H, W, C;
+    int64_t threads, type;      // type: of all maps
+    int64_t pixels;             // of the result
+    int64_t step, gather;       // elements between the pixels of the map that may be half of a wider one
+    const void *x, *left, *right;
+    const float *scale, *shift, *weight, *bias;
+    void *out, *next_left, *next_right;
+    float eps;
+} Pixels;
+
 // All return 0, or 1 if out of memory.
 typedef int scan_2d_fn(const Scan2d *);
 typedef int scan_1d_fn(const Scan1d *);
+typedef int pixels_fn(const Pixels *);
 
 typedef struct {
     scan_2d_fn *scan_2d_forward, *scan_2d_backward;
     scan_1d_fn *scan_1d_forward, *scan_1d_backward;
+    pixels_fn *gate_norm, *mix_split, *norm, *depthwise_silu;
     int lanes;
 } Variant;

@@ -116,6 +116,8 @@ INLINE void store_some(void *p, int64_t type, ptrdiff_t i, ptrdiff_t lanes, vf v
 #define UPPER(i, k) ((i) & (k) ? V + (i) : (i) | (k))          // a from the lane with bit k set; b
 #define LOWER(i, k) ((i) & (k) ? V + ((i) ^ (k)) : (i))        // a; b from the lane with bit k clear
 
+#define ZIPPED(i, k) ((i) / 2 + (k) * V / 2 + (i) % 2 * V)     // a[0], b[0], a[1], b[1], ...; k = 1: the second half
+
 // One step of the sum of vectors over their lanes: lanes with bit k clear get pairs of a, the others pairs of b.
 INLINE vf fold(vf a, vf b, int k) {
     switch (k) {
