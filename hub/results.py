@@ -61,8 +61,8 @@ CAVEATS = {
     "images excludes commercial use.",
     "pad-ufes-20": "780 of the 2,298 images, not drawn at random, split by patient; the published split is by "
     "image and has patients in several splits. Each of the 238 test images corresponds to 0.42 percentage points. "
-    "Seed 1 was stopped in epoch 34 of 45, after its best epoch. A third seed was stopped after 2 epochs, when the "
-    "GPU time was used up, and is excluded.",
+    "Seed 1 was stopped in epoch 34 of 45, after its best epoch. Seed 2 was distilled from the teachers of seeds 2 "
+    "and 3, the others from those of seeds 0 and 1.",
     "cpn-xray": "A reconstruction, of the same size as the published dataset: COVID-19 Radiography Database (COVID, "
     "normal adults) and Kermany et al. (pneumonia, normal children). Classes are confounded with sources, so results "
     "say little about diagnosis: see the card. 87 of the patient numbers in test also occur in train or val.",
