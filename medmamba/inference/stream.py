@@ -28,7 +28,7 @@ MOST_BYTES = 1 << 29  # of their pixels, float32
 _FEW = 16  # images in a batch as long as it is not known whether there will be many
 _IN_FLIGHT = 2  # batches per GPU: one is computed, the next is on its way
 _DECODERS = 2  # threads per GPU that have it decode
-_NICE = 5  # on a CPU the network comes before reading ahead
+_NICE = 5  # computing, or feeding the GPU, comes before reading ahead
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,13 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
     ahead = 2 + -(-(_IN_FLIGHT + 1) * len(devices) * min(options.batch_size or MOST, MOST) // chunk)
     if all(device.type == "cpu" for device in devices):
         ahead = 2 + -(-2 * (options.batch_size or _FEW) // chunk)
-    nice = _NICE if any(device.type == "cpu" for device in devices) else 0
     chunks = read_ahead(
         sources,
         order,
         workers=options.workers,
         chunk=chunk,
         ahead=ahead,
-        nice=nice,
+        nice=_NICE,
         using=lambda memory: pinned(memory, devices),
     )
     with contextlib.closing(chunks):
