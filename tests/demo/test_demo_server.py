@@ -132,7 +132,7 @@ def test_the_queue_is_bounded(model_folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_twenty_clients_at_once_get_their_own_answers(url):
     """A small version of benchmarks/demo.py."""
-    images = sorted(EXAMPLES.glob("*.webp"))
+    images = sorted(EXAMPLES.glob("blood_*.webp"))
 
     def ask(number: int) -> list[str]:
         client = gradio_client.Client(url, verbose=False)
