@@ -24,6 +24,8 @@ from .store import display_name
 
 NEEDED = {"medmamba-segmenter": "segmentation_models_pytorch", "medmamba-detector": "torchvision"}
 """Kind of model, and the package that loading it imports."""
+DEFAULT = "medmamba/pad-lesions"
+"""Is first, since there are examples of its images."""
 MAX_LOADED = 3
 LEAST_SCORE = 0.05
 """Score from which boxes are kept, so that the slider has something to move over."""
@@ -197,10 +199,14 @@ def split_models(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def bundled_dense() -> tuple[str, ...]:
-    """Returns the names of the bundled models for masks and boxes, where the packages that they need are installed."""
+    """Returns the names of the bundled models for masks and boxes, where the packages that they need are installed.
+
+    The default is first.
+    """
     if not all(map(can_load, NEEDED)):
         return ()
-    return tuple(name for name, folder in medmamba.bundled_models().items() if is_dense(folder))
+    names = [name for name, folder in medmamba.bundled_models().items() if is_dense(folder)]
+    return tuple(sorted(names, key=lambda name: name != DEFAULT))
 
 
 def can_load(kind: str) -> bool:

@@ -15,16 +15,21 @@ from medmamba.data.registry import RegistryError, get
 from .html import NOTHING, Markup, bullets, data_uri, join, tag
 from .options import EXAMPLES
 
+CC_BY = "CC BY 4.0"
 KINDS = {
-    "blood": (("bloodmnist",), "blood cell", "Acevedo et al. 2020, doi:10.17632/snkd93bnjr.1"),
-    "breast": (("breastmnist",), "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863"),
-    "chest": (("pneumoniamnist", "cpn-xray"), "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2"),
-    "skin": (("pad-ufes-20",), "photograph of skin", "PAD-UFES-20, Pacheco et al. 2020, doi:10.17632/zr7vgbcyr2.1"),
-}
-"""First word of a file name to (datasets whose test splits hold the images, kind of image, source)."""
+    "blood": (("bloodmnist",), "blood cell", "Acevedo et al. 2020, doi:10.17632/snkd93bnjr.1", CC_BY),
+    "breast": (("breastmnist",), "breast ultrasound", "Al-Dhabyani et al. 2020, doi:10.1016/j.dib.2019.104863", CC_BY),
+    "chest": (("pneumoniamnist", "cpn-xray"), "chest X-ray", "Kermany et al. 2018, doi:10.17632/rscbjbr9sj.2", CC_BY),
+    "skin": (
+        ("pad-ufes-20",), "photograph of skin", "PAD-UFES-20, Pacheco et al. 2020, doi:10.17632/zr7vgbcyr2.1", CC_BY,
+    ),
+    "smear": (("bccd",), "blood smear", "BCCD, github.com/Shenggan/BCCD_Dataset, © 2017 shenggan", "MIT"),
+}  # fmt: skip
+"""First word of a file name to (datasets whose test splits hold the images, kind of image, source, licence)."""
+BOXED = ("smear",)
+"""Those of datasets of boxes, which no classifier knows."""
 LACKING = {"cpn-xray": "COVID is not among them: those images come without a licence to share them."}
 """Dataset to the classes without an example, and why."""
-LICENCE = "CC BY 4.0"
 SUFFIXES = (".webp", ".jpg", ".jpeg", ".png")
 HELD_OUT = 8
 """Number of test images shown after fine-tuning."""
@@ -46,12 +51,19 @@ class Example:
     thumbnail: str
 
 
-def load_examples() -> list[Example]:
-    """Loads all examples, sorted by name."""
+def load_examples(boxed: bool = False) -> list[Example]:
+    """Loads the examples, sorted by name.
+
+    Args:
+        boxed: those of datasets of boxes too, after the others.
+    """
     found = []
-    for path in sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES):
+    paths = sorted(p for p in EXAMPLES.iterdir() if p.suffix in SUFFIXES)
+    for path in sorted(paths, key=lambda p: p.stem.partition("_")[0] in BOXED):
         first, _, what = path.stem.partition("_")
-        datasets, kind, _ = KINDS[first]
+        if first in BOXED and not boxed:
+            continue
+        datasets, kind, _, _ = KINDS[first]
         with Image.open(path) as picture:
             small = picture.convert("RGB")
         small.thumbnail((120, 120))
@@ -66,7 +78,7 @@ def outlined_html(examples: list[Example], dataset: str | None) -> Markup:
     Args:
         dataset: the training dataset, as the model names it.
     """
-    own = [(i, e) for i, e in enumerate(examples) if registered(dataset) in e.datasets]
+    own = [(i, e) for i, e in enumerate(examples) if {dataset, registered(dataset)} & set(e.datasets)]
     if not own:
         return NOTHING
     shown = _group("Or try an example", own, "Test images, which the model was not trained on.")
@@ -129,12 +141,17 @@ def examples_html(examples: list[Example], dataset: str | None, yours: Sequence[
         lead = " ".join(filter(None, ("Test images, labelled with their true class.", LACKING.get(dataset or ""))))
         first = _group("Or try an example", own, lead)
         groups = first + _group("Or an image the model was not trained for", others)
-    return tag('<div class="mm-examples">{}{}</div>', groups, _sources())
+    return tag('<div class="mm-examples">{}{}</div>', groups, _sources({e.kind for e in examples}))
 
 
-def _sources(kinds: Container[str] | None = None) -> Markup:
-    rows = bullets(f"{kind}: {source}" for _, kind, source in KINDS.values() if kinds is None or kind in kinds)
-    return tag('<details class="mm-more"><summary>Sources, all {}</summary>{}</details>', LICENCE, rows)
+def _sources(kinds: Container[str]) -> Markup:
+    found = [(kind, source, licence) for _, kind, source, licence in KINDS.values() if kind in kinds]
+    licences = {licence for _, _, licence in found}
+    rows = bullets(
+        f"{kind}: {source}" + (f", {licence}" if len(licences) > 1 else "") for kind, source, licence in found
+    )
+    said = f", all {next(iter(licences))}" if len(licences) == 1 else " and licences"
+    return tag('<details class="mm-more"><summary>Sources{}</summary>{}</details>', said, rows)
 
 
 def _group(title: str, examples: list[tuple[int, Example]], lead: str = "") -> Markup:

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medmamba.utils.files import write_text
+from medmamba.utils.text import json_text
+
 SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).parent / "results" / "dense"
 STARTS = {"nano": "nano-medical", "tiny": "tiny-medical"}
 
 
@@ -56,6 +60,26 @@ def finished(result: Any, run: Run, out: Path) -> dict[str, Any]:
     return json.loads((out / run.name / "results.json").read_text(encoding="utf-8"))
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """Returns what results.json of a run holds, without paths of the machine that it ran on."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    training = {**results["training"], "init": Path(str(results["training"]["init"])).name}
+    return {"splits": results["splits"], "training": training}
+
+
+def store(folders: Sequence[Path], target: Path = RESULTS) -> list[Path]:
+    """Stores the results of finished runs; returns the files written.
+
+    Raises:
+        FileNotFoundError: a folder has no results.
+    """
+    found = {target / folder.name / "results.json": read_results(folder) for folder in folders}
+    for path, results in found.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json_text(results, indent=1) + "\n")
+    return list(found)
+
+
 def table(folder: Path, known: Sequence[Run], metrics: Sequence[Metric]) -> str:
     """Returns mean and standard deviation over the seeds of every model, as Markdown."""
     columns = [(split, *metric) for split in ("test", "val") for metric in metrics]
@@ -84,7 +108,7 @@ def command_line(
     metrics: Sequence[Metric],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Runs `list`, `train` and `table`.
+    """Runs `list`, `train`, `table` and `store`.
 
     Args:
         module: such as "hub.segment".
@@ -103,12 +127,18 @@ def command_line(
     training.add_argument("--only", nargs="+", required=True, help="names of runs, see list")
     training.add_argument("--set", nargs="*", default=[], help="settings of the recipe, such as epochs=10")
     shown = commands.add_parser("table", help="the results of a folder of runs")
-    shown.add_argument("folder", type=Path)
+    shown.add_argument(
+        "folder", type=Path, nargs="?", default=RESULTS, help="default: the stored ones, hub/results/dense"
+    )
+    storing = commands.add_parser("store", help="copy the results of finished runs into hub/results/dense")
+    storing.add_argument("folders", type=Path, nargs="+")
     chosen = parser.parse_args(arguments)
     if chosen.command == "list":
         print("\n".join(run.name for run in known))
     elif chosen.command == "table":
         print(table(chosen.folder, known, metrics))
+    elif chosen.command == "store":
+        print("\n".join(map(str, store(chosen.folders))))
     else:
         from medmamba.training.recipe import parse_setting
 

@@ -2,7 +2,7 @@
 
     python -m hub.detect list
     python -m hub.detect train --data DATA --out RUNS --only bccd-nano-0
-    python -m hub.detect table RUNS
+    python -m hub.detect table [RUNS]
 
 DATA holds `bccd`, a Pascal VOC folder with its official split. Boxes without extent are dropped, as everywhere.
 """

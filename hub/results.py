@@ -253,12 +253,13 @@ def _licence(folder: str) -> str:
 
 
 def _dense() -> list[str]:
-    """Rows of the models for masks and boxes, with their first metric on test images."""
+    """Rows of the models for masks and boxes, with the metric that selected their epoch, on test images."""
     rows = []
     for folder in sorted(path.parent for path in MODELS.glob("*/config.json")):
         if is_dense(folder):
             facts = read_dense_facts(folder)
-            name, score = facts.scores("test")[0]
+            name = facts.training["selected_by"][0]
+            score = dict(facts.scores("test"))[name]
             value = f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
             does = "outlines" if facts.task == "segmentation" else "finds"
             size = f"{facts.config.encoder.architecture}, {facts.config.preprocess.input_size[0]} px"

@@ -2,7 +2,7 @@
 
     python -m hub.segment list
     python -m hub.segment train --data DATA --out RUNS --only kvasir_seg-nano-0
-    python -m hub.segment table RUNS
+    python -m hub.segment table [RUNS]
 
 DATA holds `kvasir_seg`, `pad_ufes_20` and `pad_ufes_20_masks`, laid out as train, val and test.
 """

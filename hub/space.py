@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import medmamba
+from demo.dense import DEFAULT as DEFAULT_DENSE
+from medmamba.cards import is_dense
 from medmamba.config import DEFAULT_MODEL, ORGANISATION
 from medmamba.pretrained import PretrainedError, bundled_models, has_classes
 from medmamba.pretrained.sources import SIDECARS
@@ -53,7 +55,7 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
 
     Args:
         folder: new or empty, or an earlier build, whose files are replaced.
-        models: names to offer, the default first; None: all bundled classifiers.
+        models: names to offer, the default first; None: all bundled classifiers and models for masks and boxes.
         from_hub: download the models, "org/name" or "org/name@revision", when the Space is built.
 
     Returns:
@@ -63,7 +65,9 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
         SpaceError: no models, an unknown model, or a folder that holds something else.
     """
     classifiers = [name for name, path in bundled_models().items() if has_classes(path)]
-    names = models or sorted(classifiers, key=lambda name: name != DEFAULT_MODEL)
+    dense = [name for name, path in bundled_models().items() if is_dense(path)]
+    order = (DEFAULT_MODEL, DEFAULT_DENSE)
+    names = models or sorted(classifiers + dense, key=lambda name: (name in dense, name not in order))
     if not names:
         raise SpaceError("this copy of medmamba has no bundled models; name some with --models, or train one first")
     _clear(folder)

@@ -78,7 +78,7 @@ def build(context: Context, models: DenseModels, tab: gr.Tab) -> None:
                 LEAST_SCORE, 0.95, round(first.threshold, 2), step=0.01, label=slider_label(first), buttons=[],
                 visible=adjustable(first), elem_id="mm-segment-threshold",
             )  # fmt: skip
-            examples = load_examples()
+            examples = load_examples(boxed=True)
             picker = Html(
                 outlined_html(examples, first.dataset),
                 elem_id="mm-segment-examples",

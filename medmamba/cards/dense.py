@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .sections import PAPER
 
 TASKS = {"medmamba-segmenter": "segmentation", "medmamba-detector": "detection"}
 PIPELINES = {"medmamba-segmenter": "image-segmentation", "medmamba-detector": "object-detection"}
+_ORDER = {"train": 0, "val": 1, "test": 2}
 LOADERS = {"medmamba-segmenter": "MedMambaSegmenter", "medmamba-detector": "MedMambaDetector"}
 
 
@@ -239,7 +241,9 @@ def _data(facts: DenseFacts) -> str:
     sizes = training.get("split_sizes") or {}
     text = (
         f"{facts.dataset[:1].upper()}{facts.dataset[1:]}: "
-        + ", ".join(f"{count:,} {split}" for split, count in sizes.items())
+        + ", ".join(
+            f"{count:,} {split}" for split, count in sorted(sizes.items(), key=lambda item: _ORDER.get(item[0], 3))
+        )
         + " images."
     )
     if training.get("split"):
@@ -268,7 +272,26 @@ def _evaluation(facts: DenseFacts) -> str:
             f" Dice and IoU are means over images at their own size; `hd95` is in {test['hd95_unit']}; lesions are "
             "matched from an IoU of 0.1."
         )
-    return text + "\n\n" + "\n".join(lines)
+    return "\n\n".join([text, "\n".join(lines), *_beside(facts)])
+
+
+def _beside(facts: DenseFacts) -> list[str]:
+    """Returns what `config.training` has of other seeds and of peers, each with seed, metric, val and test."""
+    paragraphs, seeds = [], facts.training.get("seeds") or []
+    if seeds:
+        values = [run["test"] for run in seeds]
+        each = ", ".join(f"seed {run['seed']} {_number(run['val'])} / {_number(run['test'])}" for run in seeds)
+        spread = f"{_number(statistics.mean(values))} ± {statistics.stdev(values):.3f}"
+        paragraphs.append(
+            f"{len(seeds)} seeds were trained; this is seed {facts.training['seed']}, the best on validation images. "
+            f"The `{seeds[0]['metric']}` on validation / test: {each}; mean on test {spread}."
+        )
+    for run in facts.training.get("beside") or []:
+        paragraphs.append(
+            f"Beside it, in the same trainer and for as many epochs: {run['model']}, `{run['metric']}` on validation / "
+            f"test {_number(run['val'])} / {_number(run['test'])} (seed {run['seed']})."
+        )
+    return paragraphs
 
 
 def _number(value: float | None) -> str:
@@ -283,7 +306,7 @@ def _interval(score: dict[str, float | None]) -> str:
 def _limits(facts: DenseFacts) -> str:
     training = facts.training
     limits = [
-        "One training run with one seed; the spread over seeds is not known.",
+        *(() if training.get("seeds") else ("One training run with one seed; the spread over seeds is not known.",)),
         f"Trained on {training.get('device') or 'a machine that is not on record'}, "
         f"{training.get('epochs', '?')} epochs at {facts.config.preprocess.input_size[0]} pixels.",
         "No images of another source were tried; expect worse on them.",

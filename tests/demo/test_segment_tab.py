@@ -295,7 +295,21 @@ class TestInABrowser:
 def test_examples_are_offered_to_models_of_their_dataset_alone():
     from demo.examples import load_examples, outlined_html
 
-    offered = outlined_html(load_examples(), "pad_ufes_20")
+    examples = load_examples(boxed=True)
+    offered = outlined_html(examples, "pad_ufes_20")
     assert offered.count("<button") == 6 and "melanoma" in offered and "neutrophil" not in offered
     assert "Pacheco" in offered and "Acevedo" not in offered, "the sources of what is shown"
-    assert outlined_html(load_examples(), "discs") == "" and outlined_html(load_examples(), "kvasir_seg") == ""
+    smears = outlined_html(examples, "bccd")
+    assert smears.count("<button") == 3 and "2 white cells and 4 platelets" in smears
+    assert "Sources, all MIT" in smears and "© 2017 shenggan" in smears and "CC BY" not in smears
+    assert "Permission is hereby granted" in (EXAMPLES / "LICENSE-BCCD").read_text(encoding="utf-8")
+    assert load_examples() == [e for e in examples if e.kind != "blood smear"], (
+        "same numbers, no smears for classifiers"
+    )
+    assert outlined_html(examples, "discs") == "" and outlined_html(examples, "kvasir_seg") == ""
+
+
+def test_the_bundled_models_are_offered_the_one_with_examples_first():
+    from demo.dense import bundled_dense
+
+    assert bundled_dense() == ("medmamba/pad-lesions", "medmamba/bccd-cells", "medmamba/kvasir-polyps")

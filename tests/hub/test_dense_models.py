@@ -12,7 +12,7 @@ from segmentation_data import write_pairs
 if importlib.util.find_spec("segmentation_models_pytorch") is None:
     pytest.skip("needs the extra segment: make setup", allow_module_level=True)
 
-from hub import dense_models, dense_runs, detect, publish, segment
+from hub import dense_models, dense_runs, detect, publish, segment, segment_evaluate
 from hub.validate import validate
 
 SETTINGS = dict(epochs=1, size=32, batch_size=4, device="cpu", half=False)
@@ -48,6 +48,56 @@ def test_a_run_becomes_a_model_that_may_be_published(pad, tmp_path, capsys):
     assert publish.publish(folder, "medmamba/pad-lesions", dry_run=True) is None
     assert "would be published" in capsys.readouterr().out
     assert "dice" in publish._note(folder)
+
+
+@pytest.mark.slow
+def test_of_several_seeds_the_best_on_validation_is_taken(pad, tmp_path):
+    runs = []
+    for seed, dice in enumerate((0.7, 0.9, 0.8)):
+        runs.append(shutil.copytree(pad, tmp_path / f"pad_ufes_20-nano-{seed}"))
+        results = json.loads((runs[-1] / "results.json").read_text())
+        results["training"] |= {"seed": seed, "init": "/home/someone/nano-medical"}
+        results["splits"]["val"]["metrics"]["lesion"]["dice"]["value"] = dice
+        (runs[-1] / "results.json").write_text(json.dumps(results))
+    beside = shutil.copytree(runs[0], tmp_path / "pad_ufes_20-resnet34-0")
+    assert dense_models.main([*map(str, runs), str(tmp_path / "made"), "--beside", str(beside)]) == 0
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert "3 seeds were trained; this is seed 1" in card and "--only pad_ufes_20-nano-1 --set epochs=1 size=32" in card
+    assert "starts from `nano-medical`" in card and "/home" not in card
+    assert (
+        "U-Net with ResNet-34 of segmentation_models_pytorch, from random weights, `dice` on validation / test 0.700"
+        in card
+    )
+    assert "the spread over seeds is not known" not in card
+    small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "made", pad))
+    assert small < 0.6 * large, "stored in half precision"
+
+    stored = dense_runs.store(runs, tmp_path / "stored")
+    assert "/home" not in stored[0].read_text() and len(stored) == 3
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(runs[0] / "results.json", tmp_path / "other" / "results.json")
+    text = (tmp_path / "other" / "results.json").read_text().replace('"pad_ufes_20"', '"kvasir_seg"')
+    (tmp_path / "other" / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="several datasets: kvasir_seg, pad_ufes_20"):
+        dense_models.make([runs[0], tmp_path / "other"], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_a_stored_model_is_evaluated_as_it_was_in_training(pad, tmp_path, capsys):
+    folder = dense_models.make(pad, tmp_path / "pad-lesions")
+    arguments = ["--data", str(pad.parents[1]), "--model", str(folder), "--out", str(tmp_path / "found.json")]
+    assert segment_evaluate.main(arguments) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["all"]["metrics"]["lesion"]["dice"]["value"]
+    recorded = json.loads((pad / "results.json").read_text())["splits"]["test"]["metrics"]["lesion"]["dice"]["value"]
+    assert found == pytest.approx(recorded, abs=0.01), "float16 beside float32"
+    assert segment_evaluate.main([*arguments, "--by-folder", "--flips", "--split", "val"]) == 0
+    assert list(json.loads((tmp_path / "found.json").read_text())) == ["NEV"]
+    assert "NEV: 6 images, 95 % intervals over patients" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    config["training"]["dataset"] = "squares"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert segment_evaluate.main(arguments) == 2 and "trained on squares" in capsys.readouterr().err
 
 
 @pytest.mark.slow

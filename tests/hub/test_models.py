@@ -1,5 +1,6 @@
 """The models in hub/models: each is fit to be published as it lies there, and says what it is."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import medmamba
+from hub import dense_runs
 from hub.golden import GOLDEN_NAME, check_golden
 from hub.publish import model_folders
 from hub.validate import validate
@@ -126,7 +128,49 @@ def test_a_model_for_masks_or_boxes_may_be_published_as_it_is(dense, tmp_path):
     card = (dense / "README.md").read_text(encoding="utf-8")
     assert card == render_dense_card(facts, f"medmamba/{dense.name}")  # python -m hub.card hub/models/*
     assert facts.results["splits"]["test"]["n"] == facts.training["split_sizes"]["test"]
-    assert (dense / "model.safetensors").stat().st_size < 12 * 2**20 and f"medmamba/{dense.name}" in card
+    assert (dense / "model.safetensors").stat().st_size < 6 * 2**20, f"{dense.name}: save it in half precision"
+    assert f"medmamba/{dense.name}" in card and "3 seeds were trained" in card
+
+
+def test_the_seed_of_masks_or_boxes_was_chosen_on_validation_and_its_results_are_stored(dense):
+    facts = read_dense_facts(dense)
+    training, metric = facts.training, facts.training["selected_by"][0]
+    paths = sorted(dense_runs.RESULTS.glob(f"{training['dataset']}-nano-*/results.json"))
+    runs = {run["training"]["seed"]: run for run in (json.loads(path.read_text(encoding="utf-8")) for path in paths)}
+    assert len(runs) == 3 and runs[training["seed"]]["splits"] == facts.results["splits"]
+    best = max(training["seeds"], key=lambda run: run["val"])
+    assert best["seed"] == training["seed"] and best["metric"] == metric
+    assert dict(facts.scores("test"))[metric]["value"] == pytest.approx(best["test"])
+    assert all(run["training"]["best_epoch"] <= run["training"]["epochs"] for run in runs.values())
+
+
+@pytest.mark.parametrize(("page", "module"), [("segmentation", "segment"), ("detection", "detect")])
+def test_the_tables_of_runs_are_those_of_the_stored_results(page, module, capsys):
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    marker = f"<!-- runs: python -m hub.{module} table -->"
+    shown = text.partition(marker)[2].partition("<!-- end of runs -->")[0].strip()
+    importlib.import_module(f"hub.{module}").main(["table"])
+    assert shown == capsys.readouterr().out.strip(), f"run: python -m hub.{module} table"
+
+
+def test_kvasir_is_not_for_commerce_and_shows_no_image():
+    folder = next(folder for folder in DENSE if folder.name == "kvasir-polyps")
+    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    assert card.data.license_name == "research-and-education-only" and "non-commercial" in card.data.tags
+    assert not [path for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".webp")]
+    assert "U-Net with ResNet-34 of segmentation_models_pytorch, from random weights" in card.text
+
+
+@pytest.mark.slow
+def test_cells_are_found_in_smears():
+    pytest.importorskip("torchvision")
+    model = medmamba.MedMambaDetector.from_pretrained("medmamba/bccd-cells")
+    folder = Path(__file__).parents[2] / "demo" / "examples"
+    found = {path.stem: model.predict(path).counts for path in folder.glob("smear_*.jpg")}
+    assert found["smear_2_white_cells_and_4_platelets"]["WBC"] == 2
+    assert found["smear_white_cell_and_2_platelets"]["WBC"] == 1
+    assert found["smear_2_platelets"]["Platelets"] == 2
+    assert all(counts["RBC"] >= 5 for counts in found.values())
 
 
 def test_the_app_and_its_space_leave_backbones_out():

@@ -1,7 +1,9 @@
 """The Space: a folder that holds all it needs, in which the app starts and answers."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,13 +74,19 @@ def test_all_models_of_a_clone_are_on_offer_the_default_first(tmp_path, monkeypa
         save_model(tmp_path / "models" / name)
         (tmp_path / "models" / name / "unusual.json").write_text("{}")
         models[f"medmamba/{name}"] = tmp_path / "models" / name
+    for name, kind in (("alpha-boxes", "detector"), ("beta-masks", "segmenter")):
+        shutil.copytree(tmp_path / "models" / "alpha-test", tmp_path / "models" / name)
+        (tmp_path / "models" / name / "config.json").write_text(json.dumps({"model_type": f"medmamba-{kind}"}))
+        models[f"medmamba/{name}"] = tmp_path / "models" / name
     monkeypatch.setattr(space, "bundled_models", lambda: models)
+    monkeypatch.setattr(space, "DEFAULT_DENSE", "medmamba/beta-masks")
     monkeypatch.setattr(space, "DEFAULT_MODEL", "medmamba/beta-test")
     files = space.build(tmp_path / "s")
     order = re.search(r"Options\(\((.+?)\)", (tmp_path / "s" / "app.py").read_text())[1]
-    assert re.findall(r"'(.+?)'", order) == ["medmamba/beta-test", "medmamba/alpha-test", "medmamba/gamma-test"]
-    assert len([path for path in files if path.name == "model.safetensors"]) == 3
-    assert len([path for path in files if path.name == "unusual.json"]) == 3
+    names = ["beta-test", "alpha-test", "gamma-test", "beta-masks", "alpha-boxes"]
+    assert re.findall(r"'(.+?)'", order) == [f"medmamba/{name}" for name in names]
+    assert len([path for path in files if path.name == "model.safetensors"]) == 5
+    assert len([path for path in files if path.name == "unusual.json"]) == 5
 
 
 def test_requirements_are_those_of_the_package_and_of_zero_gpu(folder):
@@ -87,13 +95,16 @@ def test_requirements_are_those_of_the_package_and_of_zero_gpu(folder):
     assert not {"mamba-ssm", "causal-conv1d", "gradio", "spaces"} & set(listed)
     project = pytest.importorskip("tomllib").loads((space.ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    used = ("demo", "explain", "dicom", "train", "report")
+    used = ("demo", "explain", "dicom", "train", "report", "segment")
     texts = project["dependencies"] + [text for extra in used for text in extras[extra]]
     declared = {r.name: r for r in map(Requirement, texts)}
-    unused = {"tensorboard", "gradio", "medmamba"}  # without use there, installed by the Hub, and in the folder itself
+    # Without use there, installed by the Hub, and in the folder itself.
+    unused = {"tensorboard", "nibabel", "pycocotools", "gradio", "medmamba"}
     assert set(declared) - set(listed) == unused
+    torch_minor, vision_minor = (int(str(listed[name].specifier).split(".")[1]) for name in ("torch", "torchvision"))
+    assert vision_minor == torch_minor + 15, "torchvision 0.25 is of torch 2.10"
     for name, requirement in listed.items():
-        assert name == "torch" or requirement.specifier == declared[name].specifier, name
+        assert name in ("torch", "torchvision") or requirement.specifier == declared[name].specifier, name
 
 
 def test_what_weasyprint_loads_is_installed_by_apt(folder):
