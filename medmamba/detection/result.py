@@ -59,20 +59,25 @@ class Detection:
         return dataclasses.replace(self, boxes=[box for box in self.boxes if box.score >= score])
 
     def overlay(self, width: int | None = None) -> Image.Image:
-        """Returns the image with the boxes drawn, each class in a colour of its own.
+        """Returns the image with the boxes drawn, with labels and scores, each class in a colour of its own.
 
         Args:
             width: of the lines in pixels; by default one for every 300 pixels of the longer side.
         """
-        from PIL import Image, ImageDraw
+        from PIL import Image, ImageDraw, ImageFont
 
         picture = Image.fromarray(self.pixels)
         draw = ImageDraw.Draw(picture)
         line = width or max(1, round(max(self.size) / 300))
+        font = ImageFont.load_default(max(10, round(max(self.size) / 50)))
         for box in reversed(self.boxes):  # the most probable on top
             colour = COLOURS[self.classes.index(box.label) % len(COLOURS)]
             draw.rectangle(box.box, outline=colour, width=line)
-            draw.text((box.box[0] + line + 1, box.box[1] + line), f"{box.label} {box.score:.2f}", fill=colour)
+            place, text = (box.box[0] + line, box.box[1] + line), f"{box.label} {box.score:.2f}"
+            draw.rectangle(draw.textbbox(place, text, font), fill=colour)
+            red, green, blue = colour
+            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 110
+            draw.text(place, text, fill="black" if bright else "white", font=font)
         return picture
 
     def to_dict(self) -> dict[str, Any]:

@@ -266,3 +266,19 @@ def test_one_pass_gives_the_detections_and_losses_of_two():
     for one, other in zip(raw.detections(), whole, strict=True):
         assert len(one["boxes"]) and all(torch.equal(one[name], other[name]) for name in other)
     assert raw.losses(targets) == losses
+
+
+@pytest.mark.parametrize("label", ["orange", "blue"])
+def test_a_label_can_be_read_on_any_image(label):
+    from medmamba.dense.pictures import COLOURS
+    from medmamba.detection.result import Box, Detection
+
+    classes = ("orange", "b", "c", "d", "blue")  # of a light and a dark colour
+    colour = COLOURS[classes.index(label)]
+    noise = np.random.default_rng(0).integers(90, 110, (240, 320, 3), dtype=np.uint8)
+    found = Detection("x", [Box(label, 0.9, (20.0, 30.0, 200.0, 150.0))], (240, 320), noise, classes)
+    picture = np.asarray(found.overlay())[31:42, 21:70].reshape(-1, 3)
+    ground = (picture == colour).all(1)
+    letters = (picture < 80).all(1) if label == "orange" else (picture > 120).all(1)
+    assert ground.sum() > 100 and letters.sum() > 10, "letters on a ground of their own"
+    assert (np.asarray(found.overlay())[32:148, 100:198] == noise[32:148, 100:198]).all(), "the inside is as it was"
