@@ -35,7 +35,7 @@ ZERO_GPU_PYTHON = ("3.10", "3.12")
 def folder(tmp_path_factory) -> Path:
     model = save_model(tmp_path_factory.mktemp("models") / "blood-test")
     target = tmp_path_factory.mktemp("space") / "space"
-    assert space.main(["build", str(target), "--models", str(model)]) == 0
+    assert space.main(["build", str(target), "--models", str(model), "medmamba/pad-lesions"]) == 0
     return target
 
 
@@ -141,7 +141,7 @@ def test_it_is_built_anew_but_nothing_foreign_is_deleted(folder, tmp_path):
     copy.mkdir()
     for path in Path(model).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    space.build(folder, [str(copy)])
+    space.build(folder, [str(copy), "medmamba/pad-lesions"])
     assert (folder / ".git").is_dir() and not (folder / "demo" / "left_over.py").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
@@ -150,8 +150,8 @@ def test_it_is_built_anew_but_nothing_foreign_is_deleted(folder, tmp_path):
     assert space.main(["build", str(tmp_path / "x"), "--models", "nobody/nothing"]) == 2
 
 
-def start_and_ask(python: str, folder: Path) -> dict:
-    """Runs the Space as the Hub does and classifies an example."""
+def start_and_ask(python: str, folder: Path) -> tuple[dict, dict]:
+    """Runs the Space as the Hub does, classifies an example, and outlines the lesion in another."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -170,7 +170,9 @@ def start_and_ask(python: str, folder: Path) -> dict:
                 time.sleep(0.3)
         client = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
         image = gradio_client.handle_file(str(EXAMPLES / "blood_monocyte.webp"))
-        return client.predict(image, api_name="/classify")
+        answer = client.predict(image, api_name="/classify")
+        nevus = gradio_client.handle_file(str(EXAMPLES / "skin_nevus.webp"))
+        return answer, client.predict(nevus, api_name="/segment")[0]
     finally:
         process.terminate()
         process.wait(120)
@@ -181,11 +183,15 @@ def test_it_starts_from_its_own_folder_and_answers(folder):
     where = [sys.executable, "-c", "import medmamba; print(medmamba.__file__)"]
     found = subprocess.run(where, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     assert Path(found).is_relative_to(folder), "its own copy of the package, not the one installed here"
-    answer = start_and_ask(sys.executable, folder)
+    pytest.importorskip("segmentation_models_pytorch")
+    answer, outlined = start_and_ask(sys.executable, folder)
     assert answer["model"] == "medmamba/blood-test"
     model = medmamba.MedMamba.from_pretrained(folder / "medmamba" / "weights" / "blood-test")
     expected = dict(model.predict(EXAMPLES / "blood_monocyte.webp").top)
     assert answer["probabilities"] == pytest.approx(expected, abs=1e-4)
+    assert outlined["model"] == "medmamba/pad-lesions"
+    found = medmamba.MedMambaSegmenter.from_pretrained("medmamba/pad-lesions").predict(EXAMPLES / "skin_nevus.webp")
+    assert outlined["classes"][0]["area"] == pytest.approx(found.to_dict()["classes"][0]["area"], rel=0.01)
 
 
 @pytest.mark.skipif("MEDMAMBA_TEST_INSTALL" not in os.environ, reason="downloads gigabytes; MEDMAMBA_TEST_INSTALL=1")
@@ -196,4 +202,5 @@ def test_it_starts_in_a_clean_environment_from_its_requirements(folder, tmp_path
     version = SpaceCard((folder / "README.md").read_text(encoding="utf-8")).data.sdk_version
     install = [python, "-m", "pip", "install", "--quiet", "-r", str(folder / "requirements.txt"), f"gradio=={version}"]
     subprocess.run(install, check=True)
-    assert start_and_ask(python, folder)["label"]
+    answer, outlined = start_and_ask(python, folder)
+    assert answer["label"] and outlined["classes"][0]["area"] > 0
