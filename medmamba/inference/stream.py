@@ -28,7 +28,7 @@ MOST_BYTES = 1 << 29  # of their pixels, float32
 _FEW = 16  # images in a batch as long as it is not known whether there will be many
 _IN_FLIGHT = 2  # batches per GPU: one is computed, the next is on its way
 _DECODERS = 2  # threads per GPU that have it decode
-_NICE = 5  # computing, or feeding the GPU, comes before reading ahead
+_NICE = {"cpu": 10, "cuda": 5}  # computing, or feeding the GPU, comes before reading ahead
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
         workers=options.workers,
         chunk=chunk,
         ahead=ahead,
-        nice=_NICE,
+        nice=max(_NICE.get(device.type, 0) for device in devices),
         using=lambda memory: pinned(memory, devices),
     )
     with contextlib.closing(chunks):
