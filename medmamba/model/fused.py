@@ -269,7 +269,7 @@ class FusedMedMamba(MedMambaNetwork):
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 left, right = halves
                 assert left is not None and right is not None
-                mixed = _conv_branch(left, block), _scan_branch(right, block, kernels)
+                mixed = _branches(left, right, block, kernels)
                 x, *halves = kernels.mix_split(x, mixed, following.split if following else None)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
@@ -300,6 +300,25 @@ def _version(tensors: list[Tensor]) -> int:
         return sum(t._version for t in tensors if not t.is_inference())
 
 
+def _branches(left: Tensor, right: Tensor, block: _Block, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+    """Returns the outputs of both branches, in a CUDA graph the convolutions beside the scan.
+
+    The scan leaves tensor cores idle, and with few images most of the GPU. Launched one by one, kernels of two streams
+    cost more time of the CPU than they save on the GPU.
+    """
+    beside = graph_capture.beside() if left.is_cuda else None
+    if beside is None:
+        return _conv_branch(left, block), _scan(_scan_inputs(right, block, kernels), block, kernels)
+    main = torch.cuda.current_stream()
+    inputs = _scan_inputs(right, block, kernels)
+    beside.wait_stream(main)
+    with torch.cuda.stream(beside):
+        convolved = _conv_branch(left, block)
+    scanned = _scan(inputs, block, kernels)
+    main.wait_stream(beside)
+    return convolved, scanned
+
+
 def _conv_branch(x: Tensor, block: _Block) -> Tensor:
     """Returns the convolution branch of x (B, H, W, C/2) before its last ReLU, in the same shape."""
     x = x.permute(0, 3, 1, 2)  # (B, C/2, H, W), channels_last
@@ -326,11 +345,16 @@ def _onednn_fuses(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _scan_branch(x: Tensor, block: _Block, kernels: ModuleType) -> Tensor:
-    """Returns the scan branch of x (B, H, W, C/2), in the same shape."""
-    x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)  # (B, H, W, C) each
+def _scan_inputs(x: Tensor, block: _Block, kernels: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns x and gate (B, H, W, C) and proj (B, H, W, K, R4 + 2N) of the scan branch, for x (B, H, W, C/2)."""
+    x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)
     x = kernels.depthwise_silu(x, *block.depthwise)
-    proj = F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))  # (B, H, W, K, R4 + 2N)
+    return x, gate, F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))
+
+
+def _scan(inputs: tuple[Tensor, Tensor, Tensor], block: _Block, kernels: ModuleType) -> Tensor:
+    """Returns the scan branch, (B, H, W, C/2)."""
+    x, gate, proj = inputs
     return F.linear(kernels.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
 
 

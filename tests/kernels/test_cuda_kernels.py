@@ -226,6 +226,23 @@ def test_every_plan_computes_the_same(lanes, per_thread):
 
 @pytest.mark.slow
 @runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_maps_in_large_pieces(dtype):
+    """Channels that are read 16 bytes at a time, a length that ends within a group of tokens."""
+    check(problem(H=7, W=5, C=72, R=4, dtype=dtype), Plan(32), Plan(48))
+
+
+@pytest.mark.slow
+@runs
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_lanes_that_share_channels(lanes, segments):
+    """Channels that are no multiple of the lanes, a length that is no multiple of the tile."""
+    check(problem(H=5, W=7, C=41, R=4, N=16 - 2 * segments), Plan(32, lanes, segments))
+
+
+@pytest.mark.slow
+@runs
 @pytest.mark.parametrize("segments", [2, 3, 9])
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_segments_compute_the_same(segments, lanes):

@@ -42,7 +42,9 @@ def launches():
         known[id(kernel)] = name
         return kernel
 
-    caches = training._norm_kernel, training._conv_plan, training._mix_kernel, training_conv._kernel
+    caches = (
+        training._norm_kernel, training._conv_plan, training._mix_kernel, training._sum_kernel, training_conv._kernel
+    )  # fmt: skip
     for cache in caches:
         cache.cache_clear()
     training.launch, nvrtc.load_kernel = launch, load_kernel

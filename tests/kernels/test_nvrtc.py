@@ -25,7 +25,9 @@ def wanted(monkeypatch):
         found.add((file, constants))
         return lambda *_: None
 
-    caches = training._norm_kernel, training._conv_plan, training._mix_kernel, training_conv._kernel
+    caches = (
+        training._norm_kernel, training._conv_plan, training._mix_kernel, training._sum_kernel, training_conv._kernel
+    )  # fmt: skip
     for cache in caches:
         cache.cache_clear()
     emulate(monkeypatch, processors=132)

@@ -20,6 +20,8 @@ from .base import Backend, Gradients1d, Gradients2d
 CHUNK = 16  # tokens between saved states; TILE of cuda/common.cuh
 PADDED_STATES = 16
 MAX_RANK = 64
+REGISTERS = 65536  # of a multiprocessor
+OFFSETS = 2**32  # bytes within one image, which the kernels count in 32 bits
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 K = 4
 BLOCKS = (128, 96, 64, 32)  # channels per program
@@ -29,8 +31,9 @@ class Plan(NamedTuple):
     """Parameters of one launch."""
 
     channels: int  # per program
-    lanes: int = 1  # forward: lanes that share a channel
+    lanes: int = 1  # forward: lanes that share a channel, 1, 2 or 4
     segments: int = 1  # forward: parallel pieces of the length; more than one needs a second pass over the tokens
+    resident: int = 1  # forward: programs per multiprocessor to compile for
     per_thread: int = 2  # backward: channels per thread
     occupancy: int = 2  # backward: resident programs per multiprocessor
 
@@ -67,7 +70,9 @@ def scan_parts(
     threads = plan.channels * plan.lanes
     sizes = (H, W, C, blocks, segments, length, *_strides(x), *_strides(proj), proj.stride(3))
     arguments = (x, proj, *_float(dt_weight, dt_bias, A, D), out, states if save else None, ends, sums, *sizes)
-    constants = (*_constants(x, proj, x.dtype, dt_weight, A), ("LANES", plan.lanes), ("THREADS", threads))
+    constants = _constants(x, proj, x.dtype, dt_weight, A) + (
+        ("LANES", plan.lanes), ("THREADS", threads), ("RESIDENT", plan.resident),
+    )  # fmt: skip
     modes = [(0, 0, int(save))] if segments == 1 else [(1, 0, 0), (0, 1, int(save))]
     for mode in modes:
         flags = tuple(zip(("ENDS", "CARRY", "SAVE"), mode, strict=True))
@@ -93,41 +98,58 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _sum_table(table: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of dt_weight, dt_bias, A and D from their shares per image, (B, K, N + R + 2, C)."""
+    B, _, rows, C = table.shape
+    states, blocks = rows - rank - 2, -(-C // 32)
+    A, weight = table.new_empty((K, C, states)), table.new_empty((K, C, rank))
+    bias, D = table.new_empty((K, C)), table.new_empty((K, C))
+    load_and_launch(
+        "sum.cu", "sum_table", "pppppiii",
+        (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", 0), ("RANK", rank), ("STATES", states), ("PARTS", 1), ("VEC", 0)),
+        0, K * rows * blocks, 256, table, table, A, weight, bias, D, B, C, blocks,
+    )  # fmt: skip
+    return weight, bias, A, D
+
+
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def forward_plan(batch: int, length: int, channels: int, device: int) -> Plan:
-    """Returns the launch of the forward kernel.
-
-    Small batches first get more lanes per channel, which all compute the step size, then segments.
-    """
-    block = _block(channels, BLOCKS)
-    full = 8 * _properties(device).multi_processor_count  # warps: two per scheduler
+    """Returns the launch of the forward kernel: small batches first get more lanes per channel, then segments."""
+    processors = _properties(device).multi_processor_count
     warps = max(1, batch * K * -(-channels // 32))
     lanes = 1
-    while lanes < 4 and warps * lanes < full:
+    while lanes < 4 and warps * lanes < 8 * processors:  # two warps per scheduler
         lanes *= 2
-    while block * lanes > 256:
-        block = block // 2 if block % 64 == 0 else 32
-    segments = min(full // (warps * lanes), -(-length // CHUNK) // 2)
-    return Plan(block, lanes, segments if segments >= 3 else 1)
+    # Small programs spread evenly over the multiprocessors; many channels have programs enough.
+    block = _block(channels, BLOCKS) if channels >= 384 and lanes == 1 else 32
+    segments = min(12 * processors // (warps * lanes), -(-length // CHUNK) // 2)
+    segments = segments if segments >= 3 else 1
+    share = -(-batch * K * segments * -(-channels // block) // processors)
+    return Plan(block, lanes, segments, resident=max(1, min(share, REGISTERS // (128 * block * lanes))))
 
 
 @functools.cache
-def backward_plan(channels: int, rank: int, device: int) -> Plan:
+def backward_plan(channels: int, rank: int, size: int, device: int) -> Plan:
+    """Returns the launch of the backward kernel for maps with elements of `size` bytes.
+
+    Two programs should share a multiprocessor, whose shared memory is a kilobyte, which each program reserves, more
+    than a program may have.
+    """
     room = _properties(device).shared_memory_per_block_optin
-    fit = [block for block in BLOCKS if backward_shared(rank, block // 16, 2) <= room]
+    fit = [block for block in BLOCKS if backward_shared(rank, Plan(block), size) <= (room - 1024) // 2]
     return Plan(_block(channels, fit or BLOCKS[-1:]))
 
 
-def backward_shared(rank: int, warps: int, per_thread: int) -> int:
-    """Returns the size in bytes of `struct Shared` in cuda/backward.cu."""
-    channels = 8 * per_thread * warps
-    row = -(-rank // 4) * 4 + 2 * PADDED_STATES
-    numbers = CHUNK * row + 3 * CHUNK * (channels + 4) + warps * 3 * 4 * 32 * per_thread
-    numbers += warps * CHUNK * 2 * PADDED_STATES + 2 * rank * (channels + 4) + 2 * CHUNK
-    return -(-4 * numbers // 16) * 16
+def backward_shared(rank: int, plan: Plan, size: int) -> int:
+    """Returns the size in bytes of `struct Shared` in cuda/backward.cu, for maps with elements of `size` bytes."""
+    warps = plan.channels // (8 * plan.per_thread)
+    padded = -(-rank // 4) * 4
+    row, pitch, states = padded + 2 * PADDED_STATES, plan.channels + 4, 4 * 32 * plan.per_thread * warps
+    numbers = (1 + warps) * CHUNK * row + 3 * CHUNK * pitch + 4 * states + 2 * padded * pitch + 16 * CHUNK
+    return 4 * numbers + 4 * CHUNK * plan.channels * size
 
 
 def _block(channels: int, blocks: Sequence[int]) -> int:
@@ -155,9 +177,15 @@ def _map(t: Tensor) -> Tensor:
     if t.ndim == 5:
         regular = regular and t.stride(3) > 0
     H, W = t.shape[1:3]
-    if regular and (H == 1 or W == 1 or t.stride(1) == W * t.stride(2)) and t.stride(2) < 2**31:
+    if regular and (H == 1 or W == 1 or t.stride(1) == W * t.stride(2)) and H * W * _strides(t)[1] * 4 < OFFSETS:
         return t
     return t.contiguous()
+
+
+def _in_chunks(t: Tensor) -> bool:
+    """Returns whether the channels of every pixel can be read 16 bytes at a time."""
+    numbers = (t.shape[-1], *_strides(t))
+    return t.data_ptr() % 16 == 0 and all(number * t.element_size() % 16 == 0 for number in numbers)
 
 
 def _strides(t: Tensor) -> tuple[int, int]:
@@ -169,8 +197,9 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in tensors)
 
 
-def _covered(dt_weight: Tensor, A: Tensor) -> bool:
-    return A.shape[2] <= PADDED_STATES and 1 <= dt_weight.shape[2] <= MAX_RANK
+def _covered(x: Tensor, dt_weight: Tensor, A: Tensor) -> bool:
+    fits = x[0].numel() * x.element_size() < OFFSETS
+    return fits and A.shape[2] <= PADDED_STATES and 1 <= dt_weight.shape[2] <= MAX_RANK
 
 
 def _fallback() -> Backend:
@@ -214,7 +243,7 @@ class CudaBackend(Backend):
         states: Tensor,
         plan: Plan | None = None,
     ) -> Tensor:
-        if not _covered(dt_weight, A):
+        if not _covered(x, dt_weight, A):
             return _fallback().scan_2d(x, proj, dt_weight, dt_bias, A, D, states)
         with torch.cuda.device_of(x):
             parts = scan_parts(x, proj, dt_weight, dt_bias, A, D, states, plan)
@@ -232,12 +261,12 @@ class CudaBackend(Backend):
         states: Tensor,
         plan: Plan | None = None,
     ) -> Gradients2d:
-        if not _covered(dt_weight, A):
+        if not _covered(x, dt_weight, A):
             return _fallback().scan_2d_backward(dy, x, proj, dt_weight, dt_bias, A, D, states)
         B, H, W, C = x.shape
         R, N, P = dt_weight.shape[2], A.shape[2], proj.shape[4]
         dy, x, proj = _map(dy), _map(x), _map(proj)
-        plan = plan or backward_plan(C, R, x.get_device())
+        plan = plan or backward_plan(C, R, x.element_size(), x.get_device())
         blocks = -(-C // plan.channels)
         warps = plan.channels // (8 * plan.per_thread)
         dxs = x.new_empty((B, K, H * W, C))
@@ -245,20 +274,20 @@ class CudaBackend(Backend):
         dtable = x.new_empty((B, K, N + R + 2, C), dtype=torch.float32)
         constants = _constants(x, proj, dproj.dtype, dt_weight, A) + (
             ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(C % 4 == 0)),
+            ("CHUNKS", int(_in_chunks(x) and _in_chunks(dy))),
         )  # fmt: skip
         with torch.cuda.device_of(x):
             load_and_launch(
                 "backward.cu", "scan_backward", "ppppppppppp" + "iiiii" + "lilili" + "i", constants,
-                backward_shared(R, warps, plan.per_thread), B * K * blocks, 32 * warps, x,
+                backward_shared(R, plan, x.element_size()), B * K * blocks, 32 * warps, x,
                 dy, x, proj, *_float(dt_weight, dt_bias, A, D), states, dxs, dproj, dtable, B, H, W, C, blocks,
                 *_strides(dy), *_strides(x), *_strides(proj), proj.stride(3),
             )  # fmt: skip
             dx = sum_parts(dxs.flatten(2), x.dtype).view(x.shape)
             dproj = sum_parts(dproj.view(1, blocks, -1), proj.dtype).view(proj.shape)
-        dA, dweight, dbias, dD = dtable.sum(0).split((N, R, 1, 1), dim=1)
-        grads = (dx, dproj, dweight.mT, dbias.squeeze(1), dA.mT, dD.squeeze(1))
-        inputs = (x, proj, dt_weight, dt_bias, A, D)
-        return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+            parameters = _sum_table(dtable, R)
+        inputs = (dt_weight, dt_bias, A, D)
+        return dx, dproj, *(g.to(t.dtype) for g, t in zip(parameters, inputs, strict=True))  # type: ignore[return-value]
 
     def scan_1d(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool

@@ -95,6 +95,9 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
                 return False
             if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in running):
                 return False
+            tracked = layer.num_batches_tracked
+            if tracked is not None and (tracked.dtype != torch.int64 or tracked.device != x.device):
+                return False
         elif isinstance(layer, nn.Conv2d):
             size = layer.kernel_size[0]
             if layer.weight.shape != (C, C, size, size) or size not in (1, 3) or layer.padding_mode != "zeros":

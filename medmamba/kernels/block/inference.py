@@ -11,7 +11,8 @@ from ..backends.cuda import TYPES, scan_parts
 from ..cuda.nvrtc import load_and_launch
 
 WARPS = 4
-STRIP = 8
+STRIPS = (8, 2)  # pixels that a thread convolves; short strips keep a GPU busy with small maps, of at most FEW numbers
+FEW = 2**22
 
 
 def scan_gate(
@@ -88,9 +89,10 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns silu(3x3 depthwise convolution): x (B, H, W, C), possibly half of a wider map; weight (9, C)."""
     B, H, W, C = x.shape
     out = x.new_empty(x.shape)
-    strips = -(-W // STRIP)
+    strip = STRIPS[0] if B * H * W * C > FEW else STRIPS[1]
+    strips = -(-W // strip)
     threads = B * H * strips * (C // 2)
-    constants = (*_types(x), ("CHANNELS", C), ("STRIP", STRIP))
+    constants = (*_types(x), ("CHANNELS", C), ("STRIP", strip))
     arguments = (x, weight, bias, out, threads, H, W, strips, x.stride(0), x.stride(2))
     grid = -(-threads // 256)
     load_and_launch("depthwise.cu", "depthwise_silu", "pppp" + "liiili", constants, 0, grid, 256, x, *arguments)

@@ -175,7 +175,7 @@ class ConvSilu(Function):
         tensors = dout, wide, weight, bias, dpre, partials
         launch(plan.kernel, programs * plan.blocks, plan.threads, wide, *tensors, *sizes)
         if partials is not None:
-            dweight, dbias = partials.sum(0).to(ctx.dtype).split((9 * C, C))
+            dweight, dbias = sum_programs(partials).to(ctx.dtype).split((9 * C, C))
             dweight = dweight.view(C, 1, 3, 3)
         if ctx.needs_input_grad[0]:
             dwide = torch.empty_like(wide)
@@ -262,7 +262,22 @@ def _norm_backward(
     partials = x.new_empty((programs, 2, C), dtype=torch.float32) if wanted else None
     tensors = ready(dout), x, gate, weight, bias, dleft, dwhole, dx, dgate, partials
     launch(kernel, programs, 32 * WARPS, x, *tensors, rows, gate_step, *sizes, ctx.eps)
-    return (None, None) if partials is None else partials.sum(0).to(ctx.dtype).unbind(0)
+    return (None, None) if partials is None else sum_programs(partials).to(ctx.dtype).unbind(0)
+
+
+def sum_programs(partials: Tensor) -> Tensor:
+    """Sums (programs, ...) over the programs, in a fixed order; the rest has a multiple of eight numbers."""
+    out = torch.empty_like(partials[0])
+    half = out.numel() // 2
+    kernel = _sum_kernel(half, partials.get_device())
+    launch(kernel, -(-half // 32), 512, partials, partials, out, len(partials))
+    return out
+
+
+@once
+def _sum_kernel(half: int, device: int) -> Callable[..., None]:
+    constants = types(torch.float32) + (("CHANNELS", half), ("THREADS", 256), ("RELU", 0))
+    return nvrtc.load_kernel("batch.cu", "add_partials", "ppi", constants, 0, device)
 
 
 @once

@@ -17,7 +17,7 @@ from ..cuda import nvrtc
 from ..once import once
 from . import eligibility, training
 from .registry import replaces
-from .training import parameter, processors, ready, types
+from .training import parameter, processors, ready, sum_programs, types
 
 ROWS_EACH = 4  # rows that a thread sums, at least
 PROGRAMS = 4  # per multiprocessor
@@ -30,6 +30,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None
     momentum: float | None
     eps: float
+    tracked: Tensor | None  # the number of batches
 
 
 @replaces("conv_branch", eligibility.fits_conv_branch)
@@ -39,9 +40,8 @@ def conv_branch(x: Tensor, branch: nn.Sequential) -> Tensor:
     for layer in branch:
         parameters += layer.parameters(recurse=False)  # none of a ReLU
         if isinstance(layer, nn.BatchNorm2d):
-            norms.append(Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps))
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.add_(1)
+            tracked = layer.num_batches_tracked
+            norms.append(Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps, tracked))
     return ConvBranch.apply(x, norms, *parameters)
 
 
@@ -57,7 +57,8 @@ class ConvBranch(Function):
     def forward(ctx, x, norms, *parameters):
         x = ready(x)
         ctx.dtypes = [p.dtype for p in parameters]
-        kernels = [p.to(x.dtype) for p in parameters[2::4]]
+        # In the layout of the map, which PyTorch would copy to in each convolution.
+        kernels = [p.to(x.dtype, memory_format=torch.channels_last) for p in parameters[2::4]]
         w0, b0, c1, w1, b1, c2, w2, b2, c3 = (parameter(p) for i, p in enumerate(parameters) if i % 4 != 2)
         stats = [_stats(x, norms[0], w0, b0, None)]
         first = _convolve(_apply(x, stats[0], relu=False), kernels[0])
@@ -85,7 +86,10 @@ class ConvBranch(Function):
                 d = _gradient(given, d, stats[layer], sums, relu)
         for at in (3, 7):
             grads[at] = torch.zeros_like(sums[0])
-        listed = [g.to(t) if g is not None and w else None for g, t, w in zip(grads, ctx.dtypes, wanted, strict=True)]
+        listed = [
+            g.to(t, memory_format=torch.contiguous_format) if g is not None and w else None
+            for g, t, w in zip(grads, ctx.dtypes, wanted, strict=True)
+        ]
         return d if ctx.needs_input_grad[0] else None, None, *listed
 
 
@@ -115,9 +119,9 @@ def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor |
     plan = _plan(C, x.dtype, False, x.get_device())
     training.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
     stats = x.new_empty((4, C), dtype=torch.float32)
-    tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats
+    tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats, norm.tracked
     numbers = len(partials), rows, norm.momentum, norm.eps
-    training.launch(plan("batch_stats", "ppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
+    training.launch(plan("batch_stats", "pppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
     return stats
 
 
@@ -140,7 +144,7 @@ def _relu_gradient(y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     C, rows, partials = _partials(y)
     plan, dx = _plan(C, y.dtype, True, y.get_device()), torch.empty_like(y)
     training.launch(plan("relu_gradient", "ppppl"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
-    return dx, _add(partials, plan, y)
+    return dx, sum_programs(partials)
 
 
 def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
@@ -149,7 +153,7 @@ def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
     plan = _plan(C, x.dtype, relu, x.get_device())
     kernel = plan("batch_gradient_sums", "ppppl")
     training.launch(kernel, len(partials), plan.threads, x, x, dy, stats, partials, rows)
-    return _add(partials, plan, x)
+    return sum_programs(partials)
 
 
 def _gradient(x: Tensor, dy: Tensor, stats: Tensor, sums: Tensor, relu: bool) -> Tensor:
@@ -157,13 +161,6 @@ def _gradient(x: Tensor, dy: Tensor, stats: Tensor, sums: Tensor, relu: bool) ->
     kernel = plan("batch_gradient", "pppppl")
     training.launch(kernel, -(-fours // 256), 256, x, x, dy, stats, sums, dx, fours)
     return dx
-
-
-def _add(partials: Tensor, plan: "_Plan", x: Tensor) -> Tensor:
-    sums = torch.empty_like(partials[0])
-    kernel = plan("add_partials", "ppi")
-    training.launch(kernel, -(-sums.shape[1] // 32), 512, x, partials, sums, len(partials))
-    return sums
 
 
 def _partials(x: Tensor) -> tuple[int, int, Tensor]:

@@ -74,11 +74,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_sums(
 }
 
 // Computes stats and updates the running statistics with `momentum` and the unbiased variance. `before`, if given, is a
-// bias that was not added to x: batch norm would cancel it, so only the running mean includes it.
+// bias that was not added to x: batch norm would cancel it, so only the running mean includes it. Counts the batch in
+// `tracked`, if given.
 extern "C" __global__ void __launch_bounds__(32 * SLICES) batch_stats(
     const float* __restrict__ partials, const x_t* __restrict__ x, const float* __restrict__ weight,
     const float* __restrict__ bias, const float* __restrict__ before, float* __restrict__ running_mean,
-    float* __restrict__ running_var, float* __restrict__ stats, int programs, i64 rows, float momentum, float eps) {
+    float* __restrict__ running_var, float* __restrict__ stats, i64* __restrict__ tracked, int programs, i64 rows,
+    float momentum, float eps) {
+    if (tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*tracked;
     const Pair sums = add_programs(partials, programs);
     const int c = blockIdx.x * 32 + threadIdx.x % 32;
     if (threadIdx.x >= 32 || c >= C) return;

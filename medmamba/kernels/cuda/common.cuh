@@ -31,6 +31,24 @@ __device__ __forceinline__ float half_to_float(u16 v) { float f; asm("cvt.f32.f1
 __device__ __forceinline__ u16 float_to_half(float f) { u16 v; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f)); return v; }
 #endif
 
+// Copies to shared memory in the background, from and to multiples of BYTES: 4, 8 or 16. The thread that began copies
+// waits for all of them; others may read after a barrier that follows.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i++) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ u16 float_to_bfloat(float f) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     u16 v;
@@ -79,17 +97,24 @@ typedef Element<Y_TYPE>::type y_t;
 
 // log(1 + exp(x)) to float32 accuracy, through a polynomial for log(1 + e) / e on [0, 1] of relative error 3e-8: the
 // fast logarithm is inaccurate near 1, and small step sizes are the rule.
+// Of COUNT numbers at a time, so that their chains of operations interleave.
+template <int COUNT> __device__ __forceinline__ void softplus(float* x) {
+    constexpr float p[9] = {0.99999994f,  -0.49999493f, 0.33319095f,  -0.24842978f, 0.19105989f,
+                            -0.13663207f, 0.07822549f, -0.029504957f, 0.005232624f};
+    float e[COUNT], sum[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) e[i] = exp2f(-fabsf(x[i]) * LOG2E), sum[i] = p[8];
+#pragma unroll
+    for (int d = 7; d >= 0; d--)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) sum[i] = sum[i] * e[i] + p[d];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = fmaxf(x[i], 0.f) + e[i] * sum[i];
+}
+
 __device__ __forceinline__ float softplus(float x) {
-    float e = exp2f(-fabsf(x) * LOG2E);
-    float p = 0.005232624f * e - 0.029504957f;
-    p = p * e + 0.07822549f;
-    p = p * e - 0.13663207f;
-    p = p * e + 0.19105989f;
-    p = p * e - 0.24842978f;
-    p = p * e + 0.33319095f;
-    p = p * e - 0.49999493f;
-    p = p * e + 0.99999994f;
-    return fmaxf(x, 0.f) + e * p;
+    softplus<1>(&x);
+    return x;
 }
 
 // 1 - exp(-dt) for dt >= 0, the slope of softplus where its value is dt; a series near 0 keeps the accuracy.
@@ -104,10 +129,25 @@ __device__ __forceinline__ float one_minus_exp(float dt) {
     return dt < 0.5f ? dt * p : 1.f - exp2f(-dt * LOG2E);
 }
 
+// Adds values of lanes that differ in `mask`; each lane keeps half of the sums, the upper lane the second half.
+template <int COUNT> __device__ __forceinline__ void fold(float* v, int lane, int mask) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+        const bool upper = lane & mask;
+        const float send = upper ? v[i] : v[i + COUNT / 2], keep = upper ? v[i + COUNT / 2] : v[i];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
+    }
+}
+
 // The pixel index of token t in direction k: row-major, column-major, and both reversed.
 __device__ __forceinline__ int pixel_of(int t, int k, int H, int W) {
-    int q = k >= 2 ? H * W - 1 - t : t;
-    return k & 1 ? q % H * W + q / H : q;
+    const int q = k >= 2 ? H * W - 1 - t : t;
+    if (!(k & 1)) return q;
+    int column = (int)((float)q / (float)H);  // to within one; an integer division takes many more instructions
+    int row = q - column * H;
+    if (row < 0) row += H, column--;
+    if (row >= H) row -= H, column++;
+    return row * W + column;
 }
 
 // Position of number j of a token in its row of shared memory.

@@ -15,6 +15,7 @@ NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the
 
 _capturing = threading.Lock()
 _idle: dict[int, list[torch.cuda.Stream]] = {}  # per device, streams created here on which no live graph was captured
+_beside: dict[int, torch.cuda.Stream] = {}  # a second stream for each of these, by handle
 
 
 def warm_up(device: torch.device, run: Callable[[], object], times: int = 3) -> None:
@@ -48,7 +49,25 @@ def record(graph: torch.cuda.CUDAGraph, device: torch.device, run: Callable[[], 
             return run()
 
 
+def beside() -> torch.cuda.Stream | None:
+    """Returns a stream for work beside that on the current stream, if `record` is capturing a graph there, else None.
+
+    The caller makes it wait for the current stream, and the current stream for it before tensors that it reads or has
+    allocated are freed.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    return _beside.get(torch.cuda.current_stream().cuda_stream)
+
+
 def _new_stream(device: int) -> torch.cuda.Stream:
+    stream = _create_stream(device)
+    if torch.version.hip is None:
+        _beside[stream.cuda_stream] = _create_stream(device)
+    return stream
+
+
+def _create_stream(device: int) -> torch.cuda.Stream:
     """Creates a stream by the driver. PyTorch hands out streams of a small pool in turn, so two may be the same."""
     if torch.version.hip is not None:
         return torch.cuda.Stream(device)

@@ -25,3 +25,28 @@ extern "C" __global__ void __launch_bounds__(256) sum_parts(
         *to = from_float<Y_TYPE>(sum);
     }
 }
+
+// The gradients of the scan's parameters: sums over images of table (B, K, N + R + 2, C), whose rows are those of A, of
+// dt_weight, dt_bias and D. Writes dA (K, C, N), dweight (K, C, R), dbias (K, C), dD (K, C). Grid: K * rows * blocks of 32
+// channels; eight warps share the images.
+extern "C" __global__ void __launch_bounds__(256) sum_table(
+    const float* __restrict__ table, float* __restrict__ dA, float* __restrict__ dweight, float* __restrict__ dbias,
+    float* __restrict__ dD, int batch, int C, int blocks) {
+    constexpr int ROWS = N + RANK + 2;
+    const int block = blockIdx.x % blocks, j = blockIdx.x / blocks % ROWS, k = blockIdx.x / blocks / ROWS;
+    const int slice = threadIdx.x / 32, c = block * 32 + threadIdx.x % 32;
+    float sum = 0.f;
+    if (c < C)
+#pragma unroll 4
+        for (int b = slice; b < batch; b += 8) sum += table[(((i64)b * DIRECTIONS + k) * ROWS + j) * C + c];
+    __shared__ float sums[256];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (slice || c >= C) return;
+#pragma unroll
+    for (int s = 1; s < 8; s++) sum += sums[s * 32 + threadIdx.x];
+    const int kc = k * C + c;
+    if (j < N) dA[kc * N + j] = sum;
+    else if (j < N + RANK) dweight[kc * RANK + j - N] = sum;
+    else (j == N + RANK ? dbias : dD)[kc] = sum;
+}
