@@ -1,6 +1,7 @@
 """Speed and memory on an NVIDIA GPU, beside timm's models and the published design, measured in the same run.
 
-    python benchmarks/gpu.py [--parts inference latency training pixels profile] [--models tiny small base] --json FILE
+    python benchmarks/gpu.py [--parts inference latency training pixels profile] [--models tiny small base]
+        [--peers resnet50 convnext_tiny] --json FILE
     python benchmarks/gpu.py --smoke          its code on the CPU with small models; the figures mean nothing
     python benchmarks/gpu_report.py FILE      writes the tables and the plot of docs/performance.md
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 import medmamba
 from medmamba.kernels.backends import mamba_ssm as mamba_ssm_backend
+from medmamba.kernels.cuda import graph_capture
 from medmamba.training.graphed_step import GraphedStep
 from medmamba.utils.text import json_text
 
@@ -151,15 +153,9 @@ def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes:
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    device, graph = torch.device("cuda", torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    graph_capture.warm_up(device, run)
+    graph_capture.record(graph, device, run)
     return graph
 
 
@@ -221,7 +217,7 @@ def everything(bench: Bench, args: argparse.Namespace, published: bool, peers: t
     old = [f"{name}{PUBLISHED}" for name in args.models] if published else []
     if "inference" in args.parts:
         for name in (*args.models, *peers):
-            infer(bench, "inference", name, large, "bfloat16", ["eager"], size)
+            infer(bench, "inference", name, large, "bfloat16", ["eager", "graph"], size)
         for name in (*old, *peers):
             infer(bench, "inference", name, large, "autocast", ["eager"], size)
         infer(bench, "inference", args.models[0], large, "float32", ["eager"], size)
@@ -299,6 +295,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--smoke", action="store_true", help="run the code on the CPU, small")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -311,7 +308,7 @@ def main() -> None:
     bench = Bench(args.smoke, args.rounds, args.json)
     bench.about = machine(bench)
     print(", ".join(f"{key} {value}" for key, value in bench.about.items()))
-    peers = () if args.no_peers or args.smoke or "timm" not in bench.about else PEERS
+    peers = () if args.no_peers or args.smoke or "timm" not in bench.about else tuple(args.peers)
     if not peers:
         print("without peers" + ("" if "timm" in bench.about else ": timm cannot be imported here"))
     if reason := mamba_ssm_backend.BACKEND.why_not():

@@ -8,7 +8,7 @@ import torch
 
 # The first that fits. Names are of PyTorch 2.8 to 2.11, cuDNN and cuBLAS; what none fits is "other".
 KINDS = (
-    ("scan", r"^scan_(forward|backward)|^sum_parts|selective_scan"),
+    ("scan", r"^scan_(forward|backward)|^sum_(parts|table)|selective_scan"),
     (
         "operations around the scan: norms, gates, depthwise, mixing",
         r"^conv_(forward|backward|input)$|^[a-z_]*(gate|norm|mix|silu)[a-z_]*$",

@@ -141,7 +141,8 @@ def plans(direction: str, batch: int, length: int, channels: int) -> list[Plan]:
         return [Plan(block, per_thread=each, occupancy=held) for block, each, held in shapes]
     few = 4 * batch * -(-channels // 32) < 1000
     cuts = [cut for cut in (1, 4, 8, 16, 32) if cut == 1 or (few and length >= 32 * cut)]
-    return [Plan(block, lanes, cut) for block, lanes, cut in itertools.product(blocks, (1, 2, 4), cuts)]
+    shapes = itertools.product(blocks, (1, 2, 4), cuts, (1, 4, 8))
+    return [Plan(block, lanes, cut, resident=held) for block, lanes, cut, held in shapes]
 
 
 def sweep(options: argparse.Namespace) -> list[dict]:
@@ -154,7 +155,7 @@ def sweep(options: argparse.Namespace) -> list[dict]:
             if direction == "forward":
                 chosen = cuda_backend.forward_plan(batch, side * side, channels, device)
             else:
-                chosen = cuda_backend.backward_plan(channels, tensors[2].shape[2], device)
+                chosen = cuda_backend.backward_plan(channels, tensors[2].shape[2], tensors[0].element_size(), device)
             timed: dict[Plan, float] = {}
             for plan in dict.fromkeys([chosen, *plans(direction, batch, side * side, channels)]):
                 function = calls(cuda_backend.BACKEND, tensors, plan=plan)[direction]
