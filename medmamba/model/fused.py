@@ -2,8 +2,9 @@
 
 Each block launches ten kernels: two convolutions with their ReLU, four matrix products, the depthwise convolution with
 its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. In other
-cases (other devices, gradients, torch.compile, autocast over float32 weights, replaced layers, hooks on a CPU) the
-layers of `network.py` run one by one. On a GPU, hooks on layers inside a block fire only there.
+cases (other devices, gradients, torch.compile, autocast over float32 weights, fake tensors and modes that see every
+operation, replaced layers, on a CPU hooks and replaced methods `forward`) the layers of `network.py` run one by one. On
+a GPU, hooks on layers inside a block fire only there.
 
 Fused models and their graphs are thread-safe; each thread may use a CUDA stream of its own.
 """
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import resolve_backend
 from ..kernels.block import inference, inference_cpu
@@ -201,7 +203,7 @@ class FusedMedMamba(MedMambaNetwork):
             return False
         if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             return False
-        if not len(x) or torch.jit.is_tracing() or transformed():
+        if not len(x) or torch.jit.is_tracing() or transformed() or _intercepted(x) or _intercepted(weight):
             return False
         if self._plain is None:
             parts = (self.patch_embed, self.stages, self.downsamples)
@@ -217,7 +219,11 @@ class FusedMedMamba(MedMambaNetwork):
 
     def _observed(self) -> bool:
         parts = (self.patch_embed, self.stages, self.downsamples)
-        return any(m._forward_hooks or m._forward_pre_hooks for part in parts for m in part.modules())
+        return _has_any_global_hook() or any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
+            for part in parts
+            for m in part.modules()
+        )
 
     def _prepared(self) -> _Prepared:
         """Returns what is prepared. One thread prepares it; others wait for it and for the GPU to finish."""
@@ -333,6 +339,11 @@ def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _onednn_fuses(x.dtype):
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [1, 1], [1, 1], [1, 1], 1, "relu", [], "")
     return F.relu_(F.conv2d(x, weight, bias, padding=1))
+
+
+def _intercepted(x: Tensor) -> bool:
+    """Returns whether Python sees each operation on x, whose memory may not exist: FakeTensor, FlopCounterMode."""
+    return torch._C._len_torch_dispatch_stack() > 0 or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 @once

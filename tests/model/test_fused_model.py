@@ -7,6 +7,8 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import medmamba
 from medmamba.model import fused as fused_model
@@ -138,6 +140,37 @@ def test_hooks_fire_on_a_cpu(tiny_model):
     with torch.inference_mode():
         fused(torch.zeros(1, 3, 32, 32))
     assert seen == [1]
+
+
+def test_layers_run_where_something_watches_each_module_or_replaces_one(tiny_model):
+    fused, seen = tiny_model.fuse(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer)))
+    try:
+        with torch.inference_mode():
+            fused(torch.zeros(1, 3, 32, 32))
+    finally:
+        hook.remove()
+    assert nn.LayerNorm in seen
+    fused.stages[0].blocks[0].forward = torch.zeros_like
+    with torch.inference_mode():
+        assert not fused.forward_pyramid(torch.randn(1, 3, 32, 32))[0].any()
+
+
+def test_layers_run_on_tensors_without_memory_and_under_modes_that_count(tiny_model):
+    """The kernels would read from address zero, and no mode would see them."""
+    fused, images = tiny_model.fuse(), torch.zeros(1, 3, 32, 32)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.inference_mode():
+        assert fused._runs_fused(images)
+        assert not fused._runs_fused(fake.from_tensor(images))  # also outside of its mode
+        with FlopCounterMode(display=False) as counted:
+            assert not fused._runs_fused(images)
+            fused(images)
+    with torch.no_grad(), fake:
+        assert fused(fake.from_tensor(images)).shape == (1, fused.config.num_classes)
+    with torch.inference_mode(), FlopCounterMode(display=False) as expected:
+        tiny_model(images)
+    assert counted.get_total_flops() == expected.get_total_flops() > 0
 
 
 def test_what_the_kernels_read_follows_the_weights(tiny_model):
