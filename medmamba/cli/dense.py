@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,33 +86,54 @@ def add_prediction(parser: argparse.ArgumentParser, model: str, out: str) -> Non
     """Adds images, model, output and how to read the images; `model` and `out` are what the help calls these two."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob")
     parser.add_argument("--model", required=True, help=f"folder or org/name of {model}")
-    parser.add_argument("--out", metavar="DIR", help=f"folder for {out}")
+    parser.add_argument(
+        "--out", metavar="DIR", help=f"folder for {out}, in folders like those of the images if two share a name"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line and image")
     add_tiles(parser)
     add_reading(parser)
 
 
-def predict_each(args: argparse.Namespace, predict: Callable[[Path], Any], summary: Callable[[Any], str]) -> int:
+def predict_each(args: argparse.Namespace, predict: Callable[[Path, Path], Any], summary: Callable[[Any], str]) -> int:
     """Predicts and prints every image; those that cannot be read are reported. Returns the exit code.
 
     Args:
         args: the options of `add_prediction`.
-        predict: returns what is found in a file, with `to_dict()`, and writes its files.
+        predict: returns what is found in a file, with `to_dict()`, and writes its files; takes the file and the start
+            of their names, see `names_in`.
         summary: returns the line that is printed without --json.
     """
     from ..imaging import ImageError, expand_inputs
 
     failed = False
-    for path in expand_inputs(args.images):
+    paths = expand_inputs(args.images)
+    for path, name in zip(paths, names_in(args.out or "", paths), strict=True):
         try:
-            found = predict(path)
+            found = predict(path, name)
         except (ImageError, OSError) as error:
             failed = True
             say(json_text({"source": str(path), "error": str(error)}) if args.json else f"{error}", sys.stderr)
             continue
         say(json_text(found.to_dict()) if args.json else f"{path}: {summary(found)}")
     return int(failed)
+
+
+def names_in(folder: str, paths: Sequence[Path]) -> list[Path]:
+    """Returns the start of the names of files that are written for each image, no two the same.
+
+    That is the name of the image without its suffix. Where two images share one, all go into folders like those that
+    the images are in, and two in the same folder keep their suffixes.
+    """
+    if len({path.stem for path in paths}) == len(paths):
+        return [Path(folder, path.stem) for path in paths]
+    whole = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    folders = [parts[:-1] for parts in whole]
+    levels = enumerate(zip(*folders, strict=False))
+    common = next((i for i, names in levels if len(set(names)) > 1), min(map(len, folders)))
+    below = [Path(*parts[common:]) for parts in whole]
+    count = Counter(path.with_suffix("") for path in below)
+    return [Path(folder, path if count[path.with_suffix("")] > 1 else path.with_suffix("")) for path in below]
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:

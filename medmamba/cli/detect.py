@@ -75,12 +75,12 @@ def _train(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     model = _load(args)
 
-    def predict(path: Path) -> Any:
+    def predict(path: Path, name: Path) -> Any:
         how = dict(frame=args.frame, window=args.window, tile=args.tile, overlap=args.overlap, score=args.score)
         found = model.predict(path, **how)
         if args.out:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            found.overlay().save(Path(args.out) / f"{path.stem}_boxes.png")
+            name.parent.mkdir(parents=True, exist_ok=True)
+            found.overlay().save(f"{name}_boxes.png")
         return found
 
     return predict_each(args, predict, lambda found: ", ".join(f"{label} {n}" for label, n in found.counts.items()))

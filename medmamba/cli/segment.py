@@ -91,18 +91,17 @@ def _train(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     model = _load(args)
-    out = Path(args.out) if args.out else None
-    if args.format == "dicom" and out is None:
+    if args.format == "dicom" and not args.out:
         raise ValueError("--format dicom needs --out")
 
-    def predict(path: Path) -> Any:
+    def predict(path: Path, name: Path) -> Any:
         found = model.predict(path, frame=args.frame, window=args.window, **_how(args))
         if args.threshold is not None:
             found = found.with_thresholds(args.threshold)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            found.save(out / f"{path.stem}{_WRITTEN[args.format]}", source=path)
-            found.overlay().save(out / f"{path.stem}_overlay.png")
+        if args.out:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            found.save(f"{name}{_WRITTEN[args.format]}", source=path)
+            found.overlay().save(f"{name}_overlay.png")
         return found
 
     return predict_each(args, predict, _summary)

@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from medmamba.cli.dense import names_in
 from medmamba.cli.main import main
 
 # Importing it takes seconds, which every process would spend while it collects.
@@ -30,6 +34,30 @@ def test_masks_and_overlays_are_written_and_areas_printed(trained, discs, tmp_pa
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 12 and names[0] == "p200_a.png" and names[1] == "p200_a_overlay.png"
     assert Image.open(tmp_path / names[0]).size == (40, 48)
+
+
+def test_images_of_the_same_name_do_not_overwrite_each_other(trained, discs, tmp_path):
+    first, second = sorted((discs / "test" / "images").iterdir())[:2]
+    for place, source in (("a/1.png", first), ("b/1.png", second), ("b/2.png", first)):
+        (tmp_path / "in" / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "in" / place)
+    out = tmp_path / "out"
+    assert main(["segment", "predict", str(tmp_path / "in"), "--model", str(trained), "--out", str(out)]) == 0
+    masks = sorted(str(path.relative_to(out)) for path in out.rglob("*.png") if "overlay" not in path.name)
+    assert masks == [os.path.join(*place) for place in (("a", "1.png"), ("b", "1.png"), ("b", "2.png"))]
+    assert (out / "a" / "1_overlay.png").read_bytes() == (out / "b" / "2_overlay.png").read_bytes()
+    assert (out / "a" / "1_overlay.png").read_bytes() != (out / "b" / "1_overlay.png").read_bytes()
+
+
+def test_names_of_files_are_those_of_the_images():
+    def names(*paths):
+        return [path.as_posix() for path in names_in("out", [Path(path) for path in paths])]
+
+    assert names("x/a/1.png", "x/b/2.png") == ["out/1", "out/2"]
+    assert names("x/a/1.png", "x/a/1.jpg", "x/b/1.png") == ["out/a/1.png", "out/a/1.jpg", "out/b/1"]
+    assert names("1.png", "a/1.png") == ["out/1", "out/a/1"]
+    assert names("x.1.png", "x.2.png") == ["out/x.1", "out/x.2"]
+    assert names() == []
 
 
 def test_a_file_that_cannot_be_read_is_reported_and_the_rest_answered(trained, discs, tmp_path, capsys):
