@@ -61,7 +61,7 @@ class MedMambaSegmenter(FolderMixin, nn.Module):
         return self.net.encoder.net  # type: ignore[union-attr, return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(x.to(self.net.segmentation_head[0].weight.dtype))  # type: ignore[union-attr, index]
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters to exclude from weight decay: the scan's A and D, biases and norms."""
@@ -82,6 +82,9 @@ class MedMambaSegmenter(FolderMixin, nn.Module):
 
     def fuse(self, dtype: torch.dtype | None = None) -> MedMambaSegmenter:
         """Returns a copy for inference, with the batch norms folded into the convolutions.
+
+        Args:
+            dtype: of the copy, which takes images of any; None: that of this model.
 
         Raises:
             ValueError: the model is in training mode.

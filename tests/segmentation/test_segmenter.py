@@ -49,6 +49,8 @@ def test_a_saved_model_is_the_same_and_a_fused_copy_agrees(segmenter, tmp_path):
         fused = segmenter.fuse()
         torch.testing.assert_close(fused(x), segmenter(x), rtol=1e-4, atol=1e-5)
         assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fused.modules())
+        half = segmenter.fuse(torch.bfloat16)(x)
+        assert half.dtype == torch.bfloat16 and (half - segmenter(x)).abs().max() < 0.1 * segmenter(x).abs().max()
     assert loaded.config == segmenter.config.replace(medmamba_version=medmamba.__version__)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
