@@ -20,9 +20,9 @@ def test_every_example_is_named_read_and_credited():
         assert what in re.sub(r"\s+", " ", said) and f"`{kind}_*" in credits
         image = medmamba.example_image(path.stem)
         assert image.source == path.name
-        assert image.pixels.shape[:2] == ((256, 256) if kind == "skin" else (224, 224))
+        assert image.pixels.shape[:2] == {"skin": (256, 256), "smear": (480, 640)}.get(kind, (224, 224))
         np.testing.assert_array_equal(image.pixels, medmamba.load_image(path).pixels)
-    assert len(files) == 19
+    assert len(files) == 22
 
 
 def test_the_default_and_names_with_spaces():
