@@ -14,10 +14,11 @@ def example_image(name: str = "blood_neutrophil") -> MedicalImage:
     """Returns one of the example images that come with medmamba; no network needed.
 
     They are held-out test images of 224 x 224 pixels, those of skin 256 x 256, all under CC BY 4.0; and blood smears of
-    640 x 480 for detectors, under the MIT licence. `README.md` beside them names the sources; please cite these where you show an image: blood cells by A. Acevedo et al. (2020),
-    doi:10.17632/snkd93bnjr.1; breast ultrasound by W. Al-Dhabyani et al. (2020), doi:10.1016/j.dib.2019.104863; chest
-    X-rays by D. Kermany et al. (2018), doi:10.17632/rscbjbr9sj.2; photographs of skin by A. Pacheco et al. (2020),
-    doi:10.17632/zr7vgbcyr2.1; blood smears by cosmicad and akshaylamba, BCCD, github.com/Shenggan/BCCD_Dataset.
+    640 x 480 for detectors, under the MIT licence. `README.md` beside them names the sources; please cite these where
+    you show an image: blood cells by A. Acevedo et al. (2020), doi:10.17632/snkd93bnjr.1; breast ultrasound by W.
+    Al-Dhabyani et al. (2020), doi:10.1016/j.dib.2019.104863; chest X-rays by D. Kermany et al. (2018),
+    doi:10.17632/rscbjbr9sj.2; photographs of skin by A. Pacheco et al. (2020), doi:10.17632/zr7vgbcyr2.1; blood smears
+    by cosmicad and akshaylamba, BCCD, github.com/Shenggan/BCCD_Dataset.
 
     >>> model = medmamba.MedMamba.from_pretrained(medmamba.DEFAULT_MODEL)
     >>> print(model.predict(medmamba.example_image()))
