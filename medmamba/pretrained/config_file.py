@@ -30,8 +30,14 @@ def read_config(folder: str | os.PathLike) -> MedMambaConfig:
         raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
     if isinstance(data.get("model_type"), str | None) and data.get("model_type") != "medmamba" and "depths" not in data:
         if (kind := data.get("model_type")) in ("medmamba-segmenter", "medmamba-detector"):
-            loader = "MedMambaSegmenter" if kind == "medmamba-segmenter" else "MedMambaDetector"
-            raise ConfigError(f"{path} is of another kind of model; load it with medmamba.{loader}.from_pretrained")
+            loader, command = {
+                "medmamba-segmenter": ("MedMambaSegmenter", "segment"),
+                "medmamba-detector": ("MedMambaDetector", "detect"),
+            }[kind]
+            raise ConfigError(
+                f"{path} is of another kind of model; load it with medmamba.{loader}.from_pretrained, or use it with "
+                f"the command medmamba {command}"
+            )
         other = f"of type {data['model_type']!r}" if data.get("model_type") else "of another library"
         raise ConfigError(
             f"{path} is not a MedMamba config, but one {other}; this package loads models written by save_pretrained, "

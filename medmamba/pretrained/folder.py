@@ -26,6 +26,8 @@ LOADERS = {
     "medmamba-detector": "MedMambaDetector",
 }
 """Kinds of models, as `config.json` names them, and the class of `medmamba` that loads each."""
+COMMANDS = {"medmamba": "predict", "medmamba-segmenter": "segment", "medmamba-detector": "detect"}
+"""The same, and the subcommand that takes each."""
 
 
 class FolderMixin:
@@ -134,7 +136,10 @@ def read_folder_config(folder: str | os.PathLike, config_class: Any) -> Any:
         raise ConfigError(f"{path} holds {type(data).__name__}, expected an object")
     kind = data.get("model_type")
     if isinstance(kind, str) and kind != config_class.MODEL_TYPE and kind in LOADERS:
-        raise ConfigError(f"{path} is of another kind of model; load it with medmamba.{LOADERS[kind]}.from_pretrained")
+        raise ConfigError(
+            f"{path} is of another kind of model; load it with medmamba.{LOADERS[kind]}.from_pretrained, or use it "
+            f"with the command medmamba {COMMANDS[kind]}"
+        )
     data.pop(CHECKSUM_KEY, None)
     try:
         return config_class.from_dict(data)
