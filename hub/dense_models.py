@@ -53,7 +53,8 @@ SOURCES: dict[str, dict[str, Any]] = {
             "434 of the 446 training images show a single lesion, nearly all of them near the middle, so it looks for "
             "one there; skin without a lesion was not among them, and what it says of such skin is not known.",
             "Actinic keratoses (ACK), which have no sharp edge, are outlined far worse than other lesions: Dice on "
-            "test images 0.55, beside 0.86 to 0.96 for the other five diagnoses.",
+            "test images 0.55, beside 0.86 to 0.96 for the other five diagnoses, in the model released first (seed 2; "
+            "`python -m hub.segment_evaluate --by-folder` measures another).",
             "How well people agree on the outlines was not measured; it bounds what any figure here can be.",
         ],
         "citation": [
