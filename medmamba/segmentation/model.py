@@ -61,7 +61,7 @@ class MedMambaSegmenter(FolderMixin, nn.Module):
         return self.net.encoder.net  # type: ignore[union-attr, return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.to(self.net.segmentation_head[0].weight.dtype))  # type: ignore[union-attr, index]
+        return self.net(x.to(next(self.parameters()).dtype))
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters to exclude from weight decay: the scan's A and D, biases and norms."""

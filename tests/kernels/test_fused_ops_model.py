@@ -172,12 +172,13 @@ NORM_BACK = ["batch_apply", "batch_gradient_sums", "add_partials", "batch_gradie
 
 BLOCK = {
     "forward": ["norm_forward", *NORM, *NORM, *NORM, "batch_apply", "conv_forward", "norm_forward", "mix_forward"],
-    "backward": ["mix_backward", "norm_forward", "norm_backward", "conv_backward", "conv_input", "relu_gradient"]
-    + ["add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK, "norm_backward"],
+    "backward": ["mix_backward", "norm_forward", "norm_backward", "add_partials", "conv_backward", "add_partials"]
+    + ["conv_input", "relu_gradient", "add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK, "norm_backward"]
+    + ["add_partials"],
 }
 
 
-KERNELS = 4 * (2 + sum(map(len, BLOCK.values())))  # of a step: blocks of four stages, and the norm before each
+KERNELS = 4 * (3 + sum(map(len, BLOCK.values())))  # of a step: blocks of four stages, and the norm before each
 
 
 def network(variant="test", **options):
@@ -225,7 +226,7 @@ def test_model(checkpointing, monkeypatch):
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
     if not checkpointing:
-        around = ["norm_forward"], ["norm_backward"]  # of patches
+        around = ["norm_forward"], ["norm_backward", "add_partials"]  # of patches
         forward = 4 * (around[0] + BLOCK["forward"])
         backward = 4 * (BLOCK["backward"] + around[1])
         assert names == forward + backward
