@@ -1,7 +1,7 @@
 """A network replayed from a CUDA graph: for many batches of one shape, without Python's launches.
 
 Launching the layers of a network takes the caller's thread several milliseconds a batch, in which it can neither hand
-images to the GPU nor pass answers on. A replay takes a tenth of one. The kernels, and so the answers, are the same.
+images to the GPU nor pass answers on. A replay is a single call. The kernels, and so the answers, are the same.
 """
 
 from __future__ import annotations
