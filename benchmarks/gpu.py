@@ -10,8 +10,10 @@ in bfloat16 (ours by `fuse(torch.bfloat16)`, timm's in channels_last), "autocast
 weights, which training always is. Modes: "eager"; "graph", one CUDA graph per step; "compile",
 `torch.compile(fullgraph=True, mode="reduce-overhead")`, for ours alone. Ratios compare like with like. "published" is
 our model with mamba_ssm's scan over sequences unfolded in float32, as the published code has it; it needs
-selective_scan_cuda (requirements-cuda.txt). The peers need timm. What is missing is left out, which the output says.
-"profile" says where the time of the GPU goes. The JSON file is written after every figure.
+selective_scan_cuda (requirements-cuda.txt). The peers need timm; "mambavision_t" and "vmamba_t" also need
+selective_scan_cuda or VMamba's selective_scan_cuda_oflex, and PYTHONPATH with the package `mambavision` of
+NVlabs/MambaVision or the folder classification/models of MzeroMiko/VMamba. What is missing is left out, which the
+output says. "profile" says where the time of the GPU goes. The JSON file is written after every figure.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from medmamba.kernels.cuda import graph_capture
 from medmamba.training.graphed_step import GraphedStep
 from medmamba.utils.text import json_text
 
-PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224")
+PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "mambavision_t", "vmamba_t")
 OURS = ("nano", "tiny", "small", "base", "test")
 PUBLISHED = ", published"
 # Images per second at 224x224 that an H100 could reach at best: tensor cores at half their peak, six fused kernels per
@@ -124,10 +126,25 @@ def build(name: str, bench: Bench, precision: str, train: bool) -> nn.Module:
         if train or published:
             return model
         return model.fuse(torch.bfloat16 if precision == "bfloat16" else None)
+    model = peer(name).to(bench.device).train(train)
+    if name != "vmamba_t":  # its norms and scans take channels first
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.bfloat16() if precision == "bfloat16" else model
+
+
+def peer(name: str) -> nn.Module:
+    """Raises ImportError where it is not installed."""
+    if name == "mambavision_t":
+        from mambavision.models.mamba_vision import mamba_vision_T  # type: ignore[import-not-found]
+
+        return mamba_vision_T(num_classes=8)
+    if name == "vmamba_t":
+        from vmamba import vmamba_tiny_s1l8  # type: ignore[import-not-found]
+
+        return vmamba_tiny_s1l8()
     import timm
 
-    model = timm.create_model(name, num_classes=8).to(bench.device, memory_format=torch.channels_last).train(train)  # type: ignore[call-overload]
-    return model.bfloat16() if precision == "bfloat16" else model
+    return timm.create_model(name, num_classes=8)
 
 
 def infer(bench: Bench, part: str, name: str, batch: int, precision: str, modes: list[str], size: int) -> None:
@@ -201,6 +218,28 @@ def train(bench: Bench, part: str, name: str, batch: int, mode: str, size: int) 
         bench.measure(run, part=part, model=name, batch=batch, precision="autocast", mode=mode, size=size)
 
 
+def found_peers(names: list[str]) -> tuple[str, ...]:
+    """Returns those of the peers that can be built here, and prints why the others cannot."""
+    found = []
+    for name in names:
+        try:
+            peer(name)
+            found.append(name)
+        except Exception as error:  # whatever goes wrong in the code of others
+            print(f"without {name}: {type(error).__name__}: {error}")
+    return tuple(found)
+
+
+def attempt(name: str, measure: Callable[..., None], *arguments: Any) -> None:
+    """Measures; a peer that cannot run in this precision or mode is left out, and the output says why."""
+    try:
+        measure(*arguments)
+    except Exception as error:
+        if name not in PEERS:
+            raise
+        print(f"{name} {arguments[2:]} does not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
+
+
 def free(bench: Bench) -> None:
     """What was measured before is gone: models hold themselves in circles, so that it takes a search."""
     torch._dynamo.reset()
@@ -217,19 +256,20 @@ def everything(bench: Bench, args: argparse.Namespace, published: bool, peers: t
     old = [f"{name}{PUBLISHED}" for name in args.models] if published else []
     if "inference" in args.parts:
         for name in (*args.models, *peers):
-            infer(bench, "inference", name, large, "bfloat16", ["eager", "graph"], size)
+            attempt(name, infer, bench, "inference", name, large, "bfloat16", ["eager", "graph"], size)
         for name in (*old, *peers):
-            infer(bench, "inference", name, large, "autocast", ["eager"], size)
+            modes = ["eager", "graph"] if name in PEERS else ["eager"]
+            attempt(name, infer, bench, "inference", name, large, "autocast", modes, size)
         infer(bench, "inference", args.models[0], large, "float32", ["eager"], size)
     if "latency" in args.parts:
         for name in (args.models[0], *peers):
-            infer(bench, "latency", name, 1, "bfloat16", ["eager", "graph"], size)
+            attempt(name, infer, bench, "latency", name, 1, "bfloat16", ["eager", "graph"], size)
         for name in old[:1]:
             infer(bench, "latency", name, 1, "autocast", ["eager"], size)
     if "training" in args.parts:
         for name in (*args.models, *peers):
             for mode in ("eager", "graph") if name in (args.models[0], *peers) else ("graph",):
-                train(bench, "training", name, small, mode, size)
+                attempt(name, train, bench, "training", name, small, mode, size)
         for name in old[:1]:
             train(bench, "training", name, small, "eager", size)
         if not args.no_compile:
@@ -308,9 +348,7 @@ def main() -> None:
     bench = Bench(args.smoke, args.rounds, args.json)
     bench.about = machine(bench)
     print(", ".join(f"{key} {value}" for key, value in bench.about.items()))
-    peers = () if args.no_peers or args.smoke or "timm" not in bench.about else tuple(args.peers)
-    if not peers:
-        print("without peers" + ("" if "timm" in bench.about else ": timm cannot be imported here"))
+    peers = () if args.no_peers or args.smoke else found_peers(args.peers)
     if reason := mamba_ssm_backend.BACKEND.why_not():
         print(f"without the published design: {reason}")
     everything(bench, args, args.smoke or reason is None, peers)

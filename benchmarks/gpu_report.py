@@ -9,7 +9,13 @@ from typing import Any
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MARKERS = "<!-- tables: python benchmarks/gpu_report.py -->", "<!-- end of tables -->"
 TITLES = {"inference": "Inference", "latency": "One image", "training": "Training step (forward, backward, AdamW)"}
-PEERS = {"resnet50": "resnet50", "convnext_tiny": "convnext_tiny", "swin_tiny_patch4_window7_224": "swin_tiny"}
+PEERS = {
+    "resnet50": "resnet50",
+    "convnext_tiny": "convnext_tiny",
+    "swin_tiny_patch4_window7_224": "swin_tiny",
+    "mambavision_t": "mambavision_t",
+    "vmamba_t": "vmamba_t",
+}
 OURS = ("nano", "tiny", "small", "base")
 PLOT = "performance-pixels.svg"
 
@@ -23,7 +29,7 @@ def tables(measured: dict[str, Any], plotted: bool) -> str:
         f"{about['memory_gib']:.0f} GiB; medmamba {about['medmamba']}, {software}.",
         "",
     ]
-    columns = [*PEERS, "published"]
+    columns = [name for name in (*PEERS, "published") if any(name in row.get("ratio", {}) for row in rows)]
     for part, title in TITLES.items():
         chosen = [row for row in rows if row["part"] == part]
         if not chosen:

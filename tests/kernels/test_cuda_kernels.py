@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from scan_problems import assert_within_budget, problem_2d
 
 import medmamba
@@ -20,7 +19,6 @@ from medmamba import selective_scan_2d
 from medmamba.kernels.backends import cuda as cuda_backend
 from medmamba.kernels.backends import eager as torch_backend
 from medmamba.kernels.backends.cuda import Plan
-from medmamba.kernels.block import inference as fused
 from medmamba.kernels.cuda import nvrtc
 
 CUDA = cuda_backend.BACKEND.why_not() is None
@@ -149,6 +147,7 @@ def test_without_a_place_to_keep_code_it_is_compiled_each_time(compilations, mon
 
 
 problem = functools.partial(problem_2d, device=DEVICE)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 def saved_states(x, N):
@@ -267,133 +266,6 @@ def test_views_are_read_where_they_lie():
             assert torch.equal(cuda_backend.BACKEND.scan_2d(*views, x.new_empty(0)), expected)
             found = cuda_backend.BACKEND.scan_2d_backward(ones[:1, :1, :1, :1].expand_as(x), *views, states)
             assert all(map(torch.equal, found, gradients))
-
-
-# --- what surrounds the scan ----------------------------------------------------------------------------------------
-
-
-def maps(*shape, dtype, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def close(actual, expected, dtype):
-    assert actual.dtype == dtype and actual.is_contiguous()
-    tolerance = 1e-5 if dtype == torch.float32 else 2 ** (-9 if dtype == torch.float16 else -7)
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
-
-
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@runs
-@pytest.mark.parametrize(
-    ("channels", "dtype"),
-    [
-        pytest.param(channels, dtype, marks=[] if i == j else pytest.mark.slow)
-        for i, channels in enumerate((4, 36, 132))
-        for j, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16))
-    ],
-    ids=str,
-)
-def test_mix_split(channels, dtype):
-    C = channels
-    x, left, right = (maps(2, 3, 2, n, dtype=dtype, seed=n + i) for i, n in enumerate((C, C // 2, C // 2)))
-    scale, shift, weight, bias = (maps(C // 2, dtype=torch.float32, seed=i) for i in range(4))
-    out, next_left, next_right = fused.mix_split(x, (left, right), (scale, shift, weight, bias, 1e-5))
-    mixed = torch.stack((left.relu(), right), -1).flatten(3)
-    close(out, x.float() + mixed.float(), dtype)
-    first, second = (x.float() + mixed.float()).chunk(2, -1)
-    close(next_left, first * scale + shift, dtype)
-    close(next_right, F.layer_norm(second, (C // 2,), weight, bias), dtype)
-
-    same, next_left, next_right = fused.mix_split(x, None, (scale, shift, weight, bias, 1e-5))
-    assert same is x
-    close(next_left, x.float()[..., : C // 2] * scale + shift, dtype)
-    out, *nothing = fused.mix_split(x, (left, right), None)
-    close(out, x.float() + mixed.float(), dtype)
-    assert nothing == [None, None]
-
-
-@runs
-@dtypes
-@pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=str)
-def test_gather_norm(size, dtype):
-    H, W, C = *size, 12
-    x = maps(2, H, W, C, dtype=dtype)
-    weight, bias = maps(4 * C, dtype=torch.float32), maps(4 * C, dtype=torch.float32, seed=1)
-    cut = x.float()[:, : H // 2 * 2, : W // 2 * 2]
-    parts = [cut[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
-    expected = F.layer_norm(torch.cat(parts, -1), (4 * C,), weight, bias)
-    close(fused.gather_norm(x, weight, bias, 1e-5), expected, dtype)
-    weight, bias = weight[:C].contiguous(), bias[:C].contiguous()
-    close(fused.norm(x, weight, bias, 1e-5), F.layer_norm(x.float(), (C,), weight, bias), dtype)
-
-
-@runs
-@dtypes
-@pytest.mark.parametrize("size", [(1, 1), (3, 8), (2, 19)], ids=str)
-def test_depthwise_silu(size, dtype):
-    C = 6
-    wide = maps(2, *size, 2 * C, dtype=dtype)
-    x = wide.chunk(2, -1)[0]  # pixels that do not follow each other
-    weight, bias = maps(C, 1, 3, 3, dtype=torch.float32), maps(C, dtype=torch.float32, seed=1)
-    expected = F.silu(F.conv2d(x.float().permute(0, 3, 1, 2), weight, bias, padding=1, groups=C)).permute(0, 2, 3, 1)
-    close(fused.depthwise_silu(x, weight.flatten(1).T.contiguous(), bias), expected, dtype)
-
-
-@runs
-@dtypes
-def test_scan_gate(dtype):
-    tensors = problem(B=2, H=3, W=4, C=36, dtype=dtype)
-    wide = maps(2, 3, 4, 72, dtype=dtype)
-    weight, bias = maps(36, dtype=torch.float32), maps(36, dtype=torch.float32, seed=1)
-    y = selective_scan_2d(*[t.double() for t in tensors], backend="torch").float()
-    expected = F.layer_norm(y, (36,), weight, bias) * F.silu(wide[..., 36:].float())
-    actual = fused.scan_gate(*tensors, wide.chunk(2, -1)[1], weight, bias, 1e-5)
-    assert actual.is_contiguous()
-    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
-    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.slow
-@runs
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_fused_model(dtype):
-    """All feature maps of the model by these kernels, against its layers one by one."""
-    torch.manual_seed(0)
-    model = medmamba.create_model("test", num_classes=3).to(DEVICE)
-    with torch.no_grad():
-        for module in model.modules():  # so that nothing is one or zero by chance
-            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
-                module.weight.uniform_(0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.5, 1.5)
-    model.eval()
-    images = torch.randn(2, 3, 48, 36, device=DEVICE)
-    with torch.inference_mode():
-        expected = model.forward_pyramid(images)
-        found = model.fuse(dtype).cuda_pyramid(images)
-    tolerance = 1e-3 if dtype is None else 0.1
-    for a, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=tolerance * e.abs().max().item())
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
-def test_fused_model_runs_by_itself(dtype):
-    torch.manual_seed(0)
-    model = medmamba.create_model("nano", num_classes=4).eval().to(DEVICE)
-    images = torch.randn(3, 3, 100, 68, device=DEVICE)
-    fast = model.fuse(dtype)
-    with torch.inference_mode():
-        assert fast._runs_fused(images)
-        expected, found = model(images), fast(images)
-    graphed = fast.graphed(torch.zeros_like(images))
-    assert torch.equal(graphed(images), found)
-    with pytest.raises(ValueError, match="takes"):
-        graphed(images[:1])
-    tolerance = 1e-3 if dtype is None else 0.05
-    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------

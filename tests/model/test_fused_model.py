@@ -1,4 +1,4 @@
-"""A fused model: what it refuses, what it keeps, and that threads share it. Its kernels are in test_cuda_kernels.py."""
+"""A fused model: what it refuses and keeps, and that threads share it. Its kernels are in test_inference_cuda.py."""
 
 import copy
 import pickle
