@@ -19,6 +19,7 @@ import gradio as gr
 
 import medmamba
 from medmamba import DEFAULT_MODEL
+from medmamba.config import BACKBONES
 from medmamba.pretrained import has_classes
 
 from . import api, api_dense, html, theme
@@ -128,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="open the app in a browser")
     args = parser.parse_args(argv)
     root = prepare()
-    options = Options(tuple(args.model or (*default_models(), *bundled_dense())), args.device)
+    models = tuple(args.model or (*default_models(), *bundled_dense()))
+    options = Options(models, args.device, backbones=bundled_backbones())
     try:
         demo = build_demo(options, root)
     except (ValueError, OSError, ImportError) as error:
@@ -146,6 +148,12 @@ def default_models() -> list[str]:
     """Returns the names of the bundled classifiers, the default model first."""
     others = [name for name, folder in medmamba.bundled_models().items() if has_classes(folder)]
     return [DEFAULT_MODEL, *(name for name in others if name != DEFAULT_MODEL)]
+
+
+def bundled_backbones() -> tuple[str, ...]:
+    """Returns the names of the general backbones that come with this copy of medmamba, from which Fine-tune starts."""
+    here = medmamba.bundled_models()
+    return tuple(name for name in BACKBONES if name in here)
 
 
 def prepare() -> Path:

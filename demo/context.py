@@ -70,6 +70,22 @@ class Context:
         return display_name(self.store.names[0])
 
     @property
+    def starts(self) -> list[tuple[str, str]]:
+        """(label, name) pairs of what training can start from: the general backbones, then the models."""
+        backbones = [(f"General backbone · {name}", name) for name in self.options.backbones]
+        return [*backbones, *self.choices(None)]
+
+    def first_start(self, light: bool) -> str:
+        """Returns the name of what training starts from by default: a general backbone, or a model if there is none.
+
+        Args:
+            light: of several, the smallest, which trains in minutes on a CPU; otherwise the first.
+        """
+        if not self.options.backbones:
+            return self.lightest_title if light else self.default_title
+        return min(self.options.backbones, key=weights_size) if light else self.options.backbones[0]
+
+    @property
     def lightest_title(self) -> str:
         """Name of the smallest model, which fine-tunes in minutes on a CPU."""
         return min(self.known.values(), key=lambda known: known.bytes).title if self.known else self.default_title
@@ -102,6 +118,14 @@ class Context:
             raise ValueError(f"no model {title!r} here; available: {', '.join(self.titles(session))}")
         return self._sources[title]
 
+    def start(self, title: str) -> str:
+        """Resolves a name of `starts` to what `medmamba train --from` takes.
+
+        Raises:
+            ValueError: no such start.
+        """
+        return title if title in self.options.backbones else self.source(None, title)
+
     def suggest(self, title: str, path: Path, view: View | None = None, ask: bool = False) -> Suggestion | None:
         """Returns the model for an image that this one refused, or None.
 
@@ -121,6 +145,15 @@ class Context:
         return self.store.get(self.source(session, title), title or self.default_title)
 
 
+def weights_size(name: str) -> int:
+    """Returns the size in bytes of the weights of a model that is present on this machine.
+
+    Raises:
+        PretrainedError: it is not.
+    """
+    return (fetch(name, local_files_only=True) / WEIGHTS_NAME).stat().st_size
+
+
 def known_models(names: tuple[str, ...]) -> list[Known]:
     """Returns the models that are already on this machine, without network access."""
     found = []
@@ -131,8 +164,7 @@ def known_models(names: tuple[str, ...]) -> list[Known]:
                 facts = read_facts(folder)
             except LicenceError:  # no licence stated; the page says so
                 facts = read_facts(folder, licence="other")
-            size = (folder / WEIGHTS_NAME).stat().st_size
-            found.append(Known(display_name(name), facts, size, folder))
+            found.append(Known(display_name(name), facts, (folder / WEIGHTS_NAME).stat().st_size, folder))
         except (OSError, ValueError):  # missing or damaged: reported when it is used
             continue
     return found

@@ -38,12 +38,14 @@ class Options:
 
     Attributes:
         models: names, "org/name[@revision]" or folders to offer, the default first.
+        backbones: names of general backbones, without classes, from which Fine-tune starts unless told otherwise.
         device: "cpu", "cuda", "mps" or "auto".
     """
 
     models: tuple[str, ...]
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    backbones: tuple[str, ...] = ()
 
 
 PUBLIC = Limits(

@@ -3,8 +3,9 @@
     python -m hub.space build space
     hf upload ORG/medmamba space . --repo-type space
 
-The folder holds the app, the package and the models, so nothing else has to be published first. With --from-hub, the
-models are downloaded from the Hub when the Space is built instead of being copied.
+The folder holds the app, the package, the models and the small general backbone, from which Fine-tune starts, so
+nothing else has to be published first. With --from-hub, the models are downloaded from the Hub when the Space is built
+instead of being copied, and Fine-tune starts from one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import medmamba
 from demo.dense import DEFAULT as DEFAULT_DENSE
 from medmamba.cards import is_dense
-from medmamba.config import DEFAULT_MODEL, ORGANISATION
+from medmamba.config import BACKBONES, DEFAULT_MODEL, ORGANISATION
 from medmamba.pretrained import PretrainedError, bundled_models, has_classes
 from medmamba.pretrained.sources import SIDECARS
 from medmamba.utils.checksums import CONFIG_NAME, WEIGHTS_NAME
@@ -35,7 +36,7 @@ from demo.app import build_demo, launch_options, prepare
 from demo.options import PUBLIC, Options
 
 root = prepare()
-options = Options({models!r}, "auto", PUBLIC)
+options = Options({models!r}, "auto", PUBLIC, {backbones!r})
 demo = build_demo(options, root)
 
 if __name__ == "__main__":
@@ -81,11 +82,15 @@ def build(folder: Path, models: list[str] | None = None, from_hub: bool = False)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     for name in ("requirements.txt", "packages.txt"):  # for pip and, one Debian package a line, for apt
         shutil.copyfile(ROOT / "demo" / name, folder / name)
+    backbones: list[str] = []
     if not from_hub:
-        names = [_copy_model(name, folder / "medmamba" / "weights") for name in names]
+        weights = folder / "medmamba" / "weights"
+        names = [_copy_model(name, weights) for name in names]
+        # Training on a Space is on a CPU mostly, so the small one: the last.
+        backbones = [_copy_model(name, weights) for name in BACKBONES[-1:] if name in bundled_models()]
     elif wrong := [name for name in names if name.count("/") != 1]:
         raise SpaceError(f"models on the Hub are named org/name or org/name@revision, not {', '.join(wrong)}")
-    (folder / "app.py").write_text(ENTRY.format(models=tuple(names)), encoding="utf-8")
+    (folder / "app.py").write_text(ENTRY.format(models=tuple(names), backbones=tuple(backbones)), encoding="utf-8")
     (folder / "README.md").write_text(_readme(names, from_hub), encoding="utf-8")
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 

@@ -98,7 +98,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
                 column = gr.Dropdown([], label="Column of the patient", visible=False, elem_id="mm-patient-column")
                 apply = gr.Button("Apply", size="sm", elem_id="mm-apply-pattern")
             base = gr.Dropdown(
-                context.choices(None),
+                context.starts,
                 value=first_base(context),
                 label="Start from",
                 filterable=False,
@@ -219,7 +219,7 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
         folder = session.new_folder()
         job = None
         try:
-            source = context.source(None, title)
+            source = context.start(title)
             device = training_device(context)
             job = Job(session.data, source, int(count), folder, limits, device)
             while job.running:
@@ -279,8 +279,8 @@ def build(context: Context, classify: ClassifyTab, tabs: gr.Tabs) -> None:
 
 
 def first_base(context: Context) -> str:
-    """Returns the default base model: on a CPU the smallest, which trains in minutes."""
-    return context.lightest_title if training_device(context) == "cpu" else context.default_title
+    """Returns what training starts from by default, see `Context.first_start`."""
+    return context.first_start(light=training_device(context) == "cpu")
 
 
 def training_device(context: Context) -> str:

@@ -22,6 +22,7 @@ httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
 from demo import (  # noqa: E402
+    app,
     charts,
     context,
     examples,
@@ -219,10 +220,12 @@ def zoo(tmp_path_factory) -> list[Path]:
     return folders
 
 
-def context_of(folders, tmp_path) -> context.Context:
+def context_of(folders, tmp_path, **given) -> context.Context:
     names = tuple(map(str, folders))
     return context.Context(
-        options.Options(names, "cpu"), store.ModelStore(names, "cpu"), sessions.Sessions(Limits(), tmp_path / "root")
+        options.Options(names, "cpu", **given),
+        store.ModelStore(names, "cpu"),
+        sessions.Sessions(Limits(), tmp_path / "root"),
     )
 
 
@@ -232,9 +235,27 @@ def test_menus_name_what_models_are_for(zoo, tmp_path):
     assert found.choices(None)[3] == ("mine", "mine"), "no dataset is known"
     assert found.default_title == "blood-large" and found.lightest_title != "blood-large"
     assert finetune.first_base(found) == found.lightest_title, "a CPU trains the small one"
+    assert found.starts == found.choices(None), "without backbones"
     session = found.sessions.of(Request("one"))
     session.models["Yours: set"] = zoo[3]
     assert found.choices(session)[0] == ("Yours: set", "Yours: set")
+
+
+def test_training_starts_from_a_general_backbone(zoo, tmp_path, monkeypatch):
+    large = medmamba.create_model("nano", 0).save_pretrained(tmp_path / "large")
+    small = medmamba.create_model("test", 0).save_pretrained(tmp_path / "small")
+    here = {"medmamba/tiny-medical": large, "medmamba/nano-medical": small}
+    monkeypatch.setattr("demo.context.fetch", lambda name, **options: here.get(name, Path(name)))
+    monkeypatch.setattr(medmamba, "bundled_models", lambda: here)
+    found = context_of(zoo, tmp_path, backbones=app.bundled_backbones())
+    assert found.starts[:2] == [(f"General backbone · {name}", name) for name in here]
+    assert found.starts[2:] == found.choices(None), "those who have better reasons choose a model"
+    assert finetune.first_base(found) == "medmamba/nano-medical", "a CPU trains the small one"
+    assert found.first_start(light=False) == "medmamba/tiny-medical"
+    assert [found.start(name) for name in here] == list(here) and found.start("mine") == str(zoo[3])
+    with pytest.raises(ValueError, match="no model 'other'"):
+        found.start("other")
+    assert not set(here) & set(found.titles(None)), "they have no classes to answer with"
 
 
 def test_two_models_of_one_name_are_refused(zoo, tmp_path):

@@ -86,6 +86,15 @@ def test_no_released_backbone_has_seen_a_held_out_image(shared):
     assert not seen & held_out
 
 
+def test_the_sample_x_rays_are_not_among_the_pretraining_images():
+    """Of the third tutorial, and of the app, whose images are smaller copies: of patients whom no other split has."""
+    here = Path(pretrain_pool.__file__).parent
+    written = (here / "results" / "pretraining-images.sha").read_bytes()
+    seen = {written[i : i + 8] for i in range(0, len(written), 8)}
+    samples = list((here.parent / "notebooks" / "data" / "chest").rglob("*.jpeg"))
+    assert len(samples) == 208 and not seen & {pretrain_pool.digest(path) for path in samples}
+
+
 class StandIn(nn.Module):
     """A teacher with maps at 1/16 and 1/32 of the image."""
 

@@ -127,6 +127,9 @@ def test_nothing_is_in_it_that_does_not_belong(folder):
         files
     )
     assert "medmamba/weights/blood-test/model.safetensors" in files
+    if "medmamba/nano-medical" in medmamba.bundled_models():
+        assert "medmamba/weights/nano-medical/model.safetensors" in files
+        assert "PUBLIC, ('medmamba/nano-medical',))" in (folder / "app.py").read_text(), "Fine-tune starts from it"
     assert "demo/examples/README.md" in files and "demo/README.md" not in files, "the images keep their sources"
     wrong = re.compile(r"__pycache__|\.pyc$|\.dll$|\.dylib$|/csrc/|\.pth$|\.pt$|\.pkl$")
     assert not [name for name in files if wrong.search(name)]
