@@ -14,6 +14,7 @@ from PIL import Image
 
 from medmamba.config import PreprocessConfig
 from medmamba.imaging.ahead import Order, Prepared, Unread, read_ahead
+from medmamba.imaging.ahead.process import DecodeProcess
 from medmamba.imaging.image import FrameNeeded
 from medmamba.imaging.load import load_image
 from medmamba.imaging.preprocess import adapt_channels, normalise, preprocess, resize
@@ -105,6 +106,37 @@ def test_a_process_that_ends_loses_no_image(files, always):
         kinds[1] = Unread
         assert "ended the process" in found[1].error
     assert [type(item) for item in found] == kinds
+
+
+def test_a_process_has_its_next_job_before_it_has_answered(files, monkeypatch):
+    sent, most = 0, 0
+    plain_send, plain_receive = DecodeProcess.send, DecodeProcess.receive
+
+    def send(self, *job):
+        nonlocal sent, most
+        plain_send(self, *job)
+        sent += 1
+        most = max(most, sent)
+
+    def receive(self):
+        nonlocal sent
+        answer = plain_receive(self)
+        sent -= 1
+        return answer
+
+    monkeypatch.setattr(DecodeProcess, "send", send)
+    monkeypatch.setattr(DecodeProcess, "receive", receive)
+    contents = [path.read_bytes() * 40 for path in files[:8]] * 4  # more than the pipe between them holds
+    found = collect(read_ahead(contents, ORDER, workers=1, chunk=4, wait=True))
+    assert most == 2 and sent == 0 and [type(item) for item in found] == [Prepared] * 32
+
+
+def test_jobs_of_a_process_that_ended_are_not_blamed(files):
+    killer = Killer(files[2], os.getpid(), True)
+    sources = [killer, *files[:3], *[killer, files[1]] * 2, *files[:4] * 3]
+    found = collect(read_ahead(sources, ORDER, workers=2, chunk=2, ahead=8, wait=True))
+    assert [i for i, item in enumerate(found) if isinstance(item, Unread)] == [0, 4, 6]
+    assert len(found) == len(sources) and [item.source for item in found[-12:]] == [f"{i}.png" for i in range(4)] * 3
 
 
 def test_a_script_without_a_guard_works_and_leaves_nothing_behind(files, tmp_path):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import signal
 import sys
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -36,16 +38,24 @@ def main(setup: dict[str, Any], jobs: BinaryIO, answers: BinaryIO) -> None:
     memory = memoryview(attach(setup["memory"]))
     order: Order = pickle.loads(receive(jobs))
     send(answers, b"")
-    while True:
-        try:
-            offset, size, sources = pickle.loads(receive(jobs))
-        except EOFError:
-            return
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_take_jobs, args=(jobs, waiting), name="medmamba-jobs", daemon=True).start()
+    while (job := waiting.get()) is not None:
+        offset, size, sources = job
         try:
             answer = put(_prepare_all(sources, order), memory[offset : offset + size])
         except Exception:
             answer = b"!" + traceback.format_exc().encode("utf-8", "replace")
         send(answers, answer)
+
+
+def _take_jobs(jobs: BinaryIO, waiting: queue.SimpleQueue[Any]) -> None:
+    """Takes jobs from the pipe as they come: were it full, the parent would wait there, not for the answers."""
+    try:
+        while True:
+            waiting.put(pickle.loads(receive(jobs)))
+    finally:  # also after a job that makes no sense
+        waiting.put(None)
 
 
 def _prepare_all(sources: list[Any], order: Order) -> list[Prepared | Unread]:

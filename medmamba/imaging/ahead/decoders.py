@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ WORTH = 2.0  # seconds of decoding that are left when processes, which need a pa
 PATIENCE = 0.3  # seconds of decoding before that is estimated
 MEMORY = 2 << 30  # bytes of prepared images at most
 _TICK = 0.5  # a wait without end cannot be interrupted on Windows
+_SENT = 2  # jobs that a process has: the next is there before one is done, so that it never waits for the caller
 
 
 @dataclass
@@ -117,8 +118,9 @@ def read_ahead(
     try:
         if wait:
             pool.wait()
+        pool.begin(itertools.chain(first, source))  # they read while `using` prepares the memory
         with using(pool.memory) if using and pool.memory else contextlib.nullcontext():
-            yield from pool.run(itertools.chain(first, source))
+            yield from pool.run()
     finally:
         pool.close()
 
@@ -158,16 +160,22 @@ class _Job:
 
 
 class _Pool:
-    """Threads that each feed a process, and read images themselves until that is ready."""
+    """Threads that each feed a process, and read images themselves where it cannot."""
 
     def __init__(self, order: Order, count: int, chunk: int, ahead: int, nice: int) -> None:
         self.order, self.chunk = order, chunk
         self._size = -(-chunk * order.bytes_per_image // 4096) * 4096
-        slots = max(min(2 * count + ahead, MEMORY // self._size), ahead + 1)
+        slots = max(min((_SENT + 1) * count + ahead, MEMORY // self._size), ahead + 1)
         self._free = deque(range(slots))
+        self._source: Iterator[Any] = iter(())
+        self._submitted, self._exhausted = 0, False
         self._jobs: deque[_Job] = deque()
         self._done: dict[int, Chunk | _Answer | BaseException] = {}
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)  # there are jobs, or no more to come
+        self._news = threading.Condition(lock)  # the chunk that the caller waits for is there
+        self._wanted = 0
+        self._idle = 0  # threads that have nothing to do
         self._closed = False
         self._nice = nice
         self._memory: SharedMemory | None = None
@@ -192,28 +200,35 @@ class _Pool:
     def _start(self) -> DecodeProcess | None:
         return None if self._memory is None else DecodeProcess(self._memory, self.order, self._nice)
 
-    def run(self, source: Iterator[Any]) -> Iterator[Chunk]:
-        submitted = 0
-        exhausted = False
+    def begin(self, source: Iterator[Any]) -> None:
+        """Asks for the first images."""
+        self._source = source
+        self._submit()
+
+    def _submit(self) -> bool:
+        """Asks for as many chunks as there is room for; returns whether there are no more."""
+        while self._free and not self._exhausted and self._wanted not in self._done:
+            taken = list(itertools.islice(self._source, self.chunk))
+            self._exhausted = len(taken) < self.chunk
+            if taken:
+                with self._work:  # the room used last is still in caches
+                    self._jobs.append(_Job(self._submitted, self._free.pop(), taken))
+                    self._work.notify()
+                self._submitted += 1
+        return self._exhausted
+
+    def run(self) -> Iterator[Chunk]:
+        """Yields the chunks in order, and asks for more meanwhile."""
         for number in itertools.count():
-            while self._free and not exhausted:
-                taken = list(itertools.islice(source, self.chunk))
-                exhausted = len(taken) < self.chunk
-                if taken:
-                    with self._changed:
-                        self._jobs.append(_Job(submitted, self._free.popleft(), taken))
-                        self._changed.notify()
-                    submitted += 1
-                with self._changed:
-                    if number in self._done:
-                        break
-            if number >= submitted:
+            self._wanted = number
+            exhausted = self._submit()
+            if number >= self._submitted:
                 if exhausted:
                     return
                 raise RuntimeError("all chunks are in use: release() those that are done with")
-            with self._changed:
+            with self._news:
                 while number not in self._done:
-                    self._changed.wait(_TICK)
+                    self._news.wait(_TICK)
                 found = self._done.pop(number)
             if isinstance(found, BaseException):
                 raise found
@@ -233,46 +248,82 @@ class _Pool:
         return memoryview(self._memory.map)[slot * self._size : (slot + 1) * self._size]
 
     def _feed(self, index: int) -> None:
+        sent: deque[_Job] = deque()  # to the process, which has not answered yet
         while True:
-            with self._changed:
-                while not self._jobs and not self._closed:
-                    self._changed.wait(_TICK)
-                if self._closed:
-                    return
-                job = self._jobs.popleft()
-            found: Chunk | _Answer | BaseException
+            job = self._take(sent)
+            if self._closed:
+                return
+            if job is not None and self._send(index, job):
+                sent.append(job)
+                continue
+            start = time.perf_counter()
+            found: list[Prepared | Unread] | bytes | BaseException
             try:
-                start = time.perf_counter()
-                read = self._read(index, job)
-                took = time.perf_counter() - start
-                # A chunk keeps its slot even where it does not use it: slots bound the memory.
-                if isinstance(read, bytes):
-                    found = _Answer(job.slot, read, took)
+                if job is not None:
+                    found = [prepare(source, self.order) for source in job.sources]
                 else:
-                    found = Chunk(read, job.slot, took, [], self._free)
+                    job = sent.popleft()
+                    found = self._answer(index, job, sent)
             except BaseException as error:
                 found = error
-            with self._changed:
-                self._done[job.number] = found
-                self._changed.notify_all()
+            self._hand_over(job, found, time.perf_counter() - start)
 
-    def _read(self, index: int, job: _Job) -> list[Prepared | Unread] | bytes:
+    def _take(self, sent: Collection[_Job]) -> _Job | None:
+        """Waits for something to do; returns a job to begin, or None where an answer is to be received."""
+        with self._work:
+            if not sent:
+                self._idle += 1
+                while not self._jobs and not self._closed:
+                    self._work.wait(_TICK)
+                self._idle -= 1
+                return None if self._closed else self._jobs.popleft()
+            # Threads without any come first.
+            return self._jobs.popleft() if len(sent) < _SENT and len(self._jobs) > self._idle else None
+
+    def _hand_over(self, job: _Job, found: list[Prepared | Unread] | bytes | BaseException, took: float) -> None:
+        done: Chunk | _Answer | BaseException
+        # A chunk keeps its slot even where it does not use it: slots bound the memory.
+        if isinstance(found, bytes):
+            done = _Answer(job.slot, found, took)
+        elif isinstance(found, list):
+            done = Chunk(found, job.slot, took, [], self._free)
+        else:
+            done = found
+        with self._news:
+            self._done[job.number] = done
+            if job.number == self._wanted:
+                self._news.notify()
+
+    def _send(self, index: int, job: _Job) -> bool:
+        """Gives a job to the process; returns whether it is to answer."""
         process = self._processes[index]
-        if process is None or not process.ready.is_set() or not all(map(portable, job.sources)):
-            return [prepare(source, self.order) for source in job.sources]
-        offset = job.slot * self._size
+        if process is None or not all(map(portable, job.sources)):
+            return False
+        if not process.ready.is_set() and (index == 0 or not self._wait(process)):
+            return False  # one thread reads until its process is ready; more would hold up the caller's
+        process.send(job.sources, job.slot * self._size, self._size)
+        return True
+
+    def _answer(self, index: int, job: _Job, later: deque[_Job]) -> list[Prepared | Unread] | bytes:
+        """Receives the answer to a job; where the process has ended, reads its images one by one."""
+        process = self._processes[index]
+        assert process is not None
         try:
-            return process.run(job.sources, offset, self._size)
+            return process.receive()
         except ProcessGone:
             pass
+        with self._work:  # not to blame: it had not begun these
+            self._jobs.extendleft(reversed(later))
+            self._work.notify(len(later))
+            later.clear()
         items: list[Prepared | Unread] = []
-        for source in job.sources:  # one by one, each answer copied, to find the one that ended it
+        for source in job.sources:  # each answer copied, to find the one that ended it
             items += self._alone(index, source, job.slot)
         return items
 
     def _alone(self, index: int, source: Any, slot: int) -> list[Prepared | Unread]:
         process = self._processes[index]
-        if process is None or process.ended:
+        if not self._closed and (process is None or process.ended):
             process = self._processes[index] = self._start()
         if self._closed or process is None or not self._wait(process):
             raise RuntimeError("a process that reads images has ended, and no other could be started")
@@ -300,13 +351,14 @@ class _Pool:
                 self._wait(process)
 
     def close(self) -> None:
-        with self._changed:
+        with self._work:
             self._closed = True
             self._jobs.clear()
-            self._changed.notify_all()
-        for process in self._processes:
-            if process is not None:
-                process.end()
+            self._work.notify_all()
+        for process in filter(None, self._processes):
+            process.kill()  # all, before any is waited for
+        for process in filter(None, self._processes):
+            process.end()
         for thread in self._threads:
             thread.join()
         for process in self._processes:

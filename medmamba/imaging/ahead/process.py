@@ -75,30 +75,46 @@ class DecodeProcess:
         except (EOFError, OSError, ValueError):
             self.failed = True
 
-    def run(self, sources: list[Any], offset: int, size: int) -> bytes:
-        """Reads images into a part of the shared memory, and returns the message that `messages.take` understands.
+    def send(self, sources: list[Any], offset: int, size: int) -> None:
+        """Asks for images to be read into a part of the shared memory; `receive` has the answer, in order.
+
+        The process takes jobs at any time, so this does not wait for those that were sent before.
+        """
+        with contextlib.suppress(OSError, ValueError):  # it has ended, as `receive` notices
+            send(self._jobs, pickle.dumps((offset, size, sources)))
+
+    def receive(self) -> bytes:
+        """Waits for the next answer, a message that `messages.take` understands.
 
         Raises:
             ProcessGone: it has ended, by one of these images or by somebody else.
             RuntimeError: a bug, with the traceback of the process.
         """
         try:
-            send(self._jobs, pickle.dumps((offset, size, sources)))
             answer = receive(self._answers)
-            if answer[:1] == b"!":
-                raise RuntimeError(f"a process that reads images failed:\n{answer[1:].decode('utf-8', 'replace')}")
-            return answer
         except (EOFError, OSError, ValueError):
             self.end()
             raise ProcessGone from None
+        if answer[:1] == b"!":
+            raise RuntimeError(f"a process that reads images failed:\n{answer[1:].decode('utf-8', 'replace')}")
+        return answer
+
+    def run(self, sources: list[Any], offset: int, size: int) -> bytes:
+        """Does both, see `send` and `receive`."""
+        self.send(sources, offset, size)
+        return self.receive()
+
+    def kill(self) -> None:
+        """Begins to end the process."""
+        with contextlib.suppress(OSError, AttributeError):  # it has ended, or could not be started
+            self._process.kill()
 
     def end(self) -> None:
         """Ends the process at once; it holds nothing that needs saving."""
         if self.ended:
             return
         self.ended = True
-        with contextlib.suppress(OSError):
-            self._process.kill()
+        self.kill()
         self._process.wait()
         for stream in (self._jobs, self._answers):
             with contextlib.suppress(OSError, ValueError):
