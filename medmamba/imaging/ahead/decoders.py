@@ -257,12 +257,12 @@ class _Pool:
                 sent.append(job)
                 continue
             start = time.perf_counter()
+            mine, job = job is not None, job or sent.popleft()
             found: list[Prepared | Unread] | bytes | BaseException
             try:
-                if job is not None:
+                if mine:
                     found = [prepare(source, self.order) for source in job.sources]
                 else:
-                    job = sent.popleft()
                     found = self._answer(index, job, sent)
             except BaseException as error:
                 found = error
@@ -355,10 +355,12 @@ class _Pool:
             self._closed = True
             self._jobs.clear()
             self._work.notify_all()
-        for process in filter(None, self._processes):
-            process.kill()  # all, before any is waited for
-        for process in filter(None, self._processes):
-            process.end()
+        for process in self._processes:  # all, before any is waited for
+            if process is not None:
+                process.kill()
+        for process in self._processes:
+            if process is not None:
+                process.end()
         for thread in self._threads:
             thread.join()
         for process in self._processes:
