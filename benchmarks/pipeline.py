@@ -1,11 +1,13 @@
 """End to end: from files to answers, beside what its parts and other pipelines reach in the same run.
 
     python benchmarks/pipeline.py --source FOLDER_OF_REAL_IMAGES [--model tiny] [--device cuda:0] [--workers 16]
+    python benchmarks/pipeline.py --source FOLDER_OF_REAL_IMAGES --kinds jpeg --device cuda:0 cuda:0,cuda:1 --no-peers
 
 Writes real images in the formats below into a temporary folder and prints for each: what the processes can read and
 prepare (decode), what the network can compute (network), what comes out of `iter_predict` (end to end: in all, and
 without the first tenth, in which processes start), its share of the slower of the two, and the share of the time in
-which the GPU computes (by NVML; on a CPU, images x time of the network alone). The files are in the page cache.
+which the GPUs compute (by NVML; on a CPU, images x time of the network alone). The files are in the page cache. Of
+several sets of devices, each is measured in turn.
 
 Peers, with the same number of processes: a PyTorch DataLoader around torchvision's transforms before the same network,
 as in timm's `inference.py`, and the image-classification pipeline of transformers, around a ResNet-50 since it takes no
@@ -36,6 +38,7 @@ from medmamba.imaging.find import find_in
 from medmamba.inference.engine import Engine, as_input
 from medmamba.inference.predict import Failure, iter_predict
 
+PEER_BATCH = 64  # two for each process are read ahead: of larger ones, a short run would consist
 KINDS = ("webp", "png", "jpeg", "big", "dicom")
 NAMES = {
     "webp": "224 WebP",
@@ -52,7 +55,10 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="nano, tiny or a model folder")
     parser.add_argument("--size", type=int, default=224, help="of the network's input, for nano and tiny")
     parser.add_argument(
-        "--device", default="cuda:0" if torch.cuda.is_available() else "cpu", help="or several: cuda:0,cuda:1"
+        "--device",
+        nargs="+",
+        default=["cuda:0" if torch.cuda.is_available() else "cpu"],
+        help="or several together: cuda:0,cuda:1; each argument is measured",
     )
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
@@ -66,43 +72,47 @@ def main() -> None:
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
-    devices = args.device.split(",")
+    groups = [group.split(",") for group in args.device]
     model = (
         create_model(args.model, num_classes=8, preprocess={"input_size": (args.size, args.size)})
         if args.model in ("nano", "tiny", "small", "base")
         else MedMamba.from_pretrained(args.model)
     )
-    model = model.eval().to(devices[0])
+    model = model.eval().to(groups[0][0])
     rows: list[dict[str, Any]] = []
     print(
-        f"{args.model} at {model.config.preprocess.input_size[0]}, {device_name(devices)}, {args.workers} processes, "
-        f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}",
+        f"{args.model} at {model.config.preprocess.input_size[0]}, {device_name(groups[-1])}, "
+        f"{args.workers} processes, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
         flush=True,
     )
-    alone = {p: network_alone(model, devices, p, args.batch_size) for p in args.precision}
-    for precision, (rate, batch) in alone.items():
-        print(f"network alone, {precision}: {rate:.0f} images/s at batch size {batch} per device", flush=True)
+    names = sorted({name for group in groups for name in group})
+    singly = {(name, p): network_alone(model, name, p, args.batch_size) for name in names for p in args.precision}
+    for (name, precision), (rate, batch) in singly.items():
+        print(f"network alone, {name}, {precision}: {rate:.0f} images/s at batch size {batch}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for kind in args.kinds:
             files = write(kind, Path(args.source), Path(folder) / kind, args.unique)
             order = Order(model.config.preprocess, model.config.in_chans)
             core = one_core(files, order)
-            count = counted(args.seconds, core, args.workers, alone[args.precision[0]][0], len(files))
-            decode = decode_alone(files, order, count, args.workers)
-            print(f"\n{NAMES[kind]}: {1e3 / core:.2f} ms of one core to read and prepare; {count} images", flush=True)
+            decode = decode_alone(files, order, counted(args.seconds, core * args.workers, len(files)), args.workers)
+            print(f"\n{NAMES[kind]}: {1e3 / core:.2f} ms of one core to read and prepare", flush=True)
             row = {"kind": NAMES[kind], "ms of a core": 1e3 / core, "decode": decode}
-            for precision in args.precision:
-                for option in ("", *args.options):
-                    if option == "gpu" and kind not in ("big", "jpeg"):
-                        continue
-                    if option == "reduced" and kind != "big":
-                        continue
-                    rows.append({**row, **end_to_end(model, files, count, args, devices, precision, option, alone)})
-                    show(rows[-1])
+            for devices in groups:
+                for precision in args.precision:
+                    network = sum(singly[device, precision][0] for device in devices)
+                    count = counted(args.seconds, min(decode, network), len(files))
+                    for option in ("", *args.options):
+                        if option and kind != "big":
+                            continue
+                        found = end_to_end(model, files, count, args, devices, precision, option, network)
+                        rows.append({**row, "devices": len(devices), **found})
+                        show(rows[-1])
             if args.peers:
-                rows += peers(kind, model, files, count, args, devices[0], decode, alone[args.precision[0]])
-    if args.json:
-        Path(args.json).write_text(json.dumps({"args": vars(args), "network": alone, "rows": rows}, indent=1))
+                slower = min(decode, singly[groups[0][0], args.precision[0]][0])
+                rows += peers(kind, model, files, counted(args.seconds, slower, len(files)), args, groups[0][0])
+            if args.json:  # after each, so that a run that is stopped leaves what it has
+                measured = {"args": vars(args), "network": {" ".join(key): value for key, value in singly.items()}}
+                Path(args.json).write_text(json.dumps({**measured, "rows": rows}, indent=1))
     print("\n" + table(rows))
 
 
@@ -166,9 +176,8 @@ def one_core(files: list[str], order: Order) -> float:
     return 1 / statistics.median(times[10:])
 
 
-def counted(seconds: float, core: float, workers: int, network: float, unique: int) -> int:
+def counted(seconds: float, rate: float, unique: int) -> int:
     """Returns how many images take about so many seconds."""
-    rate = min(core * workers, network)
     return max(int(rate * seconds) // unique, 1) * unique
 
 
@@ -183,38 +192,37 @@ def decode_alone(files: list[str], order: Order, count: int, workers: int) -> fl
     return (seen - late) / (time.perf_counter() - start)
 
 
-def network_alone(model: Any, devices: list[str], precision: str, batch: int | None) -> tuple[float, int]:
-    """Returns images per second of the network on all devices with inputs already there, and the batch size."""
-    config, total, size = model.config, 0.0, 0
-    for name in devices:
-        engine = Engine(model, torch.device(name), precision)
-        size = batch or engine.best_batch(config, 256)
-        with torch.cuda.device(name) if name.startswith("cuda") else torch.no_grad():
-            inputs = torch.rand(size, *config.preprocess.input_size, config.in_chans, device=name)
-            inputs = as_input(inputs, config)
+def network_alone(model: Any, name: str, precision: str, batch: int | None) -> tuple[float, int]:
+    """Returns images per second of the network on a device with inputs already there, and the batch size."""
+    config = model.config
+    engine = Engine(model, torch.device(name), precision)
+    size = batch or engine.best_batch(config, 256)
+    with torch.cuda.device(name) if name.startswith("cuda") else torch.no_grad():
+        inputs = torch.rand(size, *config.preprocess.input_size, config.in_chans, device=name)
+        inputs = as_input(inputs, config)
+        for _ in range(12 if name.startswith("cuda") else 1):  # the same kernels as end to end: replayed from a graph
             engine.compute(inputs).answer()
-            start, n = time.perf_counter(), 0
-            while time.perf_counter() - start < 3:
-                running = [engine.compute(inputs) for _ in range(8 if name.startswith("cuda") else 1)]
-                running[-1].answer()
-                n += size * len(running)
-            total += n / (time.perf_counter() - start)
-    return total, size
+        start, n = time.perf_counter(), 0
+        while time.perf_counter() - start < 3:
+            running = [engine.compute(inputs) for _ in range(8 if name.startswith("cuda") else 1)]
+            running[-1].answer()
+            n += size * len(running)
+        return n / (time.perf_counter() - start), size
 
 
 def end_to_end(
-    model: Any, files: list[str], count: int, args: Any, devices: list[str], precision: str, option: str, alone: Any
+    model: Any, files: list[str], count: int, args: Any, devices: list[str], precision: str, option: str, network: float
 ) -> dict[str, Any]:
-    """Measures `iter_predict`."""
+    """Measures `iter_predict`, beside a network that alone computes `network` images per second."""
     paths = (files * (count // len(files) + 1))[:count]
     options: dict[str, Any] = {{"gpu": "gpu_decode"}.get(option, option): True} if option else {}
     results = iter_predict(
         model, paths, batch_size=args.batch_size, workers=args.workers, precision=precision, devices=devices, **options
     )
-    total, steady, busy = timed(results, count, lambda result: not isinstance(result, Failure), devices[0])
-    network = alone[precision][0]
+    total, steady, busy = timed(results, count, lambda result: not isinstance(result, Failure), devices)
     return {
         "what": " ".join(["iter_predict", precision, option]).strip(),
+        "images": count,
         "network": network,
         "total": total,
         "steady": steady,
@@ -224,10 +232,10 @@ def end_to_end(
 
 
 def timed(
-    results: Iterator[Any], count: int, good: Callable[[Any], bool], device: str
+    results: Iterator[Any], count: int, good: Callable[[Any], bool], devices: list[str]
 ) -> tuple[float, float, float | None]:
-    """Returns images per second in all, without the first tenth, and the busy share of the GPU after it."""
-    with Busy(device) as busy:
+    """Returns images per second in all, without the first tenth, and the busy share of the GPUs after it."""
+    with Busy(devices) as busy:
         start = time.perf_counter()
         first, done = 0.0, 0
         for result in results:
@@ -244,25 +252,27 @@ def timed(
 
 
 class Busy:
-    """Samples how busy a GPU is, by NVML."""
+    """Samples how busy GPUs are, by NVML; the mean of several."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, devices: list[str]) -> None:
         self._samples: list[int] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        if device.startswith("cuda"):
+        if devices[0].startswith("cuda"):
             try:
                 import pynvml
 
                 pynvml.nvmlInit()
-                handle = pynvml.nvmlDeviceGetHandleByIndex(torch.device(device).index or 0)
+                # Not by index, which NVML counts without CUDA_VISIBLE_DEVICES.
+                names = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
+                handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
             except Exception:
                 return
-            self._thread = threading.Thread(target=self._watch, args=(pynvml, handle), daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(pynvml, handles), daemon=True)
 
-    def _watch(self, nvml: Any, handle: Any) -> None:
+    def _watch(self, nvml: Any, handles: list[Any]) -> None:
         while not self._stop.wait(0.05):
-            self._samples.append(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            self._samples += [nvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
 
     def begin(self) -> None:
         self._samples.clear()
@@ -302,30 +312,27 @@ class Files(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(((values - low) / (high - low) * 255).astype(np.uint8)).convert("RGB"))
 
 
-def peers(
-    kind: str, model: Any, files: list[str], count: int, args: Any, device: str, decode: float, alone: tuple[float, int]
-) -> list[dict[str, Any]]:
+def peers(kind: str, model: Any, files: list[str], count: int, args: Any, device: str) -> list[dict[str, Any]]:
     """Measures other pipelines on the same files."""
     rows = []
     for name, run, part in (
-        ("DataLoader + torchvision", data_loader, 2),
-        ("transformers pipeline", transformers_pipeline, 8),
+        ("DataLoader + torchvision", data_loader, 1),
+        ("transformers pipeline", transformers_pipeline, 4),
     ):
-        fewer = max(count // part // len(files), 1) * len(files)  # they take longer
+        fewer = max(count // part // len(files), 1) * len(files)  # it takes longer
         paths = (files * (fewer // len(files) + 1))[:fewer]
         try:
-            results = run(kind, model, paths, args.workers, device, alone[1])
-            total, steady, busy = timed(results, fewer, lambda _: True, device)
+            total, steady, busy = timed(run(kind, model, paths, args.workers, device), fewer, lambda _: True, [device])
         except Exception as error:  # the others are shown all the same
             print(f"{name}: left out, {error}")
             continue
-        rows.append({"kind": NAMES[kind], "what": name, "decode": None, "network": None, "total": total})
-        rows[-1] |= {"steady": steady, "busy": busy, "busy by network": None, "ms of a core": None}
+        rows.append({"kind": NAMES[kind], "what": name, "images": fewer, "decode": None, "network": None})
+        rows[-1] |= {"total": total, "steady": steady, "busy": busy, "busy by network": None, "ms of a core": None}
         show(rows[-1])
     return rows
 
 
-def data_loader(kind: str, model: Any, paths: list[str], workers: int, device: str, batch: int) -> Iterator[Any]:
+def data_loader(kind: str, model: Any, paths: list[str], workers: int, device: str) -> Iterator[Any]:
     """PyTorch's DataLoader and torchvision's transforms, before the same fused network."""
     from torchvision.transforms import v2
 
@@ -340,10 +347,9 @@ def data_loader(kind: str, model: Any, paths: list[str], workers: int, device: s
     )
     loader = torch.utils.data.DataLoader(
         Files(paths, transform, kind == "dicom"),
-        batch_size=batch,
+        batch_size=PEER_BATCH,
         num_workers=workers,
         pin_memory=device != "cpu",
-        prefetch_factor=4 if workers else None,
         worker_init_fn=one_thread,
     )
     network = model.fuse()
@@ -370,9 +376,7 @@ def one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def transformers_pipeline(
-    kind: str, model: Any, paths: list[str], workers: int, device: str, batch: int
-) -> Iterator[Any]:
+def transformers_pipeline(kind: str, model: Any, paths: list[str], workers: int, device: str) -> Iterator[Any]:
     """The image-classification pipeline of transformers, around a ResNet-50 with random weights."""
     if kind == "dicom":
         raise ImportError("it reads no DICOM")
@@ -385,7 +389,7 @@ def transformers_pipeline(
         image_processor=ConvNextImageProcessor(size=size, crop_pct=1.0),
         device=device,
     )
-    yield from classify(Paths(paths), batch_size=batch, num_workers=workers)
+    yield from classify(Paths(paths), batch_size=PEER_BATCH, num_workers=workers)
 
 
 def device_name(devices: list[str]) -> str:
@@ -409,6 +413,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = [
         "images",
         "pipeline",
+        "devices",
         "decode/s",
         "network/s",
         "end to end/s",
@@ -419,7 +424,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in rows:
         limit = min(v for v in (row["decode"], row["network"]) if v is not None) if row["decode"] else None
-        cells = [row["kind"], row["what"], row["decode"], row["network"], row["total"], row["steady"]]
+        cells = [
+            row["kind"],
+            row["what"],
+            row.get("devices"),
+            row["decode"],
+            row["network"],
+            row["total"],
+            row["steady"],
+        ]
         cells += [
             row["steady"] / limit if limit else None,
             row["busy"] if row["busy"] is not None else row["busy by network"],

@@ -368,5 +368,7 @@ def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
         yield registered
     finally:
         if registered:
-            torch.cuda.synchronize()
+            for device in devices:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
             torch.cuda.cudart().cudaHostUnregister(address)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,21 @@ def test_on_a_gpu(tiny_model, files):
     expected = list(iter_predict(tiny_model, files, workers=0))
     agree(iter_predict(tiny_model.cuda(), files, workers=2), expected)
     agree(iter_predict(tiny_model, files, workers=2, devices=["cuda", "cpu"], batch_size=4), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_two_gpus_answer_in_order_what_one_answers(files, precision):
+    model = create_model("nano", num_classes=3, preprocess={"input_size": (64, 64)}).eval().cuda()
+    sources = files * 4  # enough for a replay on each
+    options = {"precision": precision, "workers": 2, "batch_size": 4}
+    one = list(iter_predict(model, sources, devices=["cuda:0"], **options))
+    for devices in (["cuda:1"], ["cuda:0", "cuda:1"], ["cuda:1", "cuda:0"]):
+        two = list(iter_predict(model, sources, devices=devices, **options))
+        assert [Path(result.source).name for result in two] == [path.name for path in sources]
+        agree(two, one)
+    assert torch.cuda.current_device() == 0
 
 
 def test_batches_of_one_shape_are_replayed_until_the_network_or_the_shape_changes(monkeypatch):
