@@ -19,10 +19,11 @@ import torch
 import medmamba
 from medmamba.cards import CARD_NAME, CardError, LicenceError, check_dense_card, read_dense_facts, write_dense_card
 from medmamba.cards.facts import RESULTS_NAME
-from medmamba.config import ConfigError
+from medmamba.config import ORGANISATION, ConfigError
 from medmamba.pretrained import PretrainedError, model_kind
 from medmamba.pretrained.folder import LOADERS
 from medmamba.utils.checksums import CHECKSUM_KEY, CONFIG_NAME
+from medmamba.utils.files import staged
 from medmamba.utils.text import json_text
 
 from .dense_runs import read_results
@@ -100,7 +101,7 @@ def make(runs: Path | Sequence[Path], folder: Path, beside: Sequence[Path] = ())
     Args:
         runs: hold config.json, model.safetensors and results.json each, and differ in their seed. That with the best
             validation metric is taken; it is stored in float16.
-        folder: is replaced file by file.
+        folder: gets all files together at the end; a run that fails leaves it as it was.
         beside: runs of peers, whose results.json is enough, for the card.
 
     Raises:
@@ -124,11 +125,12 @@ def make(runs: Path | Sequence[Path], folder: Path, beside: Sequence[Path] = ())
         training["beside"] = [{"model": PEERS[_model(path)], **_selected(read_results(path))} for path in beside]
     model = load(run)
     model.config = model.config.replace(training=training)
-    model.save_pretrained(folder, torch.float16)
     text = json.dumps({**results, "training": training}, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
-    write_golden(load(folder), folder)
-    write_dense_card(folder)
+    with staged(folder, last=(CONFIG_NAME,)) as staging:
+        model.save_pretrained(staging, torch.float16)
+        (staging / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_golden(load(staging), staging)
+        write_dense_card(staging, f"{ORGANISATION}/{folder.resolve().name}")
     return folder
 
 

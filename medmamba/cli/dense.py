@@ -95,7 +95,12 @@ def add_prediction(parser: argparse.ArgumentParser, model: str, out: str) -> Non
     add_reading(parser)
 
 
-def predict_each(args: argparse.Namespace, predict: Callable[[Path, Path], Any], summary: Callable[[Any], str]) -> int:
+def predict_each(
+    args: argparse.Namespace,
+    predict: Callable[[Path, Path], Any],
+    summary: Callable[[Any], str],
+    second: str | None = None,
+) -> int:
     """Predicts and prints every image; those that cannot be read are reported. Returns the exit code.
 
     Args:
@@ -103,12 +108,13 @@ def predict_each(args: argparse.Namespace, predict: Callable[[Path, Path], Any],
         predict: returns what is found in a file, with `to_dict()`, and writes its files; takes the file and the start
             of their names, see `names_in`.
         summary: returns the line that is printed without --json.
+        second: as in `names_in`.
     """
     from ..imaging import ImageError, expand_inputs
 
     failed = False
     paths = expand_inputs(args.images)
-    for path, name in zip(paths, names_in(args.out or "", paths), strict=True):
+    for path, name in zip(paths, names_in(args.out or "", paths, second), strict=True):
         try:
             found = predict(path, name)
         except (ImageError, OSError) as error:
@@ -119,12 +125,27 @@ def predict_each(args: argparse.Namespace, predict: Callable[[Path, Path], Any],
     return int(failed)
 
 
-def names_in(folder: str, paths: Sequence[Path]) -> list[Path]:
+def names_in(folder: str, paths: Sequence[Path], second: str | None = None) -> list[Path]:
     """Returns the start of the names of files that are written for each image, no two the same.
 
     That is the name of the image without its suffix. Where two images share one, all go into folders like those that
     the images are in, and two in the same folder keep their suffixes.
+
+    Args:
+        folder: that the names are in.
+        paths: of the images.
+        second: the end of the name of a second file for each image, such as "_overlay": images whose name is that of
+            the second file of another keep their suffixes.
     """
+    names = _short_names(folder, paths)
+    if second is not None and (taken := {f"{name}{second}" for name in names}):
+        names = [
+            name.with_name(path.name) if str(name) in taken else name for name, path in zip(names, paths, strict=True)
+        ]
+    return names
+
+
+def _short_names(folder: str, paths: Sequence[Path]) -> list[Path]:
     if len({path.stem for path in paths}) == len(paths):
         return [Path(folder, path.stem) for path in paths]
     whole = [Path(os.path.abspath(path)).parts[1:] for path in paths]

@@ -16,6 +16,7 @@ from .dense import (
 )
 
 _WRITTEN = {"png": ".png", "nifti": ".nii.gz", "dicom": ".dcm"}
+_OVERLAY = "_overlay"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -54,6 +55,11 @@ def _add_train(actions: Any) -> None:
         help="dice+focal: for rare foreground; image-dice+ce: small objects count as large ones (default: %(default)s)",
     )
     add_training(parser, "segment")
+    parser.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="distil from this segmentation model for the same classes, with --set distill=0.5",
+    )
     parser.set_defaults(act=_train)
 
 
@@ -85,8 +91,8 @@ def _add_flips(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from ..training.segmentation_run import train_segmenter
 
-    options = training_options(args)
-    return report(train_segmenter(args.data, args.out, args.classes, decoder=args.decoder, loss=args.loss, **options))
+    options = training_options(args) | {"decoder": args.decoder, "loss": args.loss, "teacher": args.teacher}
+    return report(train_segmenter(args.data, args.out, args.classes, **options))
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -101,10 +107,10 @@ def _predict(args: argparse.Namespace) -> int:
         if args.out:
             name.parent.mkdir(parents=True, exist_ok=True)
             found.save(f"{name}{_WRITTEN[args.format]}", source=path)
-            found.overlay().save(f"{name}_overlay.png")
+            found.overlay().save(f"{name}{_OVERLAY}.png")
         return found
 
-    return predict_each(args, predict, _summary)
+    return predict_each(args, predict, _summary, _OVERLAY)
 
 
 def _summary(found: Any) -> str:

@@ -9,7 +9,7 @@ from .training_options import STOPPED, split_option
 
 DENSE = ("segment", "detect")
 """Tasks beside those of classifiers."""
-CLASSIFIERS_ONLY = ("teacher", "dataset", "allow_leakage", "cache", "keep", "workers", "graphs")
+CLASSIFIERS_ONLY = ("dataset", "allow_leakage", "cache", "keep", "workers", "graphs")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
         f"--variant ({', '.join(BACKBONES)})",
     )
     parser.add_argument(
-        "--teacher", metavar="MODEL", help="distil from this model for the same classes, with --set distill=0.7"
+        "--teacher",
+        metavar="MODEL",
+        help="distil from this model for the same classes, with --set distill=0.7; not for detect",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
@@ -212,10 +214,11 @@ def _run_dense(args: argparse.Namespace) -> int:
 
         refuse_options(args, ("small_objects",), "--task detect")
         chosen: dict[str, Any] = {"decoder": args.decoder or "unet", "loss": args.loss or "dice+ce"}
+        chosen["teacher"] = args.teacher
         return report(train_segmenter(args.data, args.out, args.classes or ["object"], **chosen, **options))
     from ..training.detection_run import train_detector
 
-    refuse_options(args, ("decoder", "loss"), "--task segment")
+    refuse_options(args, ("decoder", "loss", "teacher"), "--task segment")
     return report(train_detector(args.data, args.out, args.classes, small_objects=args.small_objects, **options))
 
 

@@ -157,8 +157,8 @@ def fold_norms(module: nn.Module) -> None:
     for part in list(module.modules()):
         before: nn.Module | None = None
         for name, child in list(part.named_children()):
-            if isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d):
-                fused = fuse_conv_bn_eval(before, child)
+            if isinstance(before, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(child, nn.BatchNorm2d):
+                fused = fuse_conv_bn_eval(before, child, transpose=isinstance(before, nn.ConvTranspose2d))
                 before.weight, before.bias = fused.weight, fused.bias
                 setattr(part, name, nn.Identity())
             before = child

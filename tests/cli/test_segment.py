@@ -59,6 +59,13 @@ def test_names_of_files_are_those_of_the_images():
     assert names("x.1.png", "x.2.png") == ["out/x.1", "out/x.2"]
     assert names() == []
 
+    def beside_overlays(*paths):
+        return [path.as_posix() for path in names_in("out", [Path(path) for path in paths], "_overlay")]
+
+    assert beside_overlays("x.png", "x_overlay.png", "y.png") == ["out/x", "out/x_overlay.png", "out/y"]
+    assert beside_overlays("a/x.png", "b/x_overlay.png") == ["out/x", "out/x_overlay.png"]
+    assert beside_overlays("x_overlay.png", "y.png") == ["out/x_overlay", "out/y"]
+
 
 def test_a_file_that_cannot_be_read_is_reported_and_the_rest_answered(trained, discs, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"nothing")

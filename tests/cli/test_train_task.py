@@ -44,7 +44,8 @@ def test_task_detect_trains_what_detect_train_does(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--task", "segment", "--teacher", "x"], "--teacher: only for classifiers"),
+        (["--task", "segment", "--cache", "x"], "--cache: only for classifiers"),
+        (["--task", "detect", "--teacher", "x"], "--teacher: only for --task segment"),
         (["--task", "segment", "--small-objects"], "--small-objects: only for --task detect"),
         (["--task", "detect", "--decoder", "fpn"], "--decoder: only for --task segment"),
         (["--loss", "dice+ce"], "--loss: only for --task segment or detect"),

@@ -84,6 +84,24 @@ def test_of_several_seeds_the_best_on_validation_is_taken(pad, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_stays_as_it_was_when_a_model_cannot_be_made(pad, tmp_path, monkeypatch):
+    folder = dense_models.make(pad, tmp_path / "pad-lesions")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.copytree(pad, tmp_path / "pad_ufes_20-nano-7")
+    results = json.loads((tmp_path / "pad_ufes_20-nano-7" / "results.json").read_text())
+    results["training"]["seed"] = 7
+    (tmp_path / "pad_ufes_20-nano-7" / "results.json").write_text(json.dumps(results))
+
+    def no_card(*args):
+        raise OSError("no card")
+
+    monkeypatch.setattr(dense_models, "write_dense_card", no_card)
+    with pytest.raises(OSError, match="no card"):
+        dense_models.make(tmp_path / "pad_ufes_20-nano-7", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.slow
 def test_a_stored_model_is_evaluated_as_it_was_in_training(pad, tmp_path, capsys):
     folder = dense_models.make(pad, tmp_path / "pad-lesions")
     arguments = ["--data", str(pad.parents[1]), "--model", str(folder), "--out", str(tmp_path / "found.json")]

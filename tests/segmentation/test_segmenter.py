@@ -20,6 +20,19 @@ def test_every_decoder_gives_a_map_per_class_at_the_size_of_the_input(decoder):
         assert model(torch.randn(2, 3, 64, 96)).shape == (2, 3, 64, 96)  # the background and two classes
 
 
+@pytest.mark.parametrize("decoder", ["linknet", "unetplusplus", "manet"])
+def test_fusing_folds_every_batch_norm_of_a_decoder(decoder):
+    torch.manual_seed(0)
+    model = create_segmenter("test", ("a",), decoder=decoder, size=64).eval()
+    norms = [part for part in model.net.decoder.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 1.5), norm.weight.data.uniform_(0.5, 1.5)
+    fused, x = model.fuse(), torch.randn(1, 3, 64, 64)
+    assert norms and not any(isinstance(part, torch.nn.BatchNorm2d) for part in fused.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 def test_the_encoder_has_the_features_of_the_classifier_it_starts_from(tiny_model):
     model = create_segmenter(start=tiny_model, classes=1, size=64).eval()
     x = torch.randn(1, 3, 64, 64)
