@@ -2,7 +2,10 @@
 
     python -m hub.dense_models runs/pad_ufes_20-nano-* hub/models/pad-lesions [--beside runs/pad_ufes_20-resnet34-*]
 
-Of several runs, which differ in their seed, the best on validation images is taken; the card names the others.
+Of several runs, which differ in their seed, the best on validation images is taken; the card names the others. A model
+that was made before may stand for the runs, so that its card names other peers:
+
+    python -m hub.dense_models hub/models/pad-lesions hub/models/pad-lesions --beside hub/results/dense/pad_ufes_20-*-*
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ TOLERANCE = 5e-3
 PEERS = {
     "resnet34": "U-Net with ResNet-34 of segmentation_models_pytorch, from random weights",
     "efficientnet-lite2": "U-Net with EfficientNet-Lite2 of segmentation_models_pytorch, from ImageNet weights",
+    "tiny": "this network with the larger encoder `tiny`, from tiny-medical, which is not released",
 }
 """How a card names the models of `hub.segment_peers`."""
 UNLICENSED_START = (
@@ -100,7 +104,7 @@ def make(runs: Path | Sequence[Path], folder: Path, beside: Sequence[Path] = ())
 
     Args:
         runs: hold config.json, model.safetensors and results.json each, and differ in their seed. That with the best
-            validation metric is taken; it is stored in float16.
+            validation metric is taken; it is stored in float16. Or one model that was made before.
         folder: gets all files together at the end; a run that fails leaves it as it was.
         beside: runs of peers, whose results.json is enough, for the card.
 
@@ -114,7 +118,8 @@ def make(runs: Path | Sequence[Path], folder: Path, beside: Sequence[Path] = ())
     results, training = found[run], dict(found[run]["training"])
     if training["dataset"] not in SOURCES:
         raise ValueError(f"nothing is known of the dataset {training['dataset']!r}; add it to SOURCES")
-    training |= SOURCES[training["dataset"]] | {"command": command(training, run.name)}
+    training |= SOURCES[training["dataset"]]
+    training.setdefault("command", command(training, run.name))  # a model that was made before has it
     asked = training["identity"]["recipe"]["epochs"]
     if training["epochs"] < asked:
         stopped = f"The run was ended after {training['epochs']} of {asked} epochs, when the time on the GPU was up."
@@ -257,7 +262,9 @@ def validate_dense(report: Any, repo_id: str, licence: str | None = None) -> Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hub.dense_models", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs that differ in their seed")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders of finished runs that differ in their seed, or of one model"
+    )
     parser.add_argument("folder", type=Path, help="such as hub/models/pad-lesions")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs of peers, for the card")
     chosen = parser.parse_args(arguments)

@@ -286,12 +286,23 @@ def _beside(facts: DenseFacts) -> list[str]:
             f"{len(seeds)} seeds were trained; this is seed {facts.training['seed']}, the best on validation images. "
             f"The `{seeds[0]['metric']}` on validation / test: {each}; mean on test {spread}."
         )
+    peers: dict[str, list[dict[str, Any]]] = {}
     for run in facts.training.get("beside") or []:
+        peers.setdefault(run["model"], []).append(run)
+    for name, found in peers.items():
+        val, test = (_over_seeds([run[split] for run in found]) for split in ("val", "test"))
+        which = f"seed {found[0]['seed']}" if len(found) == 1 else f"{len(found)} seeds"
         paragraphs.append(
-            f"Beside it, in the same trainer and for as many epochs: {run['model']}, `{run['metric']}` on validation / "
-            f"test {_number(run['val'])} / {_number(run['test'])} (seed {run['seed']})."
+            f"Beside it, in the same trainer and for as many epochs: {name}, `{found[0]['metric']}` on validation / "
+            f"test {val} / {test} ({which})."
         )
     return paragraphs
+
+
+def _over_seeds(values: list[float]) -> str:
+    """Returns the value of one run, or mean and standard deviation of several."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return _number(statistics.mean(values)) + spread
 
 
 def _number(value: float | None) -> str:

@@ -69,6 +69,18 @@ def test_of_several_seeds_the_best_on_validation_is_taken(pad, tmp_path):
         in card
     )
     assert "the spread over seeds is not known" not in card
+
+    two = [shutil.copytree(beside, tmp_path / f"pad_ufes_20-tiny-{seed}") for seed in (0, 1)]
+    results = json.loads((two[1] / "results.json").read_text())
+    results["splits"]["val"]["metrics"]["lesion"]["dice"]["value"] = 0.8
+    (two[1] / "results.json").write_text(json.dumps(results))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    assert dense_models.main([*[str(tmp_path / "made")] * 2, "--beside", *map(str, two)]) == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"README.md", "config.json", "results.json"}
+    card = after["README.md"].decode()
+    assert "which is not released, `dice` on validation / test 0.750 ± 0.071 /" in card and "(2 seeds)" in card
+    assert "3 seeds were trained; this is seed 1" in card and "--only pad_ufes_20-nano-1 --set epochs=1 size=32" in card
     small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "made", pad))
     assert small < 0.6 * large, "stored in half precision"
 
