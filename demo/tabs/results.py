@@ -27,6 +27,7 @@ OVERALL = ("accuracy", "balanced_accuracy", "auroc", "f1", "ece")
 MANY = 12
 """Number of classes above which the confusion matrix is collapsed."""
 RELIABILITY = "reliability.png"
+_NO_CERTAINTY = "An interval of a single number is no certainty: all resamples of the images gave the same."
 _LARGEST_PLOT = 4_000_000  # pixels; a model folder may come from anywhere
 
 
@@ -63,15 +64,17 @@ def single_numbers_html(evaluation: Evaluation) -> Markup:
         for name, score in row.scores.items()
         if name == "sensitivity" and row.support and score.low == score.high == score.value
     ]
-    if not found:
-        return NOTHING
+    if not found:  # proportions have intervals of their own; older results do not
+        same = any(
+            s.low == s.high == s.value for row in evaluation.per_class if row.support for s in row.scores.values()
+        )
+        return tag('<p class="mm-hint">{}</p>', _NO_CERTAINTY) if same else NOTHING
     n, value = min(found)
     count = round(n * value)
     rate = proportion(count, n, evaluation.level)
     return tag(
-        '<p class="mm-hint">An interval of a single number is no certainty: all resamples of the images gave the same. '
-        "{} of {} images found allow a sensitivity from {:.3f} to {:.3f} (Wilson, {:.0%}).</p>",
-        count, n, rate.low, rate.high, evaluation.level,
+        '<p class="mm-hint">{} {} of {} images found allow a sensitivity from {:.3f} to {:.3f} (Wilson, {:.0%}).</p>',
+        _NO_CERTAINTY, count, n, rate.low, rate.high, evaluation.level,
     )  # fmt: skip
 
 

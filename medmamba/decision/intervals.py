@@ -11,11 +11,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ..metrics.proportions import wilson
 
 METHODS = ("wilson", "clopper-pearson")
 
@@ -63,12 +64,8 @@ def proportion(count: float, n: float, level: float = 0.95, method: str = "wilso
     if method == "clopper-pearson":
         low, high = _clopper_pearson(round(count), round(n), (1 - level) / 2)
         return Proportion(count / n, low, high)
-    z = NormalDist().inv_cdf((1 + level) / 2)
     p = min(count / n, 1.0)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # At 0 and 1 the limit is exactly that; rounding must not move it past the estimate.
-    return Proportion(p, min(max(0.0, centre - half), p), max(min(1.0, centre + half), p))
+    return Proportion(p, *wilson(p, n, level))
 
 
 @functools.lru_cache(4096)

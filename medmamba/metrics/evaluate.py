@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..config import TASKS
-from . import scores
+from . import proportions, scores
 from .bootstrap import bootstrap_weights, resampling_units
 from .result import ClassResult, Estimate, Evaluation
 from .scores import Floats, Ints
@@ -46,7 +46,9 @@ def evaluate(
     `scores.ordinal`: quadratic-weighted kappa and the mean absolute error in grades.
 
     Intervals are percentiles of resamples that draw patients (where given, else images) with replacement within each
-    class. They reflect the variation between test sets of the same kind, not between training runs.
+    class. They reflect the variation between test sets of the same kind, not between training runs. Where a proportion
+    is 0 or 1 and so is every resample, its interval is Wilson's, see `proportions.limits_of`; scores that are no
+    proportions, such as AUROC and F1, keep the interval of a single number there, which is no certainty.
 
     Args:
         labels: integers `(N,)`, or `(N, K)` of 0 and 1 for a multi-label task.
@@ -80,8 +82,11 @@ def evaluate(
         value = float(point[name][0][index])
         if not interval or np.isnan(value):
             return Estimate(value)
-        low, high = interval[name]
-        return Estimate(value, float(low[index]), float(high[index]))
+        low, high = (float(limit[index]) for limit in interval[name])
+        if low == high == value and value in (0, 1):
+            exact = proportions.limits_of(scorer, name, index[0] if index else None, value, unit_of, level)
+            low, high = exact or (low, high)
+        return Estimate(value, low, high)
 
     support = scorer.support
     return Evaluation(

@@ -44,7 +44,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its bootstrap interval; NaN where undefined."""
+    """A metric and its interval, of the bootstrap or, of a proportion of 0 or 1, Wilson's; NaN where undefined."""
 
     value: float
     low: float = math.nan

@@ -14,7 +14,7 @@ import medmamba
 from medmamba.data import DatasetError, registry
 from medmamba.imaging.load import load_image
 from medmamba.inference.predict import Prediction
-from medmamba.metrics import evaluate
+from medmamba.metrics import Estimate, evaluate
 
 pytest.importorskip("gradio", reason='needs pip install "medmamba[demo]"')
 
@@ -154,10 +154,15 @@ def test_groups_are_called_what_they_are(loaded_with, dataset, unit):
 
 def test_an_interval_of_a_single_number_is_no_certainty():
     right = np.repeat([[0.9, 0.1], [0.1, 0.9]], 6, axis=0)
-    found = evaluate(np.arange(12) // 6, right, ["a", "b"], resamples=20)
-    assert "6 of 6 images found allow a sensitivity from 0.610 to 1.000" in results.per_class_html(found, "test")
-    wrong = evaluate(np.arange(12) // 6, right[::-1], ["a", "b"], resamples=20)
-    assert "0 of 6 images found allow a sensitivity from 0.000 to 0.390" in results.per_class_html(wrong, "test")
+    for p, interval in ((right, "0.610 to 1.000"), (right[::-1], "0.000 to 0.390")):
+        found = evaluate(np.arange(12) // 6, p, ["a", "b"], resamples=20)
+        page = results.per_class_html(found, "test")
+        assert interval.replace("to", "–") in page and "no certainty" in page and "Wilson" not in page  # AUROC has no other
+        value = found.per_class[0].scores["sensitivity"].value
+        before = {"sensitivity": Estimate(value, value, value)}  # as older results are stored
+        stored = [dataclasses.replace(row, scores={**row.scores, **before}) for row in found.per_class]
+        page = results.per_class_html(dataclasses.replace(found, per_class=tuple(stored)), "test")
+        assert f"of 6 images found allow a sensitivity from {interval}" in page
     assert "certainty" not in results.per_class_html(evaluation(False), "test")
 
 

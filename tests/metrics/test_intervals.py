@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from metrics_cases import NAMES, example, several
 
-from medmamba.metrics import PAPER_COLUMNS, Evaluation, EvaluationError, evaluate, scores
+from medmamba.metrics import PAPER_COLUMNS, Estimate, Evaluation, EvaluationError, evaluate, scores
 
 sk = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn")
 
@@ -33,6 +33,34 @@ def test_interval_of_accuracy_is_that_of_the_stratified_binomial() -> None:
     assert per_class.high - per_class.low == pytest.approx(
         2 * 1.96 * math.sqrt(rates[0] * (1 - rates[0]) / 300), rel=0.1
     )
+
+
+def test_a_proportion_of_one_has_an_interval_where_all_resamples_are_equal() -> None:
+    labels = np.repeat([0, 1, 2], [6, 50, 20])
+    result = evaluate(labels, np.eye(3)[labels] * 0.7 + 0.1, ["a", "b", "c"])
+    assert result.overall["accuracy"] == Estimate(1.0, pytest.approx(1 / (1 + 1.96**2 / 76), abs=1e-4), 1.0)
+    first = result.per_class[0].scores
+    assert (first["sensitivity"].low, first["precision"].low) == pytest.approx((0.6097, 0.6097), abs=1e-4)
+    assert (first["specificity"].low, first["npv"].low) == pytest.approx((70 / (70 + 1.96**2),) * 2, abs=1e-4)
+    assert first["auroc"] == first["f1"] == Estimate(1.0, 1.0, 1.0)  # no proportions
+    lows = [row.scores["sensitivity"].low for row in result.per_class]
+    mean = 1 - math.sqrt(sum((1 - low) ** 2 for low in lows)) / 3
+    for name in ("balanced_accuracy", "sensitivity", "precision"):
+        assert result.overall[name].low == pytest.approx(mean), name
+    assert min(row.scores["specificity"].low for row in result.per_class) < result.overall["specificity"].low < 1
+
+
+def test_images_of_one_patient_are_one_trial() -> None:
+    labels = np.repeat([0, 1], 30)
+    p = np.eye(2)[labels] * 0.8 + 0.1
+    result = evaluate(labels, p, ["a", "b"], patients=[f"p{i // 5}" for i in range(60)])
+    assert result.overall["accuracy"].low == pytest.approx(12 / (12 + 1.96**2), abs=1e-4)
+    wrong = evaluate(labels, 1 - p, ["a", "b"]).overall
+    assert wrong["accuracy"].low == 0 and wrong["accuracy"].high == pytest.approx(1.96**2 / (60 + 1.96**2), abs=1e-4)
+    assert wrong["balanced_accuracy"].high == pytest.approx(0.0803, abs=1e-3)
+    many = evaluate(np.eye(2, dtype=int)[labels], p, ["a", "b"], task="multilabel")
+    assert many.overall["subset_accuracy"].low == pytest.approx(60 / (60 + 1.96**2), abs=1e-4)
+    assert many.per_class[0].scores["sensitivity"].low == pytest.approx(30 / (30 + 1.96**2), abs=1e-4)
 
 
 @pytest.mark.slow
