@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hub.zoo_data import open_one
 from medmamba import MedMamba
-from medmamba.data import open_dataset
 from medmamba.data.deferred import RecordImages
 from medmamba.evaluation.classes import match_classes
 from medmamba.imaging.ahead import Order
@@ -28,14 +28,22 @@ from medmamba.inference.stream import Options, stream
 from medmamba.utils.modes import eval_view
 from medmamba.utils.precision import FullPrecision
 
-SHIPPED = ("bloodmnist-nano", "bloodmnist", "breastmnist", "pneumoniamnist", "dermamnist")
+SHIPPED = {
+    "bloodmnist-nano": "bloodmnist",
+    "bloodmnist": "bloodmnist",
+    "breastmnist": "breastmnist",
+    "pneumoniamnist": "pneumoniamnist",
+    "dermamnist": "dermamnist",
+    "pad-ufes-20": "pad_ufes_20",
+    "cpn-xray": "cpn_xray",
+}  # a model, and the set whose test split it is tried on
 MODELS = Path(__file__).resolve().parents[1] / "hub" / "models"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--models", nargs="+", default=SHIPPED)
+    parser.add_argument("--models", nargs="+", default=list(SHIPPED), choices=SHIPPED, metavar="MODEL")
     parser.add_argument("--folder", default=str(MODELS), help="of the models")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int)
@@ -51,7 +59,7 @@ def main() -> None:
 def measure(name: str, args: argparse.Namespace) -> None:
     """Prints the rows of one model."""
     model = MedMamba.from_pretrained(str(Path(args.folder) / name)).eval().to(args.device)
-    found = open_dataset(Path(args.data) / name.partition("-")[0], single_class=True).split("test")
+    found = open_one(args.data, SHIPPED[name]).split("test")
     if args.most:
         found = found.subset(range(min(args.most, len(found))))
     found = match_classes(found, model.config)

@@ -15,12 +15,12 @@ from medmamba.utils.text import json_text
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "dense"
-STARTS = {"nano": "nano-medical", "tiny": "tiny-medical"}
+STARTS = {"nano": "nano-medical", "tiny": "tiny-medical", "nano-blood": "bloodmnist-nano"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a dataset, an encoder ("nano", "tiny", "nano-scratch") or a peer, and a seed."""
+    """One training: a dataset, an encoder ("nano", "tiny", "nano-scratch", ...) or a peer, and a seed (or fold)."""
 
     dataset: str
     model: str
@@ -37,9 +37,9 @@ Metric = tuple[str, Callable[[dict[str, Any]], float]]
 """Title of a column, and its value in the results of a split."""
 
 
-def runs(datasets: Sequence[str], models: Sequence[str]) -> list[Run]:
+def runs(datasets: Sequence[str], models: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[Run]:
     """Returns the runs of every dataset, model and seed."""
-    return [Run(dataset, model, seed) for dataset in datasets for model in models for seed in SEEDS]
+    return [Run(dataset, model, seed) for dataset in datasets for model in models for seed in seeds]
 
 
 def start_of(run: Run, models: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from medmamba.segmentation.encoder import require_smp
 from medmamba.utils.checksums import CONFIG_NAME
 
 PEERS = ("resnet34", "efficientnet-lite2")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what ImageNet weights expect
 LITE2 = "tu-tf_efficientnet_lite2"  # timm's name for the network
 
 
@@ -48,7 +49,7 @@ def peer(name: str, classes: Sequence[str], size: int) -> PeerSegmenter:
     """
     preprocess: dict[str, Any] = {"input_size": (size, size)}
     if name == "efficientnet-lite2":
-        preprocess |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what ImageNet weights expect
+        preprocess |= IMAGENET
     encoder = variant_config("nano", num_classes=0, preprocess=preprocess)
     model = PeerSegmenter(SegmenterConfig(encoder, decoder_options={"peer": name}, classes=tuple(classes)))
     if name == "efficientnet-lite2":

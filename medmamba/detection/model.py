@@ -49,6 +49,29 @@ class PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
+def fcos(backbone: nn.Module, config: DetectorConfig) -> nn.Module:
+    """Builds torchvision's FCOS for batches that come resized and normalised.
+
+    Args:
+        backbone: returns maps of `out_channels` channels by name; `strides` are those of the maps.
+        config: classes, overlap and number of boxes.
+    """
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    strides: tuple[int, ...] = backbone.strides  # type: ignore[assignment]
+    net = FCOS(
+        backbone,
+        config.num_classes,
+        anchor_generator=AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
+        score_thresh=0.01,  # the reported ones are chosen from these, see `predict`
+        nms_thresh=config.overlap,
+        detections_per_img=config.most,
+    )
+    net.transform = _AsGiven()
+    return net
+
+
 class MedMambaDetector(FolderMixin, nn.Module):
     """Detects objects: a MedMamba with a feature pyramid under FCOS (arXiv 1904.01355), torchvision's.
 
@@ -71,21 +94,8 @@ class MedMambaDetector(FolderMixin, nn.Module):
     def __init__(self, config: DetectorConfig):
         super().__init__()
         require("torchvision", "detection")
-        from torchvision.models.detection import FCOS
-        from torchvision.models.detection.anchor_utils import AnchorGenerator
-
         self.config = config
-        backbone = PyramidBackbone(config)
-        anchors = AnchorGenerator(tuple((stride,) for stride in backbone.strides), ((1.0,),) * len(backbone.strides))
-        self.net = FCOS(
-            backbone,
-            config.num_classes,
-            anchor_generator=anchors,
-            score_thresh=0.01,  # the reported ones are chosen from these, see `predict`
-            nms_thresh=config.overlap,
-            detections_per_img=config.most,
-        )
-        self.net.transform = _AsGiven()
+        self.net = fcos(PyramidBackbone(config), config)
 
     @property
     def encoder(self) -> nn.Module:

