@@ -72,7 +72,7 @@ class Context:
     @property
     def starts(self) -> list[tuple[str, str]]:
         """(label, name) pairs of what training can start from: the general backbones, then the models."""
-        backbones = [(f"General backbone · {name}", name) for name in self.options.backbones]
+        backbones = [(f"General backbone · {name.rpartition('/')[2]}", name) for name in self.options.backbones]
         return [*backbones, *self.choices(None)]
 
     def first_start(self, light: bool) -> str:

@@ -244,14 +244,18 @@ def test_menus_name_what_models_are_for(zoo, tmp_path):
 def test_training_starts_from_a_general_backbone(zoo, tmp_path, monkeypatch):
     large = medmamba.create_model("nano", 0).save_pretrained(tmp_path / "large")
     small = medmamba.create_model("test", 0).save_pretrained(tmp_path / "small")
-    here = {"medmamba/tiny-medical": large, "medmamba/nano-medical": small}
+    large_name, small_name = "medmamba/tiny-medical", "medmamba/nano-medical"
+    here = {large_name: large, small_name: small}
     monkeypatch.setattr("demo.context.fetch", lambda name, **options: here.get(name, Path(name)))
     monkeypatch.setattr(medmamba, "bundled_models", lambda: here)
     found = context_of(zoo, tmp_path, backbones=app.bundled_backbones())
-    assert found.starts[:2] == [(f"General backbone · {name}", name) for name in here]
+    assert found.starts[:2] == [
+        ("General backbone · tiny-medical", large_name),
+        ("General backbone · nano-medical", small_name),
+    ]
     assert found.starts[2:] == found.choices(None), "those who have better reasons choose a model"
-    assert finetune.first_base(found) == "medmamba/nano-medical", "a CPU trains the small one"
-    assert found.first_start(light=False) == "medmamba/tiny-medical"
+    assert finetune.first_base(found) == small_name, "a CPU trains the small one"
+    assert found.first_start(light=False) == large_name
     assert [found.start(name) for name in here] == list(here) and found.start("mine") == str(zoo[3])
     with pytest.raises(ValueError, match="no model 'other'"):
         found.start("other")
