@@ -69,6 +69,11 @@ class Running:
             self._event.record(torch.cuda.current_stream(device))
         self._found = features, logits, signature
 
+    @property
+    def done(self) -> bool:
+        """Whether `answer` would not wait."""
+        return self._event is None or self._event.query()
+
     def answer(self) -> Answer:
         if self._event is not None:
             self._event.synchronize()

@@ -159,11 +159,11 @@ class _Run:
             submit = self._threads.submit if self._threads is not None else None
             waiting.append((chunk, submit(engine.transfer, chunk) if submit else engine.transfer(chunk)))
             count += len(chunk.items)
-            if count < self._batch_size(many):
-                continue
-            self._start(engine, waiting, many)
-            waiting, count, turn = [], 0, turn + 1
-            while len(self._going) > (depth if many else 0):
+            if count >= self._batch_size(many):
+                self._start(engine, waiting, many)
+                waiting, count, turn = [], 0, turn + 1
+            # What is done goes at once, since what is read next needs its memory.
+            while self._going and (len(self._going) > (depth if many else 0) or self._is_done()):
                 yield self._finished()
         if waiting:
             self._start(self.engines[turn % len(self.engines)], waiting, many)
@@ -179,6 +179,11 @@ class _Run:
             most = min(MOST, max(_FEW, MOST_BYTES // self.order.bytes_per_image))
             self._size = self.engines[0].best_batch(self.model.config, most)
         return self._size or _FEW
+
+    def _is_done(self) -> bool:
+        """Returns whether the next answer is there."""
+        running = self._going[0][1]
+        return running is None or running.done
 
     def _finished(self) -> Batch:
         chunks, running = self._going.popleft()
