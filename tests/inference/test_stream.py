@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ import torch
 from PIL import Image
 
 from medmamba import create_model
-from medmamba.imaging.ahead import Order
+from medmamba.imaging.ahead import Chunk, Order, Prepared
 from medmamba.inference import replay
+from medmamba.inference.engine import Answer
 from medmamba.inference.predict import Failure, iter_predict
-from medmamba.inference.stream import Options, stream
+from medmamba.inference.stream import Options, _Run, stream
 
 
 @pytest.fixture
@@ -97,6 +99,25 @@ def test_on_a_gpu(tiny_model, files):
     expected = list(iter_predict(tiny_model, files, workers=0))
     agree(iter_predict(tiny_model.cuda(), files, workers=2), expected)
     agree(iter_predict(tiny_model, files, workers=2, devices=["cuda", "cpu"], batch_size=4), expected)
+
+
+@pytest.mark.parametrize(("there", "before"), [(True, 1), (False, 3)])
+def test_answers_that_are_there_are_passed_on_before_more_is_read(tiny_model, there, before):
+    order = Order(tiny_model.config.preprocess, tiny_model.config.in_chans)
+    run = _Run(tiny_model, order, Options(batch_size=2), [torch.device("cpu")])
+    running = SimpleNamespace(done=there, answer=lambda: Answer(None, torch.zeros(2, 3)))
+    gpu = SimpleNamespace(type="cuda")
+    run.engines = [SimpleNamespace(device=gpu, transfer=lambda chunk: None, submit=lambda *_: running)]
+    taken = []
+
+    def chunks():
+        for slot in range(6):
+            taken.append(slot)
+            yield Chunk([Prepared(f"{slot}", [], np.zeros((1, 1, 1), np.uint8))] * 2, slot=slot)
+
+    batches = run.batches(chunks())
+    assert next(batches).items[0].source == "0" and len(taken) == before
+    assert [batch.items[0].source for batch in batches] == ["1", "2", "3", "4", "5"]
 
 
 @pytest.mark.gpu
