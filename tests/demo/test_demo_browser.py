@@ -241,6 +241,22 @@ def test_nothing_sticks_out_on_a_phone(open_page, dark):
 
 
 @pytest.mark.slow
+def test_the_slider_over_the_maps_suits_a_finger_on_a_phone(open_page):
+    page = open_page(width=390)
+    answer_of(page, NEUTROPHIL)
+    to_tab(page, "Explain")
+    page.locator("#mm-run-explain").click()
+    slider = page.locator(".mm-slider input[type=range]").first
+    slider.wait_for()
+    box = slider.bounding_box()
+    assert box["width"] >= 190 and 0 <= box["x"] and box["x"] + box["width"] <= 390
+    slider.focus()
+    before = slider.input_value()
+    page.keyboard.press("ArrowRight")
+    assert float(slider.input_value()) > float(before)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["light", "dark"])
 def test_axe_finds_nothing_serious(open_page, dark, tmp_path):
     (tmp_path / "scan.png").write_bytes(b"%PDF-1.4 not an image")
