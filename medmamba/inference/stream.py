@@ -26,7 +26,7 @@ from .tta import check
 MOST = 256  # images in a batch that is chosen here
 MOST_BYTES = 1 << 29  # of their pixels, float32
 _FEW = 16  # images in a batch as long as it is not known whether there will be many
-_IN_FLIGHT = 2  # batches per GPU: one is computed, the next is on its way
+_IN_FLIGHT = (2, 8)  # batches per GPU, of the largest size and at most: what they take to compute covers any wait here
 _DECODERS = 2  # threads per GPU that have it decode
 _NICE = {"cpu": 10, "cuda": 5}  # computing, or feeding the GPU, comes before reading ahead
 
@@ -113,7 +113,8 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
     run = _Run(model, order, options, devices)
     chunk = min(CHUNK, options.batch_size or _FEW)
     chunk = 2 * chunk if options.gpu_decode else chunk  # more at once decode faster
-    ahead = 2 + -(-(_IN_FLIGHT + 1) * len(devices) * min(options.batch_size or MOST, MOST) // chunk)
+    size = options.batch_size or _most(order)
+    ahead = 2 + (_in_flight(size, order) + 1) * len(devices) * -(-size // chunk)
     if all(device.type == "cpu" for device in devices):
         ahead = 2 + -(-2 * (options.batch_size or _FEW) // chunk)
     chunks = read_ahead(
@@ -129,6 +130,17 @@ def stream(model: Any, sources: Iterable[Any], order: Order, options: Options = 
         yield from run.batches(chunks)
 
 
+def _most(order: Order) -> int:
+    """Returns the most images in a batch that is chosen here."""
+    return min(MOST, max(_FEW, MOST_BYTES // order.bytes_per_image))
+
+
+def _in_flight(size: int, order: Order) -> int:
+    """Returns how many batches of a size a GPU is given before the first answer is waited for."""
+    fewest, most = _IN_FLIGHT
+    return min(max(fewest * _most(order) // size, fewest), most)
+
+
 class _Run:
     def __init__(self, model: Any, order: Order, options: Options, devices: list[torch.device]) -> None:
         self.model, self.order, self.options = model, order, options
@@ -141,7 +153,7 @@ class _Run:
         self._threads = ThreadPoolExecutor(_DECODERS * len(devices)) if options.gpu_decode else None
 
     def batches(self, chunks: Iterator[Chunk]) -> Iterator[Batch]:
-        """Yields the answers to chunks, `_IN_FLIGHT` batches per GPU behind."""
+        """Yields the answers to chunks, some batches per GPU behind."""
         try:
             yield from self._batches(chunks)
         finally:
@@ -152,18 +164,20 @@ class _Run:
         waiting: list[tuple[Chunk, Transferred | Future[Transferred]]] = []
         count = turn = 0
         many = False
-        depth = sum(_IN_FLIGHT if engine.device.type == "cuda" else 0 for engine in self.engines)
+        gpus = sum(engine.device.type == "cuda" for engine in self.engines)
         for chunk in chunks:
             many = chunk.slot is not None
             engine = self.engines[turn % len(self.engines)]
             submit = self._threads.submit if self._threads is not None else None
             waiting.append((chunk, submit(engine.transfer, chunk) if submit else engine.transfer(chunk)))
             count += len(chunk.items)
-            if count >= self._batch_size(many):
+            size = self._batch_size(many)
+            depth = gpus * _in_flight(size, self.order) if many else 0
+            if count >= size:
                 self._start(engine, waiting, many)
                 waiting, count, turn = [], 0, turn + 1
             # What is done goes at once, since what is read next needs its memory.
-            while self._going and (len(self._going) > (depth if many else 0) or self._is_done()):
+            while self._going and (len(self._going) > depth or self._is_done()):
                 yield self._finished()
         if waiting:
             self._start(self.engines[turn % len(self.engines)], waiting, many)
@@ -176,8 +190,8 @@ class _Run:
 
     def _batch_size(self, many: bool) -> int:
         if self._size is None and many:
-            most = min(MOST, max(_FEW, MOST_BYTES // self.order.bytes_per_image))
-            self._size = self.engines[0].best_batch(self.model.config, most)
+            # Of whole chunks, so never fewer.
+            self._size = max(_FEW, self.engines[0].best_batch(self.model.config, _most(self.order)))
         return self._size or _FEW
 
     def _is_done(self) -> bool:

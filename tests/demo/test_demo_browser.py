@@ -249,7 +249,7 @@ def test_the_slider_over_the_maps_suits_a_finger_on_a_phone(open_page):
     slider = page.locator(".mm-slider input[type=range]").first
     slider.wait_for()
     box = slider.bounding_box()
-    assert box["width"] >= 190 and 0 <= box["x"] and box["x"] + box["width"] <= 390
+    assert box["width"] >= 190 and box["x"] >= 0 and box["x"] + box["width"] <= 390
     slider.focus()
     before = slider.input_value()
     page.keyboard.press("ArrowRight")
