@@ -16,9 +16,10 @@ from PIL import Image
 from medmamba import create_model
 from medmamba.imaging.ahead import Chunk, Order, Prepared
 from medmamba.inference import replay
+from medmamba.inference import stream as stream_module
 from medmamba.inference.engine import Answer
 from medmamba.inference.predict import Failure, iter_predict
-from medmamba.inference.stream import Options, _Run, stream
+from medmamba.inference.stream import Options, _in_flight, _Run, stream
 
 
 @pytest.fixture
@@ -118,6 +119,22 @@ def test_answers_that_are_there_are_passed_on_before_more_is_read(tiny_model, th
     batches = run.batches(chunks())
     assert next(batches).items[0].source == "0" and len(taken) == before
     assert [batch.items[0].source for batch in batches] == [f"{i}" for i in range(1, 12)]
+
+
+@pytest.mark.parametrize("size", [1, 20, 64, 1000, None])
+def test_memory_holds_what_is_on_its_way(tiny_model, monkeypatch, size):
+    asked = {}
+
+    def read(_sources, _order, **options):
+        asked.update(options)
+        yield from ()
+
+    monkeypatch.setattr(stream_module, "read_ahead", read)
+    order = Order(tiny_model.config.preprocess, tiny_model.config.in_chans)
+    assert not list(stream(tiny_model, [], order, Options(batch_size=size, devices=["cuda:0", "cuda:1"])))
+    for one in (64, 128, 256) if size is None else (size,):
+        chunks = -(-one // asked["chunk"])  # in a batch
+        assert asked["ahead"] > (2 * _in_flight(one, order) + 1) * chunks
 
 
 @pytest.mark.gpu
