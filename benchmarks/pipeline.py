@@ -5,7 +5,7 @@
 
 Writes real images in the formats below into a temporary folder and prints for each: what the processes can read and
 prepare (decode), what the network can compute (network), what comes out of `iter_predict` (end to end: in all, and
-without the first tenth, in which processes start), its share of the slower of the two, and the share of the time in
+without the start, which is the first tenth or 4,096 images, at most half), its share of the slower of the two, and the share of the time in
 which the GPUs compute (by NVML; on a CPU, images x time of the network alone). The files are in the page cache. Of
 several sets of devices, each is measured in turn.
 
@@ -38,6 +38,7 @@ from medmamba.imaging.find import find_in
 from medmamba.inference.engine import Engine, as_input
 from medmamba.inference.predict import Failure, iter_predict
 
+START = 4096  # images: by then processes run, the batch size is found, and on a GPU the network is captured as a graph
 PEER_BATCH = 64  # two for each process are read ahead: of larger ones, a short run would consist
 KINDS = ("webp", "png", "jpeg", "big", "dicom")
 NAMES = {
@@ -234,7 +235,8 @@ def end_to_end(
 def timed(
     results: Iterator[Any], count: int, good: Callable[[Any], bool], devices: list[str]
 ) -> tuple[float, float, float | None]:
-    """Returns images per second in all, without the first tenth, and the busy share of the GPUs after it."""
+    """Returns images per second in all, without the start, and the busy share of the GPUs after it."""
+    begin = min(max(count // 10, START), count // 2)
     with Busy(devices) as busy:
         start = time.perf_counter()
         first, done = 0.0, 0
@@ -242,13 +244,13 @@ def timed(
             done += 1
             if not good(result):
                 raise SystemExit(f"an image failed: {result}")
-            if done == count // 10:
+            if done == begin:
                 first = time.perf_counter()
                 busy.begin()
         end = time.perf_counter()
     if done != count:
         raise SystemExit(f"{done} answers for {count} images")
-    return count / (end - start), (count - count // 10) / (end - first), busy.share
+    return count / (end - start), (count - begin) / (end - first), busy.share
 
 
 class Busy:

@@ -318,9 +318,15 @@ def rate(args: argparse.Namespace, folder: Path) -> None:
                 "steps": args.steps,
                 "split": None,
             }
-            if keep != "nowhere" and not (folder / "cache" / f"train-{args.size}.npy.json").exists():
-                run({**options, "max_seconds": 0.0})
+            started = time.time()
             best, cpu = bare(args.variant, args.size, batch, args.device, args.steps)  # beside each, as machines drift
+            said = f"bare step: {best:.0f} images/s, after {time.time() - started:.0f} s of start and compilation"
+            print(said, file=sys.stderr, flush=True)
+            cold = keep != "nowhere" and not (folder / "cache" / f"train-{args.size}.npy.json").exists()
+            if cold and not args.cold:
+                started = time.time()
+                run({**options, "max_seconds": 0.0})
+                print(f"the cache was made in {time.time() - started:.0f} s", file=sys.stderr, flush=True)
             found = run(options)
             cells = [str(batch), f"{best:.0f}", f"{cpu:.1f}", keep, f"{found['rate']:.0f}"]
             cells += [f"{found['rate'] / best:.2f}", f"{found['cpu']:.1f}", f"{found['start']:.1f}"]
@@ -343,6 +349,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--source-size", type=int, default=224, help="side of the JPEGs")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--cold", action="store_true", help="rate: make the cache in the measured run, whose first step is late then"
+    )
     args = parser.parse_args()
     with TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
