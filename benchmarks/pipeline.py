@@ -5,9 +5,9 @@
 
 Writes real images in the formats below into a temporary folder and prints for each: what the processes can read and
 prepare (decode), what the network can compute (network), what comes out of `iter_predict` (end to end: in all, and
-without the start, which is the first tenth or 4,096 images, at most half), its share of the slower of the two, and the share of the time in
-which the GPUs compute (by NVML; on a CPU, images x time of the network alone). The files are in the page cache. Of
-several sets of devices, each is measured in turn.
+without the start, which is the first tenth or 4,096 images, at most half), its share of the slower of the two, and the
+share of the time in which the GPUs compute (by NVML; on a CPU, images x time of the network alone). The files are in
+the page cache. Of several sets of devices, each is measured in turn.
 
 Peers, with the same number of processes: a PyTorch DataLoader around torchvision's transforms before the same network,
 as in timm's `inference.py`, and the image-classification pipeline of transformers, around a ResNet-50 since it takes no

@@ -26,7 +26,7 @@ from .tta import check
 MOST = 256  # images in a batch that is chosen here
 MOST_BYTES = 1 << 29  # of their pixels, float32
 _FEW = 16  # images in a batch as long as it is not known whether there will be many
-_IN_FLIGHT = (2, 8)  # batches per GPU, of the largest size and at most: what they take to compute covers any wait here
+_IN_FLIGHT = (2, 8)  # batches per GPU: as many images as in 2 of the largest, so that it never waits; at most 8
 _DECODERS = 2  # threads per GPU that have it decode
 _NICE = {"cpu": 10, "cuda": 5}  # computing, or feeding the GPU, comes before reading ahead
 
