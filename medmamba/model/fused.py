@@ -1,10 +1,8 @@
 """A model for inference whose blocks run as few kernels, on NVIDIA GPUs and CPUs; `model.fuse()` returns one.
 
-Each block launches ten kernels: two convolutions with their ReLU, four matrix products, the depthwise convolution with
-its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. In other
-cases (other devices, gradients, torch.compile, autocast over float32 weights, fake tensors and modes that see every
-operation, replaced layers, on a CPU hooks and replaced methods `forward`) the layers of `network.py` run one by one. On
-a GPU, hooks on layers inside a block fire only there.
+`fused_blocks.py` describes the kernels of a block. In other cases (other devices, gradients, torch.compile, autocast
+over float32 weights, fake tensors and modes that see every operation, replaced layers, on a CPU hooks and replaced
+methods `forward`) the layers of `network.py` run one by one. On a GPU, hooks on layers inside a block fire only there.
 
 Fused models and their graphs are thread-safe; each thread may use a CUDA stream of its own.
 """
@@ -20,37 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import resolve_backend
-from ..kernels.block import inference, inference_cpu
+from ..kernels.block import between, inference, inference_cpu
 from ..kernels.cuda import graph_capture
 from ..kernels.dispatch import transformed
 from ..kernels.once import once
-from .network import SS2D, ConvBranch, DropPath, MedMambaNetwork, PatchEmbed, PatchMerging, SSConvSSM, Stage, pad_rank
-
-
-class ChannelAffine(nn.Module):
-    """Computes x * scale + shift per channel of (B, C, H, W).
-
-    Replaces the batch norm before the first convolution. Its shift cannot be folded into that convolution, whose zero
-    padding is applied after the shift.
-    """
-
-    def __init__(self, scale: Tensor, shift: Tensor):
-        super().__init__()
-        self.register_buffer("scale", scale.view(-1, 1, 1).clone())
-        self.register_buffer("shift", shift.view(-1, 1, 1).clone())
-        self.scale: Tensor
-        self.shift: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale)
-
-
-class Pointwise(nn.Linear):
-    """A 1x1 convolution as a matrix product over channels-last memory, which needs no layout change on any device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, H, W)
-
+from .fused_blocks import Block, ChannelAffine, Pointwise, norm_of, prepare_block, run_stage
+from .network import SS2D, ConvBranch, DropPath, MedMambaNetwork, PatchEmbed, PatchMerging, SSConvSSM, Stage
 
 # The layers that the kernels implement, by exact type: a subclass or an adapter may compute something else.
 LAYERS = {
@@ -62,26 +35,12 @@ RUNS_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _preparing = threading.Lock()
 
 
-class _Block(NamedTuple):
-    """Weights of one block in the layout and dtypes of the kernels."""
-
-    convs: tuple[nn.Conv2d, nn.Conv2d]
-    pointwise: nn.Linear
-    in_proj: Tensor
-    depthwise: tuple[Tensor, Tensor]  # (9, C), (C,)
-    x_proj: Tensor  # (K * (R4 + 2N), C): R padded to a multiple of 4 with zeros, for aligned matrix products
-    scan: tuple[Tensor, Tensor, Tensor, Tensor]  # dt_weight (K, C, R4), dt_bias, A, D
-    out_norm: tuple[Tensor, Tensor, float]
-    out_proj: Tensor
-    split: tuple[Tensor, Tensor, Tensor, Tensor, float]  # the affine of the left half, the norm of the right
-
-
 class _Prepared(NamedTuple):
     """Prepared blocks by stage, with the parameters and buffers they derive from and the version of those."""
 
     embed_norm: tuple[Tensor, Tensor, float]
     merge_norms: list[tuple[Tensor, Tensor, float]]
-    blocks: list[list[_Block]]
+    blocks: list[list[Block]]
     sources: list[Tensor]
     version: int
 
@@ -239,8 +198,9 @@ class FusedMedMamba(MedMambaNetwork):
                 parts = (self.patch_embed, self.stages, self.downsamples)
                 sources = [t for part in parts for t in (*part.parameters(), *part.buffers())]
                 version = _version(sources)
-                blocks = [[_prepare(block) for block in stage.blocks] for stage in stages]
-                norms = _norm(embed.norm), [_norm(m.norm) for m in merging]
+                narrow = between.fits(self.config.dims, embed.proj.weight)
+                blocks = [[prepare_block(block, narrow) for block in stage.blocks] for stage in stages]
+                norms = norm_of(embed.norm), [norm_of(m.norm) for m in merging]
                 plan = _Prepared(*norms, blocks, sources, version)
                 if sources[0].is_cuda:
                     if torch.cuda.is_current_stream_capturing():
@@ -271,12 +231,7 @@ class FusedMedMamba(MedMambaNetwork):
             if i:
                 merging: Any = self.downsamples[i - 1]
                 x = F.linear(kernels.gather_norm(x, *prepared.merge_norms[i - 1]), merging.reduction.weight)
-            _, *halves = kernels.mix_split(x, None, blocks[0].split)
-            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-                left, right = halves
-                assert left is not None and right is not None
-                mixed = _branches(left, right, block, kernels)
-                x, *halves = kernels.mix_split(x, mixed, following.split if following else None)
+            x = run_stage(x, blocks, kernels)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 
@@ -306,92 +261,6 @@ def _version(tensors: list[Tensor]) -> int:
         return sum(t._version for t in tensors if not t.is_inference())
 
 
-def _branches(left: Tensor, right: Tensor, block: _Block, kernels: ModuleType) -> tuple[Tensor, Tensor]:
-    """Returns the outputs of both branches, in a CUDA graph the convolutions beside the scan.
-
-    The scan leaves tensor cores idle, and with few images most of the GPU. Launched one by one, kernels of two streams
-    cost more time of the CPU than they save on the GPU.
-    """
-    beside = graph_capture.beside() if left.is_cuda else None
-    if beside is None:
-        return _conv_branch(left, block), _scan(_scan_inputs(right, block, kernels), block, kernels)
-    main = torch.cuda.current_stream()
-    inputs = _scan_inputs(right, block, kernels)
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
-        convolved = _conv_branch(left, block)
-    scanned = _scan(inputs, block, kernels)
-    main.wait_stream(beside)
-    return convolved, scanned
-
-
-def _conv_branch(x: Tensor, block: _Block) -> Tensor:
-    """Returns the convolution branch of x (B, H, W, C/2) before its last ReLU, in the same shape."""
-    x = x.permute(0, 3, 1, 2)  # (B, C/2, H, W), channels_last
-    for conv in block.convs:
-        x = _conv_relu(x, conv.weight, conv.bias)
-    return block.pointwise(x).permute(0, 2, 3, 1)
-
-
-def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.is_cuda:
-        return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
-    if _onednn_fuses(x.dtype):
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [1, 1], [1, 1], [1, 1], 1, "relu", [], "")
-    return F.relu_(F.conv2d(x, weight, bias, padding=1))
-
-
 def _intercepted(x: Tensor) -> bool:
     """Returns whether Python sees each operation on x, whose memory may not exist: FakeTensor, FlopCounterMode."""
     return torch._C._len_torch_dispatch_stack() > 0 or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-@once
-def _onednn_fuses(dtype: torch.dtype) -> bool:
-    """Returns whether PyTorch's CPU library computes a convolution with its ReLU in this dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-def _scan_inputs(x: Tensor, block: _Block, kernels: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns x and gate (B, H, W, C) and proj (B, H, W, K, R4 + 2N) of the scan branch, for x (B, H, W, C/2)."""
-    x, gate = F.linear(x, block.in_proj).chunk(2, dim=-1)
-    x = kernels.depthwise_silu(x, *block.depthwise)
-    return x, gate, F.linear(x, block.x_proj).unflatten(-1, (block.scan[0].shape[0], -1))
-
-
-def _scan(inputs: tuple[Tensor, Tensor, Tensor], block: _Block, kernels: ModuleType) -> Tensor:
-    """Returns the scan branch, (B, H, W, C/2)."""
-    x, gate, proj = inputs
-    return F.linear(kernels.scan_gate(x, proj, *block.scan, gate, *block.out_norm), block.out_proj)
-
-
-def _prepare(block: SSConvSSM) -> _Block:
-    layers: Any = list(block.conv)
-    affine, conv1, _, conv2, _, pointwise, _ = layers
-    ssm: Any = block.ssm
-    x_proj, dt_weight = pad_rank(ssm.x_proj, ssm.dt_weight.float())
-    scale, shift = (getattr(affine, name).flatten().float().contiguous() for name in ("scale", "shift"))
-    return _Block(
-        convs=(conv1, conv2),
-        pointwise=pointwise,
-        in_proj=ssm.in_proj.weight,
-        depthwise=(ssm.conv.weight.flatten(1).T.float().contiguous(), ssm.conv.bias.float()),
-        x_proj=x_proj.flatten(0, 1).contiguous(),
-        scan=(
-            dt_weight,
-            ssm.dt_bias.float(),
-            -torch.exp(ssm.A_log.float()),
-            ssm.D.float(),
-        ),
-        out_norm=_norm(ssm.out_norm),
-        out_proj=ssm.out_proj.weight,
-        split=(scale, shift, *_norm(block.norm)),
-    )
-
-
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight.float(), norm.bias.float(), norm.eps

@@ -15,6 +15,7 @@ from test_cuda_kernels import (
 
 import medmamba
 from medmamba import selective_scan_2d
+from medmamba.kernels.block import between
 from medmamba.kernels.block import inference as fused
 
 
@@ -100,11 +101,16 @@ def test_scan_gate(dtype):
 
 @pytest.mark.slow
 @runs
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_fused_model(dtype):
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [((8, 16, 32, 64), None), ((8, 16, 32, 64), torch.bfloat16), ((32, 64, 128, 256), torch.float16)],
+    ids=str,
+)
+def test_fused_model(dims, dtype, monkeypatch):
     """All feature maps of the model by these kernels, against its layers one by one."""
+    monkeypatch.setattr(between, "_new_enough", lambda device: True)
     torch.manual_seed(0)
-    model = medmamba.create_model("test", num_classes=3).to(DEVICE)
+    model = medmamba.create_model("test", num_classes=3, dims=dims, depths=(2, 1, 1, 1)).to(DEVICE)
     with torch.no_grad():
         for module in model.modules():  # so that nothing is one or zero by chance
             if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
@@ -115,7 +121,10 @@ def test_fused_model(dtype):
     images = torch.randn(2, 3, 48, 36, device=DEVICE)
     with torch.inference_mode():
         expected = model.forward_pyramid(images)
-        found = model.fuse(dtype).cuda_pyramid(images)
+        fused = model.fuse(dtype)
+        found = fused.cuda_pyramid(images)
+    narrow = [blocks[0].begin is not None for blocks in fused._prepared().blocks]
+    assert narrow == [dims[0] == 32] * 4
     tolerance = 1e-3 if dtype is None else 0.1
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=tolerance * e.abs().max().item())

@@ -196,8 +196,8 @@ def test_what_the_kernels_read_follows_the_weights(tiny_model):
 
 
 def test_threads_prepare_it_once(tiny_model, monkeypatch):
-    made, prepare = [], fused_model._prepare
-    monkeypatch.setattr(fused_model, "_prepare", lambda block: made.append(block) or prepare(block))
+    made, prepare = [], fused_model.prepare_block
+    monkeypatch.setattr(fused_model, "prepare_block", lambda block, *args: made.append(block) or prepare(block, *args))
     fused, found = tiny_model.fuse(), []
     threads = [threading.Thread(target=lambda: found.append(fused._prepared())) for _ in range(8)]
     for thread in threads:

@@ -120,4 +120,4 @@ def conv_plan(batch: int, height: int, width: int, channels: int, device: int) -
 
 @functools.cache
 def _new_enough(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    return device >= 0 and torch.cuda.get_device_capability(device) >= CAPABILITY

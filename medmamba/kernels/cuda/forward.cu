@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_forward(
     ends += (i64)line * segments * N * C + cc;
     sums_of_dt += (i64)line * segments * C + cc;
     if (CARRY)
-#pragma unroll 4
+#pragma unroll (4 * LANES)  // as many loads in flight as the registers hold
         for (int s = 0; s < segment; s++) {
             const float dt = sums_of_dt[(i64)s * C];
 #pragma unroll

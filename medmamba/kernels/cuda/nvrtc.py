@@ -24,6 +24,7 @@ from ..once import once
 
 SOURCES = Path(__file__).parent
 HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
+TENSOR = ("conv3x3.cu", "between.cu")  # files that also need tensor.cuh
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
 DIGEST = 32  # bytes of SHA-256 before the machine code in a file
@@ -211,7 +212,8 @@ def load_kernel(
 
 def kernel_source(file: str) -> str:
     """Returns a file of `cuda/` with the headers prepended, as NVRTC reads no files."""
-    return "".join((SOURCES / part).read_text(encoding="utf-8") for part in (*HEADERS, file))
+    parts = (*HEADERS, *(["tensor.cuh"] if file in TENSOR else []), file)
+    return "".join((SOURCES / part).read_text(encoding="utf-8") for part in parts)
 
 
 def cache_folder() -> Path:
