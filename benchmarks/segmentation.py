@@ -1,11 +1,13 @@
 """Frames per second of segmentation at 352x352, beside U-Net with ResNet-34 of segmentation_models_pytorch.
 
-    python benchmarks/segmentation.py [--model FOLDER] [--device cuda] [--batch 1 16] [--json FILE]
+    python benchmarks/segmentation.py [--model FOLDER] [--device cuda] [--batch 1 16] [--compile] [--json FILE]
 
 Each network runs in every mode that may suit it: float32, bfloat16 by autocast, or with weights in bfloat16 (on a GPU
-float16 too, and each as a CUDA graph), channels last, batch norms folded into convolutions. Networks and modes take
-turns, so that a busy moment of the machine hits all of them; the figure of a network is the best round of its best
-mode. The peer has the decoder that is smp's default; its weights are random, which do not change its speed.
+float16 too, and each as a CUDA graph), channels last, batch norms folded into convolutions, on a GPU with the
+algorithms that cuDNN finds fastest. With --compile the peer also runs through torch.compile, in a CUDA graph; this
+network has kernels of its own instead. Networks and modes take turns, so that a busy moment of the machine hits all of
+them; the figure of a network is the best round of its best mode. The peer has the decoder that is smp's default; its
+weights are random, which do not change its speed.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def peer(dtype: torch.dtype | None) -> nn.Module:
     return net.to(memory_format=torch.channels_last, dtype=dtype)
 
 
-def modes(model: medmamba.MedMambaSegmenter, device: str, batch: int, graphs: bool) -> dict[tuple[str, str], Callable]:
+def modes(
+    model: medmamba.MedMambaSegmenter, device: str, batch: int, graphs: bool, compiled: bool
+) -> dict[tuple[str, str], Callable]:
     """Returns what to time, by network and mode."""
     images = torch.randn(batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)
     found: dict[tuple[str, str], Callable] = {}
@@ -58,6 +62,9 @@ def modes(model: medmamba.MedMambaSegmenter, device: str, batch: int, graphs: bo
                 found[name, kind] = call(net, images.to(dtype))
                 if graphs:
                     found[name, f"{kind}, graph"] = graphed(net, images.to(dtype))
+                if graphs and compiled and name == PEER and kind == "float16":
+                    net = torch.compile(net, dynamic=False)  # type: ignore[assignment]
+                    found[name, f"{kind}, compiled, graph"] = graphed(net, images.to(dtype))
     return found
 
 
@@ -123,10 +130,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, help="of the CPU; default: as torch chooses")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="on a GPU the peer through torch.compile too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
     model: medmamba.MedMambaSegmenter = (
         medmamba.MedMambaSegmenter.from_pretrained(args.model)
         if args.model
@@ -140,7 +149,7 @@ def main() -> None:
     rows, lines = [], []
     for batch in args.batch:
         times = measure(
-            modes(model.eval(), args.device, batch, args.device == "cuda"),
+            modes(model.eval(), args.device, batch, args.device == "cuda", args.compile),
             args.device,
             args.rounds,
             0.3 if args.device == "cpu" else 0.05,

@@ -80,41 +80,12 @@ class FusedMedMamba(MedMambaNetwork):
             ValueError: the model is not on an NVIDIA GPU, or `example` is empty; from the function, another shape.
             RuntimeError: from the function, if the model was moved or its weights were loaded since.
         """
-        images = example.to(self.patch_embed.proj.weight.device).clone()
-        if not images.is_cuda:
-            raise ValueError("CUDA graphs need a model on an NVIDIA GPU: call model.cuda() first")
-        if not len(images):
-            raise ValueError(f"a graph needs at least one image, got {tuple(images.shape)}")
-        device, graph = images.device, torch.cuda.CUDAGraph()
-        graph_capture.warm_up(device, lambda: self(images))
-        changes = self._changes
-        # The graph reads these tensors, so they must outlive the model and replacements in it.
-        weights = self._blocks, [t.detach() for t in (*self.parameters(), *self.buffers())]
-        logits = graph_capture.record(graph, device, lambda: self(images))
-        lock, finished, last = threading.Lock(), torch.cuda.Event(), torch.cuda.current_stream(device)
-        with torch.cuda.device(device):
-            finished.record()
+        images = example.to(self.patch_embed.proj.weight.device)
 
-        @torch.inference_mode()
-        def run(batch: Tensor) -> Tensor:
-            nonlocal last
-            if batch.shape != images.shape:
-                raise ValueError(f"this graph takes {tuple(images.shape)}, got {tuple(batch.shape)}")
-            if self._changes != changes:
-                raise RuntimeError("the model has changed since this graph was made: call model.graphed(...) again")
-            with lock, torch.cuda.device(device):
-                stream = torch.cuda.current_stream()
-                if stream != last:  # the previous call may still read or write the buffers
-                    stream.wait_event(finished)
-                images.copy_(batch)
-                graph.replay()
-                answer = logits.clone()
-                finished.record(stream)
-                last = stream
-            return answer
+        def weights() -> list[object]:
+            return [self._blocks, *(t.detach() for t in (*self.parameters(), *self.buffers()))]
 
-        run.weights = weights  # type: ignore[attr-defined]
-        return run
+        return graph_capture.replayed(self, images, weights, lambda: self._changes)
 
     # --- unsupported operations ---
 

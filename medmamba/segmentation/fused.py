@@ -3,8 +3,8 @@
 Layer by layer, each step of the decoder takes a dozen passes over memory: it enlarges a map, joins it with a skip
 connection and convolves the result twice, with bias and ReLU. With `kernels/block/convolution.py` it takes two. In
 other cases (other devices, float32, gradients, torch.compile, hooks, channels that are no multiple of 16, weights
-written since) the layers run one by one. They do not join a map with one of no channels, which would change the order
-of its memory.
+written since) the layers run one by one, on a GPU a convolution with its ReLU where that may be. They do not join a map
+with one of no channels, which would change the order of its memory.
 """
 
 from __future__ import annotations
@@ -38,15 +38,7 @@ class FusedConv(nn.Sequential):
 
     def runs(self, x: Tensor, skip: Tensor | None = None) -> bool:
         """Returns whether the kernel takes x and skip, (B, H, W, C)."""
-        conv: Any = self[0]
-        weight = conv.weight
-        if torch.is_grad_enabled() or not kernels_run(x, None) or torch._C._len_torch_dispatch_stack():
-            return False
-        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype:
-            return False
-        fits = convolution.fits(x, skip)
-        same = weight.dtype == x.dtype and weight.device == x.device and self._arranged_at == self._writes()
-        return fits and same and not observed(self) and not any(map(observed, self))
+        return self._arranged_at == self._writes() and self._replaceable(x) and convolution.fits(x, skip)
 
     def run(self, x: Tensor, skip: Tensor | None = None, enlarge: bool = False) -> Tensor:
         """Returns the output for x (B, H, W, C), or with `enlarge` (B, H/2, W/2, C), and skip; see `conv3x3`."""
@@ -55,9 +47,22 @@ class FusedConv(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.permute(0, 2, 3, 1)
-        if not self.runs(last):
-            return super().forward(x)
-        return self.run(last) if self.head else self.run(last).permute(0, 3, 1, 2)
+        if self.runs(last):
+            return self.run(last) if self.head else self.run(last).permute(0, 3, 1, 2)
+        if x.is_cuda and not self.head and self._replaceable(last):  # of any type and number of channels
+            conv: Any = self[0]
+            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
+        return super().forward(x)
+
+    def _replaceable(self, x: Tensor) -> bool:
+        """Returns whether other operations may stand for the layers, for x (B, H, W, C)."""
+        weight: Tensor = self[0].weight  # type: ignore[assignment]
+        if torch.is_grad_enabled() or not kernels_run(x, None) or torch._C._len_torch_dispatch_stack():
+            return False
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != x.dtype:
+            return False
+        same = weight.dtype == x.dtype and weight.device == x.device
+        return same and not observed(self) and not any(map(observed, self))
 
     def _writes(self) -> int:
         """Returns a number that grows when the weight is written to."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from . import nvrtc
 
@@ -47,6 +48,61 @@ def record(graph: torch.cuda.CUDAGraph, device: torch.device, run: Callable[[], 
         # PyTorch's default capture stream belongs to the device that captured first.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             return run()
+
+
+@torch.inference_mode()
+def replayed(
+    run: Callable[[Tensor], Tensor], images: Tensor, weights: Callable[[], list[object]], changes: Callable[[], int]
+) -> Callable[[Tensor], Tensor]:
+    """Captures a network and returns it as a function of images, without Python's launch overhead.
+
+    Each call returns a new tensor. The function is thread-safe on one or several CUDA streams, but calls are serialised
+    because a graph has one input buffer.
+
+    Args:
+        run: the network.
+        images: (B, C, H, W) on the GPU of the network; the function takes batches of exactly this shape.
+        weights: returns what the graph reads, which must outlive the network and replacements in it.
+        changes: returns another number when the graph must no longer be used.
+
+    Raises:
+        ValueError: the images are not on an NVIDIA GPU, or there are none; from the function, another shape.
+        RuntimeError: from the function, if the network has changed since.
+    """
+    if not images.is_cuda:
+        raise ValueError("CUDA graphs need a model on an NVIDIA GPU: call model.cuda() first")
+    if not len(images):
+        raise ValueError(f"a graph needs at least one image, got {tuple(images.shape)}")
+    images = images.clone()
+    device, graph = images.device, torch.cuda.CUDAGraph()
+    warm_up(device, lambda: run(images))
+    captured = changes()
+    kept = weights()
+    answers = record(graph, device, lambda: run(images))
+    lock, finished, last = threading.Lock(), torch.cuda.Event(), torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        finished.record()
+
+    @torch.inference_mode()
+    def replay(batch: Tensor) -> Tensor:
+        nonlocal last
+        if batch.shape != images.shape:
+            raise ValueError(f"this graph takes {tuple(images.shape)}, got {tuple(batch.shape)}")
+        if changes() != captured:
+            raise RuntimeError("the model has changed since this graph was made: call model.graphed(...) again")
+        with lock, torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if stream != last:  # the previous call may still read or write the buffers
+                stream.wait_event(finished)
+            images.copy_(batch)
+            graph.replay()
+            answer = answers.clone()
+            finished.record(stream)
+            last = stream
+        return answer
+
+    replay.weights = kept  # type: ignore[attr-defined]
+    return replay
 
 
 def beside() -> torch.cuda.Stream | None:
