@@ -17,6 +17,7 @@ from ..cuda.nvrtc import load_and_launch
 MOST = 256  # channels: a lane keeps a quarter of those of two pixels in its registers
 GROUP = 32  # channels of a warp
 TILE = 16  # pixels
+THREADS = 128  # of a program, if one tile does not take more
 CAPABILITY = (8, 0)
 
 
@@ -81,7 +82,7 @@ def between(
     next_left, wide = (x.new_empty((B, H, W, C // 2)), x.new_empty((B, H, W, 2 * C))) if begin else (None, None)
     weight, bias, eps, project = end or (None, None, 0.0, None)
     scale, shift, next_weight, next_bias, next_eps, expand = begin or (None, None, None, None, 0.0, None)
-    tiles = max(1, 4 * GROUP // C)
+    tiles = max(1, THREADS // C)  # a tile takes as many threads as there are channels
     kind = TYPES[x.dtype]
     constants = (
         *(("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1), ("CHANNELS", C)),
