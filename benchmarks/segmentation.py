@@ -91,6 +91,7 @@ def graphed(net: nn.Module, images: Tensor) -> Callable[[], Tensor]:
         graph.replay()
         return out
 
+    once.keeps = net  # type: ignore[attr-defined]  # whose weights the graph reads
     return once
 
 
