@@ -231,6 +231,18 @@ def test_maps_in_large_pieces(dtype):
     check(problem(H=7, W=5, C=72, R=4, dtype=dtype), Plan(32), Plan(48))
 
 
+def test_long_lines_are_divided_and_short_ones_share_lanes(monkeypatch):
+    emulate(monkeypatch, processors=132)
+    cuda_backend.forward_plan.cache_clear()
+    plan = cuda_backend.forward_plan
+    try:
+        assert plan(16, 88 * 88, 32, 0) == Plan(32, 1, 33, resident=16)  # as many programs as are resident at once
+        assert plan(16, 22 * 22, 128, 0)[:3] == (32, 4, 1) and plan(1, 88 * 88, 32, 0)[:3] == (32, 4, 99)
+        assert plan(128, 56 * 56, 96, 0)[:3] == (32, 1, 1) and plan(1, 56 * 56, 96, 0)[:3] == (32, 4, 33)
+    finally:
+        plan.cache_clear()
+
+
 @pytest.mark.slow
 @runs
 @pytest.mark.parametrize("lanes", [1, 2, 4])
