@@ -2,7 +2,7 @@
 
 Each block launches ten kernels: two convolutions with their ReLU, four matrix products, the depthwise convolution with
 its SiLU, the scan, its norm with the gate, and the mix of the branches with the preparation of the next block. With few
-channels, in 16 bits on a GPU, it launches seven: all between the scan and the next depthwise convolution is one.
+channels, in 16 bits on a GPU, it launches seven: all from the scan to the next depthwise convolution is one.
 """
 
 from types import ModuleType

@@ -26,6 +26,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 K = 4
 BLOCKS = (128, 96, 64, 32)  # channels per program
 FULL = 16  # warps that keep a multiprocessor busy
+NARROW = 64  # channels up to which dividing long lines was measured
 
 
 class Plan(NamedTuple):
@@ -120,13 +121,13 @@ def _sum_table(table: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 def forward_plan(batch: int, length: int, channels: int, device: int) -> Plan:
     """Returns the launch of the forward kernel: small batches first get more lanes per channel, then segments.
 
-    Few but long lines get one lane per channel and segments enough to fill the GPU. Their second pass over the tokens
-    costs less than the lines that a single pass would leave alone on a multiprocessor.
+    Few but long lines of few channels get one lane per channel and segments enough to fill the GPU. Their second pass
+    over the tokens costs less than the lines that a single pass would leave alone on a multiprocessor.
     """
     processors = _properties(device).multi_processor_count
     warps = max(1, batch * K * -(-channels // 32))
     tiles, segments = -(-length // CHUNK), FULL * processors // warps
-    if segments >= 8 and tiles >= 7 * segments:
+    if segments >= 8 and tiles >= 7 * segments and channels <= NARROW:
         return Plan(32, 1, segments, resident=FULL)
     lanes = 1
     while lanes < 4 and warps * lanes < 8 * processors:  # two warps per scheduler

@@ -1,7 +1,7 @@
-"""Everything between the scans of two blocks as one kernel, for networks of few channels; see `cuda/between.cu`.
+"""From the scan of one block to the depthwise convolution of the next in one kernel, with few channels.
 
-Two kernels of `inference.py` and two of a matrix library do the same for any network. With few channels each is too
-small for a GPU, and most of their time is that of launches and of passes over memory.
+See `cuda/between.cu`. Two kernels of `inference.py` and two of a matrix library do the same for any network. With few
+channels each is too small for a GPU, and most of their time is that of launches and of passes over memory.
 """
 
 import functools
