@@ -23,7 +23,17 @@ from ..kernels.cuda import graph_capture
 from ..kernels.dispatch import transformed
 from ..kernels.once import once
 from .fused_blocks import Block, ChannelAffine, Pointwise, norm_of, prepare_block, run_stage
-from .network import SS2D, ConvBranch, DropPath, MedMambaNetwork, PatchEmbed, PatchMerging, SSConvSSM, Stage
+from .network import (
+    SS2D,
+    ConvBranch,
+    DropPath,
+    MedMambaNetwork,
+    PatchEmbed,
+    PatchMerging,
+    SSConvSSM,
+    Stage,
+    embed_patches,
+)
 
 # The layers that the kernels implement, by exact type: a subclass or an adapter may compute something else.
 LAYERS = {
@@ -194,9 +204,12 @@ class FusedMedMamba(MedMambaNetwork):
     @torch.no_grad()
     def _pyramid(self, x: Tensor, kernels: ModuleType) -> list[Tensor]:
         embed: Any = self.patch_embed
-        x = embed.proj(x.to(embed.proj.weight.dtype).contiguous(memory_format=torch.channels_last))
+        x = x.to(embed.proj.weight.dtype)
+        if not x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
         prepared = self._prepared()
-        x = kernels.norm(x.permute(0, 2, 3, 1).contiguous(), *prepared.embed_norm)  # (B, H, W, C)
+        x = embed_patches(x, embed.proj, backend=embed.scan_backend)
+        x = kernels.norm(x.contiguous(), *prepared.embed_norm)  # (B, H, W, C)
         maps = []
         for i, blocks in enumerate(prepared.blocks):
             if i:

@@ -50,6 +50,12 @@ def merge_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3))
 
 
+@replaceable("embed_patches")
+def embed_patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolves patches of images x (B, C, H, W), as large as they are apart, to (B, H/patch, W/patch, dim)."""
+    return conv(x).permute(0, 2, 3, 1)
+
+
 class PatchEmbed(nn.Module):
     """Embeds patches of an image: (B, in_chans, H, W) to (B, H/patch, W/patch, dim)."""
 
@@ -60,7 +66,7 @@ class PatchEmbed(nn.Module):
         self.scan_backend: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/patch, W/patch, dim)
+        x = embed_patches(x, self.proj, backend=self.scan_backend)  # (B, H/patch, W/patch, dim)
         return channel_norm(x, self.norm, backend=self.scan_backend)
 
 
@@ -260,11 +266,22 @@ class SSConvSSM(nn.Module):
         self.ssm_map = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        whole = type(self.ssm) is SS2D and torch.is_grad_enabled()
+        return run_block(x, self, backend=self.ssm.scan_backend) if whole else self.run_pieces(x)
+
+    def run_pieces(self, x: Tensor) -> Tensor:
+        """Runs the block layer by layer."""
         backend = self.ssm.scan_backend
         x, left, right = split_norm(x, self.norm, backend=backend)  # (B, H, W, C), twice (B, H, W, C/2)
         left = conv_branch(left, self.conv, backend=backend)  # (B, H, W, C/2)
         right = self.ssm_map(self.ssm(right).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, C/2)
         return mix(x, left, right, self.drop_path, backend=backend)  # (B, H, W, C)
+
+
+@replaceable("run_block")
+def run_block(x: Tensor, block: SSConvSSM) -> Tensor:
+    """Runs a block, whose scan branch is an `SS2D`, on x (B, H, W, C)."""
+    return block.run_pieces(x)
 
 
 class Stage(nn.Module):

@@ -172,9 +172,9 @@ NORM_BACK = ["batch_apply", "batch_gradient_sums", "add_partials", "batch_gradie
 
 BLOCK = {
     "forward": ["norm_forward", *NORM, *NORM, *NORM, "batch_apply", "conv_forward", "norm_forward", "mix_forward"],
-    "backward": ["mix_backward", "norm_forward", "norm_backward", "add_partials", "conv_backward", "add_partials"]
-    + ["conv_input", "relu_gradient", "add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK, "norm_backward"]
-    + ["add_partials"],
+    "backward": ["mix_backward", "relu_gradient", "add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK]
+    + ["norm_forward", "norm_backward", "add_partials", "conv_backward", "add_partials", "conv_input"]
+    + ["norm_backward", "add_partials"],
 }
 
 

@@ -1,6 +1,8 @@
 """The inference kernels around the scan, and whole models that run on them: on a GPU where there is one, else in the
 emulator of test_cuda_kernels.py."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from test_cuda_kernels import (
 
 import medmamba
 from medmamba import selective_scan_2d
-from medmamba.kernels.block import between
+from medmamba.kernels.block import between, eligibility, patches
 from medmamba.kernels.block import inference as fused
 
 
@@ -75,14 +77,67 @@ def test_gather_norm(size, dtype):
 
 @runs
 @dtypes
-@pytest.mark.parametrize("size", [(1, 1), (3, 8), (2, 19)], ids=str)
-def test_depthwise_silu(size, dtype):
+@pytest.mark.parametrize(
+    ("size", "tiles"),
+    [
+        ((1, 1), (2, 1)),
+        ((3, 8), (8, 2)),
+        ((2, 19), (4, 2)),
+        pytest.param((5, 19), (8, 1), marks=pytest.mark.slow),
+        pytest.param((7, 7), (4, 4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_depthwise_silu(size, tiles, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "TILES", (tiles, tiles))
     C = 6
     wide = maps(2, *size, 2 * C, dtype=dtype)
     x = wide.chunk(2, -1)[0]  # pixels that do not follow each other
     weight, bias = maps(C, 1, 3, 3, dtype=torch.float32), maps(C, dtype=torch.float32, seed=1)
     expected = F.silu(F.conv2d(x.float().permute(0, 3, 1, 2), weight, bias, padding=1, groups=C)).permute(0, 2, 3, 1)
     close(fused.depthwise_silu(x, weight.flatten(1).T.contiguous(), bias), expected, dtype)
+
+
+def plain_patches(x, conv):
+    return conv(x).permute(0, 2, 3, 1)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("size", "channels", "patch", "layout"),
+    [
+        ((8, 12), 3, 4, torch.channels_last),
+        ((9, 14), 3, 4, torch.contiguous_format),  # rows that are not aligned, and pixels that no patch takes
+        pytest.param((9, 14), 3, 4, torch.channels_last, marks=pytest.mark.slow),
+        pytest.param((8, 12), 1, 4, torch.contiguous_format, marks=pytest.mark.slow),
+        pytest.param((8, 12), 3, 4, torch.contiguous_format, marks=pytest.mark.slow),
+        pytest.param((6, 7), 2, 2, torch.channels_last, marks=pytest.mark.slow),
+        pytest.param((6, 7), 5, 3, torch.contiguous_format, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_patches(size, channels, patch, layout):
+    """In two dtypes, under autocast, and from a view; all with the gradients of the weights."""
+    conv = torch.nn.Conv2d(channels, 8, patch, stride=patch).to(DEVICE)
+    images = maps(2, channels, *size, dtype=torch.float32).contiguous(memory_format=layout)
+    wide = torch.cat((images, images), 3)[..., : size[1]]
+    assert eligibility.fits_embed_patches(images, conv) and not eligibility.fits_embed_patches(
+        images.clone().requires_grad_(), conv
+    )
+    for x in (images, wide, wide.bfloat16()):
+        for enabled in (False, True):
+            layer = copy.deepcopy(conv).to(x.dtype)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+                found = patches.embed_patches(x, layer)
+            expected = plain_patches(x.float(), conv)
+            assert found.is_contiguous() and found.dtype == (torch.bfloat16 if enabled else x.dtype)
+            tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+            weight = maps(*found.shape, dtype=torch.float32)
+            of = layer.weight, layer.bias, conv.weight, conv.bias
+            gradients = torch.autograd.grad((found * weight).sum(), of[:2])
+            for g, e in zip(gradients, torch.autograd.grad((expected * weight).sum(), of[2:]), strict=True):
+                torch.testing.assert_close(g.float(), e, rtol=tolerance, atol=tolerance * e.abs().max().item())
 
 
 @runs

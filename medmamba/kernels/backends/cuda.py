@@ -206,9 +206,20 @@ def _float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in tensors)
 
 
+def new_states(x: Tensor, A: Tensor) -> Tensor:
+    """Allocates what the forward pass saves for the backward pass, (B, K, chunks, N, C) in float32."""
+    B, H, W, C = x.shape
+    return x.new_empty((B, K, -(-H * W // CHUNK), A.shape[2], C), dtype=torch.float32)
+
+
+def covers(pixels: int, channels: int, size: int, rank: int, states: int) -> bool:
+    """Returns whether the kernels scan maps of that many pixels, with numbers of `size` bytes."""
+    return pixels * channels * size < OFFSETS and states <= PADDED_STATES and 1 <= rank <= MAX_RANK
+
+
 def _covered(x: Tensor, dt_weight: Tensor, A: Tensor) -> bool:
-    fits = x[0].numel() * x.element_size() < OFFSETS
-    return fits and A.shape[2] <= PADDED_STATES and 1 <= dt_weight.shape[2] <= MAX_RANK
+    _, H, W, C = x.shape
+    return covers(H * W, C, x.element_size(), dt_weight.shape[2], A.shape[2])
 
 
 def _fallback() -> Backend:

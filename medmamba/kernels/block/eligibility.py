@@ -11,17 +11,21 @@ same numbers to the dtype of the map.
 """
 
 import functools
+import math
 import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import cuda as cuda_backend
 from ..backends.cuda import TYPES
 from ..dispatch import resolve_backend, transformed
 
 MAX_NORM_CHANNELS = 2048  # a warp keeps a row in its registers
 MAX_BRANCH_CHANNELS = 1024
+MAX_IMAGE_NUMBERS = 2**31  # of a batch of images, counted in 32 bits
 
 
 def kernels_run(x: Tensor, backend: str | None) -> bool:
@@ -44,6 +48,22 @@ def observed(module: nn.Module) -> bool:
 
 
 # --- one predicate per piece, with the arguments of the piece -------------------------------------------------------
+
+
+def fits_embed_patches(x: Tensor, conv: nn.Conv2d) -> bool:
+    if type(conv) is not nn.Conv2d or conv.bias is None or observed(conv) or conv.padding_mode != "zeros":
+        return False
+    size = conv.kernel_size[0]
+    if conv.kernel_size != (size, size) or conv.stride != (size, size) or conv.padding not in ((0, 0), "valid"):
+        return False
+    plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.weight.device == conv.bias.device == x.device
+    if x.ndim != 4 or not x.numel() or x.shape[1] != conv.in_channels or min(x.shape[2:]) < size or not plain:
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    dtype = computes_in(conv.weight)
+    same = x.dtype == conv.weight.dtype == conv.bias.dtype or torch.is_autocast_enabled(x.device.type)
+    return same and dtype in TYPES and x.numel() < MAX_IMAGE_NUMBERS
 
 
 def fits_split_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
@@ -109,6 +129,52 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
     return all(_takes_parameters(branch[i], x) for i in (0, 1, 2, 4, 5, 7))
 
 
+class Like(NamedTuple):
+    """What predicates ask of a map that is computed only later."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def fits_block(x: Tensor, block: Any) -> bool:
+    """Of an `SSConvSSM` whose scan branch is an `SS2D`: whether all of its pieces have kernels and none is observed."""
+    ssm, hook, drop_path = block.ssm, block.ssm_map, block.drop_path
+    if x.ndim != 4 or x.shape[-1] % 8 or not x.numel() or type(hook) is not nn.Identity:
+        return False
+    if any("forward" in m.__dict__ or observed(m) for m in (block.conv, ssm, hook, drop_path, ssm.in_proj, ssm.conv)):
+        return False
+    rows, half = x.shape[:-1], x.shape[-1] // 2
+    K, C, R = ssm.dt_weight.shape
+    N = ssm.A_log.shape[-1]
+    side: Any = Like((*rows, half), x.dtype, x.device)  # a branch of the block
+    inner: Any = Like((*rows, C), x.dtype, x.device)
+    wide: Any = Like((*rows, 2 * C), x.dtype, x.device)
+    scan = ((ssm.x_proj, (K, R + 2 * N, C)), (ssm.dt_bias, (K, C)), (ssm.A_log, (K, C, N)), (ssm.D, (K, C)))
+    return (
+        hasattr(drop_path, "keep_mask")
+        and K == cuda_backend.K
+        and ssm.in_proj.out_features == 2 * C
+        and ssm.out_proj.out_features == half
+        and all(p.shape == shape and p.device == x.device and p.is_floating_point() for p, shape in scan)
+        and ssm.x_proj.dtype in TYPES
+        and cuda_backend.covers(rows[1] * rows[2], C, x.dtype.itemsize, R + -R % 4, N)
+        and fits_split_norm(x, block.norm)
+        and _takes_linear(ssm.in_proj, side)
+        and _computes_in(inner, ssm.x_proj)
+        and fits_conv_silu(wide, ssm.conv)
+        and fits_gate_project(inner, inner, ssm.out_norm, ssm.out_proj)
+        and fits_conv_branch(side, block.conv)
+    )
+
+
 # --- conditions that pieces share -----------------------------------------------------------------------------------
 
 
@@ -133,10 +199,15 @@ def _takes_linear(linear: nn.Linear, x: Tensor) -> bool:
     return _computes_in(x, linear.weight) and linear.weight.device == x.device and not observed(linear)
 
 
+def computes_in(weight: Tensor) -> torch.dtype:
+    """Returns the dtype in which PyTorch would multiply by this weight: that of autocast, else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def _computes_in(x: Tensor, weight: Tensor) -> bool:
     """Returns whether PyTorch would multiply x by this weight in the dtype of x."""
-    device = x.device.type
-    return x.dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+    return x.dtype == computes_in(weight)
 
 
 def _like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from ..backends.cuda import TYPES, scan_parts
 from ..cuda.nvrtc import load_and_launch
 
 WARPS = 4
-STRIPS = (8, 2)  # pixels that a thread convolves; short strips keep a GPU busy with small maps, of at most FEW numbers
+TILES = ((8, 2), (2, 1))  # pixels in rows that a thread convolves; the latter keep a GPU busy with at most FEW numbers
 FEW = 2**22
 
 
@@ -89,13 +89,13 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns silu(3x3 depthwise convolution): x (B, H, W, C), possibly half of a wider map; weight (9, C)."""
     B, H, W, C = x.shape
     out = x.new_empty(x.shape)
-    strip = STRIPS[0] if B * H * W * C > FEW else STRIPS[1]
-    strips = -(-W // strip)
-    threads = B * H * strips * (C // 2)
-    constants = (*_types(x), ("CHANNELS", C), ("STRIP", strip))
-    arguments = (x, weight, bias, out, threads, H, W, strips, x.stride(0), x.stride(2))
+    strip, rows = TILES[B * H * W * C <= FEW]
+    strips, bands = -(-W // strip), -(-H // rows)
+    threads = B * bands * strips * (C // 2)
+    constants = (*_types(x), ("CHANNELS", C), ("STRIP", strip), ("ROWS", rows), ("STEP", x.stride(2)))
+    arguments = (x, weight, bias, out, threads, H, W, strips, bands, x.stride(0))
     grid = -(-threads // 256)
-    load_and_launch("depthwise.cu", "depthwise_silu", "pppp" + "liiili", constants, 0, grid, 256, x, *arguments)
+    load_and_launch("depthwise.cu", "depthwise_silu", "pppp" + "iiiiil", constants, 0, grid, 256, x, *arguments)
     return out
 
 

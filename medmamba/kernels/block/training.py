@@ -26,6 +26,8 @@ from .registry import replaces
 SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
 WARPS = 4
 PROGRAMS = 4  # per multiprocessor, where programs sum over all pixels: as many as are resident at once
+# Pixels in rows that a thread convolves at a time; that of the backward pass keeps its inputs in registers.
+CONV_TILES = {"conv_forward": (8, 2), "conv_input": (8, 2), "conv_backward": (4, 1)}
 ALL_PIXELS = (1, 1, 1, 0)  # sizes of a map for kernels that can gather 2x2 patches, when they do not
 
 
@@ -306,6 +308,7 @@ def row_lanes(C: int) -> int:
 class _ConvPlan(NamedTuple):
     kernel: Callable[..., None]
     strip: int  # pixels
+    rows: int
     threads: int
     together: int  # strips that a program processes at a time
     blocks: int  # of channels
@@ -315,28 +318,28 @@ class _ConvPlan(NamedTuple):
         """Returns the programs per block of channels, and the sizes that the kernel takes."""
         B, H, W, _ = wide.shape
         strips = -(-W // self.strip)
-        total = B * H * strips
+        total = B * -(-H // self.rows) * strips
         return min(-(-total // self.together), self.most), (total, H, W, strips, self.blocks)
 
 
 @once
 def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dtype, device: int) -> _ConvPlan:
-    strip = 4 if name == "conv_backward" else 8  # keeps its inputs in registers
+    strip, rows = CONV_TILES[name]
     blocks = -(-C // 512)
     pairs = -(-C // (2 * blocks))
     together = max(1, 256 // pairs)
     whole = [count for count in range(together, 0, -1) if count * pairs % 32 == 0 and 2 * count > together]
     together = whole[0] if whole else together  # whole warps, if that costs few threads
     threads = together * pairs
-    occupancy = 2 if name == "conv_backward" else 4 if threads <= 192 else 3
+    occupancy = 2 if name == "conv_backward" else 4 if threads * rows * strip <= 192 * 8 else 3
     constants = types(dtype) + (
-        ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("OCCUPANCY", occupancy),
-        ("PARAMS", int(params)),
+        ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("ROWS", rows),
+        ("OCCUPANCY", occupancy), ("PARAMS", int(params)),
     )  # fmt: skip
     kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
     waves = 1 if name == "conv_backward" else 2  # more programs leave more partial sums to add
     most = waves * occupancy * processors(device) // blocks
-    return _ConvPlan(kernel, strip, threads, together, blocks, max(1, most))
+    return _ConvPlan(kernel, strip, rows, threads, together, blocks, max(1, most))
 
 
 def _mix(name: str, signature: str, x: Tensor, keep: Tensor | None, *tensors: Tensor | None) -> None:

@@ -7,7 +7,7 @@ mean, so it is added there alone, and its gradient is zero.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,22 @@ class Norm(NamedTuple):
 
 @replaces("conv_branch", eligibility.fits_conv_branch)
 def conv_branch(x: Tensor, branch: nn.Sequential) -> Tensor:
+    norms, parameters = branch_parts(branch)
+    return ConvBranch.apply(x, norms, *parameters)
+
+
+def branch_parts(branch: nn.Sequential) -> tuple[list[Norm], list[nn.Parameter]]:
+    """Returns the batch norms and the parameters of a convolution branch as `ConvBranch` takes them."""
+    layers: Any = branch
     parameters: list[nn.Parameter] = []
     norms = []
-    for layer in branch:
-        parameters += layer.parameters(recurse=False)  # none of a ReLU
+    for layer in layers:
+        if not isinstance(layer, nn.ReLU):
+            parameters += (layer.weight, layer.bias)
         if isinstance(layer, nn.BatchNorm2d):
             tracked = layer.num_batches_tracked
             norms.append(Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps, tracked))
-    return ConvBranch.apply(x, norms, *parameters)
+    return norms, parameters
 
 
 class ConvBranch(Function):

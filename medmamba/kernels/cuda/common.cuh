@@ -73,6 +73,29 @@ template <int TYPE> __device__ __forceinline__ typename Element<TYPE>::type from
     else return float_to_bfloat(f);
 }
 
+// Two 16-bit numbers, the first in the lower half.
+template <int TYPE> __device__ __forceinline__ unsigned from_floats(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned v;
+    if constexpr (TYPE == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    return v;
+#else
+    return (unsigned)from_float<TYPE>(a) | (unsigned)from_float<TYPE>(b) << 16;
+#endif
+}
+
+// 1 / v to about 1e-7, for v of at least 1; a division also covers numbers that others cannot.
+__device__ __forceinline__ float reciprocal(float v) {
+#ifdef __CUDA_ARCH__
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+#else
+    return 1.f / v;
+#endif
+}
+
 // Four adjacent numbers in one load, or one.
 template <int TYPE, int COUNT> struct Several { typedef typename Element<TYPE>::type type; };
 template <> struct Several<0, 4> { typedef float4 type; };

@@ -9,8 +9,7 @@ __device__ __forceinline__ float4 read4f(const float* from) { return *(const flo
 __device__ __forceinline__ void write4(x_t* to, float4 v) {
     if constexpr (X_TYPE == 0) *(float4*)to = v;
     else
-        *(uint2*)to = uint2{(unsigned)from_float<X_TYPE>(v.x) | (unsigned)from_float<X_TYPE>(v.y) << 16,
-                            (unsigned)from_float<X_TYPE>(v.z) | (unsigned)from_float<X_TYPE>(v.w) << 16};
+        *(uint2*)to = uint2{from_floats<X_TYPE>(v.x, v.y), from_floats<X_TYPE>(v.z, v.w)};
 }
 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) {

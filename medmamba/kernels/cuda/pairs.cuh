@@ -1,6 +1,6 @@
 // Two adjacent numbers of X_TYPE in one access, and sums over a warp.
 
-struct Pair { float x, y; };
+struct alignas(8) Pair { float x, y; };
 
 __device__ __forceinline__ Pair read(const x_t* from) {
     if constexpr (X_TYPE == 0) {
@@ -14,7 +14,7 @@ __device__ __forceinline__ Pair read(const x_t* from) {
 
 __device__ __forceinline__ void write(x_t* to, Pair v) {
     if constexpr (X_TYPE == 0) *(float2*)to = make_float2(v.x, v.y);
-    else *(unsigned*)to = (unsigned)from_float<X_TYPE>(v.x) | (unsigned)from_float<X_TYPE>(v.y) << 16;
+    else *(unsigned*)to = from_floats<X_TYPE>(v.x, v.y);
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -23,7 +23,8 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
+__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.f + __expf(-v)); }
+__device__ __forceinline__ float silu(float v) { return v * sigmoid(v); }
 
 // Layer norm over a warp: PAIRS pairs per lane, of which those with `index(i) < count` are valid.
 template <int PAIRS, class Index> __device__ __forceinline__ void normalise(

@@ -22,7 +22,6 @@ constexpr int ROWS = 32 / LANES;                         // rows per warp
 
 __device__ __forceinline__ float total(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 
-__device__ __forceinline__ float sigmoid(float v) { return 1.f / (1.f + __expf(-v)); }
 __device__ __forceinline__ float4 sigmoid(float4 v) {
     return make_float4(sigmoid(v.x), sigmoid(v.y), sigmoid(v.z), sigmoid(v.w));
 }

@@ -2,7 +2,7 @@
 // ../block/training.py:
 //     CHANNELS  C, even
 //     WIDTH     pairs of channels per program; THREADS is a multiple of it
-//     STRIP     pixels of a row that a thread processes at a time
+//     STRIP     pixels of a row that a thread processes at a time, in each of ROWS rows; conv_backward takes one row
 //     OCCUPANCY programs per multiprocessor to compile for
 //     PARAMS    whether to compute the gradients of weight and bias
 // The left half of x (B, H, W, 2C), C numbers of each pixel, is convolved; weight (C, 3, 3). A thread takes two
@@ -35,24 +35,35 @@ template <bool FLIP> __device__ __forceinline__ void read_taps(Pair* taps, const
     }
 }
 
-// Adds the convolution of an image with pixel stride STEP to the sums of a strip that begins at `first` of a row.
+// Where a thread's next strips lie: those of ROWS rows from `top` of image b, from pixel `first` on.
+struct Place {
+    int b, top, first;
+    __device__ __forceinline__ Place(int s, int H, int strips) {
+        const unsigned bands = (H + ROWS - 1) / ROWS, above = (unsigned)s / (unsigned)strips;
+        b = above / bands, top = (above - b * bands) * ROWS, first = (s - above * strips) * STRIP;
+    }
+};
+
+// Adds the convolution of an image, whose pixels are STEP apart, to the sums of strips.
 template <int STEP> __device__ __forceinline__ void convolve(
-    Pair* sums, const x_t* image, const Pair* taps, int row, int first, int H, int W) {
+    Pair (*sums)[STRIP], const x_t* image, const Pair* taps, const Place& place, int H, int W) {
 #pragma unroll
-    for (int dy = 0; dy < 3; dy++) {
-        const int y = row + dy - 1;
+    for (int j = 0; j < ROWS + 2; j++) {
+        const int y = place.top + j - 1;
         if (y < 0 || y >= H) continue;
+        const x_t* line = image + (i64)(y * W + place.first) * STEP;
 #pragma unroll
         for (int i = 0; i < STRIP + 2; i++) {
-            const int column = first + i - 1;
             Pair v = {0.f, 0.f};
-            if (column >= 0 && column < W) v = read(image + ((i64)y * W + column) * STEP);
+            if ((unsigned)(place.first + i - 1) < (unsigned)W) v = read(line + (i - 1) * STEP);
 #pragma unroll
-            for (int dx = 0; dx < 3; dx++) {
-                const int to = i - dx;  // the output pixel that uses this one with weight dx
-                if (to < 0 || to >= STRIP) continue;
-                sums[to].x += v.x * taps[3 * dy + dx].x, sums[to].y += v.y * taps[3 * dy + dx].y;
-            }
+            for (int r = 0; r < ROWS; r++)  // the row and the pixel that use this one
+#pragma unroll
+                for (int dx = 0; dx < 3; dx++) {
+                    const int dy = j - r, to = i - dx;
+                    if (dy < 0 || dy > 2 || to < 0 || to >= STRIP) continue;
+                    sums[r][to].x += v.x * taps[3 * dy + dx].x, sums[r][to].y += v.y * taps[3 * dy + dx].y;
+                }
         }
     }
 }
@@ -67,15 +78,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_forward(
     if (c >= C) return;
     const Pair b = {bias[c], bias[c + 1]};
     for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
-        const int first = s % strips * STRIP, line = s / strips;  // line: row index over all images
-        Pair sums[STRIP];
+        const Place place(s, H, strips);
+        const i64 image = (i64)place.b * H * W;
+        Pair sums[ROWS][STRIP];
 #pragma unroll
-        for (int i = 0; i < STRIP; i++) sums[i] = b;
-        convolve<2 * C>(sums, x + (i64)(line / H) * H * W * 2 * C + c, taps, line % H, first, H, W);
-        x_t* to = out + ((i64)line * W + first) * C + c;
+        for (int i = 0; i < ROWS * STRIP; i++) sums[i / STRIP][i % STRIP] = b;
+        convolve<2 * C>(sums, x + image * 2 * C + c, taps, place, H, W);
 #pragma unroll
-        for (int i = 0; i < STRIP; i++)
-            if (first + i < W) write(to + i * C, {silu(sums[i].x), silu(sums[i].y)});
+        for (int r = 0; r < ROWS; r++) {
+            if (place.top + r >= H) break;
+            x_t* to = out + (image + (place.top + r) * W + place.first) * C + c;
+#pragma unroll
+            for (int i = 0; i < STRIP; i++)
+                if (place.first + i < W) write(to + i * C, {silu(sums[r][i].x), silu(sums[r][i].y)});
+        }
     }
 }
 
@@ -94,20 +110,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
 #pragma unroll
     for (int t = 0; t < 10; t++) sums[t] = {0.f, 0.f};
     for (int s = work.program * SUBS + work.sub; mine && s < total; s += work.programs * SUBS) {
-        const int first = s % strips * STRIP, line = s / strips, row = line % H;
-        const x_t* image = x + (i64)(line / H) * H * W * 2 * C + c;
-        const i64 at = ((i64)line * W + first) * C + c;
+        const Place place(s, H, strips);
+        const int first = place.first;
+        const i64 pixel = ((i64)place.b * H + place.top) * W + first, at = pixel * C + c;
         Pair seen[3][STRIP + 2], d[STRIP];
 #pragma unroll
         for (int i = 0; i < STRIP; i++) d[i] = first + i < W ? read(dout + at + i * C) : Pair{0.f, 0.f};
 #pragma unroll
-        for (int dy = 0; dy < 3; dy++)
+        for (int dy = 0; dy < 3; dy++) {
+            const int y = place.top + dy - 1;
+            const bool above = y >= 0 && y < H;
+            const x_t* line = x + (pixel + (dy - 1) * W) * 2 * C + c;
 #pragma unroll
             for (int i = 0; i < STRIP + 2; i++) {
-                const int y = row + dy - 1, column = first + i - 1;
-                const bool inside = y >= 0 && y < H && column >= 0 && column < W;
-                seen[dy][i] = inside ? read(image + ((i64)y * W + column) * 2 * C) : Pair{0.f, 0.f};
+                const bool inside = above && (unsigned)(first + i - 1) < (unsigned)W;
+                seen[dy][i] = inside ? read(line + (i - 1) * 2 * C) : Pair{0.f, 0.f};
             }
+        }
 #pragma unroll
         for (int i = 0; i < STRIP; i++) {
             Pair pre = b;
@@ -116,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_backward(
                 const Pair v = seen[t / 3][i + t % 3];
                 pre.x += v.x * taps[t].x, pre.y += v.y * taps[t].y;
             }
-            const float p = 1.f / (1.f + __expf(-pre.x)), q = 1.f / (1.f + __expf(-pre.y));
+            const float p = sigmoid(pre.x), q = sigmoid(pre.y);
             d[i].x *= p * (1.f + pre.x * (1.f - p)), d[i].y *= q * (1.f + pre.y * (1.f - q));
             if (first + i < W) write(dpre + at + i * C, d[i]);
             if (!PARAMS) continue;
@@ -157,18 +176,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, OCCUPANCY) conv_input(
     const int c = work.c;
     if (c >= C) return;
     for (int s = work.program * SUBS + work.sub; s < total; s += work.programs * SUBS) {
-        const int first = s % strips * STRIP, line = s / strips;
-        const i64 pixel = (i64)line * W + first;
+        const Place place(s, H, strips);
+        const i64 image = (i64)place.b * H * W, pixel = image + place.top * W + place.first;
         x_t* to = dx + pixel * 2 * C + c;
-        Pair sums[STRIP];
+        const x_t* from = dgate + pixel * C + c;
+        Pair sums[ROWS][STRIP];
 #pragma unroll
-        for (int i = 0; i < STRIP; i++) {
-            sums[i] = {0.f, 0.f};
-            if (first + i < W) *(two_t*)(to + i * 2 * C + C) = *(const two_t*)(dgate + (pixel + i) * C + c);
+        for (int r = 0; r < ROWS; r++) {
+            const bool below = place.top + r < H;
+#pragma unroll
+            for (int i = 0; i < STRIP; i++) {
+                sums[r][i] = {0.f, 0.f};
+                if (below && place.first + i < W)
+                    *(two_t*)(to + (i64)r * W * 2 * C + i * 2 * C + C) = *(const two_t*)(from + (i64)r * W * C + i * C);
+            }
         }
-        convolve<C>(sums, dpre + (i64)(line / H) * H * W * C + c, taps, line % H, first, H, W);
+        convolve<C>(sums, dpre + image * C + c, taps, place, H, W);
 #pragma unroll
-        for (int i = 0; i < STRIP; i++)
-            if (first + i < W) write(to + i * 2 * C, sums[i]);
+        for (int r = 0; r < ROWS; r++) {
+            if (place.top + r >= H) break;
+#pragma unroll
+            for (int i = 0; i < STRIP; i++)
+                if (place.first + i < W) write(to + (i64)r * W * 2 * C + i * 2 * C, sums[r][i]);
+        }
     }
 }
