@@ -15,6 +15,7 @@ WIDTHS = [(96, 3), (192, 6), (384, 12), (768, 24), (34, 2)]  # channels and rank
 # Turing, Ampere, Ada, Hopper, Blackwell for data centres and for desks.
 CAPABILITIES = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
 FILES = {"forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu", "train.cu", "train_conv.cu", "batch.cu"}
+FILES.add("patches.cu")
 FILES |= set(nvrtc.TENSOR)
 
 
