@@ -14,8 +14,10 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [(96, 3), (192, 6), (384, 12), (768, 24), (34, 2)]  # channels and rank of the scans of `tiny`, and an odd one
 # Turing, Ampere, Ada, Hopper, Blackwell for data centres and for desks.
 CAPABILITIES = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
-FILES = {"forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu", "train.cu", "train_conv.cu", "batch.cu"}
-FILES.add("patches.cu")
+FILES = {
+    *("forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu"),
+    *("patches.cu", "train.cu", "train_conv.cu", "batch.cu"),
+}
 FILES |= set(nvrtc.TENSOR)
 
 
