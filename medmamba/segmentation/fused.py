@@ -2,9 +2,9 @@
 
 Layer by layer, each step of the decoder takes a dozen passes over memory: it enlarges a map, joins it with a skip
 connection and convolves the result twice, with bias and ReLU. With `kernels/block/convolution.py` it takes two. In
-other cases (other devices, float32, gradients, torch.compile, hooks, channels that are no multiple of 16, weights
-written since) the layers run one by one, on a GPU a convolution with its ReLU where that may be. They do not join a map
-with one of no channels, which would change the order of its memory.
+other cases (other devices, float32, gradients, torch.compile, hooks, more than 64 channels or no multiple of 16,
+weights written since) the layers run one by one, on a GPU a convolution with its ReLU where that may be. They do not
+join a map with one of no channels, which would change the order of its memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FusedConv(nn.Sequential):
 
     def runs(self, x: Tensor, skip: Tensor | None = None) -> bool:
         """Returns whether the kernel takes x and skip, (B, H, W, C)."""
-        return self._arranged_at == self._writes() and self._replaceable(x) and convolution.fits(x, skip)
+        return self._replaceable(x) and self._arranged_at == self._writes() and convolution.fits(x, skip)
 
     def run(self, x: Tensor, skip: Tensor | None = None, enlarge: bool = False) -> Tensor:
         """Returns the output for x (B, H, W, C), or with `enlarge` (B, H/2, W/2, C), and skip; see `conv3x3`."""

