@@ -121,6 +121,16 @@ def test_a_fused_copy_can_be_copied_and_keeps_the_names_of_its_weights():
         assert torch.equal(other(x), fused(x))
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compilers_and_exporters_see_the_layers():
+    fused, x = create_segmenter("test", ["a"], size=32).eval().fuse(), torch.randn(1, 3, 32, 32)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    exported = torch.export.export(fused, (x,)).module()
+    for run in (compiled, exported):
+        torch.testing.assert_close(run(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
 def test_other_decoders_are_left_as_they_are():
     for decoder, options in (("fpn", {}), ("unet", {"decoder_attention_type": "scse"})):
         net = create_segmenter("test", ["a"], size=64, decoder=decoder, decoder_options=options).eval().fuse().net
