@@ -24,7 +24,9 @@ def fuse(model: MedMambaNetwork, dtype: torch.dtype | None = None) -> FusedMedMa
     Args:
         model: a MedMamba, in eval mode.
         dtype: of weights and activations, such as torch.bfloat16, which saves the conversion of every weight at every
-            call under autocast. The scan and its parameters stay in float32. None keeps the dtype.
+            call under autocast. The scan and its parameters stay in float32. None keeps the dtype. float16 holds no
+            more than 65504, which the scans of some trained networks exceed, such as those of bloodmnist-nano: their
+            logits are then NaN. bfloat16 has the range of float32.
 
     Raises:
         ValueError: the model or one of its batch norms is in training mode, where outputs depend on the batch, or

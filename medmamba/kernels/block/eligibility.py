@@ -38,12 +38,12 @@ def kernels_run(x: Tensor, backend: str | None) -> bool:
 
 def observed(module: nn.Module) -> bool:
     """Returns whether the module has hooks registered, or a tracer is active."""
-    return torch.compiler.is_compiling() or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
+    return torch.compiler.is_compiling() or _has_any_global_hook() or _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -106,27 +106,39 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
     C = x.shape[-1]
     if x.ndim != 4 or C % 4 or C > MAX_BRANCH_CHANNELS or x.numel() < 2 * C or observed(branch):
         return False
-    if tuple(map(type, branch)) != LAYERS or any(map(observed, branch)):
+    # Not by `for layer in branch` and `layer.weight`, whose look-ups cost more than the conditions.
+    layers = tuple(branch._modules.values())
+    if tuple(map(type, layers)) != LAYERS or any(map(_hooked, layers)):  # type: ignore[arg-type]
         return False
-    for layer in branch:
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):
-            running = layer.running_mean, layer.running_var
             if not layer.training or layer.momentum is None or layer.num_features != C:
                 return False
-            if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in running):
-                return False
-            tracked = layer.num_batches_tracked
+            buffers = layer._buffers
+            for name in ("running_mean", "running_var"):
+                t = buffers[name]
+                if t is None or t.dtype != torch.float32 or t.device != x.device:
+                    return False
+            tracked = buffers["num_batches_tracked"]
             if tracked is not None and (tracked.dtype != torch.int64 or tracked.device != x.device):
                 return False
         elif isinstance(layer, nn.Conv2d):
-            size = layer.kernel_size[0]
-            if layer.weight.shape != (C, C, size, size) or size not in (1, 3) or layer.padding_mode != "zeros":
+            size, weight = layer.kernel_size[0], layer._parameters["weight"]
+            if weight is None or weight.shape != (C, C, size, size) or size not in (1, 3):
+                return False
+            if layer.padding_mode != "zeros" or x.dtype != (autocast or weight.dtype):
                 return False
             if (layer.stride, layer.dilation, layer.padding) != ((1, 1), (1, 1), (size // 2, size // 2)):
                 return False
-            if not _computes_in(x, layer.weight):
-                return False
-    return all(_takes_parameters(branch[i], x) for i in (0, 1, 2, 4, 5, 7))
+        else:
+            continue
+        if any(layer._parameters[name] is None for name in ("weight", "bias")):
+            return False
+        if layer._parameters["weight"].device != x.device:  # type: ignore[union-attr]
+            return False
+    return True
 
 
 class Like(NamedTuple):

@@ -41,15 +41,14 @@ def conv_branch(x: Tensor, branch: nn.Sequential) -> Tensor:
 
 def branch_parts(branch: nn.Sequential) -> tuple[list[Norm], list[nn.Parameter]]:
     """Returns the batch norms and the parameters of a convolution branch as `ConvBranch` takes them."""
-    layers: Any = branch
-    parameters: list[nn.Parameter] = []
+    parameters: list[Any] = []
     norms = []
-    for layer in layers:
+    for layer in branch._modules.values():  # quicker than through the attributes of modules
         if not isinstance(layer, nn.ReLU):
-            parameters += (layer.weight, layer.bias)
+            parameters += (layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[union-attr]
         if isinstance(layer, nn.BatchNorm2d):
-            tracked = layer.num_batches_tracked
-            norms.append(Norm(layer.running_mean, layer.running_var, layer.momentum, layer.eps, tracked))
+            mean, var, tracked = (layer._buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
+            norms.append(Norm(mean, var, layer.momentum, layer.eps, tracked))
     return norms, parameters
 
 

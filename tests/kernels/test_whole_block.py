@@ -1,0 +1,81 @@
+"""A block in training as one function: when it runs as such, and its gradients where only some are wanted. Whole models
+of such blocks are in test_fused_ops_model.py."""
+
+import copy
+
+import pytest
+import torch
+from fused_problems import plain, without_a_gpu  # noqa: F401, the latter runs for each test
+from test_cuda_kernels import DEVICE, runs
+from torch import nn
+
+from medmamba.kernels.block import eligibility, whole
+from medmamba.model.network import SSConvSSM
+
+
+def block(drop_path=0.0):
+    torch.manual_seed(0)
+    made = SSConvSSM(16, d_state=4, expand=2, dt_rank=3, drop_path=drop_path).to(DEVICE).train()
+    with torch.no_grad():
+        for module in made.modules():  # so that nothing is one or zero by chance
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
+    return made
+
+
+def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
+    x = torch.randn(2, 4, 4, 16, device=DEVICE)
+    assert eligibility.fits_block(x, block())
+    calls = []
+    for name in ("conv", "norm", "ssm", "ssm_map", "drop_path", "ssm.in_proj", "ssm.conv", "ssm.out_norm", "conv.3"):
+        hooked = block()
+        hooked.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+        assert not eligibility.fits_block(x, hooked), name
+
+    def changed(change):
+        made = block()
+        change(made)
+        return made
+
+    def patched(made):
+        made.ssm.forward = lambda x: x
+
+    others = {
+        "evaluation": lambda made: made.eval(),
+        "another layer of the hook": lambda made: setattr(made, "ssm_map", nn.ReLU()),
+        "another projection": lambda made: setattr(made.ssm, "in_proj", nn.Linear(8, 32, device=DEVICE)),
+        "a method of its own": patched,
+        "another width": lambda made: setattr(made.ssm, "out_proj", nn.Linear(16, 4, bias=False, device=DEVICE)),
+        "weights in float64": lambda made: made.double(),
+    }
+    for what, change in others.items():
+        assert not eligibility.fits_block(x, changed(change)), what
+    assert not eligibility.fits_block(x[..., :12], block()) and not eligibility.fits_block(x[:0], block())
+    ran = []
+    monkeypatch.setattr(whole.Block, "apply", lambda *_: ran.append(1) or x)
+    block()(x)
+    assert ran == [1]
+
+
+@pytest.mark.slow
+@runs
+@pytest.mark.parametrize("wanted", ["all", "scan branch", "convolution branch", "norms", "input"])
+def test_gradients_of_some_parameters(wanted):
+    layer, x = block(), torch.randn(2, 5, 3, 16, device=DEVICE)
+    x.requires_grad_(wanted in ("all", "input"))
+    for name, parameter in layer.named_parameters():
+        branch = "convolution branch" if name.startswith("conv.") else "norms" if "norm" in name else "scan branch"
+        parameter.requires_grad_(wanted in ("all", branch))
+    along = torch.randn(2, 5, 3, 16, device=DEVICE)
+
+    def gradients(layer):
+        leaves = [p for p in (x, *layer.parameters()) if p.requires_grad]
+        return torch.autograd.grad((layer(x) * along).sum(), leaves)
+
+    with plain():
+        expected = gradients(copy.deepcopy(layer))
+    assert eligibility.fits_block(x, layer)
+    found = gradients(layer)
+    largest = max(float(g.abs().max()) for g in expected)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5 * largest)
