@@ -89,6 +89,27 @@ def test_a_million_images_take_no_more_memory_than_a_few(files):
     chunks.close()
 
 
+def test_more_is_asked_for_while_what_is_done_waits(files):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield files[1]
+
+    chunks = read_ahead(endless(), ORDER, workers=1, chunk=1, ahead=4, wait=True)
+    first = next(chunks)
+    pool, before = chunks.gi_frame.f_locals["pool"], taken
+    deadline = time.monotonic() + 60
+    while 1 not in pool._done and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.release()
+    next(chunks).release()
+    assert taken > before
+    chunks.close()
+
+
 def test_a_chunk_that_is_kept_is_an_error_not_a_wait_without_end(files):
     chunks = read_ahead([files[1]] * 100, ORDER, workers=1, chunk=1, ahead=1)
     with pytest.raises(RuntimeError, match="release"):
@@ -133,10 +154,10 @@ def test_a_process_has_its_next_job_before_it_has_answered(files, monkeypatch):
 
 def test_jobs_of_a_process_that_ended_are_not_blamed(files):
     killer = Killer(files[2], os.getpid(), True)
-    sources = [killer, *files[:3], *[killer, files[1]] * 2, *files[:4] * 3]
-    found = collect(read_ahead(sources, ORDER, workers=2, chunk=2, ahead=8, wait=True))
-    assert [i for i, item in enumerate(found) if isinstance(item, Unread)] == [0, 4, 6]
-    assert len(found) == len(sources) and [item.source for item in found[-12:]] == [f"{i}.png" for i in range(4)] * 3
+    sources = [*files[:2], killer, *files[:7]]
+    found = collect(read_ahead(sources, ORDER, workers=1, chunk=2, ahead=8, wait=True))
+    assert [i for i, item in enumerate(found) if isinstance(item, Unread)] == [2]
+    assert [item.source for item in found[3:]] == [f"{i}.png" for i in range(7)]
 
 
 def test_a_script_without_a_guard_works_and_leaves_nothing_behind(files, tmp_path):

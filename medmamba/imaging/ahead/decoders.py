@@ -27,6 +27,7 @@ WORTH = 2.0  # seconds of decoding that are left when processes, which need a pa
 PATIENCE = 0.3  # seconds of decoding before that is estimated
 MEMORY = 2 << 30  # bytes of prepared images at most
 _TICK = 0.5  # a wait without end cannot be interrupted on Windows
+_HELD_UP = 0.001  # seconds for which more images are asked for while the caller could go on
 _SENT = 2  # jobs that a process has: the next is there before one is done, so that it never waits for the caller
 
 
@@ -206,8 +207,12 @@ class _Pool:
         self._submit()
 
     def _submit(self) -> bool:
-        """Asks for as many chunks as there is room for; returns whether there are no more."""
-        while self._free and not self._exhausted and self._wanted not in self._done:
+        """Asks for as many chunks as there is room for; returns whether there are no more.
+
+        Where naming images takes long, for one, if what the caller waits for is there.
+        """
+        start = time.perf_counter()
+        while self._free and not self._exhausted:
             taken = list(itertools.islice(self._source, self.chunk))
             self._exhausted = len(taken) < self.chunk
             if taken:
@@ -215,6 +220,8 @@ class _Pool:
                     self._jobs.append(_Job(self._submitted, self._free.pop(), taken))
                     self._work.notify()
                 self._submitted += 1
+            if self._wanted in self._done and time.perf_counter() - start > _HELD_UP:
+                break
         return self._exhausted
 
     def run(self) -> Iterator[Chunk]:
