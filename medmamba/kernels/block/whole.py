@@ -106,17 +106,23 @@ class Block(Function):
             at += count
         dx, dconvolved, dscanned, _ = _backward(Mix)(parts[4], dout)
         branch = _beside(dconvolved, lambda: _backward(ConvBranch)(parts[1], dconvolved))
+        # Maps are freed as soon as they have been read, since autograd frees nothing within a function.
         dy, dgate, dgate_w, dgate_b, _, dout_proj = _backward(GateProject)(parts[3], dscanned)
+        del dscanned
         inputs = scanned, proj, weights, bias, A, D
         dx_scan, dproj, dweights, dbias, dA, dD = cuda_backend.BACKEND.scan_2d_backward(dy, *inputs, states)
+        del dy
         rows, channels = dproj.flatten(3).flatten(0, 2), scanned.flatten(0, 2)
         dcodes = rows.mT @ channels if wanted[5] else None
         d = torch.addmm(dx_scan.view(channels.shape), rows, codes).view(scanned.shape)
+        del dx_scan, dproj, rows
         dwide, dconv_w, dconv_b = _backward(ConvSilu)(parts[2], d, dgate)
+        del d, dgate
         wide = dwide.flatten(0, 2)
         din_proj = wide.mT @ right.flatten(0, 2) if wanted[2] else None
-        dleft, _, *dbranch = branch()
         dright = (wide @ matrix).view(right.shape)
+        del wide, dwide
+        dleft, _, *dbranch = branch()
         dx, dnorm_w, dnorm_b, _ = _backward(SplitNorm)(parts[0], dx, dleft, dright)
         dx_proj, ddt_weight = _cut(dcodes, dweights, ctx.rank)
         own = (
