@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(256) depthwise_silu(
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-        for (int i = 0; i < STRIP; i++) sum[r][i] = *(const Pair*)(bias + c);
+        for (int i = 0; i < STRIP; i++) sum[r][i] = {bias[c], bias[c + 1]};
 #pragma unroll
     for (int j = 0; j < ROWS + 2; j++) {
         const int y = top + j - 1;
