@@ -160,6 +160,23 @@ def test_jobs_of_a_process_that_ended_are_not_blamed(files):
     assert [item.source for item in found[3:]] == [f"{i}.png" for i in range(7)]
 
 
+def test_what_cannot_be_sent_is_read_here(files):
+    class Name(str):
+        __module__ = "elsewhere"
+
+    found = collect(read_ahead([*files[:3], Name(files[3]), *files[4:7]], ORDER, workers=2, chunk=2, wait=True))
+    assert [item.source for item in found] == [f"{i}.png" for i in range(7)]
+
+
+def test_an_error_while_a_job_is_sent_reaches_the_caller(files, monkeypatch):
+    def send(self, *job):
+        raise MemoryError("no memory for a job")
+
+    monkeypatch.setattr(DecodeProcess, "send", send)
+    with pytest.raises(MemoryError, match="for a job"):
+        collect(read_ahead(files, ORDER, workers=2, chunk=2, wait=True))
+
+
 def test_a_script_without_a_guard_works_and_leaves_nothing_behind(files, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -183,7 +200,9 @@ def test_children_end_with_a_parent_that_is_killed(files, tmp_path):
         "chunk=1, wait=True)\nnext(chunks)\n"
         "pool = chunks.gi_frame.f_locals['pool']\nprint(pool._processes[0]._process.pid, flush=True)\ntime.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    said = tmp_path / "said"
+    with said.open("w") as errors:
+        parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=errors, text=True)
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
@@ -191,7 +210,7 @@ def test_children_end_with_a_parent_that_is_killed(files, tmp_path):
     deadline = time.monotonic() + 120
     while _alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _alive(child)
+    assert not _alive(child) and not said.read_text()
 
 
 def _alive(pid):

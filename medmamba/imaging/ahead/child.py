@@ -54,6 +54,8 @@ def _take_jobs(jobs: BinaryIO, waiting: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
             waiting.put(pickle.loads(receive(jobs)))
+    except EOFError:  # the parent is done, or gone
+        pass
     finally:  # also after a job that makes no sense
         waiting.put(None)
 
@@ -70,4 +72,7 @@ def boot() -> None:
     jobs = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    main(json.loads(jobs.readline()), jobs, answers)
+    try:
+        main(json.loads(jobs.readline()), jobs, answers)
+    except (BrokenPipeError, EOFError):  # the parent is gone: nobody is left to tell
+        os._exit(1)

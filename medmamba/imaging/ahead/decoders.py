@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import operator
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -257,20 +258,21 @@ class _Pool:
     def _feed(self, index: int) -> None:
         sent: deque[_Job] = deque()  # to the process, which has not answered yet
         while True:
-            job = self._take(sent)
+            taken = self._take(sent)
             if self._closed:
                 return
-            if job is not None and self._send(index, job):
-                sent.append(job)
-                continue
             start = time.perf_counter()
-            mine, job = job is not None, job or sent.popleft()
+            job = taken or sent.popleft()
             found: list[Prepared | Unread] | bytes | BaseException
-            try:
-                if mine:
-                    found = [prepare(source, self.order) for source in job.sources]
-                else:
+            try:  # whatever happens, the caller waits for this job
+                if taken is None:
                     found = self._answer(index, job, sent)
+                elif self._send(index, job):
+                    sent.append(job)
+                    continue
+                else:
+                    start = time.perf_counter()
+                    found = [prepare(source, self.order) for source in job.sources]
             except BaseException as error:
                 found = error
             self._hand_over(job, found, time.perf_counter() - start)
@@ -308,7 +310,10 @@ class _Pool:
             return False
         if not process.ready.is_set() and (index == 0 or not self._wait(process)):
             return False  # one thread reads until its process is ready; more would hold up the caller's
-        process.send(job.sources, job.slot * self._size, self._size)
+        try:
+            process.send(job.sources, job.slot * self._size, self._size)
+        except (pickle.PicklingError, AttributeError, TypeError):  # of a class in a function, or with an open file
+            return False
         return True
 
     def _answer(self, index: int, job: _Job, later: deque[_Job]) -> list[Prepared | Unread] | bytes:

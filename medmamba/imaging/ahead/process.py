@@ -79,9 +79,13 @@ class DecodeProcess:
         """Asks for images to be read into a part of the shared memory; `receive` has the answer, in order.
 
         The process takes jobs at any time, so this does not wait for those that were sent before.
+
+        Raises:
+            PicklingError, AttributeError, TypeError: a source cannot be sent; nothing has been.
         """
+        job = pickle.dumps((offset, size, sources))
         with contextlib.suppress(OSError, ValueError):  # it has ended, as `receive` notices
-            send(self._jobs, pickle.dumps((offset, size, sources)))
+            send(self._jobs, job)
 
     def receive(self) -> bytes:
         """Waits for the next answer, a message that `messages.take` understands.
