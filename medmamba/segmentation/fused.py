@@ -34,11 +34,11 @@ class FusedConv(nn.Sequential):
         fits = convolution.fits_weight(conv.weight, self.head)
         weight = convolution.arranged(conv.weight.detach(), self.head) if fits else torch.empty(0)
         self.register_buffer("arranged", weight, persistent=False)
-        self._arranged_at = self._writes() if fits else -1
+        self._arranged_of: tuple[Any, int] | None = (conv.weight, self._writes()) if fits else None
 
     def runs(self, x: Tensor, skip: Tensor | None = None) -> bool:
         """Returns whether the kernel takes x and skip, (B, H, W, C)."""
-        return self._replaceable(x) and self._arranged_at == self._writes() and convolution.fits(x, skip)
+        return self._replaceable(x) and self._up_to_date() and convolution.fits(x, skip)
 
     def run(self, x: Tensor, skip: Tensor | None = None, enlarge: bool = False) -> Tensor:
         """Returns the output for x (B, H, W, C), or with `enlarge` (B, H/2, W/2, C), and skip; see `conv3x3`."""
@@ -63,6 +63,11 @@ class FusedConv(nn.Sequential):
             return False
         same = weight.dtype == x.dtype and weight.device == x.device
         return same and not observed(self) and not any(map(observed, self))
+
+    def _up_to_date(self) -> bool:
+        """Returns whether the weight is neither another than the one that was arranged nor written to since."""
+        weight, writes = self._arranged_of or (None, -1)
+        return weight is self[0].weight and writes == self._writes()
 
     def _writes(self) -> int:
         """Returns a number that grows when the weight is written to."""

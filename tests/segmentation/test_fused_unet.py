@@ -111,6 +111,16 @@ def test_hooks_gradients_and_new_weights_are_respected(launched):
         assert decoder(features).eq(3).all()
 
 
+@runs
+@torch.no_grad()
+def test_weights_that_were_replaced_count():
+    fused = made().fuse(torch.bfloat16)
+    conv, x = fused.net.decoder.blocks[4].conv2, torch.zeros(1, 32, 32, 16, device=DEVICE).bfloat16()
+    assert conv.runs(x) and copy.deepcopy(conv).runs(x)
+    fused.load_state_dict({name: 2 * t for name, t in fused.state_dict().items()}, assign=True)
+    assert not conv.runs(x)
+
+
 @torch.inference_mode()
 def test_a_fused_copy_can_be_copied_and_keeps_the_names_of_its_weights():
     model = made().cpu()
