@@ -105,7 +105,9 @@ def summary_html(found: Review, seconds: float) -> Markup:
     for note in evaluation.notes:
         said.append(callout("info", note))
     head = f"{found.model} on {evaluation.n_images:,} images"
-    took = f"In {duration(seconds)}. 95 % intervals by resampling {'patients' if evaluation.n_patients else 'images'}."
+    wilson = ", Wilson's where a proportion is 0 or 1" if evaluation.has_wilson else ""
+    by = "patients" if evaluation.n_patients else "images"
+    took = f"In {duration(seconds)}. 95 % intervals by resampling {by}{wilson}."
     body = tag('<div class="mm-results">{}{}</div>', per_class_html(evaluation, "evaluated"), overall_html(evaluation))
     return card(join([*said, body]), head, took, css="mm-evaluated")
 

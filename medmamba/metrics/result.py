@@ -41,6 +41,9 @@ TITLES = {
     "nll": "Log loss",
 }
 
+_ACCURACIES = ("accuracy", "subset_accuracy", "accuracy_at_half", "balanced_accuracy")
+_PROPORTIONS = (*_ACCURACIES, "precision", "sensitivity", "specificity", "npv")
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -111,6 +114,13 @@ class Evaluation:
         """Returns the value of an overall metric: `evaluation["auroc"]`."""
         return self.overall[name].value
 
+    @property
+    def has_wilson(self) -> bool:
+        """Whether some intervals are not of the bootstrap but Wilson's: those of proportions of 0 and 1."""
+        scores = [self.overall, *(row.scores for row in self.per_class)]
+        found = [each[name] for each in scores for name in _PROPORTIONS if name in each]
+        return any(score.value in (0, 1) and score.low < score.high for score in found)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON, with None for NaN."""
         return plain(asdict(self))
@@ -176,7 +186,8 @@ class Evaluation:
             return "No intervals."
         unit = "image" if self.resampled_by == "image" and "one_answer_per" not in self.context else self.unit
         by = f"by {unit}" + (", stratified by class" if self.task != "multilabel" else "")
-        return f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})."
+        text = f"In brackets: {self.level:.0%} bootstrap interval ({self.resamples} resamples {by}, seed {self.seed})"
+        return f"{text}; of proportions of 0 and 1 Wilson's." if self.has_wilson else f"{text}."
 
 
 def overall_title(name: str) -> str:

@@ -77,9 +77,9 @@ def _how(study: Study) -> str:
     if not e.resamples:
         return "No intervals."
     by = "image" if e.resampled_by == "image" else e.unit
-    return (
-        f"Intervals in brackets are {e.level:.0%} bootstrap intervals ({e.resamples} resamples by {by}, seed {e.seed})."
-    )
+    how = f"{e.resamples} resamples by {by}, seed {e.seed}"
+    text = f"Intervals in brackets are {e.level:.0%} bootstrap intervals ({how})"
+    return f"{text}, those of proportions of 0 and 1 Wilson's." if e.has_wilson else f"{text}."
 
 
 def _model(study: Study) -> list[Block]:

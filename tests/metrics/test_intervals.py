@@ -136,11 +136,14 @@ def test_markdown() -> None:
     labels, p = example(10, n=40, k=2)
     text = evaluate(labels, p, ["benign | other", "malignant"], resamples=30, seed=5).to_markdown()
     assert "40 images, 2 classes. In brackets: 95% bootstrap interval (30 resamples by image, stratified" in text
+    assert "Wilson" not in text
     accuracy = (p.argmax(1) == labels).mean()
     assert f"| Accuracy | {accuracy:.3f} (" in text
     assert "| benign \\| other |" in text
     rows = sk.confusion_matrix(labels, p.argmax(1))
     assert f"| malignant | {rows[1, 0]} | {rows[1, 1]} |" in text
+    all_right = evaluate([0, 1, 1], np.eye(2)[[0, 1, 1]], ["a", "b"], resamples=30, seed=5).to_markdown()
+    assert "seed 5); of proportions of 0 and 1 Wilson's." in all_right
 
 
 @pytest.mark.parametrize(
