@@ -26,7 +26,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     both = torch.stack((ranks(a).flatten(), ranks(b).flatten()))
     centred = both - both.mean(1, keepdim=True)
     norms = centred.norm(dim=1)
-    return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if norms.min() > 0 else 0.0
+    if norms.min() == 0:
+        return 0.0
+    return float((centred[0] @ centred[1] / (norms[0] * norms[1])).clamp(-1, 1))  # rounding can exceed 1
 
 
 def top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> float:
@@ -34,7 +36,7 @@ def top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> float:
 
     Pixels tied at the threshold count fractionally.
     """
-    return float((_top(a, share) * _top(b, share)).sum() / (share * a.numel()))
+    return min(float((_top(a, share) * _top(b, share)).sum() / (share * a.numel())), 1.0)  # rounding can exceed 1
 
 
 def _top(values: Tensor, share: float) -> Tensor:

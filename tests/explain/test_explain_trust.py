@@ -114,6 +114,14 @@ def sparse(model, x, target):
     return torch.where(strong > strong.quantile(0.9), strong, 0.0) + 1e-4 * torch.randn(x.shape[2:], generator=noise)
 
 
+def test_a_map_is_no_more_like_itself_than_wholly():
+    generator = torch.Generator().manual_seed(0)
+    for side in range(4, 40):
+        heat = torch.rand(side, side, generator=generator).double()
+        assert 0.999 < rank_correlation(heat, heat) <= 1 and -1 <= rank_correlation(heat, -heat) < -0.999
+        assert 0.999 < top_overlap(heat, heat) <= 1
+
+
 @pytest.mark.parametrize("method", [upside_down, sparse])
 def test_randomisation_catches_disguises(trained, method):
     check = assess(trained, explain(trained, picture(), method), ["randomisation"]).randomisation
