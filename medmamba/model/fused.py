@@ -119,10 +119,9 @@ class FusedMedMamba(MedMambaNetwork):
         self._forget()  # moved or cast
         return super()._apply(fn, recurse)
 
-    def load_state_dict(self, *args, **kwargs):
-        """Loads a state dict as any module does; invalidates graphs captured before."""
-        self._forget()
-        return super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()  # also where a module that this one is a part of is loaded
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):

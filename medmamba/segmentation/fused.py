@@ -54,6 +54,10 @@ class FusedConv(nn.Sequential):
             return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
         return super().forward(x)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._arranged_of = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _replaceable(self, x: Tensor) -> bool:
         """Returns whether other operations may stand for the layers, for x (B, H, W, C)."""
         weight: Tensor = self[0].weight  # type: ignore[assignment]

@@ -121,6 +121,19 @@ def test_weights_that_were_replaced_count():
     assert not conv.runs(x)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_were_loaded_count(mode, assign):
+    model, other, x = made().cpu(), made().cpu(), torch.randn(1, 3, 32, 32)
+    with mode():
+        for weight in other.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+        fused, expected = model.fuse(), other.fuse()
+        assert (fused(x) - expected(x)).abs().max() > 0.1
+        fused.load_state_dict(expected.state_dict(), assign=assign)
+        torch.testing.assert_close(fused(x), expected(x))
+
+
 @torch.inference_mode()
 def test_a_fused_copy_can_be_copied_and_keeps_the_names_of_its_weights():
     model = made().cpu()
