@@ -178,7 +178,7 @@ class FusedMedMamba(MedMambaNetwork):
                 parts = (self.patch_embed, self.stages, self.downsamples)
                 sources = [t for part in parts for t in (*part.parameters(), *part.buffers())]
                 version = _version(sources)
-                narrow = between.fits(self.config.dims, embed.proj.weight)
+                narrow = between.fits(self.config.dims, self.config.ssm_expand, embed.proj.weight)
                 blocks = [[prepare_block(block, narrow) for block in stage.blocks] for stage in stages]
                 norms = norm_of(embed.norm), [norm_of(m.norm) for m in merging]
                 plan = _Prepared(*norms, blocks, sources, version)

@@ -29,12 +29,25 @@ class FusedConv(nn.Sequential):
 
     def __init__(self, layers: nn.Sequential):
         super().__init__(*layers)
-        conv: Any = layers[0]
         self.head = not any(isinstance(layer, nn.ReLU) for layer in layers)
-        fits = convolution.fits_weight(conv.weight, self.head)
-        weight = convolution.arranged(conv.weight.detach(), self.head) if fits else torch.empty(0)
-        self.register_buffer("arranged", weight, persistent=False)
-        self._arranged_of: tuple[Any, int] | None = (conv.weight, self._writes()) if fits else None
+        self.register_buffer("arranged", None, persistent=False)
+        self._arrange()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._arrange()  # the weight of a copy counts its writes anew
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._arrange()  # moved or cast, perhaps to another tensor
+        return self
+
+    def _arrange(self) -> None:
+        weight: Tensor = self[0].weight  # type: ignore[assignment]
+        fits = convolution.fits_weight(weight, self.head)
+        self.arranged = convolution.arranged(weight.detach(), self.head) if fits else torch.empty(0)
+        # In a tuple, which registers no parameter.
+        self._arranged_of: tuple[Any, int] | None = (weight, self._writes()) if fits else None
 
     def runs(self, x: Tensor, skip: Tensor | None = None) -> bool:
         """Returns whether the kernel takes x and skip, (B, H, W, C)."""

@@ -185,6 +185,14 @@ def test_fused_model(dims, dtype, monkeypatch):
         torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=tolerance * e.abs().max().item())
 
 
+@pytest.mark.parametrize("expand", [1, 2, 3])
+def test_one_kernel_between_scans_needs_as_many_channels_in_them_as_in_the_block(expand, monkeypatch):
+    monkeypatch.setattr(between, "_new_enough", lambda device: True)
+    model = medmamba.create_model("test", dims=(32, 64, 128, 256), ssm_expand=expand).eval()
+    blocks = model.fuse(torch.bfloat16)._prepared().blocks
+    assert [(stage[0].begin is not None, stage[0].end is not None) for stage in blocks] == [(expand == 2,) * 2] * 4
+
+
 @gpu
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
 def test_fused_model_runs_by_itself(dtype):

@@ -10,6 +10,7 @@ from test_cuda_kernels import DEVICE, runs
 from torch import nn
 
 from medmamba.kernels.block import eligibility, whole
+from medmamba.kernels.block.training_conv import branch_parts
 from medmamba.model.network import SSConvSSM
 
 
@@ -47,6 +48,7 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
         "a method of its own": patched,
         "another width": lambda made: setattr(made.ssm, "out_proj", nn.Linear(16, 4, bias=False, device=DEVICE)),
         "weights in float64": lambda made: made.double(),
+        "weights elsewhere": lambda made: setattr(made.ssm, "dt_weight", nn.Parameter(made.ssm.dt_weight.to("meta"))),
     }
     for what, change in others.items():
         assert not eligibility.fits_block(x, changed(change)), what
@@ -55,6 +57,48 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
     monkeypatch.setattr(whole.Block, "apply", lambda *_: ran.append(1) or x)
     block()(x)
     assert ran == [1]
+
+
+def plain_tensors(made):
+    """As nn.DataParallel copies a module, and FSDP flattens one."""
+    for module in made.modules():
+        parameters, module._parameters = module._parameters, {}
+        for name, parameter in parameters.items():
+            setattr(module, name, None if parameter is None else parameter.view_as(parameter))
+    return made
+
+
+def test_layers_may_hold_plain_tensors():
+    made, x = plain_tensors(block()), torch.randn(2, 4, 4, 16, device=DEVICE)
+    assert eligibility.fits_block(x, made) and eligibility.fits_conv_branch(x[..., :8], made.conv)
+    norms, parameters = branch_parts(made.conv)
+    assert len(norms) == 3 and [id(p) for p in parameters[:2]] == [id(made.conv[0].weight), id(made.conv[0].bias)]
+
+
+@pytest.mark.slow
+@runs
+@pytest.mark.parametrize("moved", ["backward under autocast", "saved tensors contiguous"])
+def test_gradients_whatever_surrounds_the_backward_pass(moved):
+    layer, x = block(), torch.randn(2, 5, 3, 16, device=DEVICE, requires_grad=True)
+    along = torch.randn(2, 5, 3, 16, device=DEVICE)
+
+    def gradients(out):
+        return torch.autograd.grad((out * along).sum(), (x, *layer.parameters()))
+
+    assert eligibility.fits_block(x, layer)
+    expected = gradients(layer(x))
+    if moved == "backward under autocast":
+        found = layer(x)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found = gradients(found)
+    else:  # as torch.autograd.graph.save_on_cpu brings them back
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+        ):
+            found = layer(x)
+        found = gradients(found)
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
 
 
 @pytest.mark.slow

@@ -134,6 +134,18 @@ def test_on_a_cpu_its_kernels_compute_what_the_layers_do(tiny_model, dtype):
         torch.testing.assert_close(f.float(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
 
 
+def test_weights_that_a_module_around_it_loads_are_used(tiny_model, image):
+    fused, other = tiny_model.fuse(), copy.deepcopy(tiny_model)
+    around = nn.Sequential(fused)
+    with torch.inference_mode():
+        fused(image)
+        changes = fused._changes
+        other.stages[0].blocks[0].ssm.in_proj.weight.normal_()
+        new = nn.Sequential(other.fuse())
+        around.load_state_dict(new.state_dict(), assign=True)
+        assert torch.equal(around(image), new(image)) and fused._changes > changes
+
+
 def test_hooks_fire_on_a_cpu(tiny_model):
     fused, seen = tiny_model.fuse(), []
     fused.stages[1].blocks[0].ssm.register_forward_hook(lambda *_: seen.append(1))

@@ -134,6 +134,18 @@ def test_weights_that_were_loaded_count(mode, assign):
         torch.testing.assert_close(fused(x), expected(x))
 
 
+@torch.no_grad()
+def test_copies_arrange_weights_that_were_written_to():
+    layers = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.ReLU())
+    conv, x = FusedConv(layers.to(DEVICE).bfloat16()), torch.ones(1, 4, 4, 16, device=DEVICE).bfloat16()
+    assert conv.runs(x)
+    conv[0].weight += 1
+    assert not conv.runs(x)
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), conv.to(torch.float16)):
+        assert other.runs(x.to(other[0].weight.dtype))
+        assert torch.equal(other.arranged, convolution.arranged(other[0].weight))
+
+
 @torch.inference_mode()
 def test_a_fused_copy_can_be_copied_and_keeps_the_names_of_its_weights():
     model = made().cpu()

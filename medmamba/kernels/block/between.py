@@ -41,9 +41,17 @@ class Begin(NamedTuple):
     expand: Tensor  # by `arranged_linear`
 
 
-def fits(widths: Sequence[int], weight: Tensor) -> bool:
-    """Returns whether `between` runs the blocks of a network with so many channels, with weights like this one."""
+def fits(widths: Sequence[int], expand: int, weight: Tensor) -> bool:
+    """Returns whether `between` runs the blocks of a network.
+
+    Args:
+        widths: channels of each stage.
+        expand: inner channels of a scan branch over its input channels; with 2 they are those of the block.
+        weight: one whose dtype and device the others share.
+    """
     if weight.dtype not in (torch.float16, torch.bfloat16) or max(widths) > MOST or any(C % GROUP for C in widths):
+        return False
+    if expand != 2:
         return False
     return _new_enough(weight.get_device())
 

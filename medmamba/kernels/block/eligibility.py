@@ -125,7 +125,7 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
             if tracked is not None and (tracked.dtype != torch.int64 or tracked.device != x.device):
                 return False
         elif isinstance(layer, nn.Conv2d):
-            size, weight = layer.kernel_size[0], layer._parameters["weight"]
+            size, weight = layer.kernel_size[0], own_parameter(layer, "weight")
             if weight is None or weight.shape != (C, C, size, size) or size not in (1, 3):
                 return False
             if layer.padding_mode != "zeros" or x.dtype != (autocast or weight.dtype):
@@ -134,11 +134,19 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
                 return False
         else:
             continue
-        if any(layer._parameters[name] is None for name in ("weight", "bias")):
-            return False
-        if layer._parameters["weight"].device != x.device:  # type: ignore[union-attr]
+        weight, bias = own_parameter(layer, "weight"), own_parameter(layer, "bias")
+        if weight is None or bias is None or weight.device != x.device:
             return False
     return True
+
+
+def own_parameter(layer: nn.Module, name: str) -> Tensor | None:
+    """Returns a parameter of a layer, quicker than `getattr`; also where it is a plain tensor.
+
+    The copies of a module in nn.DataParallel and the layers that FSDP has flattened hold plain tensors.
+    """
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 class Like(NamedTuple):
@@ -169,7 +177,10 @@ def fits_block(x: Tensor, block: Any) -> bool:
     side: Any = Like((*rows, half), x.dtype, x.device)  # a branch of the block
     inner: Any = Like((*rows, C), x.dtype, x.device)
     wide: Any = Like((*rows, 2 * C), x.dtype, x.device)
-    scan = ((ssm.x_proj, (K, R + 2 * N, C)), (ssm.dt_bias, (K, C)), (ssm.A_log, (K, C, N)), (ssm.D, (K, C)))
+    scan = (
+        (ssm.x_proj, (K, R + 2 * N, C)), (ssm.dt_weight, (K, C, R)), (ssm.dt_bias, (K, C)), (ssm.A_log, (K, C, N)),
+        (ssm.D, (K, C)),
+    )  # fmt: skip
     return (
         hasattr(drop_path, "keep_mask")
         and K == cuda_backend.K

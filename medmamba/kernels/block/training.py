@@ -21,6 +21,7 @@ from ..cuda import nvrtc
 from ..cuda.nvrtc import launch
 from ..once import once
 from . import eligibility
+from .autocast import in_its_types
 from .registry import replaces
 
 SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
@@ -110,8 +111,10 @@ class GateProject(Function):
 
     @staticmethod
     @once_differentiable
+    @in_its_types
     def backward(ctx, dout):
         y, gate, weight, bias, matrix = ctx.saved_tensors
+        gate, ctx.step = _evenly_spaced(gate)  # hooks of saved tensors may bring it back with other strides
         dmatrix = None
         if ctx.needs_input_grad[5]:
             gated = _gated(ctx, y, gate, weight, bias)

@@ -45,7 +45,7 @@ def branch_parts(branch: nn.Sequential) -> tuple[list[Norm], list[nn.Parameter]]
     norms = []
     for layer in branch._modules.values():  # quicker than through the attributes of modules
         if not isinstance(layer, nn.ReLU):
-            parameters += (layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[union-attr]
+            parameters += (eligibility.own_parameter(layer, name) for name in ("weight", "bias"))
         if isinstance(layer, nn.BatchNorm2d):
             mean, var, tracked = (layer._buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
             norms.append(Norm(mean, var, layer.momentum, layer.eps, tracked))

@@ -15,6 +15,7 @@ from torch.autograd.function import Function, once_differentiable
 from ..backends import cuda as cuda_backend
 from ..cuda import graph_capture
 from . import eligibility
+from .autocast import in_its_types
 from .registry import replaces
 from .training import ConvSilu, GateProject, Mix, SplitNorm
 from .training_conv import ConvBranch, branch_parts
@@ -96,6 +97,7 @@ class Block(Function):
 
     @staticmethod
     @once_differentiable
+    @in_its_types
     def backward(ctx, dout):
         wanted, parts = ctx.needs_input_grad[3:], ctx.parts
         saved = ctx.saved_tensors  # once, as checkpointing demands
