@@ -97,8 +97,9 @@ def test_gradients_whatever_surrounds_the_backward_pass(moved):
         ):
             found = layer(x)
         found = gradients(found)
+    largest = max(float(g.abs().max()) for g in expected)
     for f, e in zip(found, expected, strict=True):
-        assert torch.equal(f, e)
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.slow
