@@ -14,7 +14,7 @@ def without_a_gpu(monkeypatch):
         emulate(monkeypatch, processors=2)
 
 
-def check(B, H, W, C, dtype, mix=True, split=True):
+def check(B, H, W, C, dtype, mix=True, split=True, spoil=False):
     torch.manual_seed(0)
     half = C // 2
 
@@ -23,6 +23,8 @@ def check(B, H, W, C, dtype, mix=True, split=True):
 
     x, left, parts, both = made(B, H, W, C), made(B, H, W, half), made(B, 4, H * W, C), made(B, H, W, 2 * C)
     gate = both[..., C:]
+    if spoil:
+        left[0, 0, 0, 0] = torch.nan
     weights = [made(n, scale=0.3, offset=1.0).float() for n in (C, half, half)]
     biases = [made(n).float() for n in (C, half, half)]
     project, expand = made(half, C, scale=C**-0.5), made(2 * C, half, scale=half**-0.5)
@@ -50,7 +52,8 @@ def check(B, H, W, C, dtype, mix=True, split=True):
         assert (f is None) == (e is None)
         if e is not None:  # a factor that rounds the other way shifts a sum by less than the rounding of the largest
             assert f.shape == e.shape and f.dtype == dtype
-            torch.testing.assert_close(f.double(), e, rtol=units, atol=2 * units)
+            torch.testing.assert_close(f.double(), e, rtol=units, atol=2 * units, equal_nan=spoil)
+            assert f.isnan().any() == spoil
 
 
 @runs
@@ -61,6 +64,11 @@ def check(B, H, W, C, dtype, mix=True, split=True):
 )
 def test_a_block_ends_and_the_next_begins(shape, dtype):
     check(*shape, dtype)
+
+
+@runs
+def test_nan_is_not_hidden_by_relu():
+    check(1, 3, 6, 32, torch.float16, split=False, spoil=True)
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def test_values_beyond_the_type_become_infinite_and_nan_stays():
     x[0, 0, 0, 0], bias[1] = torch.nan, 7e4
     found = conv3x3(x, None, arranged(weight), bias)
     assert found[0, 3, 3, 1] == torch.inf and not found[0, 3, 3].isnan().any()
+    assert found[0, :2, :2].isnan().all(), "where ReLU alone would give 0"
 
 
 def test_a_launch_fills_the_gpu(monkeypatch):

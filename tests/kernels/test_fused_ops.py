@@ -178,6 +178,16 @@ def test_batch_norms_remember(dtype, momentum):
 
 
 @runs
+def test_nan_is_not_hidden_by_relu():
+    layer, (x,), call = problem("conv_branch", (2, 3, 4, 8), torch.float32)
+    x[0, 0, 0, 0] = torch.nan
+    layer, x = copy.deepcopy(layer).float(), x.float()
+    with plain():
+        expected = call(copy.deepcopy(layer), x)
+    assert expected.isnan().all() and call(layer, x).isnan().all()
+
+
+@runs
 def test_batch_norm_of_numbers_far_from_zero():
     layer, (x,), call = problem("conv_branch", (2, 9, 10, 8), torch.float32)
     x = (x + 1000).float().double()

@@ -101,6 +101,7 @@ def conv3x3(
         *(("ROWS", plan.rows), ("RELU", int(not head)), ("MAPS", int(head))),
     )
     grid = B * down * across * blocks
+    bias = bias if bias.data_ptr() % 8 == 0 else bias.clone()  # four at a time are read, and it may be a view
     arguments = (x, skip, weight, bias, out, H, W, down, across)
     load_and_launch("conv3x3.cu", "conv3x3", "pppppiiii", constants, shared, grid, 32 * WARPS, x, *arguments)
     return out

@@ -18,7 +18,7 @@ constexpr int SLICES = 16;             // slices of partials that are summed in 
 __device__ __forceinline__ float4 operator-(float4 a, float4 b) { return a + b * -1.f; }
 
 __device__ __forceinline__ float4 positive(float4 v) {
-    return make_float4(fmaxf(v.x, 0.f), fmaxf(v.y, 0.f), fmaxf(v.z, 0.f), fmaxf(v.w, 0.f));
+    return make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w));
 }
 
 // v where the input of ReLU is positive, else 0.

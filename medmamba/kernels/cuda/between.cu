@@ -93,8 +93,8 @@ extern "C" __global__ void __launch_bounds__(32 * SHARE * TILES) between(
         const bool inside = first + 8 * i < pixels;
         if (MIX) {
             const float4 l = read4(left + pixel[i] * HALF + c / 2);
-            low = low + make_float4(fmaxf(l.x, 0.f), sum[0][2 * i], fmaxf(l.y, 0.f), sum[0][2 * i + 1]);
-            high = high + make_float4(fmaxf(l.z, 0.f), sum[1][2 * i], fmaxf(l.w, 0.f), sum[1][2 * i + 1]);
+            low = low + make_float4(relu(l.x), sum[0][2 * i], relu(l.y), sum[0][2 * i + 1]);
+            high = high + make_float4(relu(l.z), sum[1][2 * i], relu(l.w), sum[1][2 * i + 1]);
             if (inside) write4(out + pixel[i] * C + c, low), write4(out + pixel[i] * C + c + 4, high);
         }
         if (!SPLIT) continue;

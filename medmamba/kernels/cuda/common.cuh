@@ -118,6 +118,9 @@ typedef Element<X_TYPE>::type x_t;
 typedef Element<P_TYPE>::type p_t;
 typedef Element<Y_TYPE>::type y_t;
 
+// max(x, 0), with NaN kept, as PyTorch does; fmaxf would turn it into 0.
+__device__ __forceinline__ float relu(float x) { return x < 0.f ? 0.f : x; }
+
 // log(1 + exp(x)) to float32 accuracy, through a polynomial for log(1 + e) / e on [0, 1] of relative error 3e-8: the
 // fast logarithm is inaccurate near 1, and small step sizes are the rule.
 // Of COUNT numbers at a time, so that their chains of operations interleave.

@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) conv3x3(
             }
     }
 
-    auto ended = [&](float v) { return RELU ? fmaxf(v, 0.f) : v; };
+    auto ended = [&](float v) { return RELU ? relu(v) : v; };
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll

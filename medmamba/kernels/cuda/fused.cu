@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix_split(
             const int pair = half * (C / 4) + index(i);
             Pair u = read(x + pixel * C + 2 * pair);
             if (MIX) {
-                u.x += fmaxf(to_float<X_TYPE>(left[pixel * HALF + pair]), 0.f);
+                u.x += relu(to_float<X_TYPE>(left[pixel * HALF + pair]));
                 u.y += to_float<X_TYPE>(right[pixel * HALF + pair]);
                 write(out + pixel * C + 2 * pair, u);
             }
