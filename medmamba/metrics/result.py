@@ -119,7 +119,8 @@ class Evaluation:
         """Whether some intervals are not of the bootstrap but Wilson's: those of proportions of 0 and 1."""
         scores = [self.overall, *(row.scores for row in self.per_class)]
         found = [each[name] for each in scores for name in _PROPORTIONS if name in each]
-        return any(score.value in (0, 1) and score.low < score.high for score in found)
+        # Resamples without a prediction of a class have a precision of 0, so the bootstrap may give 0 to 1 for 1.
+        return any(score.value in (0, 1) and (0 < score.low < 1 or 0 < score.high < 1) for score in found)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON, with None for NaN."""

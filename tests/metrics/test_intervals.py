@@ -146,6 +146,15 @@ def test_markdown() -> None:
     assert "seed 5); of proportions of 0 and 1 Wilson's." in all_right
 
 
+def test_an_interval_from_nothing_to_all_is_of_the_bootstrap() -> None:
+    """The class is not predicted in some resamples, which have a precision of 0."""
+    result = evaluate(*example(10, n=40, k=2), ["a", "b"], resamples=30)
+    row = result.per_class[0]
+    for found, wilson in ((Estimate(1.0, 0.0, 1.0), False), (Estimate(1.0, 0.6, 1.0), True)):
+        changed = dataclasses.replace(row, scores=row.scores | {"precision": found})
+        assert dataclasses.replace(result, per_class=(changed, *result.per_class[1:])).has_wilson == wilson
+
+
 @pytest.mark.parametrize(
     ("labels", "p", "task", "message"),
     [
