@@ -125,3 +125,16 @@ def scan_1d(
     if D is not None:
         y = y + D.to(dtype).unsqueeze(-1) * u.to(dtype)
     return y.to(u.dtype), h.flatten(1, 2)
+
+
+def pad_rank(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pads R with zeros to a multiple of 4: the same scan, with aligned matrix products and loads.
+
+    Args:
+        x_proj: (K, R + 2N, C). dt_weight: (K, C, R).
+    """
+    R = dt_weight.shape[2]
+    if R % 4 == 0:
+        return x_proj, dt_weight
+    code, vectors = x_proj[:, :R], x_proj[:, R:]
+    return torch.cat((F.pad(code, (0, 0, 0, -R % 4)), vectors), dim=1), F.pad(dt_weight, (0, -R % 4))

@@ -5,6 +5,7 @@ its SiLU, the scan, its norm with the gate, and the mix of the branches with the
 channels, in 16 bits on a GPU, it launches seven: all from the scan to the next depthwise convolution is one.
 """
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from ..kernels.backends.cuda import scan_parts
 from ..kernels.block import between
 from ..kernels.cuda import graph_capture
 from ..kernels.once import once
-from .network import SSConvSSM, pad_rank
+from ..kernels.reference import pad_rank
+from .network import SSConvSSM
 
 
 class ChannelAffine(nn.Module):
@@ -78,16 +80,9 @@ def _run_narrow(x: Tensor, blocks: list[Block], kernels: ModuleType) -> Tensor:
     _, left, wide = between.between(x, None, None, blocks[0].begin)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         assert left is not None and wide is not None
-        beside = graph_capture.beside() if left.is_cuda else None
-        if beside is None:
-            mixed = _conv_branch(left, block), *_narrow_scan(wide, block, kernels)
-        else:
-            main = torch.cuda.current_stream()
-            beside.wait_stream(main)
-            with torch.cuda.stream(beside):
-                convolved = _conv_branch(left, block)
-            mixed = convolved, *_narrow_scan(wide, block, kernels)
-            main.wait_stream(beside)
+        convolved = graph_capture.run_beside(left, functools.partial(_conv_branch, left, block))
+        scanned = _narrow_scan(wide, block, kernels)
+        mixed = convolved(), *scanned
         x, left, wide = between.between(x, mixed, block.end, following.begin if following else None)
     return x
 
@@ -103,20 +98,12 @@ def _narrow_scan(wide: Tensor, block: Block, kernels: ModuleType) -> tuple[Tenso
 def _branches(left: Tensor, right: Tensor, block: Block, kernels: ModuleType) -> tuple[Tensor, Tensor]:
     """Returns the outputs of both branches, in a CUDA graph the convolutions beside the scan.
 
-    The scan leaves tensor cores idle, and with few images most of the GPU. Launched one by one, kernels of two streams
-    cost more time of the CPU than they save on the GPU.
+    The scan leaves tensor cores idle, and with few images most of the GPU.
     """
-    beside = graph_capture.beside() if left.is_cuda else None
-    if beside is None:
-        return _conv_branch(left, block), _scan(_scan_inputs(right, block, kernels), block, kernels)
-    main = torch.cuda.current_stream()
     inputs = _scan_inputs(right, block, kernels)
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
-        convolved = _conv_branch(left, block)
+    convolved = graph_capture.run_beside(left, lambda: _conv_branch(left, block))
     scanned = _scan(inputs, block, kernels)
-    main.wait_stream(beside)
-    return convolved, scanned
+    return convolved(), scanned
 
 
 def _conv_branch(x: Tensor, block: Block) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..config import MedMambaConfig
 from ..kernels import resolve_backend, selective_scan_2d
 from ..kernels.block import replaceable
-from ..kernels.reference import compute_dtype
+from ..kernels.reference import compute_dtype, pad_rank
 from .checkpointing import checkpoint_block
 
 DIRECTIONS = 4  # K: row-major, column-major, and both reversed
@@ -102,19 +102,6 @@ def project(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tenso
     if _pads_rank(x):
         x_proj, dt_weight = pad_rank(x_proj, dt_weight)
     return F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, x_proj.shape[:2]), dt_weight
-
-
-def pad_rank(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads R with zeros to a multiple of 4: the same scan, with aligned matrix products and loads.
-
-    Args:
-        x_proj: (K, R + 2N, C). dt_weight: (K, C, R).
-    """
-    R = dt_weight.shape[2]
-    if R % 4 == 0:
-        return x_proj, dt_weight
-    code, vectors = x_proj[:, :R], x_proj[:, R:]
-    return torch.cat((F.pad(code, (0, 0, 0, -R % 4)), vectors), dim=1), F.pad(dt_weight, (0, -R % 4))
 
 
 def _pads_rank(x: Tensor) -> bool:

@@ -163,7 +163,7 @@ def test_scan_gate(dtype):
 )
 def test_fused_model(dims, dtype, monkeypatch):
     """All feature maps of the model by these kernels, against its layers one by one."""
-    monkeypatch.setattr(between, "_new_enough", lambda device: True)
+    monkeypatch.setattr(between, "takes_tensor", lambda device: True)
     torch.manual_seed(0)
     model = medmamba.create_model("test", num_classes=3, dims=dims, depths=(2, 1, 1, 1)).to(DEVICE)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_fused_model(dims, dtype, monkeypatch):
 
 @pytest.mark.parametrize("expand", [1, 2, 3])
 def test_one_kernel_between_scans_needs_as_many_channels_in_them_as_in_the_block(expand, monkeypatch):
-    monkeypatch.setattr(between, "_new_enough", lambda device: True)
+    monkeypatch.setattr(between, "takes_tensor", lambda device: True)
     model = medmamba.create_model("test", dims=(32, 64, 128, 256), ssm_expand=expand).eval()
     blocks = model.fuse(torch.bfloat16)._prepared().blocks
     assert [(stage[0].begin is not None, stage[0].end is not None) for stage in blocks] == [(expand == 2,) * 2] * 4

@@ -38,7 +38,7 @@ def wanted(monkeypatch):
     emulate(monkeypatch, processors=132)
     monkeypatch.setattr(nvrtc, "load_kernel", load_kernel)
     monkeypatch.setattr(eligibility, "_on_cuda_backend", lambda x, backend: True)
-    monkeypatch.setattr(between, "_new_enough", lambda device: True)
+    monkeypatch.setattr(between, "takes_tensor", lambda device: True)
     images = torch.randn(2, 3, 64, 64, device=DEVICE)
     for dtype in TYPES:
         step(network("tiny"), images, None if dtype == torch.float32 else dtype)
@@ -79,7 +79,7 @@ def test_everything_compiles_for_every_supported_gpu(wanted):
 
 def oldest(file):
     """The least capability that a file is compiled for."""
-    return between.CAPABILITY if file in nvrtc.TENSOR else CAPABILITIES[0]
+    return nvrtc.TENSOR_CAPABILITY if file in nvrtc.TENSOR else CAPABILITIES[0]
 
 
 def compile_for(file, constants, capability):

@@ -23,7 +23,7 @@ def without_a_gpu(monkeypatch):
     if not CUDA:
         emulate(monkeypatch, processors=2)
         monkeypatch.setattr(eligibility, "_on_cuda_backend", lambda x, backend: True)
-        monkeypatch.setattr(convolution, "_new_enough", lambda device: True)
+        monkeypatch.setattr(convolution, "takes_tensor", lambda device: True)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ See `cuda/between.cu`. Two kernels of `inference.py` and two of a matrix library
 channels each is too small for a GPU, and most of their time is that of launches and of passes over memory.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ..backends.cuda import TYPES
-from ..cuda.nvrtc import load_and_launch
+from ..cuda.nvrtc import load_and_launch, takes_tensor
 
 MOST = 256  # channels: a lane keeps a quarter of those of two pixels in its registers
 GROUP = 32  # channels of a warp
 TILE = 16  # pixels
 THREADS = 128  # of a program, if one tile does not take more
-CAPABILITY = (8, 0)
 
 
 class End(NamedTuple):
@@ -53,7 +51,7 @@ def fits(widths: Sequence[int], expand: int, weight: Tensor) -> bool:
         return False
     if expand != 2:
         return False
-    return _new_enough(weight.get_device())
+    return takes_tensor(weight.get_device())
 
 
 def arranged_linear(weight: Tensor) -> Tensor:
@@ -103,8 +101,3 @@ def between(
     grid, threads = -(-pixels // (TILE * tiles)), C * tiles
     load_and_launch("between.cu", "between", 15 * "p" + "liiff", constants, 0, grid, threads, x, *arguments)
     return out, next_left, wide
-
-
-@functools.cache
-def _new_enough(device: int) -> bool:
-    return device >= 0 and torch.cuda.get_device_capability(device) >= CAPABILITY

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.cuda import TYPES
-from ..cuda.nvrtc import load_and_launch
+from ..cuda.nvrtc import load_and_launch, takes_tensor
 
 CHUNK = 32  # channels in shared memory at a time, or half as many
 WIDTH = 16  # pixels of a tile
 WARPS = 4
 MOST = 64  # output channels; with 128 a library is as fast with 16 images, and twice as fast with one
 EIGHT = 8  # output channels that tensor cores compute together
-CAPABILITY = (8, 0)
 
 
 class Plan(NamedTuple):
@@ -41,7 +40,7 @@ def fits_weight(weight: Tensor, head: bool = False) -> bool:
 
 def fits(x: Tensor, skip: Tensor | None) -> bool:
     """Returns whether `conv3x3` takes these maps (B, H, W, C) on a GPU."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or not _new_enough(x.get_device()):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not takes_tensor(x.get_device()):
         return False
     maps = [x] if skip is None else [x, skip]
     regular = all(m.is_contiguous() and m.shape[-1] % 16 == 0 and m.data_ptr() % 16 == 0 and m.numel() for m in maps)
@@ -119,8 +118,3 @@ def conv_plan(batch: int, height: int, width: int, channels: int, device: int) -
         if programs >= wanted:
             return plan
     return plans[-1]
-
-
-@functools.cache
-def _new_enough(device: int) -> bool:
-    return device >= 0 and torch.cuda.get_device_capability(device) >= CAPABILITY

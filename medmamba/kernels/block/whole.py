@@ -14,6 +14,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from ..backends import cuda as cuda_backend
 from ..cuda import graph_capture
+from ..reference import pad_rank
 from . import eligibility
 from .autocast import in_its_types
 from .registry import replaces
@@ -74,10 +75,10 @@ class Block(Function):
             _Part(any_wanted),
         )
         x, left, right = SplitNorm.forward(parts[0], x, norm_w, norm_b, settings.eps)
-        convolved = _beside(left, lambda: ConvBranch.forward(parts[1], left, settings.norms, *branch))
+        convolved = graph_capture.run_beside(left, lambda: ConvBranch.forward(parts[1], left, settings.norms, *branch))
         matrix = in_proj.to(x.dtype)
         scanned, gate = ConvSilu.forward(parts[2], F.linear(right, matrix), conv_w, conv_b)
-        codes, weights = _padded(x_proj, dt_weight)
+        codes, weights = pad_rank(x_proj, dt_weight)
         codes = codes.flatten(0, 1).to(x.dtype)
         proj = F.linear(scanned, codes).unflatten(-1, (K, -1))
         A = A_log.float().exp().neg_()
@@ -107,7 +108,7 @@ class Block(Function):
             part.saved_tensors = saved[at : at + count]
             at += count
         dx, dconvolved, dscanned, _ = _backward(Mix)(parts[4], dout)
-        branch = _beside(dconvolved, lambda: _backward(ConvBranch)(parts[1], dconvolved))
+        branch = graph_capture.run_beside(dconvolved, lambda: _backward(ConvBranch)(parts[1], dconvolved))
         # Maps are freed as soon as they have been read, since autograd frees nothing within a function.
         dy, dgate, dgate_w, dgate_b, _, dout_proj = _backward(GateProject)(parts[3], dscanned)
         del dscanned
@@ -137,16 +138,6 @@ class Block(Function):
         return dx, None, None, *gradients, *dbranch
 
 
-def _padded(x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads R with zeros to a multiple of 4, as `pad_rank` of the network does."""
-    missing = -dt_weight.shape[2] % 4
-    if not missing:
-        return x_proj, dt_weight
-    R = dt_weight.shape[2]
-    padding = x_proj.new_zeros((K, missing, x_proj.shape[2]))
-    return torch.cat((x_proj[:, :R], padding, x_proj[:, R:]), 1), F.pad(dt_weight, (0, missing))
-
-
 def _cut(dcodes: Tensor | None, ddt_weight: Tensor, R: int) -> tuple[Tensor | None, Tensor]:
     """Returns the gradients of x_proj and dt_weight from those of the padded ones."""
     padded = ddt_weight.shape[2]
@@ -155,21 +146,3 @@ def _cut(dcodes: Tensor | None, ddt_weight: Tensor, R: int) -> tuple[Tensor | No
         if padded > R:
             dcodes = torch.cat((dcodes[:, :R], dcodes[:, padded:]), 1)
     return dcodes, ddt_weight[..., :R].contiguous()
-
-
-def _beside(x: Tensor, run: Callable[[], Any]) -> Callable[[], Any]:
-    """Runs something whose input is x, in a CUDA graph beside what follows; returns a function that waits for it."""
-    beside = graph_capture.beside() if x.is_cuda else None
-    if beside is None:
-        result = run()
-        return lambda: result
-    main = torch.cuda.current_stream()
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
-        result = run()
-
-    def wait() -> Any:
-        main.wait_stream(beside)
-        return result
-
-    return wait

@@ -25,6 +25,7 @@ from ..once import once
 SOURCES = Path(__file__).parent
 HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
 TENSOR = ("conv3x3.cu", "between.cu")  # files that also need tensor.cuh
+TENSOR_CAPABILITY = (8, 0)  # the least that they are compiled for
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
 DIGEST = 32  # bytes of SHA-256 before the machine code in a file
@@ -282,3 +283,9 @@ def _message(status: int) -> str:
     text = ctypes.c_char_p()
     driver().cuGetErrorString(status, ctypes.byref(text))
     return f"error {status}, {(text.value or b'unknown').decode()}"
+
+
+@functools.cache
+def takes_tensor(device: int) -> bool:
+    """Returns whether a GPU (-1: none) runs the files of `TENSOR`."""
+    return device >= 0 and torch.cuda.get_device_capability(device) >= TENSOR_CAPABILITY
