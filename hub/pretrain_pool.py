@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,19 +177,29 @@ def build(data: Path, out: Path, threads: int = 2, hashes: Path | None = None) -
 
 
 def load(
-    path: Path, non_commercial: bool = False, threads: int = 16
+    path: Path, non_commercial: bool = False, without: Sequence[str] = (), threads: int = 16
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], dict]:
     """Loads a pool: images (n, 224, 224, 3), labels (n,) and metadata.
 
     Args:
         non_commercial: include images whose licence excludes commercial use.
+        without: labelled datasets to leave out.
+
+    Raises:
+        ValueError: the pool has no labelled images of a dataset in `without`.
     """
     with np.load(path, allow_pickle=False) as pool:
         data, ends, labels, free = pool["data"], pool["ends"], pool["labels"], pool["free"]
         meta = json.loads(pool["meta"].tobytes())
-    starts = np.concatenate(([0], ends[:-1]))
-    if not non_commercial:
-        starts, ends, labels = starts[free], ends[free], labels[free]
+    datasets = [label.partition(":")[0] for label in meta["classes"]]
+    if missing := set(without) - set(datasets):
+        raise ValueError(
+            f"{path} has no labelled images of {', '.join(sorted(missing))}; it has those of "
+            f"{', '.join(dict.fromkeys(datasets))}"
+        )
+    left_out = [number for number, name in enumerate(datasets) if name in without]
+    kept = (free | non_commercial) & ~np.isin(labels, left_out)
+    starts, ends, labels = np.concatenate(([0], ends[:-1]))[kept], ends[kept], labels[kept]
 
     def decode(span: tuple[int, int]) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data[span[0] : span[1]].tobytes())) as image:

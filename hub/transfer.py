@@ -53,17 +53,25 @@ def own_size(start: str) -> int:
 
 
 def probe(
-    start: MedMamba | teacher.Lite2Classifier, index: ImageDataset, device: str, seed: int, size: int
+    start: MedMamba | teacher.Lite2Classifier,
+    index: ImageDataset,
+    device: str,
+    seed: int,
+    size: int,
+    split: str = "test",
 ) -> dict[str, float]:
-    """A logistic regression on the pooled features of a frozen backbone, of images of `size` pixels."""
+    """A logistic regression on the pooled features of a frozen backbone, of images of `size` pixels.
+
+    The regularisation is chosen on val, so that scores with `split="val"` are for comparing starts alone.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
     start.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")).eval()
     settings = dataclasses.replace(start.config.preprocess, input_size=(size, size))
     features, labels = {}, {}
-    for split in ("train", "val", "test"):
-        part = index.split(split)
+    for name in dict.fromkeys(("train", "val", split)):
+        part = index.split(name)
         rows = []
         for first in range(0, len(part), 64):
             batch = [
@@ -71,9 +79,9 @@ def probe(
                 for i in range(first, min(first + 64, len(part)))
             ]
             rows.append(_features(start, torch.stack(batch)))
-        features[split], labels[split] = torch.cat(rows).numpy(), part.labels
+        features[name], labels[name] = torch.cat(rows).numpy(), part.labels
     mean, std = features["train"].mean(0), features["train"].std(0) + 1e-6
-    scaled = {split: (values - mean) / std for split, values in features.items()}
+    scaled = {name: (values - mean) / std for name, values in features.items()}
     found = []
     for strength in STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced", random_state=seed)
@@ -81,7 +89,7 @@ def probe(
         score = balanced_accuracy_score(labels["val"], model.predict(scaled["val"]))
         found.append((score, -strength, model))
     best = max(found, key=lambda item: item[:2])
-    return _scores(best[2].predict_proba(scaled["test"]), labels["test"], index) | {"strength": -best[1]}
+    return _scores(best[2].predict_proba(scaled[split]), labels[split], index) | {"strength": -best[1]}
 
 
 def _features(start: MedMamba | teacher.Lite2Classifier, batch: Tensor) -> Tensor:
@@ -89,24 +97,35 @@ def _features(start: MedMamba | teacher.Lite2Classifier, batch: Tensor) -> Tenso
 
 
 def fine_tune(
-    start: str, index: ImageDataset, out: Path, device: str, seed: int, variant: str, size: int
+    start: str,
+    index: ImageDataset,
+    out: Path,
+    device: str,
+    seed: int,
+    variant: str,
+    size: int,
+    split: str = "test",
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """The documented command, `medmamba train --recipe finetune --from START`."""
     options: dict[str, Any] = dict(
-        seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size
+        seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size, cache=cache
     )
     if start == teacher.NAME:
-        return fine_tune_teacher(index, out, device, seed, size)
+        return fine_tune_teacher(index, out, device, seed, size, split)
     if start == "scratch":  # the first layers must learn as fast as the last
         result = train(index, out, "finetune", variant, allow_leakage=("duplicates",), layer_decay=1.0, **options)
     else:
         result = train(index, out, "finetune", init=start, allow_leakage=("duplicates",), **options)
-    assert result.test is not None and result.val is not None
-    overall = result.test.overall
+    scored = result.val if split == "val" else result.test
+    assert scored is not None
+    overall = scored.overall
     return {name: overall[name].value for name in ("accuracy", "balanced_accuracy", "auroc")}
 
 
-def fine_tune_teacher(index: ImageDataset, out: Path, device: str, seed: int, size: int) -> dict[str, float]:
+def fine_tune_teacher(
+    index: ImageDataset, out: Path, device: str, seed: int, size: int, split: str = "test"
+) -> dict[str, float]:
     """The recipe `finetune` with EfficientNet-Lite2 from ImageNet, with `teacher.SETTINGS`."""
     chosen = load_recipe("finetune", size=size, **teacher.SETTINGS)
     torch.manual_seed(seed)
@@ -118,7 +137,7 @@ def fine_tune_teacher(index: ImageDataset, out: Path, device: str, seed: int, si
     images, model = ImageCache(index, config, accelerator), cast(MedMamba, network)
     if fit(model, chosen, images, accelerator, out, seed) is None:
         raise RuntimeError(f"{out}: the run did not finish")
-    overall = score_splits(model, images, accelerator, index.name)["test"].evaluation.overall
+    overall = score_splits(model, images, accelerator, index.name)[split].evaluation.overall
     return {name: overall[name].value for name in ("accuracy", "balanced_accuracy", "auroc")}
 
 
@@ -167,6 +186,8 @@ def measure(
     variant: str,
     train_images: int | None = None,
     size: int | None = None,
+    split: str = "test",
+    cache: Path | None = None,
 ) -> None:
     """Writes one JSON per start, dataset, way and seed into `out`.
 
@@ -174,6 +195,9 @@ def measure(
         variant: of "scratch".
         train_images: use this many training images of each dataset, see `limit_training`; None: all.
         size: side of the images in pixels; None: that of each start.
+        split: "val" compares starts without the test images, which are not even read. What was chosen on val (the
+            epoch, the regularisation) is scored there too, for all starts alike.
+        cache: folder for decoded images, shared by all starts.
     """
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -181,6 +205,8 @@ def measure(
             index = open_dataset(data / name)
             if train_images:
                 index = limit_training(index, train_images)
+            if split == "val":
+                index = index.subset([i for i, found in enumerate(index.splits) if found != "test"])
             for way in ways:
                 for start in starts:
                     if way == "probe" and (start == "scratch" or seed):
@@ -192,10 +218,13 @@ def measure(
                     part = ten_per_class(index, seed) if way == "ten" else index
                     side = size or own_size(start)
                     if way == "probe":
-                        scores = probe(_frozen(start), part, device, seed, side)
+                        scores = probe(_frozen(start), part, device, seed, side, split)
                     else:
-                        scores = fine_tune(start, part, out / "runs" / tag, device, seed, variant, side)
+                        kept = cache / name / (f"ten-{seed}" if way == "ten" else "full") if cache else None
+                        run = out / "runs" / tag
+                        scores = fine_tune(start, part, run, device, seed, variant, side, split, kept)
                     record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
+                    record |= {"split": split} if split != "test" else {}
                     record |= scores | {"images": part.split_sizes, "size": side}
                     file.write_text(json_text(record, indent=1), encoding="utf-8")
                     print(json_text(record), flush=True)
@@ -226,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     measuring.add_argument("--variant", default="tiny", help="of 'scratch'")
     measuring.add_argument("--train-images", type=int, metavar="N", help="draw N training images, stratified by class")
     measuring.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (that of each start)")
+    measuring.add_argument("--split", default="test", choices=("val", "test"), help="images to score (%(default)s)")
+    measuring.add_argument("--cache", type=Path, metavar="DIR", help="folder for decoded images")
     table = commands.add_parser("table", help="write the tables of docs/backbones.md")
     table.add_argument("results", nargs="*", type=Path, metavar="DIR", help="results of `measure` to add first")
     table.add_argument("--data", type=Path, help="datasets, to count images where a result lacks the counts")

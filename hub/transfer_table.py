@@ -29,6 +29,8 @@ def keep(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         for file in sorted(folder.glob("*.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
+            if "split" in record:
+                raise ValueError(f"{file} was scored on {record['split']}, and these tables are of test images")
             record["start"] = Path(record["start"]).name
             target = KEPT / record["variant"] / file.name
             target.parent.mkdir(parents=True, exist_ok=True)

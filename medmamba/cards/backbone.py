@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..utils.text import json_text
 from .sections import citation, input_text, licence, parameters, usage_in_timm
 
 if TYPE_CHECKING:
@@ -98,16 +99,33 @@ def _data(facts: ModelFacts) -> str:
         labels = "" if name in t["labels_of"] else " (no labels)"
         lines.append([f"`{name}`{labels}", s["title"], s["licence"], f"{s['images']:,}", f"{s['excluded']:,}"])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    labelled = ", ".join(f"`{name}`" for name in t["labels_of"])
     return (
         f"{t['images']:,} training images:\n\n{table}\n\n"
         f"Near-duplicates were excluded: images with a {t['near_duplicates']} of any dataset, also of "
         "datasets outside the pool. No validation or test image was used for training. Rotated, mirrored or "
-        "differently cropped copies are not detected.\n\n"
-        f"Teacher: {t['teacher']}, from the package {t['teacher_wheel']}. The backbone learnt to predict the teacher's "
-        f"last feature maps. The labels of the training images of {labelled} were used too, with weight "
-        f"{t['label_weight']:g}: results on those datasets are **not** transfer to unseen data."
+        f"differently cropped copies are not detected.\n\n{' '.join(_objectives(t))}"
     )
+
+
+def _objectives(t: dict[str, Any]) -> list[str]:
+    """Returns a sentence or two for each objective of the pretraining."""
+    said = []
+    if "teacher" in t:
+        said.append(
+            f"Teacher: {t['teacher']}, from the package {t['teacher_wheel']}. The backbone learnt to predict the "
+            "teacher's last feature maps."
+        )
+    if t.get("contrast_weight"):
+        said.append("The backbone learnt to tell two views of an image from all other images (SimCLR).")
+    if t.get("masked_weight"):
+        said.append("The backbone learnt to fill in hidden parts of images (SimMIM).")
+    if t["labels_of"]:
+        labelled = ", ".join(f"`{name}`" for name in t["labels_of"])
+        said.append(
+            f"The labels of the training images of {labelled} were used too, with weight {t['label_weight']:g}: "
+            "results on those datasets are **not** transfer to unseen data."
+        )
+    return said
 
 
 def _evaluation(facts: ModelFacts) -> str:
@@ -163,9 +181,26 @@ def _reproduce(facts: ModelFacts) -> str:
         "```bash\n"
         "python -m hub.pretrain_pool --data DATA --out pool.npz\n"
         f"python -m hub.pretrain train --pool pool.npz --variant {facts.config.architecture} --out OUT "
-        f"--epochs {t['views'] / t['images']:.0f} --size {t['size']} --label-weight {t['label_weight']:g} "
-        f"--seed {t['seed']}\n"
+        f"{_length(t)} --size {t['size']} --label-weight {t['label_weight']:g} --seed {t['seed']}{_options(t)}\n"
         "```\n\n"
         f"It saw {t['views']:,} augmented views of {t['size']} pixels in {t['seconds']} s on one GPU. The course of "
         "the loss is in `pretrain.json`."
     )
+
+
+def _length(t: dict[str, Any]) -> str:
+    return f"--views {t['views']}" if "settings" in t else f"--epochs {t['views'] / t['images']:.0f}"
+
+
+def _options(t: dict[str, Any]) -> str:
+    """Returns the options that the earliest backbones were trained without."""
+    words = [
+        f" --{name}-weight {t[f'{name}_weight']:g}"
+        for name, usual in (("teacher", 1), ("contrast", 0), ("masked", 0))
+        if t.get(f"{name}_weight", usual) != usual
+    ]
+    words += [" --non-commercial"] if t["non_commercial"] else []
+    words += [" --without " + " ".join(t["without"])] if t.get("without") else []
+    settings = t.get("settings") or {}
+    words += [" --set " + " ".join(f"{key}={json_text(value)}" for key, value in settings.items())] if settings else []
+    return "".join(words)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hub import pretrain, pretrain_pool, transfer, transfer_table
+from hub import pretrain, pretrain_objectives, pretrain_pool, pretrain_table, transfer, transfer_table
 from hub.pretrain_pool import SOURCES
-from medmamba import MedMamba
+from medmamba import MedMamba, create_model
 from medmamba.cards import read_facts, render_card
 from medmamba.data import ImageDataset
 from medmamba.data.dataset import Record
@@ -129,6 +129,107 @@ def test_a_backbone_learns_and_is_saved_without_a_classifier(backbone):
         model.predict(np.zeros((32, 32, 3), np.uint8))
 
 
+OTHERS = {
+    "labels": dict(teacher_weight=0, label_weight=1),
+    "contrast": dict(teacher_weight=0, label_weight=0, contrast_weight=1),
+    "masked": dict(teacher_weight=0, label_weight=0, masked_weight=1),
+    "all": dict(contrast_weight=0.1, masked_weight=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_backbone_learns_by_every_objective(pool, name, tmp_path):
+    torch.manual_seed(0)
+    options = dict(views=160, size=64, device="cpu", progress=0, batch_size=8, ema=0.5, without=["dermamnist"])
+    pretrain.pretrain(pool[0], tmp_path / name, "test", teacher=StandIn(), **options, **OTHERS[name])
+    record = json.loads((tmp_path / name / "pretrain.json").read_text())
+    losses = [row["loss"] for row in record["log"]]
+    assert len(losses) == 20 and np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert record["views"] == 160 and record["without"] == ["dermamnist"] and record["settings"]["batch_size"] == 8
+    training = MedMamba.from_pretrained(tmp_path / name).config.training
+    assert ("teacher" in training) == (name == "all") and list(training["sources"]) == ["breastmnist"]
+    text = render_card(read_facts(tmp_path / name), "medmamba/other")
+    assert ("EfficientNet" in text) == (name == "all") and ("labels of the" in text) == (name in ("labels", "all"))
+    for key, value in OTHERS[name].items():
+        assert f"--{key.replace('_', '-')} {value:g}" in text
+    assert "--without dermamnist" in text and "--views 160" in text and "--set batch_size=8 ema=0.5" in text
+
+
+def test_the_contrast_is_lowest_where_the_two_views_agree():
+    """By hand for two images: each row is compared with the three others."""
+    apart = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    agree = pretrain_objectives.contrast(torch.cat([apart, apart * 5]))  # lengths do not count
+    t = pretrain_objectives.TEMPERATURE
+    assert torch.isclose(agree, torch.log(torch.exp(torch.tensor(1 / t)) + 2) - 1 / t)
+    assert pretrain_objectives.contrast(torch.cat([apart, apart.flip(0)])) > agree + 1 / t - 0.1
+
+
+def test_filling_in_counts_hidden_pixels_alone():
+    """A network that answers with the mean colour is wrong by the mean absolute value of the hidden pixels."""
+    model = pretrain_objectives.Pretraining(medmamba_of_test(), {"masked": 1}, 2, None)
+    torch.nn.init.zeros_(model.pixels.weight)
+    torch.nn.init.zeros_(model.pixels.bias)
+    images = torch.rand(2, 3, 64, 64)
+    model.standardise([images])
+    constant = torch.full_like(images, 0.75)
+    expected = (constant * model.scale + model.offset).abs().mean()
+    assert torch.isclose(model.loss(constant, torch.zeros(2, 2)), expected, rtol=1e-2)
+
+
+def medmamba_of_test():
+    return create_model("test", num_classes=0)
+
+
+def test_unusable_objectives_and_pools_are_refused(pool, tmp_path):
+    student = medmamba_of_test()
+    for weights, said in (
+        ({"labels": 0}, "all 0"),
+        ({"label": 1}, "no objective label"),
+        ({"teacher": 1}, "a teacher"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pretrain_objectives.Pretraining(student, weights, 2, None)
+    with pytest.raises(ValueError, match="no labelled images of retinamnist; it has those of breastmnist, dermamnist"):
+        pretrain_pool.load(pool[0], without=["retinamnist"])
+    assert len(pretrain_pool.load(pool[0], True, ["breastmnist"])[0]) == 4
+    with pytest.raises(ValueError, match="multiple of 32, got 100"):
+        pretrain.pretrain(pool[0], tmp_path / "x", "test", size=100)
+
+
+def test_objectives_are_compared_on_val_alone(tmp_path, monkeypatch, capsys):
+    document = tmp_path / "backbones.md"
+    monkeypatch.setattr(pretrain_table, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(pretrain_table, "DOCUMENT", document)
+    document.write_text("before\n" + "\n".join(pretrain_table.MARKERS) + "\nafter\n")
+    (tmp_path / "scores").mkdir()
+    runs = []
+    for seed in (0, 1):
+        runs.append(tmp_path / f"contrast-seed{seed}")
+        runs[-1].mkdir()
+        weights = dict(teacher_weight=0, label_weight=0, contrast_weight=1, masked_weight=0, non_commercial=False)
+        log = [{"loss": 2.0}, {"loss": 1.0}]
+        (runs[-1] / "pretrain.json").write_text(
+            json.dumps(dict(variant="nano", pool={}, log=log, seed=seed, **weights))
+        )
+        record = result(f"/x/contrast-seed{seed}", 0, 0.5 + 0.1 * seed, "probe", "dermamnist", "nano")
+        (tmp_path / "scores" / f"{seed}.json").write_text(json.dumps(record | {"split": "val"}))
+    scratch = result("scratch", 0, 0.25, "ten", "dermamnist", "nano") | {"split": "val"}
+    (tmp_path / "scores" / "s.json").write_text(json.dumps(scratch))
+    words = ["table", str(tmp_path / "scores"), "--runs", *map(str, runs)]
+    assert pretrain.main(words) == 0 and pretrain.main(["table", "--check"]) == 0
+    page = document.read_text()
+    assert "**dermamnist, nano**, 78 validation images" in page
+    row = "| `contrast` | contrast 1 | 0.550 ± 0.071 / 0.550 ± 0.071 |  |  |"
+    assert row in page and page.index("| `scratch` |  |  | 0.250 / 0.250 |  |") < page.index(row)
+    with pytest.raises(ValueError, match="of test images"):
+        transfer_table.keep([tmp_path / "scores"])
+    (tmp_path / "scores" / "s.json").write_text(json.dumps(result("scratch", 0, 0.25)))
+    with pytest.raises(ValueError, match="scored on test images"):
+        pretrain.main(words)
+    document.write_text(page.replace("0.550", "0.999"))
+    assert pretrain.main(["table", "--check"]) == 1 and "hub.pretrain table" in capsys.readouterr().err
+
+
 def test_its_record_and_card_state_what_it_learnt_from(backbone):
     training = MedMamba.from_pretrained(backbone).config.training
     assert training["sources"] == {
@@ -216,3 +317,22 @@ def test_a_start_is_measured_once_by_every_way(backbone, data, tmp_path, monkeyp
     assert found["images"] == {"train": 8, "val": 4, "test": 4} and 0 <= found["auroc"] <= 1 and found["size"] == 32
     capsys.readouterr()
     assert transfer.main(words) == 0 and not capsys.readouterr().out
+
+
+def test_starts_can_be_compared_without_reading_test_images(backbone, tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 3), ("val", 2)):
+        for label in ("a", "b"):
+            for number in range(count):
+                picture(tmp_path / "cells" / split / label / f"{number}.png", rng)
+    unreadable = tmp_path / "cells" / "test" / "a" / "0.png"
+    unreadable.parent.mkdir(parents=True)
+    unreadable.write_bytes(b"no image")
+    words = ["measure", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--sets", "cells", "--seeds", "0"]
+    words += ["--starts", str(backbone), "--device", "cpu", "--split", "val", "--cache", str(tmp_path / "cache")]
+    words += ["--ways", "probe", "full"]
+    assert transfer.main(words) == 0
+    for way in ("probe", "full"):
+        found = json.loads((tmp_path / "out" / f"test-medical-cells-{way}-0.json").read_text())
+        assert found["split"] == "val" and found["images"] == {"train": 6, "val": 4} and 0 <= found["auroc"] <= 1
+    assert sorted(path.name for path in (tmp_path / "cache" / "cells" / "full").glob("*.npy"))
