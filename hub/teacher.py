@@ -4,7 +4,8 @@
     python -m hub.zoo baseline breastmnist --model efficientnet-lite2 --recipe zoo-breastmnist --data DATA --out T-0
     python -m hub.zoo train breastmnist --init medmamba/tiny-medical --teacher T-0 T-1 T-2 --data DATA --out runs/b-0
 
-It is a baseline in its own right, and teaches MedMamba (`medmamba.train(teacher=...)`). Its weights stay in the folder
+It is a baseline in its own right, and teaches MedMamba (`medmamba.train(teacher=...)`), alone or beside a larger
+MedMamba, such as `--teacher T-0 medmamba/bloodmnist`. Its weights stay in the folder
 of its run and are not released.
 """
 
@@ -16,10 +17,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medmamba.config import MedMambaConfig
+from medmamba import MedMamba
+from medmamba.config import ORGANISATION, MedMambaConfig
+from medmamba.imaging.preprocess import normalise
+from medmamba.training.teacher import MedMambaTeacher
+from medmamba.utils.checksums import CONFIG_NAME
 
 NAME = "efficientnet-lite2"
 WEIGHTS = "teacher.safetensors"
@@ -68,43 +74,78 @@ class Lite2Classifier(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
 
 
-class Teachers(nn.Module):
-    """Several fine-tuned teachers, whose probabilities are averaged: images (B, 3, H, W) in [0, 1] to (B, K)."""
+class FineTuned(nn.Module):
+    """A fine-tuned teacher: images (B, 3, H, W) in [0, 1] to probabilities (B, K)."""
 
-    def __init__(self, members: Sequence[nn.Module], mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, network: Lite2Classifier):
         super().__init__()
-        self.members = nn.ModuleList(members)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - cast(Tensor, self.mean)) / cast(Tensor, self.std)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return torch.stack([member(x).float().softmax(-1) for member in self.members]).mean(0)
+        prepared = normalise(images, self.network.config.preprocess)
+        return self.network(prepared.contiguous(memory_format=torch.channels_last)).float().softmax(-1)
 
 
-def load_teachers(folders: Sequence[Path], labels: Sequence[str]) -> Teachers:
-    """Loads fine-tuned teachers from the folders of their runs.
+class AtOwnSize(nn.Module):
+    """A MedMamba as a teacher, which sees images of any size at the size that it was trained for: images
+    (B, C, H, W) in [0, 1] to probabilities (B, K)."""
+
+    def __init__(self, model: MedMamba):
+        super().__init__()
+        self.size, self.teacher = model.config.preprocess.input_size, MedMambaTeacher(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != tuple(self.size):
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.teacher(images)
+
+
+class Teachers(nn.Module):
+    """Several teachers, whose probabilities are averaged: images (B, C, H, W) in [0, 1] to (B, K)."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images).float() for member in self.members]).mean(0)
+
+
+def load_teachers(teachers: Sequence[str | Path], labels: Sequence[str]) -> Teachers:
+    """Loads teachers.
 
     Args:
-        folders: of `hub.zoo baseline --model efficientnet-lite2`.
+        teachers: folders of runs of `hub.zoo baseline --model efficientnet-lite2`, and MedMamba models ("org/name" or a
+            folder).
         labels: classes of the student, in order.
 
     Raises:
-        ValueError: no folders, or a teacher for other classes.
+        ValueError: no teachers, or a teacher for other classes.
         FileNotFoundError: a folder holds no teacher.
+        PretrainedError: no such model.
     """
     members: list[nn.Module] = []
-    config: MedMambaConfig | None = None
-    for folder in folders:
-        if not (folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"{folder} holds no teacher: train it with hub.zoo baseline --model {NAME}")
-        config = MedMambaConfig.from_dict(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+    for source in map(Path, teachers):
+        if (source / DESCRIPTION).is_file():
+            config = MedMambaConfig.from_dict(json.loads((source / DESCRIPTION).read_text(encoding="utf-8")))
+            network = Lite2Classifier(config, pretrained=False)
+            network.load_state_dict(load_file(source / WEIGHTS))
+            members.append(FineTuned(network))
+        elif not source.is_dir() or (source / CONFIG_NAME).is_file():
+            model = MedMamba.from_pretrained(source)
+            config = model.config
+            members.append(AtOwnSize(model))
+        else:
+            raise FileNotFoundError(f"{source} holds no teacher: train it with hub.zoo baseline --model {NAME}")
         if list(config.labels) != list(labels):
-            raise ValueError(f"{folder}: the teacher knows {', '.join(config.labels)}, not {', '.join(labels)}")
-        member = Lite2Classifier(config, pretrained=False)
-        member.load_state_dict(load_file(folder / WEIGHTS))
-        members.append(member)
-    if config is None:
-        raise ValueError("distillation needs the folder of at least one teacher")
-    return Teachers(members, config.preprocess.mean, config.preprocess.std)
+            raise ValueError(f"{source}: the teacher knows {', '.join(config.labels)}, not {', '.join(labels)}")
+    if not members:
+        raise ValueError("distillation needs at least one teacher")
+    return Teachers(members)
+
+
+def described(teachers: Sequence[str | Path]) -> str:
+    """Returns how teachers are recorded with the student: "2 x efficientnet-lite2, medmamba/bloodmnist"."""
+    runs = [source for source in map(Path, teachers) if (source / DESCRIPTION).is_file()]
+    models = [f"{ORGANISATION}/{source.name}" for source in map(Path, teachers) if source not in runs]
+    return ", ".join([*([f"{len(runs)} x {NAME}"] if runs else []), *models])

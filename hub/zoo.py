@@ -39,8 +39,7 @@ from medmamba.utils.devices import make_accelerator
 
 from .baseline import train_baseline
 from .job_queue import Job, Queue
-from .teacher import NAME as TEACHER
-from .teacher import load_teachers
+from .teacher import described, load_teachers
 from .zoo_data import DATASETS, DECODED, JOINT, NOTES, decode, duplicates_checked, open_joint, open_one
 
 FROM_BACKBONE = ("pad_ufes_20", "cpn_xray")  # the others start from the joint model
@@ -61,14 +60,14 @@ def train_one(
     out: str | Path,
     recipe: str | None = None,
     init: str | Path | None = None,
-    teachers: Sequence[Path] = (),
+    teachers: Sequence[str | Path] = (),
     **options: Any,
 ) -> TrainResult:
     """Trains on one dataset, from the weights in the folder `init` or from scratch.
 
     Args:
         recipe: default zoo-`name`.
-        teachers: folders of fine-tuned teachers, see `hub.teacher`.
+        teachers: folders of fine-tuned teachers, or MedMamba models, see `hub.teacher`.
         options: passed to `medmamba.train`.
     """
     notes: dict[str, Any] = {"note": NOTES[name]} if name in NOTES else {}
@@ -86,7 +85,7 @@ def train_one(
     options.setdefault("allow_leakage", DATASETS[name])
     if teachers:
         options["teacher"] = load_teachers(teachers, list(registry.get(name).id2label.values()))
-        notes["teacher"] = f"{len(teachers)} x {TEACHER}"
+        notes["teacher"] = described(teachers)
     return train(index, out, recipe or f"zoo-{name}", init=source, dataset=name, notes=notes, **options)
 
 

@@ -52,7 +52,9 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
     commands = [[*words, "--seed", str(t.get("seed", 0))]]
     if t.get("base_model"):
         commands[-1] += ["--init", str(t["base_model"])]
-    if teachers := re.match(r"(\d+) x ([\w-]+)", str(t.get("teacher", ""))):
+    teaching = str(t.get("teacher", ""))
+    models = re.findall(r"[\w-]+/[\w-]+", teaching)
+    if teachers := re.match(r"(\d+) x ([\w-]+)", teaching):
         first = ["python", "-m", "hub.zoo", "baseline", facts.entry.name, "--data", "DATA", "--model", teachers[2]]
         first += ["--recipe", str(t["recipe"]).partition("-distilled")[0]]
         changed = [f"{key}={_json(value)}" for key, value in t.get("teacher_settings", {}).items()]
@@ -60,8 +62,10 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
         seeds = t.get("teacher_seeds") or range(int(teachers[1]))
         commands = [
             *([*first, "--seed", str(seed), "--out", f"TEACHER-{seed}"] for seed in seeds),
-            [*commands[-1], "--teacher", *(f"TEACHER-{seed}" for seed in seeds)],
+            [*commands[-1], "--teacher", *(f"TEACHER-{seed}" for seed in seeds), *models],
         ]
+    elif models:
+        commands[-1] += ["--teacher", *models]
     if start := re.fullmatch(r"(zoo-[\w-]+), seed (\d+)", str(t.get("init"))):
         joint = start[1].startswith("zoo-joint")  # else an earlier run on the same dataset
         first = ["python", "-m", "hub.zoo", *(["pretrain"] if joint else ["train", facts.entry.name])]

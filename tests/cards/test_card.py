@@ -193,6 +193,12 @@ def test_a_student_is_trained_again_from_its_start_and_its_teachers(tmp_path):
     assert (start.command, start.dataset, start.seed, last.init) == ("train", "breastmnist", 3, start.out)
     assert [(t.recipe, t.seed, t.set) for t in taught] == [("zoo-breastmnist", seed, ["epochs=10"]) for seed in (4, 5)]
     assert (last.recipe, last.seed, last.teacher) == (record["recipe"], 7, [t.out for t in taught])
+    teachers["teacher"] += ", medmamba/bloodmnist"
+    record = dict(recipe="zoo-bloodmnist-nano-distilled", init="zoo-bloodmnist-nano, seed 2", **teachers)
+    text = write_card(finished_model(tmp_path / "blood", "bloodmnist", seed=0, **record)).read_text()
+    commands = text.partition("## How to reproduce")[2].partition("```bash\n")[2].partition("```")[0].splitlines()
+    last = zoo_parser().parse_args(commands[-1].split()[3:])
+    assert [str(t) for t in last.teacher] == ["TEACHER-4", "TEACHER-5", "medmamba/bloodmnist"]
 
 
 def test_a_model_of_the_zoo_is_trained_again_by_two_commands(tmp_path):

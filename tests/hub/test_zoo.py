@@ -5,11 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from hub import job_queue, zoo, zoo_data
+from hub import job_queue, teacher, zoo, zoo_data
 from hub.job_queue import Job, Queue
+from medmamba import MedMamba
+from medmamba.config import variant_config
 from medmamba.data import DatasetError, LeakageError, registry
+from medmamba.imaging.preprocess import normalise
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +221,24 @@ time.sleep(600 if first else 0)"""
     assert not (tmp_path / "long").exists()
     assert Queue(jobs, [""], 1, tmp_path / "logs").run() == 0
     assert count.read_text() == "xx" and (tmp_path / "next").exists()
+
+
+def test_a_larger_medmamba_teaches_at_its_own_size_beside_others(tmp_path):
+    labels = {0: "a", 1: "b"}
+    preprocess = {"input_size": (64, 64), "mean": (0.2, 0.3, 0.4)}
+    model = MedMamba(variant_config("test", num_classes=2, id2label=labels, preprocess=preprocess)).eval()
+    model.save_pretrained(tmp_path / "large")
+    taught = teacher.load_teachers([tmp_path / "large", tmp_path / "large"], ["a", "b"]).eval()
+    images = torch.rand(2, 3, 32, 32)
+    enlarged = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        expected = model(normalise(enlarged, model.config.preprocess)).softmax(-1)
+        assert torch.allclose(taught(images), expected, atol=1e-6)
+    assert teacher.described([tmp_path / "large"]) == "medmamba/large"
+    with pytest.raises(ValueError, match="knows a, b, not b, a"):
+        teacher.load_teachers([tmp_path / "large"], ["b", "a"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"hub\.zoo baseline"):
+        teacher.load_teachers([tmp_path / "empty"], ["a", "b"])
+    with pytest.raises(ValueError, match="at least one teacher"):
+        teacher.load_teachers([], ["a", "b"])
