@@ -60,6 +60,8 @@ def tables(records: Sequence[dict[str, Any]], runs: dict[str, dict[str, Any]]) -
 
     Runs that differ in nothing but the seed share a row.
     """
+    if not records:
+        return "No results are kept yet."
     texts = []
     for variant, name in sorted({(record["variant"], record["set"]) for record in records}, key=_order):
         found = [record for record in records if (record["variant"], record["set"]) == (variant, name)]
