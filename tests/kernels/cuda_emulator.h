@@ -118,10 +118,20 @@ template <class... A> void launch(void (*kernel)(A...), void** arguments, int gr
 
 inline void __syncthreads() { emulator::wait(emulator::block, blockDim.x); }
 inline void __syncwarp() { emulator::wait(emulator::warps[threadIdx.x / 32], min(32, blockDim.x - threadIdx.x / 32 * 32)); }
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
+inline float shuffle(float v, int from) {
     emulator::lanes[threadIdx.x] = v;
     __syncwarp();
-    float other = emulator::lanes[threadIdx.x ^ mask];
+    float other = emulator::lanes[threadIdx.x / 32 * 32 + from];
     __syncwarp();
     return other;
+}
+inline float __shfl_xor_sync(unsigned, float v, int mask) { return shuffle(v, threadIdx.x % 32 ^ mask); }
+inline float __shfl_sync(unsigned, float v, int from) { return shuffle(v, from % 32); }
+inline float __shfl_up_sync(unsigned, float v, int by) {
+    int lane = threadIdx.x % 32;
+    return shuffle(v, lane < by ? lane : lane - by);
+}
+inline float __shfl_down_sync(unsigned, float v, int by) {
+    int lane = threadIdx.x % 32;
+    return shuffle(v, lane + by > 31 ? lane : lane + by);
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_cuda_kernels import DEVICE, emulate, problem, saved_states
 from test_fused_ops_model import network, step
+from test_lines import problem as problem_1d
 
 from medmamba.kernels.backends import cuda as cuda_backend
 from medmamba.kernels.block import between, eligibility, training, training_conv
@@ -17,6 +18,7 @@ CAPABILITIES = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
 FILES = {
     *("forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu"),
     *("patches.cu", "train.cu", "train_conv.cu", "batch.cu"),
+    *nvrtc.LINES,
 }
 FILES |= set(nvrtc.TENSOR)
 
@@ -50,6 +52,10 @@ def wanted(monkeypatch):
             states = saved_states(tensors[0], 16)
             cuda_backend.BACKEND.scan_2d(*tensors, states)
             cuda_backend.BACKEND.scan_2d_backward(tensors[0], *tensors, states)
+        for L, N in ((196, 16), (49, 16), (300, 1), (49, 1), (150, 8)):
+            lines = problem_1d(L=L, N=N, dtype=dtype)
+            cuda_backend.BACKEND.scan_1d(*lines, True)
+            cuda_backend.BACKEND.scan_1d_backward(lines[0], *lines, True)
     for dtype in TYPES[1:]:
         for C, S, O in ((256, 128, 128), (128, 64, 64), (64, 32, 32), (32, 0, 16), (16, 0, 16)):
             x, skip = torch.randn(1, 4, 4, C).to(dtype), torch.randn(1, 8, 8, S).to(dtype) if S else None

@@ -1,8 +1,8 @@
 """Backend "cuda": CUDA kernels for NVIDIA GPUs, compiled at first use by NVRTC, which comes with PyTorch.
 
-`cuda/forward.cu` and `cuda/backward.cu` hold the kernels and describe the design; `cuda/nvrtc.py` compiles and launches
-them. Scans that they do not cover (more than 16 states, one dimension) go to the Triton backend, or without Triton to
-plain PyTorch.
+`cuda/forward.cu` and `cuda/backward.cu` hold the kernels and describe the design, for one dimension `cuda/lines.cuh`;
+`cuda/nvrtc.py` compiles and launches them. Scans that they do not cover (more than 16 states) go to the Triton backend,
+or without Triton to plain PyTorch.
 """
 
 import functools
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cuda import nvrtc
+from ..cuda import lines, nvrtc
+from ..cuda.nvrtc import TYPES as TYPES
 from ..cuda.nvrtc import load_and_launch
 from . import eager, triton
 from .base import Backend, Gradients1d, Gradients2d
@@ -22,7 +23,6 @@ PADDED_STATES = 16
 MAX_RANK = 64
 REGISTERS = 65536  # of a multiprocessor
 OFFSETS = 2**32  # bytes within one image, which the kernels count in 32 bits
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 K = 4
 BLOCKS = (128, 96, 64, 32)  # channels per program
 FULL = 16  # warps that keep a multiprocessor busy
@@ -310,9 +310,21 @@ class CudaBackend(Backend):
         return dx, dproj, *(g.to(t.dtype) for g, t in zip(parameters, inputs, strict=True))  # type: ignore[return-value]
 
     def scan_1d(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, softplus: bool
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        delta_bias: Tensor,
+        softplus: bool,
+        plan: lines.Plan | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return _fallback().scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
+        if not lines.covers(u.shape[1], u.shape[2], A.shape[1]):
+            return _fallback().scan_1d(u, delta, A, B, C, D, delta_bias, softplus)
+        with torch.cuda.device_of(u):
+            return lines.scan(u, delta, A, B, C, D, delta_bias, softplus, plan)
 
     def scan_1d_backward(
         self,
@@ -325,8 +337,12 @@ class CudaBackend(Backend):
         D: Tensor,
         delta_bias: Tensor,
         softplus: bool,
+        plan: lines.Plan | None = None,
     ) -> Gradients1d:
-        return _fallback().scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+        if not lines.covers(u.shape[1], u.shape[2], A.shape[1]):
+            return _fallback().scan_1d_backward(dy, u, delta, A, B, C, D, delta_bias, softplus)
+        with torch.cuda.device_of(u):
+            return lines.scan_backward(dy, u, delta, A, B, C, D, delta_bias, softplus, plan)
 
 
 BACKEND = CudaBackend()

@@ -28,18 +28,6 @@ constexpr int TOGETHER = 4;        // consecutive tokens of a thread in (1) and 
 constexpr int STEP = QUADS ? 4 : 1;  // numbers per load of proj
 typedef Several<P_TYPE, STEP>::type load_t;
 constexpr int LOADS = (TILE * (P / STEP) + THREADS - 1) / THREADS;
-constexpr float LN2 = 0.6931471805599453f;
-
-// Compensated (Kahan) summation in float32.
-struct Sum {
-    float total = 0.f, lost = 0.f;
-    __device__ __forceinline__ void add(float v) {
-        v -= lost;
-        const float next = total + v;
-        lost = (next - total) - v;
-        total = next;
-    }
-};
 
 struct Shared {
     float rows[TILE][ROW];

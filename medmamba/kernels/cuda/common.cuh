@@ -21,6 +21,7 @@ constexpr int P = RANK + 2 * N;            // numbers per token and direction
 constexpr int RP = (RANK + 3) / 4 * 4;     // length of the code, padded to align B and C
 constexpr int ROW = RP + 2 * NP;           // one token in shared memory: [code | B | C]
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
 
 template <int TYPE> struct Element { typedef u16 type; };
 template <> struct Element<0> { typedef float type; };
@@ -154,6 +155,17 @@ __device__ __forceinline__ float one_minus_exp(float dt) {
     p = 1.f - p * dt;
     return dt < 0.5f ? dt * p : 1.f - exp2f(-dt * LOG2E);
 }
+
+// Compensated (Kahan) summation in float32.
+struct Sum {
+    float total = 0.f, lost = 0.f;
+    __device__ __forceinline__ void add(float v) {
+        v -= lost;
+        const float next = total + v;
+        lost = (next - total) - v;
+        total = next;
+    }
+};
 
 // Adds values of lanes that differ in `mask`; each lane keeps half of the sums, the upper lane the second half.
 template <int COUNT> __device__ __forceinline__ void fold(float* v, int lane, int mask) {

@@ -25,10 +25,12 @@ from ..once import once
 SOURCES = Path(__file__).parent
 HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
 TENSOR = ("conv3x3.cu", "between.cu")  # files that also need tensor.cuh
+LINES = ("lines.cu", "lines_backward.cu")  # files that also need lines.cuh
 TENSOR_CAPABILITY = (8, 0)  # the least that they are compiled for
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
 DIGEST = 32  # bytes of SHA-256 before the machine code in a file
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as the kernels number them
 FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # pointer, int, long long, float
 
 
@@ -213,7 +215,8 @@ def load_kernel(
 
 def kernel_source(file: str) -> str:
     """Returns a file of `cuda/` with the headers prepended, as NVRTC reads no files."""
-    parts = (*HEADERS, *(["tensor.cuh"] if file in TENSOR else []), file)
+    more = ["tensor.cuh"] if file in TENSOR else ["lines.cuh"] if file in LINES else []
+    parts = (*HEADERS, *more, file)
     return "".join((SOURCES / part).read_text(encoding="utf-8") for part in parts)
 
 

@@ -1,0 +1,257 @@
+"""Launches the kernels of the one-dimensional scan, `lines.cu` and `lines_backward.cu`; `lines.cuh` describes them.
+
+They read u, delta and their gradients where they lie, each line of tokens in one piece, and B and C with any strides.
+Beside their outputs, they take a few numbers per line.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .nvrtc import TYPES, load_and_launch
+
+MOST_STATES = 16
+STEP = 8  # consecutive tokens of a thread
+OFFSETS = 2**32  # bytes within one sequence, which the kernels count in 32 bits
+FULL = 12  # warps of the second kernel of the backward pass on a multiprocessor
+
+
+class Plan(NamedTuple):
+    """Parameters of the launches of a scan."""
+
+    warps: int = 4  # per program of the walk along lines
+    resident: int = 1  # such programs per multiprocessor to compile for
+    gradient_resident: int = 1  # the same, in the backward pass
+    rows: int = 1  # backward: channels of a warp at the same time
+    segment_warps: int = 4  # backward: per program of a segment
+    parts: int = 1  # backward: programs that share the channels of a group and a segment
+    segment_resident: int = 1  # such programs per multiprocessor to compile for
+
+
+def covers(channels: int, length: int, states: int) -> bool:
+    """Returns whether the kernels scan sequences of that size."""
+    return states <= MOST_STATES and channels * length * 4 < OFFSETS
+
+
+def spread(states: int) -> tuple[int, int]:
+    """Returns the states per lane and the lanes per channel."""
+    return (1 << (states - 1).bit_length(), 1) if states <= 4 else (4, 2 if states <= 8 else 4)
+
+
+def segment_length(states: int, rows: int) -> int:
+    """Returns the tokens of a segment of the backward pass, of which a warp has that many channels at a time."""
+    return STEP * 32 // spread(states)[1] // rows
+
+
+@functools.cache
+def plan_for(batch: int, channels: int, groups: int, length: int, states: int, device: int) -> Plan:
+    """Returns the launches for a scan on a device."""
+    per, lanes = spread(states)
+    group = channels // groups
+    rows = 1
+    while rows * lanes < (8 if lanes == 4 else 4) and length <= segment_length(states, 2 * rows):
+        rows *= 2  # a line that is shorter would leave lanes idle
+    # The fewest idle warps; of equals, the largest programs, as they read B and C less often.
+    each = 32 // lanes
+    warps = min((4, 3, 2, 1), key=lambda w: (-(-group // (w * each)) * w, -w))
+    wanted = FULL * torch.cuda.get_device_properties(device).multi_processor_count
+    programs = batch * groups * -(-length // segment_length(states, rows))
+    most = -(-group // rows)  # warps that have a channel
+    segment_warps = min(4 if 4 * programs >= wanted else FULL, most)
+    parts = 1
+    while 6 * programs * parts * segment_warps < 5 * wanted and 2 * parts * segment_warps <= most:
+        parts *= 2
+    resident = max(1, (FULL if per == 4 else 16) // segment_warps)
+    return Plan(warps, 16 // warps, 12 // warps, rows, segment_warps, parts, resident)
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    softplus: bool,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scans sequences. Arguments and results as of `Backend.scan_1d`; A has at most 16 states."""
+    batch, channels, length = u.shape
+    u, delta, (B, C) = _lines(u), _lines(delta), _alike(B, C)
+    A, D, delta_bias = (t.float().contiguous() for t in (A, D, delta_bias))
+    groups, N = B.shape[1:3]
+    plan = plan or plan_for(batch, channels, groups, length, N, u.get_device())
+    y = u.new_empty((batch, channels, length))
+    last = u.new_empty((batch, channels, N), dtype=torch.float32)
+    width = _width((u, delta), length)
+    _walk(u, delta, A, B, C, D, delta_bias, softplus, plan, width, y=y, last=last)
+    return y, last
+
+
+def scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    softplus: bool,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Differentiates `scan`. Arguments and results as of `Backend.scan_1d_backward`."""
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    batch, channels, length = u.shape
+    dy, u, delta, (B, C) = _lines(dy.to(u.dtype)), _lines(u), _lines(delta), _alike(B, C)
+    A, D, delta_bias = (t.float().contiguous() for t in (A, D, delta_bias))
+    groups, N = B.shape[1:3]
+    plan = plan or plan_for(batch, channels, groups, length, N, u.get_device())
+    width = _width((dy, u, delta), length)
+    segment = segment_length(N, plan.rows)
+    segments = -(-length // segment)
+    whole = segments == 1
+
+    du = u.new_empty((batch, channels, length))
+    ddelta = delta.new_empty((batch, channels, length))
+    dA, dD, dbias = (
+        u.new_empty(size, dtype=torch.float32)
+        for size in ((batch, channels, N), (batch, channels), (batch, segments, channels))
+    )
+    tail = None
+    if not whole:
+        per, lanes = spread(N)
+        if (length - (segments - 1) * segment) * u.element_size() < 4 * per * lanes + 12:  # no room for its state
+            tail = u.new_empty((batch, channels, per * lanes), dtype=torch.float32)
+        _walk(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias,
+            softplus,
+            plan,
+            width,
+            dy=dy,
+            du=du,
+            ddelta=ddelta,
+            tail=tail,
+            dA=dA,
+            dD=dD,
+        )
+    kind = B.dtype if plan.parts == 1 else torch.float32
+    dB, dC = (u.new_empty((plan.parts, batch, groups, N, length), dtype=kind) for _ in range(2))
+    constants = (
+        *_constants(u, delta, B, C, softplus, width), ("WARPS", plan.segment_warps), ("ROWS", plan.rows),
+        ("RESIDENT", plan.segment_resident), ("SEGMENT", segment), ("WHOLE", int(whole)), ("PARTS", plan.parts),
+        ("V_TYPE", TYPES[kind]),
+    )  # fmt: skip
+    load_and_launch(
+        "lines_backward.cu", "scan_lines_backward", "p" * 16 + "iii" + "l" * 14, constants, 0,
+        batch * groups * segments * plan.parts, 32 * plan.segment_warps, u,
+        dy, u, delta, A, B, C, D, delta_bias, tail, du, ddelta, dB, dC, dA, dD, dbias,
+        channels, channels // groups, length,
+        *dy.stride()[:2], *u.stride()[:2], *delta.stride()[:2], *B.stride(), *C.stride(),
+    )  # fmt: skip
+    shares = [dA.view(batch, -1), dD, dbias.view(batch * segments, channels)]
+    if plan.parts > 1:
+        shares += [dB.view(plan.parts, -1), dC.view(plan.parts, -1)]
+    sums = [_sum_rows(share, constants) for share in shares]
+    if plan.parts > 1:
+        dB, dC = sums[3:]
+    grads = (du, ddelta, sums[0], dB, dC, sums[1], sums[2])
+    return tuple(g.view(t.shape).to(t.dtype) for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+
+def _walk(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    softplus: bool,
+    plan: Plan,
+    width: int,
+    **more: Tensor | None,
+) -> None:
+    """Runs `lines.cu`: forward if `more` has y, else the first kernel of the backward pass."""
+    batch, channels, length = u.shape
+    groups, N = B.shape[1:3]
+    dy = more.get("dy")
+    outputs = (more.get(name) for name in ("y", "last", "dy", "du", "ddelta", "tail", "dA", "dD"))
+    blocks = -(-channels // groups // (plan.warps * 32 // spread(N)[1]))
+    constants = (
+        *_constants(u, delta, B, C, softplus, width), ("WARPS", plan.warps),
+        ("RESIDENT", plan.resident if dy is None else plan.gradient_resident), ("GRADIENT", int(dy is not None)),
+        ("SEGMENT", segment_length(N, plan.rows)),
+    )  # fmt: skip
+    load_and_launch(
+        "lines.cu", "scan_lines", "p" * 15 + "iiii" + "l" * 14, constants, 0,
+        batch * groups * blocks, 32 * plan.warps, u,
+        u, delta, A, B, C, D, bias, *outputs, channels, channels // groups, length, blocks,
+        *u.stride()[:2], *delta.stride()[:2], *(u if dy is None else dy).stride()[:2], *B.stride(), *C.stride(),
+    )  # fmt: skip
+
+
+def _sum_rows(rows: Tensor, constants: tuple[tuple[str, int], ...]) -> Tensor:
+    """Sums (count, columns) to (columns,), by the kernel that is in the same program as that of a segment."""
+    count, columns = rows.shape
+    if count == 1:
+        return rows[0]
+    out = rows.new_empty(columns)
+    load_and_launch(
+        "lines_backward.cu", "sum_rows", "ppii", constants, 0, -(-columns // 32), 256, rows, rows, out, count, columns
+    )
+    return out
+
+
+def _constants(
+    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, softplus: bool, width: int
+) -> tuple[tuple[str, int], ...]:
+    states, length = B.shape[2:]
+    per, lanes = spread(states)
+    adjacent = length == 1 or B.stride(3) == C.stride(3) == 1
+    vectors = _width((B, C), length) if adjacent else 1
+    return (
+        ("X_TYPE", TYPES[u.dtype]), ("Y_TYPE", TYPES[delta.dtype]), ("P_TYPE", TYPES[B.dtype]), ("RANK", 1),
+        ("STATES", states), ("PER", per), ("LANES", lanes), ("VEC", width), ("P_VEC", vectors),
+        ("SOFTPLUS", int(softplus)),
+    )  # fmt: skip
+
+
+def _lines(t: Tensor) -> Tensor:
+    """Returns (B, C, L) in a dtype of the kernels, copied only if its lines are in pieces."""
+    if t.dtype not in TYPES:
+        t = t.float()
+    adjacent = t.stride(2) == 1 or t.shape[2] == 1
+    return t if adjacent and t.shape[1] * t.stride(1) * t.element_size() < OFFSETS else t.contiguous()
+
+
+def _alike(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns B and C in the same dtype, one of the kernels."""
+    if B.dtype == C.dtype and B.dtype in TYPES:
+        return B, C
+    return B.float(), C.float()
+
+
+def _width(tensors: tuple[Tensor, ...], length: int) -> int:
+    """Returns how many tokens of lines can be read at a time."""
+    for width in (8, 4, 2):
+        if length % width == 0 and all(_aligned(t, width) for t in tensors):
+            return width
+    return 1
+
+
+def _aligned(t: Tensor, width: int) -> bool:
+    size = t.element_size()
+    unit = min(16, width * size)
+    return t.data_ptr() % unit == 0 and all(
+        count == 1 or step * size % unit == 0 for count, step in zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    )
