@@ -114,29 +114,45 @@ def make_pictures(folder: Path, images: int, side: int) -> Path:
 
 
 class Watch:
-    """Times of the steps of a run, and memory of this process and those it started."""
+    """Times of the steps of a run, and either memory or processor time of this process and those it started.
 
-    def __init__(self) -> None:
+    Both look through all processes of the machine, which takes longer than a step: memory five times a second, the
+    processor time before and after the steps that count alone.
+
+    Args:
+        steps: that count, after `WARM_UP` others; 0: all, and memory is watched.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.times: list[float] = []
-        self.cpu: list[float] = []  # seconds of this process and of those it started
+        self.cpu: list[float] = []  # seconds of this process and of those it started, at both ends
         self.peak = {"anonymous": 0, "mapped": 0}
         self.first = dict(self.peak)  # at the first step
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "Watch":
-        self._thread.start()
+        if not self.steps:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if not self.steps:
+            self._thread.join()
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the next step is the first, or the last at one of both ends of those that count."""
+        return len(self.times) in (0, WARM_UP, WARM_UP + self.steps)
 
     def step(self) -> None:
-        if not self.times:
+        if not self.times and not self.steps:
             self.first = self._memory()
+        if self.times and self.at_an_end:
+            self.cpu.append(self._cpu())
         self.times.append(time.time())
-        self.cpu.append(self._cpu())
 
     @staticmethod
     def _cpu() -> float:
@@ -182,15 +198,15 @@ def child(started: float, options: dict[str, Any]) -> dict[str, Any]:
 
     from medmamba.training import train, trainer
 
-    watch = Watch()
     plain = trainer.Trainer._step
     until = options.pop("steps")
+    watch = Watch(until)
 
     def step(self: Any, *args: Any) -> Any:
         if until and len(watch.times) == WARM_UP + until:
             self.deadline = 0.0
         found = plain(self, *args)
-        if len(watch.times) in (0, WARM_UP, WARM_UP + until) and self.accelerator.device.type == "cuda":
+        if watch.at_an_end and self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         watch.step()
         return found
@@ -200,12 +216,11 @@ def child(started: float, options: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as out, watch:
         result = train(options.pop("data"), out, "default", **options, progress=False, check_duplicates=False)
     times = watch.times[WARM_UP : WARM_UP + until + 1] if until else watch.times[WARM_UP:]
-    cpu = watch.cpu[WARM_UP : WARM_UP + until + 1] if until else watch.cpu[WARM_UP:]
     rate = batch * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     return {
         "start": watch.times[0] - started if watch.times else None,
         "rate": rate,
-        "cpu": 1e3 * (cpu[-1] - cpu[0]) / (batch * (len(cpu) - 1)) if len(cpu) > 1 else 0.0,
+        "cpu": 1e3 * (watch.cpu[1] - watch.cpu[0]) / (batch * until) if len(watch.cpu) == 2 else 0.0,
         "steps": len(watch.times),
         "first": watch.first,
         "peak": watch.peak,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -24,6 +25,7 @@ from .dataset import DatasetError, ImageDataset
 from .decode import fill, is_deep
 from .identity import FileIndex, contents, files_of, reading_code
 from .pixels import Pixels, Warnings
+from .prefetch import in_advance
 
 FORMAT = 4
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -103,9 +105,27 @@ class CachedDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._normalised(stored[chosen], device), self.targets[chosen].to(device, non_blocking=True)
 
     def batches(self, parts: Iterable[Tensor], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields `batch(part)` of each part; a set on disk reads ahead."""
-        for part in parts:
-            yield self.batch(part, device)
+        """Yields `batch(part)` of each part; a set on disk, and one in memory before a GPU, collects them ahead."""
+        if torch.device(device).type != "cuda" or self.device.type != "cpu":
+            for part in parts:
+                yield self.batch(part, device)
+            return
+        # A copy from memory that is not pinned waits for all that the GPU has been asked to do before.
+        ours, theirs = itertools.tee(torch.as_tensor(part) for part in parts)
+        for rows, stored in zip(ours, in_advance(self._collected, theirs, readers=1), strict=True):
+            yield self._normalised(stored, device), self.targets[rows].to(device, non_blocking=True)
+
+    def _collected(self, rows: Tensor, pin: bool = True) -> Tensor:
+        """Returns the stored pixels (B, H, W, C) of rows in memory, pinned for a GPU; a single thread does it.
+
+        The threads of PyTorch would be started once more for the thread that calls this.
+        """
+        found = rows.numpy()
+        if found.size and not 0 <= found.min() <= found.max() < len(self):
+            raise IndexError(f"rows {found.min()} to {found.max()} of {len(self)} images")
+        out = torch.empty((len(found), *self.images.shape[1:]), dtype=self.images.dtype, pin_memory=pin)
+        np.take(self.images.numpy(), found, axis=0, out=out.numpy(), mode="clip")  # "raise" makes another copy
+        return out
 
     def _normalised(self, stored: Tensor, device: torch.device | str) -> Tensor:
         """Returns stored pixels (B, H, W, C) as float32 (B, C, H, W) on `device`."""

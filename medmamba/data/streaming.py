@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +19,7 @@ from .cache import CachedDataset
 from .dataset import DatasetError, ImageDataset
 from .decode import decoded_image, is_deep
 from .pixels import group_warnings, said_by
-
-AHEAD = 4
-"""Batches that are read before they are asked for; so many are in memory at most, besides the one in use."""
-_READERS = 4  # threads that read, enough to keep an SSD busy
+from .prefetch import AHEAD, in_advance
 
 Notes = dict[int, tuple[str, ...]]
 Batch = tuple[Tensor, Notes]  # pixels (B, H, W, C), uint8 or uint16, and warnings of the readers by row
@@ -119,7 +114,7 @@ class StoredImages:
 
     def batches(self, parts: Iterable[Sequence[int]], pin: bool) -> Iterator[Batch]:
         with self.path.open("rb", buffering=0) as file:
-            yield from _ahead(lambda rows: (self._read(file.fileno(), rows, pin), {}), parts)
+            yield from in_advance(lambda rows: (self._read(file.fileno(), rows, pin), {}), parts)
 
     def _read(self, file: int, rows: Sequence[int], pin: bool) -> Tensor:
         kind = torch.uint8 if self._dtype == np.uint8 else torch.uint16
@@ -206,19 +201,3 @@ class _Parts(Dataset[Any]):
             return self.images.stack(self.parts[place])
         except (ValueError, OSError) as error:
             return error
-
-
-def _ahead(read: Callable[[Sequence[int]], Batch], parts: Iterable[Sequence[int]]) -> Iterator[Batch]:
-    """Yields `read(part)` of each part in order, with `AHEAD` of them being read by threads."""
-    waiting: collections.deque[Future[Batch]] = collections.deque()
-    with ThreadPoolExecutor(_READERS, "images") as pool:
-        try:
-            for part in parts:
-                waiting.append(pool.submit(read, part))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

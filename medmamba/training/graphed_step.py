@@ -6,6 +6,7 @@ A batch of a small model runs on a GPU in less time than Python takes to launch 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Tensor], Tensor]  # images and targets to the differentiable loss of the batch
 
 GRAPHS = ("auto", "off")
+_AHEAD = 4  # steps that may be asked for before they are computed, which bounds the memory of batches on their way
 _WARM_UP = 3  # eager passes before capture, in which libraries choose algorithms and Triton compiles
 
 
@@ -49,6 +51,7 @@ class GraphedStep:
         self._images, self._targets = images.clone(memory_format=torch.preserve_format), targets.clone()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._adds = parts > 1
+        self._asked: deque[torch.cuda.Event] = deque()
         self.graph = torch.cuda.CUDAGraph()
         buffers = list(model.buffers())
         kept = [buffer.clone() for buffer in buffers]
@@ -95,6 +98,11 @@ class GraphedStep:
             self._images.copy_(images)
             self._targets.copy_(targets)
             self.graph.replay()
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        self._asked.append(done)
+        if len(self._asked) > _AHEAD:
+            self._asked.popleft().synchronize()
         return self._loss
 
     def _drop_gradients(self) -> None:

@@ -73,11 +73,20 @@ def augment_rng(seed: int, epoch: int, step: int) -> np.random.Generator:
     return np.random.default_rng((seed, _AUGMENT, epoch, step))
 
 
-def seed_network(seed: int, epoch: int, step: int, part: int) -> None:
-    """Seeds dropout and stochastic depth."""
-    torch.manual_seed(
-        int(np.random.SeedSequence((seed, _NETWORK, epoch, step, part)).generate_state(1, np.uint64)[0] >> 1)
-    )
+def seed_network(seed: int, epoch: int, step: int, part: int, device: torch.device) -> None:
+    """Seeds dropout and stochastic depth of a network on a device, as `torch.manual_seed` would.
+
+    That seeds the generators of all kinds of devices there may be, and takes down where it was called from for each
+    kind that is not in use: a millisecond a step, and a list that grows.
+    """
+    number = int(np.random.SeedSequence((seed, _NETWORK, epoch, step, part)).generate_state(1, np.uint64)[0] >> 1)
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(number)
+        return
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(number)
 
 
 def class_weights(labels: np.ndarray, classes: int) -> Tensor:

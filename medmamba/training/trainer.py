@@ -193,7 +193,7 @@ class Trainer:
             graph = self._graph_for(images, targets)
             if graph and turn == 0:
                 graph.begin()
-            sampling.seed_network(self.seed, epoch, step, of_step.start)
+            sampling.seed_network(self.seed, epoch, step, of_step.start, images.device)
             if graph:
                 total = total + graph(images, targets)
             else:
@@ -209,7 +209,8 @@ class Trainer:
         if recipe.clip_grad:
             self.accelerator.unscale_gradients(self.optimizer)
             clip_grad_norm_(self._trained, recipe.clip_grad)
-        self.optimizer.step()
+        # Without a scaler not through accelerate, which looks for a package on the disk at every step.
+        (self.optimizer if self.accelerator.scaler else self.optimizer.optimizer).step()
         if not self._graph.step:  # a graph reuses its gradients
             self.optimizer.zero_grad(set_to_none=True)
         if self.average:

@@ -389,3 +389,13 @@ def test_files_that_use_few_of_their_bits_are_warned_of(tmp_path):
 def test_warnings_are_grouped_by_their_words():
     found = group_warnings({4: ("a 1.5", "b"), 1: ("a 2e-3",), 9: ("a 7", "a 8")})
     assert found == {"a 2e-3": [1, 4, 9], "b": [4]}
+
+
+@pytest.mark.parametrize("largest", [255, 65535])
+def test_pixels_collected_ahead_for_a_gpu_are_those_of_a_batch(tmp_path, largest):
+    cached = cache_images(open_dataset(make(tmp_path, largest=largest)), SIZE)
+    rows = torch.tensor([5, 0, 3, 3])
+    found = cached._collected(rows, pin=False)
+    assert found.dtype == cached.images.dtype and torch.equal(cached._normalised(found, "cpu"), cached.batch(rows)[0])
+    with pytest.raises(IndexError, match="rows 2 to 6 of 6 images"):
+        cached._collected(torch.tensor([2, 6]), pin=False)

@@ -18,7 +18,8 @@ from shard_files import write_hf, write_shards
 import medmamba
 from medmamba.config import PreprocessConfig
 from medmamba.data import DatasetError, cache_images, open_dataset
-from medmamba.data.streaming import AHEAD, DecodedAnew, StoredImages, StreamedDataset
+from medmamba.data.prefetch import AHEAD
+from medmamba.data.streaming import DecodedAnew, StoredImages, StreamedDataset
 from medmamba.imaging.load import ImageError
 from medmamba.training import train
 

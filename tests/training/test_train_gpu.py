@@ -13,7 +13,9 @@ from training_cases import SCRIPT, make_folder
 
 import medmamba
 from medmamba import create_model
-from medmamba.training import loss, train
+from medmamba.config import PreprocessConfig
+from medmamba.data import cache_images, open_dataset
+from medmamba.training import loss, sampling, train
 from medmamba.training.graphed_step import GraphedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -31,6 +33,22 @@ def _batch():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, 64, 64, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
     return images, torch.eye(3)[torch.arange(8) % 3].cuda()
+
+
+def test_batches_collected_ahead_are_those_asked_for_one_by_one(folder):
+    dataset = open_dataset(folder)
+    data = cache_images(dataset, PreprocessConfig((32, 32)))
+    parts = torch.randperm(len(dataset)).split(5)
+    for part, (images, labels) in zip(parts, data.batches(iter(parts), "cuda"), strict=True):
+        expected = data.batch(part, "cuda")
+        assert images.is_cuda and torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+
+
+def test_the_network_is_seeded_as_manual_seed_does():
+    sampling.seed_network(1, 2, 3, 4, torch.device("cuda"))
+    drawn = torch.rand(4, device="cuda"), torch.rand(4)
+    torch.manual_seed(torch.initial_seed())
+    assert torch.equal(torch.rand(4, device="cuda"), drawn[0]) and torch.equal(torch.rand(4), drawn[1])
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -161,6 +161,19 @@ def test_every_image_once_per_epoch_in_an_order_of_its_own():
     assert list(first) != list(sampling.epoch_order(labels, "none", 1, 0))
 
 
+def test_the_network_is_seeded_as_manual_seed_does_and_differently_in_every_part_of_every_step():
+    cpu, seen = torch.device("cpu"), set()
+    for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 8)]:
+        sampling.seed_network(*place, cpu)
+        seed, drawn = torch.initial_seed(), torch.rand(4)
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(4), drawn)
+        sampling.seed_network(*place, cpu)
+        assert torch.equal(torch.rand(4), drawn)
+        seen.add(seed)
+    assert len(seen) == 5
+
+
 def test_balanced_sampling_draws_classes_equally():
     labels = np.repeat([0, 1], [1800, 200])
     order = sampling.epoch_order(labels, "sampling", 0, 0)
