@@ -89,8 +89,11 @@ def test_parts_of_a_group_and_every_other_plan():
     tensors = problem(L=150, channels=21, batch=2, dtype=torch.bfloat16)
     for plan in (lines.Plan(warps=1, parts=4, segment_warps=2), lines.Plan(warps=3, segment_warps=7, parts=2)):
         check(tensors, plan=plan)
+    check(tensors, plan=lines.Plan(across=2))
+    check(problem(L=300, channels=10, N=3, groups=2), plan=lines.Plan(across=3))
     tensors = problem(L=30, channels=21, N=5)
-    check(tensors, plan=lines.Plan(warps=2, rows=2, segment_warps=3, parts=2))
+    for across in (0, 3):
+        check(tensors, plan=lines.Plan(warps=2, across=across, rows=2, segment_warps=3, parts=2))
 
 
 @runs
@@ -147,7 +150,9 @@ def test_plans_fill_the_gpu(monkeypatch):
     assert lines.plan_for(64, 384, 4, 3136, 16, 0).segment_warps == 4
     assert lines.plan_for(64, 384, 4, 3136, 1, 0).warps == 3  # 96 channels of a group are three warps
     assert lines.plan_for(64, 3072, 4, 49, 1, 0).rows == 4
-    assert lines.plan_for(2, 4, 4, 49, 16, 0)[4:6] == (1, 1)  # a group of a single channel
+    alone = lines.plan_for(2, 4, 4, 49, 16, 0)  # a group of a single channel
+    assert (alone.across, alone.segment_warps, alone.parts) == (1, 1, 1)
+    assert mamba.across == 0 and lines.plan_for(1, 1536, 1, 2048, 16, 0).across == 4
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from medmamba.kernels.backends import cuda as cuda_backend
 from medmamba.kernels.block import between, eligibility, training, training_conv
 from medmamba.kernels.block.convolution import conv3x3
 from medmamba.kernels.cuda import nvrtc
+from medmamba.kernels.cuda.lines import Plan
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [(96, 3), (192, 6), (384, 12), (768, 24), (34, 2)]  # channels and rank of the scans of `tiny`, and an odd one
@@ -54,7 +55,8 @@ def wanted(monkeypatch):
             cuda_backend.BACKEND.scan_2d_backward(tensors[0], *tensors, states)
         for L, N in ((196, 16), (49, 16), (300, 1), (49, 1), (150, 8)):
             lines = problem_1d(L=L, N=N, dtype=dtype)
-            cuda_backend.BACKEND.scan_1d(*lines, True)
+            cuda_backend.BACKEND.scan_1d(*lines, True)  # few lines
+            cuda_backend.BACKEND.scan_1d(*lines, True, plan=Plan())
             cuda_backend.BACKEND.scan_1d_backward(lines[0], *lines, True)
     for dtype in TYPES[1:]:
         for C, S, O in ((256, 128, 128), (128, 64, 64), (64, 32, 32), (32, 0, 16), (16, 0, 16)):

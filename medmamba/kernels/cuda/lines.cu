@@ -167,12 +167,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines(
             if constexpr (GRADIENT == 0) {
                 if constexpr (LANES == 4) fold<4>(v, lane, 2), fold<2>(v, lane, 1);
                 if constexpr (LANES == 2) fold<4>(v, lane, 1);
-                constexpr int OWN = 4 / LANES;
-                float* to = &S.lines[warp][ch][t + q * OWN];
-                if constexpr (OWN == 4) *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+                constexpr int COUNT = 4 / LANES;
+                float* to = &S.lines[warp][ch][t + q * COUNT];
+                if constexpr (COUNT == 4) *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
                 else
 #pragma unroll
-                    for (int i = 0; i < OWN; i++) to[i] = v[i];
+                    for (int i = 0; i < COUNT; i++) to[i] = v[i];
             }
         }
         __syncwarp();

@@ -4,9 +4,10 @@
 //     X_TYPE, Y_TYPE, P_TYPE   element type of u (and y, dy, du), of delta (and ddelta), of B and C
 //     PER, LANES   a channel has PER * LANES >= N states; lane q of its LANES has the states q, q + LANES, ...
 //     WARPS        per program
+//     ROWS         channels of a warp at the same time, where lanes lie along the lines
 //     VEC          tokens per access to lines: 8, 4, 2 or 1; divides L and the strides, and fits the alignment
 //     P_VEC        the same for B and C; 1 also if their tokens are not adjacent
-//     SEGMENT      tokens per segment of the backward pass
+//     SEGMENT      8 * 32 / LANES / ROWS, the tokens of a warp, and of a segment of the backward pass
 //     SOFTPLUS     whether the step size is softplus(delta + bias)
 //
 // The backward pass is two kernels. The first walks along the lines and leaves, for each segment, its initial state and
@@ -75,11 +76,6 @@ __device__ __forceinline__ void write_tokens(typename Element<TYPE>::type* to, c
         }
 }
 
-// Element i of an array of less than 4 GiB.
-template <class T> __device__ __forceinline__ T& element(T* array, unsigned i) {
-    return *(T*)((char*)array + i * (unsigned)sizeof(T));
-}
-
 // Where what belongs to a segment lies in the memory of its gradients: from its first aligned address.
 template <class T> __device__ __forceinline__ float* left_at(T* segment) {
     return (float*)(((size_t)segment + 15) & ~(size_t)15);
@@ -106,4 +102,67 @@ __device__ __forceinline__ void numbers(float* to, float4 v) { to[0] = v.x, to[1
 
 __device__ __forceinline__ void write8(float* to, const float* v) {
     *(float4*)to = make_float4(v[0], v[1], v[2], v[3]), *(float4*)(to + 4) = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+// Where the lanes of a warp lie along lines: lane (r, j, q) has channel r, tokens 8 j to 8 j + 7 and states q, q + LANES,
+// ... In shared memory, the first four of each eight tokens of a line are apart from the others, and lines are a bit longer
+// than the tokens, so that lanes read from different banks.
+constexpr int ALONG = 32 / LANES / ROWS;
+constexpr int HALF = 4 * ALONG, LINE = 2 * HALF + 32 / LANES;
+constexpr int OWN = STEP / LANES;  // tokens of which a lane computes the step size
+constexpr int LEVELS = ALONG == 4 ? 2 : ALONG == 8 ? 3 : ALONG == 16 ? 4 : 5;  // of a scan over the lanes
+static_assert(SEGMENT == STEP * ALONG, "");
+
+__device__ __forceinline__ int place_in_line(int t) { return t % 8 / 4 * HALF + t / 8 * 4 + t % 4; }
+
+// The tokens of lane q, of all eight.
+template <int TYPE> __device__ __forceinline__ void own_tokens(float* to, const Raw<TYPE>& raw, int q) {
+    unsigned word[TYPE ? 4 : 8];
+#pragma unroll
+    for (int i = 0; i < (TYPE ? 4 : 8); i++) word[i] = raw.word[i];
+#pragma unroll
+    for (int mask = LANES / 2, count = (TYPE ? 4 : 8) / 2; mask; mask /= 2, count /= 2)
+#pragma unroll
+        for (int i = 0; i < count; i++) word[i] = q & mask ? word[count + i] : word[i];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) to[i] = token<TYPE>(word, i);
+}
+
+// The step sizes of a lane's eight tokens, from those that the lanes of its channel have computed; `sums` becomes the sums
+// over this and the lanes before it, 1, 2, 4, ... lanes in total.
+__device__ __forceinline__ void share_steps(float* dt, float* sums, const float* own, int lane, int q, int j) {
+    sums[0] = 0.f;
+#pragma unroll
+    for (int t = 0; t < STEP; t++) {
+        dt[t] = LANES == 1 ? own[t] : __shfl_sync(EVERY, own[t % OWN], lane - q + t / OWN);
+        sums[0] += dt[t];
+    }
+#pragma unroll
+    for (int k = 1; k < LEVELS; k++) {
+        const float before = __shfl_up_sync(EVERY, sums[k - 1], (LANES << k) / 2);
+        sums[k] = sums[k - 1] + (j >= (1 << k) / 2 ? before : 0.f);
+    }
+}
+
+// The step sizes of a lane's own tokens, of which those from `there` on do not exist.
+__device__ __forceinline__ void own_steps(float* dt, float offset, int there) {
+#pragma unroll
+    for (int t = 0; t < OWN; t++) dt[t] += offset;
+    if (SOFTPLUS) softplus<OWN>(dt);
+#pragma unroll
+    for (int t = 0; t < OWN; t++) dt[t] = t < there ? dt[t] : 0.f;
+}
+
+// The state before a lane's tokens, from that after them for a zero initial state (in lane 0: for `initial`).
+// `products` becomes the decays over 1, 2, 4, ... lanes.
+__device__ __forceinline__ float scan_over_lanes(
+    float h, float initial, const float* sums, float a, float* products, int j) {
+#pragma unroll
+    for (int k = 0; k < LEVELS; k++) {
+        products[k] = exp2f(sums[k] * a);
+        const float before = __shfl_up_sync(EVERY, h, LANES << k);
+        h = j >= 1 << k ? products[k] * before + h : h;
+    }
+    const float before = __shfl_up_sync(EVERY, h, LANES);
+    return j ? before : initial;
 }

@@ -15,6 +15,7 @@ from .nvrtc import TYPES, load_and_launch
 MOST_STATES = 16
 STEP = 8  # consecutive tokens of a thread
 OFFSETS = 2**32  # bytes within one sequence, which the kernels count in 32 bits
+FEW = 4  # warps that walk along lines on a multiprocessor, below which lanes lie along the lines instead
 FULL = 12  # warps of the second kernel of the backward pass on a multiprocessor
 
 
@@ -23,6 +24,7 @@ class Plan(NamedTuple):
 
     warps: int = 4  # per program of the walk along lines
     resident: int = 1  # such programs per multiprocessor to compile for
+    across: int = 0  # forward: unless 0, the lanes of a warp lie along the lines, and a program has so many warps
     gradient_resident: int = 1  # the same, in the backward pass
     rows: int = 1  # backward: channels of a warp at the same time
     segment_warps: int = 4  # backward: per program of a segment
@@ -64,7 +66,9 @@ def plan_for(batch: int, channels: int, groups: int, length: int, states: int, d
     while 6 * programs * parts * segment_warps < 5 * wanted and 2 * parts * segment_warps <= most:
         parts *= 2
     resident = max(1, (FULL if per == 4 else 16) // segment_warps)
-    return Plan(warps, 16 // warps, 12 // warps, rows, segment_warps, parts, resident)
+    few = batch * channels * lanes < 32 * FEW * torch.cuda.get_device_properties(device).multi_processor_count
+    across = min(4, most) if few else 0
+    return Plan(warps, 16 // warps, across, 12 // warps, rows, segment_warps, parts, resident)
 
 
 def scan(
@@ -87,7 +91,21 @@ def scan(
     y = u.new_empty((batch, channels, length))
     last = u.new_empty((batch, channels, N), dtype=torch.float32)
     width = _width((u, delta), length)
-    _walk(u, delta, A, B, C, D, delta_bias, softplus, plan, width, y=y, last=last)
+    if not plan.across:
+        _walk(u, delta, A, B, C, D, delta_bias, softplus, plan, width, y=y, last=last)
+        return y, last
+    blocks = -(-channels // groups // (plan.across * plan.rows))
+    constants = (
+        *_constants(u, delta, B, C, softplus, width, plan),
+        ("WARPS", plan.across),
+        ("RESIDENT", 16 // plan.across),
+    )
+    load_and_launch(
+        "lines_across.cu", "scan_lines_across", "p" * 9 + "iiii" + "l" * 12, constants, 0,
+        batch * groups * blocks, 32 * plan.across, u,
+        u, delta, A, B, C, D, delta_bias, y, last, channels, channels // groups, length, blocks,
+        *u.stride()[:2], *delta.stride()[:2], *B.stride(), *C.stride(),
+    )  # fmt: skip
     return y, last
 
 
@@ -147,9 +165,8 @@ def scan_backward(
     kind = B.dtype if plan.parts == 1 else torch.float32
     dB, dC = (u.new_empty((plan.parts, batch, groups, N, length), dtype=kind) for _ in range(2))
     constants = (
-        *_constants(u, delta, B, C, softplus, width), ("WARPS", plan.segment_warps), ("ROWS", plan.rows),
-        ("RESIDENT", plan.segment_resident), ("SEGMENT", segment), ("WHOLE", int(whole)), ("PARTS", plan.parts),
-        ("V_TYPE", TYPES[kind]),
+        *_constants(u, delta, B, C, softplus, width, plan), ("WARPS", plan.segment_warps),
+        ("RESIDENT", plan.segment_resident), ("WHOLE", int(whole)), ("PARTS", plan.parts), ("V_TYPE", TYPES[kind]),
     )  # fmt: skip
     load_and_launch(
         "lines_backward.cu", "scan_lines_backward", "p" * 16 + "iii" + "l" * 14, constants, 0,
@@ -188,9 +205,8 @@ def _walk(
     outputs = (more.get(name) for name in ("y", "last", "dy", "du", "ddelta", "tail", "dA", "dD"))
     blocks = -(-channels // groups // (plan.warps * 32 // spread(N)[1]))
     constants = (
-        *_constants(u, delta, B, C, softplus, width), ("WARPS", plan.warps),
+        *_constants(u, delta, B, C, softplus, width, plan), ("WARPS", plan.warps),
         ("RESIDENT", plan.resident if dy is None else plan.gradient_resident), ("GRADIENT", int(dy is not None)),
-        ("SEGMENT", segment_length(N, plan.rows)),
     )  # fmt: skip
     load_and_launch(
         "lines.cu", "scan_lines", "p" * 15 + "iiii" + "l" * 14, constants, 0,
@@ -213,7 +229,7 @@ def _sum_rows(rows: Tensor, constants: tuple[tuple[str, int], ...]) -> Tensor:
 
 
 def _constants(
-    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, softplus: bool, width: int
+    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, softplus: bool, width: int, plan: Plan
 ) -> tuple[tuple[str, int], ...]:
     states, length = B.shape[2:]
     per, lanes = spread(states)
@@ -222,7 +238,7 @@ def _constants(
     return (
         ("X_TYPE", TYPES[u.dtype]), ("Y_TYPE", TYPES[delta.dtype]), ("P_TYPE", TYPES[B.dtype]), ("RANK", 1),
         ("STATES", states), ("PER", per), ("LANES", lanes), ("VEC", width), ("P_VEC", vectors),
-        ("SOFTPLUS", int(softplus)),
+        ("SOFTPLUS", int(softplus)), ("ROWS", plan.rows), ("SEGMENT", segment_length(states, plan.rows)),
     )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 // The second kernel of the backward pass of the one-dimensional scan: all gradients of one segment (see lines.cuh).
 //
-//     ROWS     channels of a warp at the same time; lane (r, j, q) has channel r, tokens 8 j to 8 j + 7 and states q,
-//              q + LANES, ... SEGMENT is 8 * 32 / LANES / ROWS tokens
 //     WHOLE    lines are a single segment: there is no first kernel, so this one writes the gradients of A and D, too
 //     PARTS    programs that share the channels of a group; more than one leaves shares of the gradients of B and C
 //     V_TYPE   element type of the gradients of B and C
@@ -13,32 +11,12 @@
 // the gradients of B and C (PARTS, B, G, N, L), and those of bias for each segment, (B, segments, C).
 
 typedef Element<V_TYPE>::type v_t;
-constexpr int ALONG = 32 / LANES / ROWS;  // lanes along a line
-constexpr int HALF = 4 * ALONG, PITCH = 2 * HALF + 32 / LANES;
-constexpr int OWN = STEP / LANES;  // tokens of which a lane computes the step size
-constexpr int LEVELS = ALONG == 4 ? 2 : ALONG == 8 ? 3 : ALONG == 16 ? 4 : 5;  // of the scan over lanes
-static_assert(SEGMENT == STEP * ALONG, "");
 
 struct alignas(16) Shared {
-    // B and C, later their gradients. The first four of each eight tokens are apart from the others, and lines are a bit
-    // longer than the tokens, so that lanes read from different banks.
-    float B[PADDED][PITCH], C[PADDED][PITCH];
+    float B[PADDED][LINE], C[PADDED][LINE];  // later their gradients
+    // Where the channels of this program begin. Read for each channel, as the compiler would compute them for each.
+    const void* origins[5];
 };
-
-__device__ __forceinline__ int place_in_line(int t) { return t % 8 / 4 * HALF + t / 8 * 4 + t % 4; }
-
-// The tokens of lane q, of all eight.
-template <int TYPE> __device__ __forceinline__ void own_tokens(float* to, const Raw<TYPE>& raw, int q) {
-    unsigned word[TYPE ? 4 : 8];
-#pragma unroll
-    for (int i = 0; i < (TYPE ? 4 : 8); i++) word[i] = raw.word[i];
-#pragma unroll
-    for (int mask = LANES / 2, count = (TYPE ? 4 : 8) / 2; mask; mask /= 2, count /= 2)
-#pragma unroll
-        for (int i = 0; i < count; i++) word[i] = q & mask ? word[count + i] : word[i];
-#pragma unroll
-    for (int i = 0; i < OWN; i++) to[i] = token<TYPE>(word, i);
-}
 
 // Reads shared memory once more rather than keep what was read before, for lack of registers.
 __device__ __forceinline__ float4 read_again(const float* from) {
@@ -50,6 +28,15 @@ __device__ __forceinline__ float4 read_again(const float* from) {
 #else
     return read4f(from);
 #endif
+}
+
+// Token i of an array of less than 4 GiB, so that its place takes 32 bits.
+template <class T> __device__ __forceinline__ T& token_of(const void* const& origin, unsigned i) {
+    T* token = (T*)((char*)*(const void* const volatile*)&origin + i * (unsigned)sizeof(T));
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(token));
+#endif
+    return *token;
 }
 
 __device__ __forceinline__ float sum_lanes(float v, int smallest, int end) {
@@ -81,6 +68,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
         S.B[n][place_in_line(t)] = there ? to_float<P_TYPE>(from_B[n * B_n + token * B_l]) : 0.f;
         S.C[n][place_in_line(t)] = there ? to_float<P_TYPE>(from_C[n * C_n + token * C_l]) : 0.f;
     }
+    const i64 origin = (i64)b * channels + g * group;
+    if (tid == 0) {
+        S.origins[0] = u + b * u_b + g * group * u_c;
+        S.origins[1] = dy + b * dy_b + g * group * dy_c;
+        S.origins[2] = delta + b * delta_b + g * group * delta_c;
+        S.origins[3] = du + origin * L;
+        S.origins[4] = ddelta + origin * L;
+    }
     __syncthreads();
 
     float sum_dB[PER][STEP], sum_dC[PER][STEP];
@@ -89,29 +84,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
 #pragma unroll
         for (int t = 0; t < STEP; t++) sum_dB[i][t] = sum_dC[i][t] = 0.f;
 
-    // What belongs to the channels of this program, to be indexed in bytes by 32 bits, which takes fewer registers.
-    const i64 origin = (i64)b * channels + g * group;
-    const x_t *all_u = u + b * u_b + g * group * u_c, *all_dy = dy + b * dy_b + g * group * dy_c;
-    const y_t* all_delta = delta + b * delta_b + g * group * delta_c;
-    x_t* all_du = du + origin * L;
-    y_t* all_ddelta = ddelta + origin * L;
-    const float *all_A = A + (i64)g * group * N, *all_bias = bias + g * group, *all_D = D + g * group;
-
     constexpr int STRIDE = PARTS * WARPS * ROWS;
+    constexpr bool AHEAD = X_TYPE && Y_TYPE;  // for float32, the registers do not hold the next channel as well
     const int place = warp * ROWS + r;
     Raw<Y_TYPE> next_delta;
     Raw<X_TYPE> next_u, next_dy;
     auto fetch = [&](int index) {
         const int present = index < group ? left : 0;
-        next_delta = read_tokens<Y_TYPE, VEC>(&element(all_delta, index * (unsigned)delta_c + at), present);
-        next_u = read_tokens<X_TYPE, VEC>(&element(all_u, index * (unsigned)u_c + at), present);
-        next_dy = read_tokens<X_TYPE, VEC>(&element(all_dy, index * (unsigned)dy_c + at), present);
+        next_delta = read_tokens<Y_TYPE, VEC>(&token_of<const y_t>(S.origins[2], index * (unsigned)delta_c + at), present);
+        next_u = read_tokens<X_TYPE, VEC>(&token_of<const x_t>(S.origins[0], index * (unsigned)u_c + at), present);
+        next_dy = read_tokens<X_TYPE, VEC>(&token_of<const x_t>(S.origins[1], index * (unsigned)dy_c + at), present);
     };
-    fetch(part * WARPS * ROWS + place);
+    if (AHEAD) fetch(part * WARPS * ROWS + place);
 
 #pragma unroll 1
-    for (int start = part * WARPS * ROWS; start < group; start += STRIDE) {  // the same for all lanes, as they exchange numbers
+    for (int start = part * WARPS * ROWS; start < group; start += STRIDE) {  // the same for all lanes: they exchange numbers
         const int index = start + place;
+        if (!AHEAD) fetch(index);
         const bool mine = index < group;
         const unsigned c = min(index, group - 1);
 
@@ -120,15 +109,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
 #pragma unroll
         for (int i = 0; i < PER; i++) {
             const int n = i * LANES + q;
-            a[i] = n < N ? element(all_A, c * N + n) * LOG2E : 0.f;
+            a[i] = n < N ? A[(g * group + c) * N + n] * LOG2E : 0.f;
             edge[i] = 0.f;
         }
         if (!WHOLE && mine) {
             if (j == 0 && segment)
                 read_states(edge, (tail && segment == segments - 1 ? tail + (origin + c) * PADDED
-                                                                   : left_at(&element(all_du, c * L + begin))) + q * PER);
+                                                                   : left_at(&token_of<x_t>(S.origins[3], c * L + begin))) + q * PER);
             if (j == ALONG - 1 && segment < segments - 1)
-                read_states(edge, left_at(&element(all_ddelta, c * L + begin)) + q * PER);
+                read_states(edge, left_at(&token_of<y_t>(S.origins[4], c * L + begin)) + q * PER);
         }
 
         float us[STEP], dys[STEP], dt[STEP], own_u[OWN], own_dy[OWN], own_dt[OWN];
@@ -136,26 +125,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
         for (int t = 0; t < STEP; t++) us[t] = token<X_TYPE>(next_u.word, t), dys[t] = token<X_TYPE>(next_dy.word, t);
         own_tokens<X_TYPE>(own_u, next_u, q), own_tokens<X_TYPE>(own_dy, next_dy, q);
         own_tokens<Y_TYPE>(own_dt, next_delta, q);
-        const float offset = element(all_bias, c);
+        own_steps(own_dt, bias[g * group + c], mine ? left - q * OWN : 0);
+        if (AHEAD && start + STRIDE < group) fetch(index + STRIDE);
+        float in[STEP], sums[LEVELS];
+        share_steps(dt, sums, own_dt, lane, q, j);
 #pragma unroll
-        for (int t = 0; t < OWN; t++) own_dt[t] += offset;
-        if (SOFTPLUS) softplus<OWN>(own_dt);
-#pragma unroll
-        for (int t = 0; t < OWN; t++) own_dt[t] = mine && q * OWN + t < left ? own_dt[t] : 0.f;
-        if (start + STRIDE < group) fetch(index + STRIDE);
-        float in[STEP], sums[LEVELS];  // sums of dt over this and the lanes before it, 1, 2, 4, ... lanes in total
-        sums[0] = 0.f;
-#pragma unroll
-        for (int t = 0; t < STEP; t++) {
-            dt[t] = LANES == 1 ? own_dt[t] : __shfl_sync(EVERY, own_dt[t % OWN], lane - q + t / OWN);
-            in[t] = dt[t] * us[t];
-            sums[0] += dt[t];
-        }
-#pragma unroll
-        for (int k = 1; k < LEVELS; k++) {
-            const float before = __shfl_up_sync(EVERY, sums[k - 1], (LANES << k) / 2);
-            sums[k] = sums[k - 1] + (j >= (1 << k) / 2 ? before : 0.f);
-        }
+        for (int t = 0; t < STEP; t++) in[t] = dt[t] * us[t];
 
         float d_in[STEP], d_dt[STEP];  // gradients of in, and of dt through the decay
 #pragma unroll
@@ -171,14 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
             for (int t = 0; t < STEP; t++) factor[t] = exp2f(dt[t] * a[i]);
 #pragma unroll
             for (int t = 0; t < STEP; t++) h = factor[t] * h + in[t] * Bs[t];
-#pragma unroll
-            for (int k = 0; k < LEVELS; k++) {
-                products[k] = exp2f(sums[k] * a[i]);
-                const float before = __shfl_up_sync(EVERY, h, LANES << k);
-                h = j >= 1 << k ? products[k] * before + h : h;
-            }
-            const float before = __shfl_up_sync(EVERY, h, LANES);
-            h = j ? before : edge[i];
+            h = scan_over_lanes(h, edge[i], sums, a[i], products, j);
             numbers(Cs, read4f(line_C)), numbers(Cs + 4, read4f(line_C + HALF));
 #pragma unroll
             for (int t = 0; t < STEP; t++) {
@@ -215,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
         if constexpr (LANES == 4) fold<8>(d_in, q, 2), fold<4>(d_in, q, 1), fold<8>(d_dt, q, 2), fold<4>(d_dt, q, 1);
         if constexpr (LANES == 2) fold<8>(d_in, q, 1), fold<8>(d_dt, q, 1);
         float slopes = 0.f, products = 0.f;
-        const float skip = element(all_D, c);
+        const float skip = D[g * group + c];
 #pragma unroll
         for (int t = 0; t < OWN; t++) {
             const float slope = SOFTPLUS ? one_minus_exp(own_dt[t]) : 1.f;
@@ -226,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
         }
         __syncwarp();  // what the first kernel has left here was read
         if (mine) {
-            write_tokens<X_TYPE, OWN>(&element(all_du, c * L + at + q * OWN), d_in, left - q * OWN);
-            write_tokens<Y_TYPE, OWN>(&element(all_ddelta, c * L + at + q * OWN), d_dt, left - q * OWN);
+            write_tokens<X_TYPE, OWN>(&token_of<x_t>(S.origins[3], c * L + at + q * OWN), d_in, left - q * OWN);
+            write_tokens<Y_TYPE, OWN>(&token_of<y_t>(S.origins[4], c * L + at + q * OWN), d_dt, left - q * OWN);
         }
         slopes = sum_lanes(slopes, 1, LANES * ALONG);
         if (WHOLE) {
@@ -235,12 +203,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
 #pragma unroll
             for (int i = 0; i < PER; i++) {
                 sum_dA[i] = sum_lanes(sum_dA[i], LANES, LANES * ALONG);
-                if (mine && j == 0 && i * LANES + q < N) element(dA + origin * N, c * N + i * LANES + q) = sum_dA[i];
+                if (mine && j == 0 && i * LANES + q < N) dA[(origin + c) * N + i * LANES + q] = sum_dA[i];
             }
         }
         if (mine && j == 0 && q == 0) {
-            element(dbias + ((i64)b * segments + segment) * channels + g * group, c) = slopes;
-            if (WHOLE) element(dD + origin, c) = products;
+            dbias[((i64)b * segments + segment) * channels + g * group + c] = slopes;
+            if (WHOLE) dD[origin + c] = products;
         }
     }
 

@@ -25,7 +25,7 @@ from ..once import once
 SOURCES = Path(__file__).parent
 HEADERS = ("common.cuh", "pairs.cuh", "fours.cuh")
 TENSOR = ("conv3x3.cu", "between.cu")  # files that also need tensor.cuh
-LINES = ("lines.cu", "lines_backward.cu")  # files that also need lines.cuh
+LINES = ("lines.cu", "lines_across.cu", "lines_backward.cu")  # files that also need lines.cuh
 TENSOR_CAPABILITY = (8, 0)  # the least that they are compiled for
 OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
 INVALID_CONTEXT = 201
