@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         pretrain_table.keep(args["results"], args["runs"])
         return pretrain_table.write(check=args["check"])
     else:
-        pretrain(**args | dict(map(parse_setting, args.pop("set"))))
+        settings = dict(map(parse_setting, args.pop("set")))
+        pretrain(**args, **settings)
     return 0
 
 

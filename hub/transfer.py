@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from medmamba.metrics import evaluate
 from medmamba.pretrained import fetch, read_config
 from medmamba.training import train
 from medmamba.training.finalise import score_splits
-from medmamba.training.recipe import load_recipe
+from medmamba.training.recipe import load_recipe, parse_setting
 from medmamba.training.setup import ImageCache
 from medmamba.utils.devices import make_accelerator
 from medmamba.utils.text import json_text
@@ -106,11 +107,12 @@ def fine_tune(
     size: int,
     split: str = "test",
     cache: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """The documented command, `medmamba train --recipe finetune --from START`."""
+    """The documented command, `medmamba train --recipe finetune --from START`, with `settings` for `--set`."""
     options: dict[str, Any] = dict(
         seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size, cache=cache
-    )
+    ) | dict(settings or {})
     if start == teacher.NAME:
         return fine_tune_teacher(index, out, device, seed, size, split)
     if start == "scratch":  # the first layers must learn as fast as the last
@@ -188,6 +190,7 @@ def measure(
     size: int | None = None,
     split: str = "test",
     cache: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one JSON per start, dataset, way and seed into `out`.
 
@@ -198,6 +201,8 @@ def measure(
         split: "val" compares starts without the test images, which are not even read. What was chosen on val (the
             epoch, the regularisation) is scored there too, for all starts alike.
         cache: folder for decoded images, shared by all starts.
+        settings: of the recipe, where other ones than those of `finetune` are to be tried; EfficientNet-Lite2 has its
+            own.
     """
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -222,9 +227,10 @@ def measure(
                     else:
                         kept = cache / name / (f"ten-{seed}" if way == "ten" else "full") if cache else None
                         run = out / "runs" / tag
-                        scores = fine_tune(start, part, run, device, seed, variant, side, split, kept)
+                        scores = fine_tune(start, part, run, device, seed, variant, side, split, kept, settings)
                     record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
                     record |= {"split": split} if split != "test" else {}
+                    record |= {"settings": dict(settings)} if settings else {}
                     record |= scores | {"images": part.split_sizes, "size": side}
                     file.write_text(json_text(record, indent=1), encoding="utf-8")
                     print(json_text(record), flush=True)
@@ -257,13 +263,15 @@ def main(argv: list[str] | None = None) -> int:
     measuring.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (that of each start)")
     measuring.add_argument("--split", default="test", choices=("val", "test"), help="images to score (%(default)s)")
     measuring.add_argument("--cache", type=Path, metavar="DIR", help="folder for decoded images")
+    measuring.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     table = commands.add_parser("table", help="write the tables of docs/backbones.md")
     table.add_argument("results", nargs="*", type=Path, metavar="DIR", help="results of `measure` to add first")
     table.add_argument("--data", type=Path, help="datasets, to count images where a result lacks the counts")
     table.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")
     args = vars(parser.parse_args(argv))
     if args.pop("command") == "measure":
-        measure(**args)
+        settings = dict(map(parse_setting, args.pop("set")))
+        measure(**args, settings=settings)
         return 0
     if args["data"]:
         for folder in args["results"]:

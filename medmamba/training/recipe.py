@@ -104,7 +104,8 @@ class Recipe:
     mix_prob: float = 1.0  # fraction of the images that are mixed, if mixup or cutmix is on
     ema: float = 0.0  # decay per step of averaged weights, which are then validated and kept; 0: off
     distill: float = 0.0  # weight of a teacher's probabilities beside the labels, see `train(teacher=...)`
-    balance: str = "none"  # class imbalance: "none", "loss" (class weights) or "sampling"
+    # Class imbalance: "none", "loss" (class weights), "loss-sqrt" (their square roots) or "sampling".
+    balance: str = "none"
     augment: Augment = field(default_factory=Augment)
 
     # Which epoch is selected: highest validation metric, later ones break ties; lowest for "loss"
@@ -120,7 +121,7 @@ class Recipe:
             _check(getattr(self, name) is None or getattr(self, name) >= 32, f"{name} must be at least 32")
         _choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         _choice("schedule", self.schedule, ("cosine", "step", "constant"))
-        _choice("balance", self.balance, ("none", "loss", "sampling"))
+        _choice("balance", self.balance, ("none", "loss", "loss-sqrt", "sampling"))
         _check(self.lr > 0, f"lr must be positive, got {self.lr}")
         _check(all(0 <= b < 1 for b in self.betas), f"betas must be in [0, 1), got {self.betas}")
         _check(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")

@@ -89,14 +89,17 @@ def seed_network(seed: int, epoch: int, step: int, part: int, device: torch.devi
         torch.cuda.default_generators[index].manual_seed(number)
 
 
-def class_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """Returns class weights (K,), inverse to the class counts and 1 on average over the images.
+def class_weights(labels: np.ndarray, classes: int, power: float = 1.0) -> Tensor:
+    """Returns class weights (K,), inverse to the class counts to a `power` and 1 on average over the images.
 
-    For multi-label data, (N, K) of 0 and 1: images without the label over images with it, clipped to [0.01, 100].
+    For multi-label data, (N, K) of 0 and 1: images without the label over images with it, clipped to [0.01, 100], to
+    the `power`.
     """
     if labels.ndim == 2:
         positive = labels.sum(0)
-        weights = np.clip((len(labels) - positive) / np.maximum(positive, 1), 0.01, 100)
+        weights = np.clip((len(labels) - positive) / np.maximum(positive, 1), 0.01, 100) ** power
     else:
-        weights = len(labels) / (classes * np.maximum(np.bincount(labels, minlength=classes), 1))
+        counts = np.bincount(labels, minlength=classes)
+        weights = np.maximum(counts, 1) ** -power
+        weights *= len(labels) / (counts * weights).sum()
     return torch.tensor(weights, dtype=torch.float32)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ..data import CachedDataset
 
+POWERS = {"loss": 1.0, "loss-sqrt": 0.5}  # of the class weights
 Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) -> decoded images
 
 
@@ -103,9 +104,10 @@ class Trainer:
         labels = self._labels(images("train", recipe.size_at(0)))
         self.labels, self.classes = labels, self.config.num_classes
         self.batches = sampling.Batches.plan(len(labels), recipe.batch_size, accelerator.num_processes, accumulate)
-        self.weights = (
-            sampling.class_weights(labels, self.classes).to(accelerator.device) if recipe.balance == "loss" else None
-        )
+        self.weights: Tensor | None = None
+        if recipe.balance in POWERS:
+            power = POWERS[recipe.balance]
+            self.weights = sampling.class_weights(labels, self.classes, power).to(accelerator.device)
         synchronised = data_parallel.sync_batch_norm(self.model, accelerator, self.batches.part)
         self._use_graphs = graphs == "auto" and graphed_step.graphs_possible(accelerator) and not synchronised
         self._graph = _NO_GRAPH

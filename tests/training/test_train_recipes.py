@@ -184,6 +184,8 @@ def test_class_weights_average_to_one_over_the_images():
     labels = np.repeat([0, 1, 2], [60, 30, 10])
     weights = sampling.class_weights(labels, 3)
     assert weights[labels].mean() == pytest.approx(1.0) and weights[2] == pytest.approx(6 * weights[0])
+    softer = sampling.class_weights(labels, 3, 0.5)
+    assert softer[labels].mean() == pytest.approx(1.0) and softer[2] == pytest.approx(6**0.5 * softer[0])
     several = np.array([[1, 0], [1, 0], [1, 1], [0, 0]])
     assert sampling.class_weights(several, 2).tolist() == pytest.approx([1 / 3, 3.0])
 
