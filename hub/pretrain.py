@@ -301,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return pretrain_table.write(check=args["check"])
     else:
         settings = dict(map(parse_setting, args.pop("set")))
+        if options := settings.keys() & args.keys():
+            parser.error(f"give these as options, not with --set: {', '.join(sorted(options))}")
         pretrain(**args, **settings)
     return 0
 

@@ -31,6 +31,8 @@ def keep(folders: Iterable[Path]) -> list[Path]:
             record = json.loads(file.read_text(encoding="utf-8"))
             if "split" in record:
                 raise ValueError(f"{file} was scored on {record['split']}, and these tables are of test images")
+            if "settings" in record:
+                raise ValueError(f"{file} is of another recipe: {record['settings']}")
             record["start"] = Path(record["start"]).name
             target = KEPT / record["variant"] / file.name
             target.parent.mkdir(parents=True, exist_ok=True)

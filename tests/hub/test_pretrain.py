@@ -180,7 +180,7 @@ def medmamba_of_test():
     return create_model("test", num_classes=0)
 
 
-def test_unusable_objectives_and_pools_are_refused(pool, tmp_path):
+def test_unusable_objectives_and_pools_are_refused(pool, tmp_path, capsys):
     student = medmamba_of_test()
     for weights, said in (
         ({"labels": 0}, "all 0"),
@@ -194,6 +194,9 @@ def test_unusable_objectives_and_pools_are_refused(pool, tmp_path):
     assert len(pretrain_pool.load(pool[0], True, ["breastmnist"])[0]) == 4
     with pytest.raises(ValueError, match="multiple of 32, got 100"):
         pretrain.pretrain(pool[0], tmp_path / "x", "test", size=100)
+    with pytest.raises(SystemExit):
+        pretrain.main(["train", "--pool", str(pool[0]), "--out", str(tmp_path / "x"), "--set", "size=64"])
+    assert "give these as options, not with --set: size" in capsys.readouterr().err
 
 
 def test_objectives_are_compared_on_val_alone(tmp_path, monkeypatch, capsys):
@@ -223,6 +226,10 @@ def test_objectives_are_compared_on_val_alone(tmp_path, monkeypatch, capsys):
     assert row in page and page.index("| `scratch` |  |  | 0.250 / 0.250 |  |") < page.index(row)
     with pytest.raises(ValueError, match="of test images"):
         transfer_table.keep([tmp_path / "scores"])
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "0.json").write_text(json.dumps(result("scratch", 0, 0.5) | {"settings": {"lr": 1e-3}}))
+    with pytest.raises(ValueError, match="another recipe"):
+        transfer_table.keep([tmp_path / "changed"])
     (tmp_path / "scores" / "s.json").write_text(json.dumps(result("scratch", 0, 0.25)))
     with pytest.raises(ValueError, match="scored on test images"):
         pretrain.main(words)
