@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cuda_kernels import emulate
 
 from medmamba import available_backends, selective_scan
 from medmamba.kernels.backends import cpu as native
@@ -165,8 +166,10 @@ def check_all(chosen, *args, **kwargs):
 
 
 def on_the_cpu(monkeypatch, backend):
-    """Lets a backend of GPUs run: what `cuda` has no kernel for, it hands to others, which run here."""
+    """Lets a backend of GPUs run, `cuda` in the emulator."""
     if backend == "cuda":
+        pytest.importorskip("ziglang", reason="compiles the emulator")
+        emulate(monkeypatch, processors=2)
         monkeypatch.setattr(cuda_backend.BACKEND, "why_not", lambda: None)
         monkeypatch.setattr(cuda_backend.BACKEND, "why_not_on", lambda device, dtype: None)
     elif reason := available_backends()[backend]:
@@ -174,7 +177,10 @@ def on_the_cpu(monkeypatch, backend):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs in the process that started this one")
-@pytest.mark.parametrize(("backend", "count"), [("native", 100), ("torch", 30), ("cuda", 25)])
+@pytest.mark.parametrize(
+    ("backend", "count"),
+    [("native", 100), ("torch", 30), ("cuda", 1), pytest.param("cuda", 6, marks=pytest.mark.slow)],
+)
 def test_a_sample(backend, count, monkeypatch):
     on_the_cpu(monkeypatch, backend)
     check_all(sample(count, seed=len(backend), most=4096 if backend == "native" else 65), backend)
@@ -190,11 +196,10 @@ def test_the_whole_grid(backend, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it in a process of its own")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_sample_in_triton(backend, monkeypatch):
-    on_the_cpu(monkeypatch, backend)
+def test_a_sample_in_triton(monkeypatch):
+    on_the_cpu(monkeypatch, "triton")
     count = int(os.environ.get("MEDMAMBA_TEST_CASES", "0"))
-    check_all(sample(count, seed=1) if count else few(1 if backend == "cuda" else 2), backend)
+    check_all(sample(count, seed=1) if count else few(2), "triton")
 
 
 def few(count):
@@ -214,7 +219,7 @@ def interpret(count):
     if "lambda self: int(self.handle.data)\n" in done.stdout:  # a line of Triton's own, in the traceback
         pytest.skip("the interpreter of this Triton, such as 3.4 to 3.6, does not run with NumPy 2.4 or newer")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert ".." in done.stdout, "nothing ran"
+    assert "1 passed" in done.stdout, "nothing ran"
 
 
 @pytest.mark.slow
