@@ -31,6 +31,7 @@ PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch
 _PROBED = (64, 128, 256, 512)
 _ENOUGH = 0.95  # of the best rate: the smallest batch that reaches it is taken
 _CPU_BATCH = 16
+_FIRST = -1  # priority of streams for copies and looks at weights: short, and waited for
 
 
 class Answer(NamedTuple):
@@ -238,7 +239,7 @@ class Engine:
     def _stream(self) -> torch.cuda.Stream:
         """Returns the stream of the present thread for copies."""
         if "stream" not in self._own.__dict__:
-            self._own.stream = torch.cuda.Stream(self.device)
+            self._own.stream = torch.cuda.Stream(self.device, priority=_FIRST)
         return self._own.stream
 
     def best_batch(self, config: MedMambaConfig, most: int) -> int:
@@ -338,7 +339,8 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
 def looking(model: Any) -> Iterator[None]:
     """Reads values of a model's weights without waiting for what its GPU has been asked to compute."""
     weight = model.patch_embed.proj.weight
-    with torch.cuda.stream(torch.cuda.Stream(weight.device)) if weight.is_cuda else contextlib.nullcontext():
+    stream = torch.cuda.Stream(weight.device, priority=_FIRST) if weight.is_cuda else None
+    with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
         yield
 
 

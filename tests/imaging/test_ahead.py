@@ -13,7 +13,7 @@ from image_that_kills import Killer
 from PIL import Image
 
 from medmamba.config import PreprocessConfig
-from medmamba.imaging.ahead import Order, Prepared, Unread, read_ahead
+from medmamba.imaging.ahead import Order, Prepared, Unread, pool, read_ahead
 from medmamba.imaging.ahead.process import DecodeProcess
 from medmamba.imaging.image import FrameNeeded
 from medmamba.imaging.load import load_image
@@ -150,6 +150,27 @@ def test_a_process_has_its_next_job_before_it_has_answered(files, monkeypatch):
     contents = [path.read_bytes() * 40 for path in files[:8]] * 4  # more than the pipe between them holds
     found = collect(read_ahead(contents, ORDER, workers=1, chunk=4, wait=True))
     assert most == 2 and sent == 0 and [type(item) for item in found] == [Prepared] * 32
+
+
+def test_the_callers_thread_feeds_processes_that_do_as_they_should(files):
+    chunks = read_ahead([str(f) for f in files] * 40, ORDER, workers=2, chunk=2, ahead=2, wait=True)
+    count = alone = 0
+    for chunk in chunks:
+        reading = chunks.gi_frame.f_locals["pool"]
+        count += len(chunk.items)
+        alone += sorted(reading._board.sent) == [0, 1] and not any(t.is_alive() for t in reading._threads.values())
+        chunk.release()
+    assert count == 40 * len(files) and alone > 10 * len(files)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_threads_feed_processes_where_pipes_cannot_be_waited_for(files, monkeypatch, listens):
+    monkeypatch.setattr(pool, "can_listen", lambda: listens)
+    killer = Killer(files[2], os.getpid(), True)
+    sources = [*files[:2], killer, *files[2:6], np.zeros((40, 30), np.uint8), *files[:7]]
+    found = collect(read_ahead(sources, ORDER, workers=2, chunk=2, wait=True))
+    assert [i for i, item in enumerate(found) if isinstance(item, Unread)] == [2]
+    assert [item.source for item in found[8:]] == [f"{i}.png" for i in range(7)]
 
 
 def test_jobs_of_a_process_that_ended_are_not_blamed(files):

@@ -38,6 +38,7 @@ class DecodeProcess:
     Attributes:
         ready: set once it can be given jobs.
         failed: it could not start; it never will be ready.
+        pipe: the file descriptor of its answers.
     """
 
     def __init__(self, memory: SharedMemory, order: Order, nice: int = 0) -> None:
@@ -60,7 +61,9 @@ class DecodeProcess:
         except (OSError, ValueError, TypeError):
             self.failed = self.ended = True
             return
-        self._jobs, self._answers = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
+        # Not buffered: whoever waits for the pipe would not learn of an answer that is in a buffer.
+        self._jobs, self._answers = cast(BinaryIO, self._process.stdin), cast(Any, self._process.stdout).raw
+        self.pipe: int = self._answers.fileno()
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
         lines = [path, {"memory": memory.key, "nice": nice}]
         self._first = "".join(json.dumps(line) + "\n" for line in lines).encode(), pickle.dumps(order)
