@@ -20,8 +20,10 @@ def without_a_gpu(monkeypatch):
     lines.plan_for.cache_clear()
 
 
-def problem(batch=1, channels=8, L=40, N=16, groups=1, dtype=torch.float32, projection=None, softplus=True, seed=0):
-    """Numbers like those of a trained model; `projection` is the dtype of B and C, if it is another."""
+def problem(
+    batch=1, channels=8, L=40, N=16, groups=1, dtype=torch.float32, projection=None, step=None, softplus=True, seed=0
+):
+    """Numbers like those of a trained model. `projection` is the dtype of B and C, `step` that of delta, if others."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -33,7 +35,7 @@ def problem(batch=1, channels=8, L=40, N=16, groups=1, dtype=torch.float32, proj
         delta, bias = delta.abs() / 9, bias.abs() / 9
     A = -torch.arange(1, N + 1) * (0.5 + torch.rand(channels, N, generator=g))
     B, C = (randn(batch, groups, N, L).to(projection or dtype) for _ in range(2))
-    return [t.to(DEVICE) for t in (u.to(dtype), delta.to(dtype), A, B, C, randn(channels), bias)]
+    return [t.to(DEVICE) for t in (u.to(dtype), delta.to(step or dtype), A, B, C, randn(channels), bias)]
 
 
 def check(tensors, softplus=True, plan=None):
@@ -70,6 +72,8 @@ def test_values_and_gradients(sizes):
         dict(L=196, N=16, channels=18, groups=2, dtype=torch.bfloat16),  # too short a last segment for its state
         dict(L=133, N=11, channels=10, batch=2, dtype=torch.float16),  # lines that are aligned to two bytes
         dict(L=49, N=7, channels=20, groups=2, dtype=torch.bfloat16, projection=torch.float32),
+        dict(L=140, N=5, channels=6, dtype=torch.bfloat16, step=torch.float32),
+        dict(L=72, N=16, channels=6, projection=torch.bfloat16, step=torch.float16),
         dict(L=260, N=8, channels=9, dtype=torch.bfloat16),
         dict(L=300, N=1, channels=70, groups=2, dtype=torch.bfloat16),  # two segments of one state
         dict(L=49, N=1, channels=12, groups=3),  # four lines in a warp

@@ -153,15 +153,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines(
                 numbers(Bs, read4f(&vectors[i * LANES + q][t])), numbers(Cs, read4f(&vectors[PADDED + i * LANES + q][t]));
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    const float factor = exp2f(dt[j] * a[i]), kept = factor * h[i];
-                    h[i] = in[j] * Bs[j] + kept;
+                    const float factor = exp2f(dt[j] * a[i]);
                     if constexpr (GRADIENT) {
-                        const float e = v[j] * Cs[j];
+                        const float kept = factor * h[i], e = v[j] * Cs[j];
+                        h[i] = in[j] * Bs[j] + kept;
                         sensitivity[i] = factor * sensitivity[i] + dt[j] * kept;
                         sum_dA[i] += e * sensitivity[i];
                         decay[i] *= factor;
                         carry[i] += decay[i] * e;
-                    } else v[j] += h[i] * Cs[j];
+                    } else {
+                        h[i] = factor * h[i] + in[j] * Bs[j];
+                        v[j] += h[i] * Cs[j];
+                    }
                 }
             }
             if constexpr (GRADIENT == 0) {

@@ -178,7 +178,7 @@ def scan_backward(
     shares = [dA.view(batch, -1), dD, dbias.view(batch * segments, channels)]
     if plan.parts > 1:
         shares += [dB.view(plan.parts, -1), dC.view(plan.parts, -1)]
-    sums = [_sum_rows(share, constants) for share in shares]
+    sums = [_sum_rows(share) for share in shares]
     if plan.parts > 1:
         dB, dC = sums[3:]
     grads = (du, ddelta, sums[0], dB, dC, sums[1], sums[2])
@@ -216,15 +216,17 @@ def _walk(
     )  # fmt: skip
 
 
-def _sum_rows(rows: Tensor, constants: tuple[tuple[str, int], ...]) -> Tensor:
-    """Sums (count, columns) to (columns,), by the kernel that is in the same program as that of a segment."""
+def _sum_rows(rows: Tensor) -> Tensor:
+    """Sums (count, columns) to (columns,) in a fixed order."""
     count, columns = rows.shape
     if count == 1:
         return rows[0]
     out = rows.new_empty(columns)
     load_and_launch(
-        "lines_backward.cu", "sum_rows", "ppii", constants, 0, -(-columns // 32), 256, rows, rows, out, count, columns
-    )
+        "sum.cu", "sum_rows", "ppii",
+        (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", 0), ("RANK", 1), ("STATES", 1), ("PARTS", 1), ("VEC", 0)),
+        0, -(-columns // 32), 256, rows, rows, out, count, columns,
+    )  # fmt: skip
     return out
 
 

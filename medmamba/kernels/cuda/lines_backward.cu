@@ -18,9 +18,10 @@ struct alignas(16) Shared {
     const void* origins[5];
 };
 
-// Reads shared memory once more rather than keep what was read before, for lack of registers.
+// Reads shared memory once more rather than keep what was read before, where registers lack.
 __device__ __forceinline__ float4 read_again(const float* from) {
 #ifdef __CUDA_ARCH__
+    if (WARPS * RESIDENT <= 8) return read4f(from);
     float4 v;
     asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "r"((unsigned)__cvta_generic_to_shared(from)));
@@ -244,19 +245,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines_backw
         dB[(start + n) * L + begin + t] = from_float<V_TYPE>(S.B[n][place_in_line(t)]);
         dC[(start + n) * L + begin + t] = from_float<V_TYPE>(S.C[n][place_in_line(t)]);
     }
-}
-
-// Sums (count, columns) over its rows, in a fixed order: eight warps share the rows of 32 columns.
-extern "C" __global__ void __launch_bounds__(256) sum_rows(
-    const float* __restrict__ rows, float* __restrict__ out, int count, int columns) {
-    const int slice = threadIdx.x / 32, column = blockIdx.x * 32 + threadIdx.x % 32;
-    __shared__ float sums[256];
-    Sum sum;
-    if (column < columns)
-        for (int i = slice; i < count; i += 8) sum.add(rows[(i64)i * columns + column]);
-    sums[threadIdx.x] = sum.total;
-    __syncthreads();
-    if (slice || column >= columns) return;
-    for (int s = 1; s < 8; s++) sum.add(sums[s * 32 + threadIdx.x]);
-    out[column] = sum.total;
 }

@@ -50,3 +50,18 @@ extern "C" __global__ void __launch_bounds__(256) sum_table(
     else if (j < N + RANK) dweight[kc * RANK + j - N] = sum;
     else (j == N + RANK ? dbias : dD)[kc] = sum;
 }
+
+// Sums (count, columns) over its rows, in a fixed order: eight warps share the rows of 32 columns.
+extern "C" __global__ void __launch_bounds__(256) sum_rows(
+    const float* __restrict__ rows, float* __restrict__ out, int count, int columns) {
+    const int slice = threadIdx.x / 32, column = blockIdx.x * 32 + threadIdx.x % 32;
+    __shared__ float sums[256];
+    Sum sum;
+    if (column < columns)
+        for (int i = slice; i < count; i += 8) sum.add(rows[(i64)i * columns + column]);
+    sums[threadIdx.x] = sum.total;
+    __syncthreads();
+    if (slice || column >= columns) return;
+    for (int s = 1; s < 8; s++) sum.add(sums[s * 32 + threadIdx.x]);
+    out[column] = sum.total;
+}
