@@ -234,13 +234,27 @@ def _constants(
     u: Tensor, delta: Tensor, B: Tensor, C: Tensor, softplus: bool, width: int, plan: Plan
 ) -> tuple[tuple[str, int], ...]:
     states, length = B.shape[2:]
-    per, lanes = spread(states)
     adjacent = length == 1 or B.stride(3) == C.stride(3) == 1
     vectors = _width((B, C), length) if adjacent else 1
+    return _constants_of(u.dtype, delta.dtype, B.dtype, states, softplus, width, vectors, plan.rows)
+
+
+@functools.cache
+def _constants_of(
+    u: torch.dtype,
+    delta: torch.dtype,
+    vectors: torch.dtype,
+    states: int,
+    softplus: bool,
+    width: int,
+    vectors_width: int,
+    rows: int,
+) -> tuple[tuple[str, int], ...]:
+    per, lanes = spread(states)
     return (
-        ("X_TYPE", TYPES[u.dtype]), ("Y_TYPE", TYPES[delta.dtype]), ("P_TYPE", TYPES[B.dtype]), ("RANK", 1),
-        ("STATES", states), ("PER", per), ("LANES", lanes), ("VEC", width), ("P_VEC", vectors),
-        ("SOFTPLUS", int(softplus)), ("ROWS", plan.rows), ("SEGMENT", segment_length(states, plan.rows)),
+        ("X_TYPE", TYPES[u]), ("Y_TYPE", TYPES[delta]), ("P_TYPE", TYPES[vectors]), ("RANK", 1), ("STATES", states),
+        ("PER", per), ("LANES", lanes), ("VEC", width), ("P_VEC", vectors_width), ("SOFTPLUS", int(softplus)),
+        ("ROWS", rows), ("SEGMENT", segment_length(states, rows)),
     )  # fmt: skip
 
 
