@@ -20,6 +20,8 @@ from ..kernels.once import once
 from ..kernels.reference import pad_rank
 from .network import SSConvSSM
 
+SMALLER = 2.0**-6  # scans in float16, whose largest number is 65504
+
 
 class ChannelAffine(nn.Module):
     """Computes x * scale + shift per channel of (B, C, H, W).
@@ -154,6 +156,9 @@ def prepare_block(block: SSConvSSM, narrow: bool) -> Block:
     scale, shift = (getattr(affine, name).flatten().float().contiguous() for name in ("scale", "shift"))
     in_proj, out_proj = ssm.in_proj.weight, ssm.out_proj.weight
     split, out_norm = (scale, shift, *norm_of(block.norm)), norm_of(ssm.out_norm)
+    D = ssm.D.float()
+    if x_proj.dtype == torch.float16:
+        x_proj, D, out_norm = _smaller_scan(x_proj, dt_weight.shape[2], D, out_norm)
     return Block(
         convs=(conv1, conv2),
         pointwise=pointwise,
@@ -164,7 +169,7 @@ def prepare_block(block: SSConvSSM, narrow: bool) -> Block:
             dt_weight,
             ssm.dt_bias.float(),
             -torch.exp(ssm.A_log.float()),
-            ssm.D.float(),
+            D,
         ),
         out_norm=out_norm,
         out_proj=out_proj,
@@ -172,6 +177,20 @@ def prepare_block(block: SSConvSSM, narrow: bool) -> Block:
         begin=between.Begin(*split, between.arranged_linear(in_proj)) if narrow else None,
         end=between.End(*out_norm, between.arranged_linear(out_proj)) if narrow else None,
     )
+
+
+def _smaller_scan(
+    x_proj: Tensor, rank: int, D: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float]]:
+    """Returns x_proj, D and the norm after the scan such that a scan is `SMALLER` times as large and all else the same.
+
+    The scans of some trained networks exceed the range of float16. A scan is linear in C and D, and the norm takes the
+    factor out again, with an epsilon to match. The factor is a power of two, so it rounds nothing but the smallest.
+    """
+    N = (x_proj.shape[1] - rank) // 2
+    x_proj = torch.cat((x_proj[:, : rank + N], x_proj[:, rank + N :] * SMALLER), dim=1)
+    weight, bias, eps = norm
+    return x_proj, D * SMALLER, (weight, bias, eps * SMALLER**2)
 
 
 def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -19,6 +19,7 @@ from torch import nn
 
 import medmamba
 from medmamba.kernels.block import training, training_conv
+from medmamba.kernels.block.plan import plan_for
 from medmamba.kernels.cuda import nvrtc
 from medmamba.model import network as pieces
 from medmamba.training.graphed_step import GraphedStep
@@ -26,32 +27,37 @@ from medmamba.training.graphed_step import GraphedStep
 dtypes = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 
+AROUND = ("train.cu", "train_conv.cu", "batch.cu", "whole.cu")  # the scan
+
+
+def forget():
+    """Forgets kernels that were loaded."""
+    kernels = training.norm_kernel, training.conv_plan, training.mix_kernel, training.sum_kernel, training_conv._kernel
+    for cache in (*kernels, plan_for):
+        cache.cache_clear()
+
+
 @contextlib.contextmanager
 def launches():
-    """The list of kernels that are launched."""
-    names, kept = [], training.launch
-
-    def launch(kernel, grid, threads, on, *arguments):
-        names.append(known.get(id(kernel)))
-        return kept(kernel, grid, threads, on, *arguments)
-
-    known, load = {}, nvrtc.load_kernel
+    """The list of kernels around the scan that are launched."""
+    names, load = [], nvrtc.load_kernel
 
     def load_kernel(file, name, *rest):
         kernel = load(file, name, *rest)
-        known[id(kernel)] = name
-        return kernel
 
-    caches = (
-        training._norm_kernel, training._conv_plan, training._mix_kernel, training._sum_kernel, training_conv._kernel
-    )  # fmt: skip
-    for cache in caches:
-        cache.cache_clear()
-    training.launch, nvrtc.load_kernel = launch, load_kernel
+        def launched(*arguments):
+            names.append(name)
+            kernel(*arguments)
+
+        return launched if file in AROUND else kernel
+
+    forget()
+    nvrtc.load_kernel = load_kernel
     try:
         yield names
     finally:
-        training.launch, nvrtc.load_kernel = kept, load
+        nvrtc.load_kernel = load
+        forget()
 
 
 # --- when the expressions run instead -------------------------------------------------------------------------------
@@ -171,10 +177,19 @@ NORM_BACK = ["batch_apply", "batch_gradient_sums", "add_partials", "batch_gradie
 
 
 BLOCK = {
-    "forward": ["norm_forward", *NORM, *NORM, *NORM, "batch_apply", "conv_forward", "norm_forward", "mix_forward"],
-    "backward": ["mix_backward", "relu_gradient", "add_partials", *NORM_BACK, *NORM_BACK, *NORM_BACK]
-    + ["norm_forward", "norm_backward", "add_partials", "conv_backward", "add_partials", "conv_input"]
-    + ["norm_backward", "add_partials"],
+    "forward": [
+        "prepare_block",
+        "norm_forward",
+        *NORM,
+        *NORM,
+        *NORM,
+        "batch_apply",
+        "conv_forward",
+        "norm_forward",
+        "mix_forward",
+    ],
+    "backward": ["mix_backward", "relu_gradient", *NORM_BACK, *NORM_BACK, *NORM_BACK]
+    + ["norm_forward", "norm_backward", "conv_backward", "conv_input", "norm_backward", "finish_block"],
 }
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from test_cuda_kernels import DEVICE, emulate, problem, saved_states
-from test_fused_ops_model import network, step
+from test_fused_ops_model import forget, network, step
 from test_lines import problem as problem_1d
 
 from medmamba.kernels.backends import cuda as cuda_backend
-from medmamba.kernels.block import between, eligibility, training, training_conv
+from medmamba.kernels.block import between, eligibility
 from medmamba.kernels.block.convolution import conv3x3
 from medmamba.kernels.cuda import nvrtc
 from medmamba.kernels.cuda.lines import Plan
@@ -33,11 +33,7 @@ def wanted(monkeypatch):
         found.add((file, constants))
         return lambda *_: None
 
-    caches = (
-        training._norm_kernel, training._conv_plan, training._mix_kernel, training._sum_kernel, training_conv._kernel
-    )  # fmt: skip
-    for cache in caches:
-        cache.cache_clear()
+    forget()
     emulate(monkeypatch, processors=132)
     monkeypatch.setattr(nvrtc, "load_kernel", load_kernel)
     monkeypatch.setattr(eligibility, "_on_cuda_backend", lambda x, backend: True)
@@ -63,8 +59,7 @@ def wanted(monkeypatch):
             x, skip = torch.randn(1, 4, 4, C).to(dtype), torch.randn(1, 8, 8, S).to(dtype) if S else None
             conv3x3(x, skip, x, torch.zeros(O), enlarge=True)
             conv3x3(x, None, x, torch.zeros(1), head=True)
-    for cache in caches:  # of kernels that do nothing
-        cache.cache_clear()
+    forget()  # kernels that do nothing
     return found
 
 

@@ -124,3 +124,42 @@ def test_gradients_of_some_parameters(wanted):
     largest = max(float(g.abs().max()) for g in expected)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.slow
+@runs
+def test_channels_last_parameters_get_such_gradients():
+    layer, x = block(), torch.randn(2, 5, 3, 16, device=DEVICE)
+    other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    found = []
+    for each in (layer, other):
+        assert eligibility.fits_block(x, each)
+        each(x).square().mean().backward()
+        found.append([p.grad for p in each.parameters()])
+    assert all(map(torch.equal, *found))
+    for parameter, gradient in zip(other.parameters(), found[1], strict=True):
+        strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
+        assert all(size == 1 or found == expected for size, found, expected in strides)
+
+
+@pytest.mark.slow
+@runs
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=["autocast", "weights", "both"])
+def test_gradients_in_sixteen_bits(kind):
+    """As those of the pieces, which other tests compare with the definition; parameters in float32 under autocast, in
+    the type of the map, and in another 16-bit type under autocast."""
+    layer, x = block(), torch.randn(2, 5, 3, 16, device=DEVICE).bfloat16()
+    along = torch.randn(2, 5, 3, 16, device=DEVICE)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(kind)
+
+    def gradients(layer, run):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert eligibility.fits_block(x, layer)
+            out = run(layer, x)
+        found = torch.autograd.grad((out * along).sum(), [*layer.parameters()])
+        assert all(g.dtype == kind for g in found)
+        return torch.cat([g.flatten().float() for g in found])
+
+    found, expected = (gradients(copy.deepcopy(layer), run) for run in (SSConvSSM.__call__, SSConvSSM.run_pieces))
+    assert (found - expected).norm() < 0.01 * expected.norm()

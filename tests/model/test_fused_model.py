@@ -134,6 +134,23 @@ def test_on_a_cpu_its_kernels_compute_what_the_layers_do(tiny_model, dtype):
         torch.testing.assert_close(f.float(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
 
 
+def test_scans_beyond_the_range_of_float16(tiny_model):
+    """As some trained networks have; without their factor all is NaN."""
+    model, images = copy.deepcopy(tiny_model), torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        for stage in model.stages:
+            for block in stage.blocks:
+                block.ssm.D.fill_(3e4)
+                block.ssm.conv.weight.mul_(20), block.ssm.conv.bias.fill_(5)
+    fused = model.fuse(torch.float16)
+    with torch.inference_mode():
+        expected, found = model.forward_pyramid(images), fused.forward_pyramid(images)
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f.float(), e, rtol=0.02, atol=0.02 * float(e.abs().max()))
+    weight, D = fused._prepared().blocks[0][0].x_proj, fused._prepared().blocks[0][0].scan[3]
+    assert weight.dtype == torch.float16 and D.max() == 3e4 / 64
+
+
 def test_weights_that_a_module_around_it_loads_are_used(tiny_model, image):
     fused, other = tiny_model.fuse(), copy.deepcopy(tiny_model)
     around = nn.Sequential(fused)

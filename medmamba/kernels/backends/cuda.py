@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cuda import lines, nvrtc
 from ..cuda.nvrtc import TYPES as TYPES
-from ..cuda.nvrtc import load_and_launch
+from ..cuda.nvrtc import launch, load_and_launch
 from . import eager, triton
 from .base import Backend, Gradients1d, Gradients2d
 
@@ -63,27 +63,37 @@ def scan_parts(
     save = states is not None and states.numel() > 0
     x, proj = _map(x), _map(proj)
     plan = plan or forward_plan(B, H * W, C, x.get_device())
-    blocks, tiles = -(-C // plan.channels), -(-H * W // CHUNK)
-    length = -(-tiles // plan.segments)
-    segments = -(-tiles // length)
+    blocks, segments, length = divide(H * W, C, plan)
     out = x.new_empty((B, K, H * W, C))
     ends = x.new_empty((B, K, segments, N, C), dtype=torch.float32) if segments > 1 else None
     sums = x.new_empty((B, K, segments, C), dtype=torch.float32) if segments > 1 else None
-    threads = plan.channels * plan.lanes
     sizes = (H, W, C, blocks, segments, length, *_strides(x), *_strides(proj), proj.stride(3))
     arguments = (x, proj, *_float(dt_weight, dt_bias, A, D), out, states if save else None, ends, sums, *sizes)
-    constants = _constants(x, proj, x.dtype, dt_weight, A) + (
-        ("LANES", plan.lanes), ("THREADS", threads), ("RESIDENT", plan.resident),
-    )  # fmt: skip
-    modes = [(0, 0, int(save))] if segments == 1 else [(1, 0, 0), (0, 1, int(save))]
-    for mode in modes:
-        flags = tuple(zip(("ENDS", "CARRY", "SAVE"), mode, strict=True))
-        grid = B * K * segments * blocks
-        load_and_launch(
-            "forward.cu", "scan_forward", "pppppppppp" + "iiiiii" + "lilii", (*constants, *flags), 0, grid, threads, x,
-            *arguments,
-        )  # fmt: skip
+    constants = _constants(x, proj, x.dtype, dt_weight, A)
+    for kernel in forward_kernels(constants, plan, segments, save, x.get_device()):
+        launch(kernel, B * K * segments * blocks, plan.channels * plan.lanes, x, *arguments)
     return out
+
+
+def divide(length: int, channels: int, plan: Plan) -> tuple[int, int, int]:
+    """Returns the programs that share the channels of a line, and the segments of a line and their length in tiles."""
+    tiles = -(-length // CHUNK)
+    each = -(-tiles // plan.segments)
+    return -(-channels // plan.channels), -(-tiles // each), each
+
+
+def forward_kernels(
+    constants: tuple[tuple[str, int], ...], plan: Plan, segments: int, save: bool, device: int
+) -> list[nvrtc.Kernel]:
+    """Returns the kernels of a forward pass in their order, which take the same arguments."""
+    own = ("LANES", plan.lanes), ("THREADS", plan.channels * plan.lanes), ("RESIDENT", plan.resident)
+    modes = [(0, 0, int(save))] if segments == 1 else [(1, 0, 0), (0, 1, int(save))]
+    flags = [tuple(zip(("ENDS", "CARRY", "SAVE"), mode, strict=True)) for mode in modes]
+    signature = "pppppppppp" + "iiiiii" + "lilii"
+    return [
+        nvrtc.load_kernel("forward.cu", "scan_forward", signature, (*constants, *own, *flag), 0, device)
+        for flag in flags
+    ]
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,12 +102,20 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     if count == 1 and parts.dtype == dtype:
         return parts[:, 0]
     out = parts.new_empty((outer, inner), dtype=dtype)
-    step = 4 if inner % 4 == 0 else 1
-    types = (("X_TYPE", TYPES[parts.dtype]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]))
-    constants = (*types, ("RANK", 1), ("STATES", 1), ("PARTS", count), ("VEC", int(step == 4)))
-    grid = -(-outer * inner // (256 * step))
-    load_and_launch("sum.cu", "sum_parts", "ppll", constants, 0, grid, 256, parts, parts, out, outer, inner)
+    kernel, grid = parts_kernel(outer, count, inner, parts.dtype, dtype, parts.get_device())
+    launch(kernel, grid, 256, parts, parts, out, outer, inner)
     return out
+
+
+def parts_kernel(
+    outer: int, count: int, inner: int, given: torch.dtype, dtype: torch.dtype, device: int
+) -> tuple[nvrtc.Kernel, int]:
+    """Returns the kernel that sums (outer, count, inner) of a type to (outer, inner) of another, and its programs."""
+    step = 4 if inner % 4 == 0 else 1
+    types = (("X_TYPE", TYPES[given]), ("P_TYPE", 0), ("Y_TYPE", TYPES[dtype]))
+    constants = (*types, ("RANK", 1), ("STATES", 1), ("PARTS", count), ("VEC", int(step == 4)))
+    kernel = nvrtc.load_kernel("sum.cu", "sum_parts", "ppll", constants, 0, device)
+    return kernel, -(-outer * inner // (256 * step))
 
 
 def _sum_table(table: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,6 +179,19 @@ def backward_shared(rank: int, plan: Plan, size: int) -> int:
     return 4 * numbers + 4 * CHUNK * plan.channels * size
 
 
+def backward_kernel(
+    constants: tuple[tuple[str, int], ...], plan: Plan, rank: int, size: int, channels: int, chunks: bool, device: int
+) -> tuple[nvrtc.Kernel, int]:
+    """Returns the kernel of a backward pass, for maps with elements of `size` bytes, and the threads of a program."""
+    warps = plan.channels // (8 * plan.per_thread)
+    own = (
+        ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(channels % 4 == 0)),
+        ("CHUNKS", int(chunks)),
+    )  # fmt: skip
+    signature, shared = "ppppppppppp" + "iiiii" + "lilili" + "i", backward_shared(rank, plan, size)
+    return nvrtc.load_kernel("backward.cu", "scan_backward", signature, (*constants, *own), shared, device), 32 * warps
+
+
 def _block(channels: int, blocks: Sequence[int]) -> int:
     """Returns the channels per program that leave the fewest threads idle; of equals, the largest."""
     return min(blocks, key=lambda block: (-(-channels // block) * block, -block))
@@ -172,12 +203,19 @@ def _properties(device: int):
 
 
 def _constants(x: Tensor, proj: Tensor, out: torch.dtype, dt_weight: Tensor, A: Tensor) -> tuple[tuple[str, int], ...]:
-    types = ("X_TYPE", TYPES[x.dtype]), ("P_TYPE", TYPES[proj.dtype]), ("Y_TYPE", TYPES[out])
     R, N = dt_weight.shape[2], A.shape[2]
     steps = (proj.stride(0), proj.stride(1), proj.stride(2), proj.stride(3))
     aligned = proj.data_ptr() % (4 * proj.element_size()) == 0 and all(step % 4 == 0 for step in steps)
-    quads = R % 4 == 0 and N == PADDED_STATES and aligned
-    return *types, ("RANK", R), ("STATES", N), ("QUADS", int(quads))
+    return scan_constants(x.dtype, proj.dtype, out, R, N, aligned)
+
+
+def scan_constants(
+    x: torch.dtype, proj: torch.dtype, out: torch.dtype, rank: int, states: int, aligned: bool
+) -> tuple[tuple[str, int], ...]:
+    """Returns the constants of the kernels of a scan; `aligned`: whether all tokens of proj lie on four elements."""
+    types = ("X_TYPE", TYPES[x]), ("P_TYPE", TYPES[proj]), ("Y_TYPE", TYPES[out])
+    quads = rank % 4 == 0 and states == PADDED_STATES and aligned
+    return *types, ("RANK", rank), ("STATES", states), ("QUADS", int(quads))
 
 
 def _map(t: Tensor) -> Tensor:
@@ -288,18 +326,15 @@ class CudaBackend(Backend):
         dy, x, proj = _map(dy), _map(x), _map(proj)
         plan = plan or backward_plan(C, R, x.element_size(), x.get_device())
         blocks = -(-C // plan.channels)
-        warps = plan.channels // (8 * plan.per_thread)
         dxs = x.new_empty((B, K, H * W, C))
         dproj = proj.new_empty((blocks, B, H, W, K, P), dtype=torch.float32 if blocks > 1 else proj.dtype)
         dtable = x.new_empty((B, K, N + R + 2, C), dtype=torch.float32)
-        constants = _constants(x, proj, dproj.dtype, dt_weight, A) + (
-            ("WARPS", warps), ("CPT", plan.per_thread), ("OCCUPANCY", plan.occupancy), ("ALIGNED", int(C % 4 == 0)),
-            ("CHUNKS", int(_in_chunks(x) and _in_chunks(dy))),
-        )  # fmt: skip
+        constants = _constants(x, proj, dproj.dtype, dt_weight, A)
+        chunks = _in_chunks(x) and _in_chunks(dy)
+        kernel, threads = backward_kernel(constants, plan, R, x.element_size(), C, chunks, x.get_device())
         with torch.cuda.device_of(x):
-            load_and_launch(
-                "backward.cu", "scan_backward", "ppppppppppp" + "iiiii" + "lilili" + "i", constants,
-                backward_shared(R, plan, x.element_size()), B * K * blocks, 32 * warps, x,
+            launch(
+                kernel, B * K * blocks, threads, x,
                 dy, x, proj, *_float(dt_weight, dt_bias, A, D), states, dxs, dproj, dtable, B, H, W, C, blocks,
                 *_strides(dy), *_strides(x), *_strides(proj), proj.stride(3),
             )  # fmt: skip

@@ -36,9 +36,9 @@ def kernels_run(x: Tensor, backend: str | None) -> bool:
     return type(x) is Tensor and x.dtype in TYPES and not torch.jit.is_tracing() and not transformed()
 
 
-def observed(module: nn.Module) -> bool:
-    """Returns whether the module has hooks registered, or a tracer is active."""
-    return torch.compiler.is_compiling() or _has_any_global_hook() or _hooked(module)
+def observed(*modules: nn.Module) -> bool:
+    """Returns whether one of the modules has hooks registered, or a tracer is active."""
+    return torch.compiler.is_compiling() or _has_any_global_hook() or any(map(_hooked, modules))
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -166,35 +166,38 @@ class Like(NamedTuple):
 
 def fits_block(x: Tensor, block: Any) -> bool:
     """Of an `SSConvSSM` whose scan branch is an `SS2D`: whether all of its pieces have kernels and none is observed."""
-    ssm, hook, drop_path = block.ssm, block.ssm_map, block.drop_path
+    modules = block._modules  # quicker than through the attributes of modules, as below
+    branch, ssm, hook, drop_path = (modules[name] for name in ("conv", "ssm", "ssm_map", "drop_path"))
     if x.ndim != 4 or x.shape[-1] % 8 or not x.numel() or type(hook) is not nn.Identity:
         return False
-    if any("forward" in m.__dict__ or observed(m) for m in (block.conv, ssm, hook, drop_path, ssm.in_proj, ssm.conv)):
+    layers = ssm._modules
+    in_proj, conv, out_norm, out_proj = (layers[name] for name in ("in_proj", "conv", "out_norm", "out_proj"))
+    own = branch, ssm, hook, drop_path, in_proj, conv
+    if any(["forward" in m.__dict__ for m in own]) or observed(*own):  # noqa: C419 a generator takes longer
         return False
+    of_scan: Any = (own_parameter(ssm, name) for name in ("x_proj", "dt_weight", "dt_bias", "A_log", "D"))
+    x_proj, dt_weight, dt_bias, A_log, D = of_scan
     rows, half = x.shape[:-1], x.shape[-1] // 2
-    K, C, R = ssm.dt_weight.shape
-    N = ssm.A_log.shape[-1]
+    K, C, R = dt_weight.shape
+    N = A_log.shape[-1]
     side: Any = Like((*rows, half), x.dtype, x.device)  # a branch of the block
     inner: Any = Like((*rows, C), x.dtype, x.device)
     wide: Any = Like((*rows, 2 * C), x.dtype, x.device)
-    scan = (
-        (ssm.x_proj, (K, R + 2 * N, C)), (ssm.dt_weight, (K, C, R)), (ssm.dt_bias, (K, C)), (ssm.A_log, (K, C, N)),
-        (ssm.D, (K, C)),
-    )  # fmt: skip
+    scan = (x_proj, (K, R + 2 * N, C)), (dt_weight, (K, C, R)), (dt_bias, (K, C)), (A_log, (K, C, N)), (D, (K, C))
     return (
         hasattr(drop_path, "keep_mask")
         and K == cuda_backend.K
-        and ssm.in_proj.out_features == 2 * C
-        and ssm.out_proj.out_features == half
+        and in_proj.out_features == 2 * C
+        and out_proj.out_features == half
         and all(p.shape == shape and p.device == x.device and p.is_floating_point() for p, shape in scan)
-        and ssm.x_proj.dtype in TYPES
+        and x_proj.dtype in TYPES
         and cuda_backend.covers(rows[1] * rows[2], C, x.dtype.itemsize, R + -R % 4, N)
-        and fits_split_norm(x, block.norm)
-        and _takes_linear(ssm.in_proj, side)
-        and _computes_in(inner, ssm.x_proj)
-        and fits_conv_silu(wide, ssm.conv)
-        and fits_gate_project(inner, inner, ssm.out_norm, ssm.out_proj)
-        and fits_conv_branch(side, block.conv)
+        and fits_split_norm(x, modules["norm"])
+        and _takes_linear(in_proj, side)
+        and _computes_in(inner, x_proj)
+        and fits_conv_silu(wide, conv)
+        and fits_gate_project(inner, inner, out_norm, out_proj)
+        and fits_conv_branch(side, branch)
     )
 
 
@@ -217,9 +220,10 @@ def _takes_norm(norm: nn.LayerNorm, x: Tensor, channels: int) -> bool:
 
 
 def _takes_linear(linear: nn.Linear, x: Tensor) -> bool:
-    if type(linear) is not nn.Linear or linear.bias is not None or linear.in_features != x.shape[-1]:
+    if type(linear) is not nn.Linear or own_parameter(linear, "bias") is not None or linear.in_features != x.shape[-1]:
         return False
-    return _computes_in(x, linear.weight) and linear.weight.device == x.device and not observed(linear)
+    weight: Any = own_parameter(linear, "weight")
+    return _computes_in(x, weight) and weight.device == x.device and not observed(linear)
 
 
 def computes_in(weight: Tensor) -> torch.dtype:
@@ -239,5 +243,5 @@ def _like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _takes_parameters(module: nn.Module, x: Tensor) -> bool:
-    present = module.weight is not None and module.bias is not None
-    return present and module.weight.device == x.device and not observed(module)
+    weight, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
+    return weight is not None and bias is not None and weight.device == x.device and not observed(module)

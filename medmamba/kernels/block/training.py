@@ -7,7 +7,6 @@ of the map; gradients of parameters are summed in a fixed order. These are autog
 input itself, so that its gradient is added in the same kernel.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from ..backends.cuda import TYPES
 from ..cuda import nvrtc
 from ..cuda.nvrtc import launch
 from ..once import once
 from . import eligibility
 from .autocast import in_its_types
+from .memory import evenly_spaced, parameter, processors, ready, types
 from .registry import replaces
 
 SPLIT, GATE, MERGE, ALONE = range(4)  # OP of cuda/train.cu
@@ -30,6 +29,15 @@ PROGRAMS = 4  # per multiprocessor, where programs sum over all pixels: as many 
 # Pixels in rows that a thread convolves at a time; that of the backward pass keeps its inputs in registers.
 CONV_TILES = {"conv_forward": (8, 2), "conv_input": (8, 2), "conv_backward": (4, 1)}
 ALL_PIXELS = (1, 1, 1, 0)  # sizes of a map for kernels that can gather 2x2 patches, when they do not
+SIGNATURES = {  # of the kernels; see `nvrtc.Kernel`
+    "norm_forward": "ppppppp" + "liiiilf",
+    "norm_backward": "pppppppppp" + "liiiilf",
+    "conv_forward": "ppppiiiii",
+    "conv_backward": "ppppppiiiii",
+    "conv_input": "ppppiiiii",
+    "mix_forward": "pppppii",
+    "mix_backward": "ppppii",
+}
 
 
 # --- pieces of the network that the functions below replace ---------------------------------------------------------
@@ -104,7 +112,7 @@ class GateProject(Function):
     @staticmethod
     def forward(ctx, y, gate, weight, bias, eps, matrix):
         y, ctx.dtype, ctx.matrix_dtype, ctx.eps = ready(y), weight.dtype, matrix.dtype, eps
-        gate, ctx.step = _evenly_spaced(gate)
+        gate, ctx.step = evenly_spaced(gate)
         weight, bias, matrix = parameter(weight), parameter(bias), matrix.to(y.dtype)
         ctx.save_for_backward(y, gate, weight, bias, matrix)
         return F.linear(_gated(ctx, y, gate, weight, bias), matrix)
@@ -114,7 +122,7 @@ class GateProject(Function):
     @in_its_types
     def backward(ctx, dout):
         y, gate, weight, bias, matrix = ctx.saved_tensors
-        gate, ctx.step = _evenly_spaced(gate)  # hooks of saved tensors may bring it back with other strides
+        gate, ctx.step = evenly_spaced(gate)  # hooks of saved tensors may bring it back with other strides
         dmatrix = None
         if ctx.needs_input_grad[5]:
             gated = _gated(ctx, y, gate, weight, bias)
@@ -161,8 +169,8 @@ class ConvSilu(Function):
         weight, bias = parameter(weight), parameter(bias)
         C = wide.shape[-1] // 2
         out = wide.new_empty((*wide.shape[:-1], C))
-        plan = _conv_plan("conv_forward", "ppppiiiii", C, False, wide.dtype, wide.get_device())
-        programs, sizes = plan.share(wide)
+        plan = conv_plan("conv_forward", C, False, wide.dtype, wide.get_device())
+        programs, sizes = plan.share(wide.shape)
         launch(plan.kernel, programs * plan.blocks, plan.threads, wide, own, weight, bias, out, *sizes)
         ctx.save_for_backward(own, weight, bias)
         return out, wide[..., C:]
@@ -174,8 +182,8 @@ class ConvSilu(Function):
         wanted, C, device = any(ctx.needs_input_grad[1:]), dout.shape[-1], wide.get_device()
         dout, dgate = ready(dout), ready(dgate)
         dpre, dwide, dweight, dbias = torch.empty_like(dout), None, None, None
-        plan = _conv_plan("conv_backward", "ppppppiiiii", C, wanted, wide.dtype, device)
-        programs, sizes = plan.share(wide)
+        plan = conv_plan("conv_backward", C, wanted, wide.dtype, device)
+        programs, sizes = plan.share(wide.shape)
         partials = wide.new_empty((programs, 10 * C), dtype=torch.float32) if wanted else None
         tensors = dout, wide, weight, bias, dpre, partials
         launch(plan.kernel, programs * plan.blocks, plan.threads, wide, *tensors, *sizes)
@@ -184,8 +192,8 @@ class ConvSilu(Function):
             dweight = dweight.view(C, 1, 3, 3)
         if ctx.needs_input_grad[0]:
             dwide = torch.empty_like(wide)
-            plan = _conv_plan("conv_input", "ppppiiiii", C, False, wide.dtype, device)
-            programs, sizes = plan.share(wide)
+            plan = conv_plan("conv_input", C, False, wide.dtype, device)
+            programs, sizes = plan.share(wide.shape)
             launch(plan.kernel, programs * plan.blocks, plan.threads, wide, dpre, dgate, weight, dwide, *sizes)
         return dwide, dweight, dbias
 
@@ -197,7 +205,7 @@ class Mix(Function):
     def forward(ctx, x, left, right, keep):
         x = ready(x)
         out = torch.empty_like(x)
-        _mix("mix_forward", "pppppii", x, keep, x, ready(left), ready(right), keep, out)
+        _mix("mix_forward", x, keep, x, ready(left), ready(right), keep, out)
         ctx.save_for_backward(keep)
         return out
 
@@ -207,7 +215,7 @@ class Mix(Function):
         (keep,) = ctx.saved_tensors
         half = (*dout.shape[:-1], dout.shape[-1] // 2)
         dleft, dright = dout.new_empty(half), dout.new_empty(half)
-        _mix("mix_backward", "ppppii", dout, keep, ready(dout), keep, dleft, dright)
+        _mix("mix_backward", dout, keep, ready(dout), keep, dleft, dright)
         return dout, dleft, dright, None
 
 
@@ -234,7 +242,7 @@ def _norm_forward(
     right: Tensor | None = None,
 ) -> None:
     C = weight.numel()
-    kernel, together = _norm_kernel("norm_forward", "ppppppp" + "liiiilf", op, C, False, x.dtype, x.get_device())
+    kernel, together = norm_kernel("norm_forward", op, C, False, x.dtype, x.get_device())
     rows = out.numel() // C
     tensors = x, gate, weight, bias, out, left, right
     launch(kernel, -(-rows // together), 32 * WARPS, x, *tensors, rows, gate_step, *sizes, eps)
@@ -261,9 +269,9 @@ def _norm_backward(
     Weight and bias are inputs `first` and `first` + 1 of the autograd function.
     """
     C, device, wanted = weight.numel(), x.get_device(), any(ctx.needs_input_grad[first : first + 2])
-    kernel, together = _norm_kernel("norm_backward", "pppppppppp" + "liiiilf", op, C, wanted, x.dtype, device)
+    kernel, together = norm_kernel("norm_backward", op, C, wanted, x.dtype, device)
     rows = dout.numel() // C
-    programs = min(-(-rows // together), PROGRAMS * processors(device))
+    programs = norm_programs(rows, together, device)
     partials = x.new_empty((programs, 2, C), dtype=torch.float32) if wanted else None
     tensors = ready(dout), x, gate, weight, bias, dleft, dwhole, dx, dgate, partials
     launch(kernel, programs, 32 * WARPS, x, *tensors, rows, gate_step, *sizes, ctx.eps)
@@ -274,27 +282,32 @@ def sum_programs(partials: Tensor) -> Tensor:
     """Sums (programs, ...) over the programs, in a fixed order; the rest has a multiple of eight numbers."""
     out = torch.empty_like(partials[0])
     half = out.numel() // 2
-    kernel = _sum_kernel(half, partials.get_device())
+    kernel = sum_kernel(half, partials.get_device())
     launch(kernel, -(-half // 32), 512, partials, partials, out, len(partials))
     return out
 
 
 @once
-def _sum_kernel(half: int, device: int) -> Callable[..., None]:
+def sum_kernel(half: int, device: int) -> Callable[..., None]:
     constants = types(torch.float32) + (("CHANNELS", half), ("THREADS", 256), ("RELU", 0))
     return nvrtc.load_kernel("batch.cu", "add_partials", "ppi", constants, 0, device)
 
 
 @once
-def _norm_kernel(
-    name: str, signature: str, op: int, C: int, params: bool, dtype: torch.dtype, device: int
+def norm_kernel(
+    name: str, op: int, C: int, params: bool, dtype: torch.dtype, device: int
 ) -> tuple[Callable[..., None], int]:
     """Returns the kernel and the number of rows that a program processes at a time."""
     lanes = row_lanes(C)
     constants = types(dtype) + (
         ("OP", op), ("CHANNELS", C), ("LANES", lanes), ("WARPS", WARPS), ("PARAMS", int(params)), ("FACTORS", 0),
     )  # fmt: skip
-    return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device), WARPS * (32 // lanes)
+    return nvrtc.load_kernel("train.cu", name, SIGNATURES[name], constants, 0, device), WARPS * (32 // lanes)
+
+
+def norm_programs(rows: int, together: int, device: int) -> int:
+    """Returns the programs of a backward pass that take `together` rows at a time."""
+    return min(-(-rows // together), PROGRAMS * processors(device))
 
 
 def row_lanes(C: int) -> int:
@@ -308,7 +321,7 @@ def row_lanes(C: int) -> int:
 # --- convolution and mixing -----------------------------------------------------------------------------------------
 
 
-class _ConvPlan(NamedTuple):
+class ConvPlan(NamedTuple):
     kernel: Callable[..., None]
     strip: int  # pixels
     rows: int
@@ -317,16 +330,16 @@ class _ConvPlan(NamedTuple):
     blocks: int  # of channels
     most: int  # programs for one block of channels
 
-    def share(self, wide: Tensor) -> tuple[int, tuple[int, int, int, int, int]]:
-        """Returns the programs per block of channels, and the sizes that the kernel takes."""
-        B, H, W, _ = wide.shape
+    def share(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, int, int, int, int]]:
+        """Returns the programs per block of channels, and the sizes that the kernel takes, for maps (B, H, W, C)."""
+        B, H, W, _ = shape
         strips = -(-W // self.strip)
         total = B * -(-H // self.rows) * strips
         return min(-(-total // self.together), self.most), (total, H, W, strips, self.blocks)
 
 
 @once
-def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dtype, device: int) -> _ConvPlan:
+def conv_plan(name: str, C: int, params: bool, dtype: torch.dtype, device: int) -> ConvPlan:
     strip, rows = CONV_TILES[name]
     blocks = -(-C // 512)
     pairs = -(-C // (2 * blocks))
@@ -339,58 +352,21 @@ def _conv_plan(name: str, signature: str, C: int, params: bool, dtype: torch.dty
         ("CHANNELS", C), ("WIDTH", pairs), ("THREADS", threads), ("STRIP", strip), ("ROWS", rows),
         ("OCCUPANCY", occupancy), ("PARAMS", int(params)),
     )  # fmt: skip
-    kernel = nvrtc.load_kernel("train_conv.cu", name, signature, constants, 0, device)
+    kernel = nvrtc.load_kernel("train_conv.cu", name, SIGNATURES[name], constants, 0, device)
     waves = 1 if name == "conv_backward" else 2  # more programs leave more partial sums to add
     most = waves * occupancy * processors(device) // blocks
-    return _ConvPlan(kernel, strip, rows, threads, together, blocks, max(1, most))
+    return ConvPlan(kernel, strip, rows, threads, together, blocks, max(1, most))
 
 
-def _mix(name: str, signature: str, x: Tensor, keep: Tensor | None, *tensors: Tensor | None) -> None:
+def _mix(name: str, x: Tensor, keep: Tensor | None, *tensors: Tensor | None) -> None:
     threads = x.numel() // 8
-    kernel = _mix_kernel(name, signature, keep is not None, x.dtype, x.get_device())
+    kernel = mix_kernel(name, keep is not None, x.dtype, x.get_device())
     launch(kernel, -(-threads // 256), 256, x, *tensors, threads, threads // x.shape[0])
 
 
 @once
-def _mix_kernel(name: str, signature: str, scaled: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
+def mix_kernel(name: str, scaled: bool, dtype: torch.dtype, device: int) -> Callable[..., None]:
     constants = types(dtype) + (
         ("OP", ALONE), ("CHANNELS", 4), ("LANES", 1), ("WARPS", WARPS), ("PARAMS", 0), ("FACTORS", int(scaled)),
     )  # fmt: skip
-    return nvrtc.load_kernel("train.cu", name, signature, constants, 0, device)
-
-
-# --- tensors and constants ------------------------------------------------------------------------------------------
-
-
-def ready(t: Tensor) -> Tensor:
-    """Returns t contiguous and aligned for loads of four elements."""
-    t = t.contiguous()
-    return t if _aligned(t) else t.clone()
-
-
-def _aligned(t: Tensor) -> bool:
-    return t.data_ptr() % (4 * t.element_size()) == 0
-
-
-def parameter(t: Tensor) -> Tensor:
-    return ready(t.float())
-
-
-def _evenly_spaced(t: Tensor) -> tuple[Tensor, int]:
-    """Returns a map, without a copy where possible, and the stride between its pixels in elements."""
-    _, H, W, C = t.shape
-    if not t.is_contiguous():
-        b, h, step, c = t.stride()
-        if c == 1 and h == W * step and b == H * h and step % 4 == 0 and step < 2**31 and _aligned(t):
-            return t, step
-    return ready(t), C
-
-
-@functools.cache
-def processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def types(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    kind = TYPES[dtype]
-    return ("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1)
+    return nvrtc.load_kernel("train.cu", name, SIGNATURES[name], constants, 0, device)

@@ -16,9 +16,18 @@ from torch.autograd.function import Function, once_differentiable
 from ..cuda import nvrtc
 from ..once import once
 from . import eligibility, training
+from .memory import parameter, processors, ready, types
 from .registry import replaces
-from .training import parameter, processors, ready, sum_programs, types
+from .training import sum_programs
 
+SIGNATURES = {  # of the kernels; see `nvrtc.Kernel`
+    "batch_sums": "ppl",
+    "batch_stats": "pppppppppilff",
+    "batch_apply": "ppppl",
+    "relu_gradient": "ppppl",
+    "batch_gradient_sums": "ppppl",
+    "batch_gradient": "pppppl",
+}
 ROWS_EACH = 4  # rows that a thread sums, at least
 PROGRAMS = 4  # per multiprocessor
 
@@ -123,12 +132,12 @@ def _convolve_back(d: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[
 def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor | None) -> Tensor:
     """Returns the statistics (4, C) of this batch; see `cuda/batch.cu`."""
     C, rows, partials = _partials(x)
-    plan = _plan(C, x.dtype, False, x.get_device())
-    training.launch(plan("batch_sums", "ppl"), len(partials), plan.threads, x, x, partials, rows)
+    plan = batch_plan(C, x.dtype, False, x.get_device())
+    training.launch(plan("batch_sums"), len(partials), plan.threads, x, x, partials, rows)
     stats = x.new_empty((4, C), dtype=torch.float32)
     tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats, norm.tracked
     numbers = len(partials), rows, norm.momentum, norm.eps
-    training.launch(plan("batch_stats", "pppppppppilff"), -(-C // 32), 512, x, *tensors, *numbers)
+    training.launch(plan("batch_stats"), -(-C // 32), 512, x, *tensors, *numbers)
     return stats
 
 
@@ -142,30 +151,30 @@ def _add_bias_relu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor | None, shift: Tensor, y: Tensor, relu: bool) -> Tensor:
-    plan, fours = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4
-    training.launch(plan("batch_apply", "ppppl"), -(-fours // 256), 256, x, x, scale, shift, y, fours)
+    plan, fours = batch_plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4
+    training.launch(plan("batch_apply"), -(-fours // 256), 256, x, x, scale, shift, y, fours)
     return y
 
 
 def _relu_gradient(y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     C, rows, partials = _partials(y)
-    plan, dx = _plan(C, y.dtype, True, y.get_device()), torch.empty_like(y)
-    training.launch(plan("relu_gradient", "ppppl"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
+    plan, dx = batch_plan(C, y.dtype, True, y.get_device()), torch.empty_like(y)
+    training.launch(plan("relu_gradient"), len(partials), plan.threads, y, y, dy, dx, partials, rows)
     return dx, sum_programs(partials)
 
 
 def _gradient_sums(x: Tensor, dy: Tensor, stats: Tensor, relu: bool) -> Tensor:
     """Returns the gradients of bias and weight, (2, C)."""
     C, rows, partials = _partials(x)
-    plan = _plan(C, x.dtype, relu, x.get_device())
-    kernel = plan("batch_gradient_sums", "ppppl")
+    plan = batch_plan(C, x.dtype, relu, x.get_device())
+    kernel = plan("batch_gradient_sums")
     training.launch(kernel, len(partials), plan.threads, x, x, dy, stats, partials, rows)
     return sum_programs(partials)
 
 
 def _gradient(x: Tensor, dy: Tensor, stats: Tensor, sums: Tensor, relu: bool) -> Tensor:
-    plan, fours, dx = _plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4, torch.empty_like(x)
-    kernel = plan("batch_gradient", "pppppl")
+    plan, fours, dx = batch_plan(x.shape[-1], x.dtype, relu, x.get_device()), x.numel() // 4, torch.empty_like(x)
+    kernel = plan("batch_gradient")
     training.launch(kernel, -(-fours // 256), 256, x, x, dy, stats, sums, dx, fours)
     return dx
 
@@ -174,8 +183,12 @@ def _partials(x: Tensor) -> tuple[int, int, Tensor]:
     """Returns channels, rows, and a buffer for the partial sums of each program."""
     C = x.shape[-1]
     rows = x.numel() // C
-    programs = min(-(-rows // (ROWS_EACH * _together(C))), PROGRAMS * processors(x.get_device()))
-    return C, rows, x.new_empty((programs, 2, C), dtype=torch.float32)
+    return C, rows, x.new_empty((programs_for(rows, C, x.get_device()), 2, C), dtype=torch.float32)
+
+
+def programs_for(rows: int, C: int, device: int) -> int:
+    """Returns the programs that sum over rows of C numbers."""
+    return min(-(-rows // (ROWS_EACH * _together(C))), PROGRAMS * processors(device))
 
 
 def _together(C: int) -> int:
@@ -183,21 +196,21 @@ def _together(C: int) -> int:
     return max(1, 256 // (C // 4))
 
 
-class _Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     threads: int
     constants: tuple[tuple[str, int], ...]
     device: int
 
-    def __call__(self, name: str, signature: str) -> Callable[..., None]:
-        return _kernel(name, signature, self.constants, self.device)
+    def __call__(self, name: str) -> Callable[..., None]:
+        return _kernel(name, self.constants, self.device)
 
 
 @functools.cache
-def _plan(C: int, dtype: torch.dtype, relu: bool, device: int) -> _Plan:
+def batch_plan(C: int, dtype: torch.dtype, relu: bool, device: int) -> BatchPlan:
     threads = _together(C) * (C // 4)
-    return _Plan(threads, (*types(dtype), ("CHANNELS", C), ("THREADS", threads), ("RELU", int(relu))), device)
+    return BatchPlan(threads, (*types(dtype), ("CHANNELS", C), ("THREADS", threads), ("RELU", int(relu))), device)
 
 
 @once
-def _kernel(name: str, signature: str, constants: tuple[tuple[str, int], ...], device: int) -> Callable[..., None]:
-    return nvrtc.load_kernel("batch.cu", name, signature, constants, 0, device)
+def _kernel(name: str, constants: tuple[tuple[str, int], ...], device: int) -> Callable[..., None]:
+    return nvrtc.load_kernel("batch.cu", name, SIGNATURES[name], constants, 0, device)
