@@ -18,7 +18,7 @@ WIDTHS = [(96, 3), (192, 6), (384, 12), (768, 24), (34, 2)]  # channels and rank
 CAPABILITIES = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
 FILES = {
     *("forward.cu", "backward.cu", "sum.cu", "fused.cu", "depthwise.cu"),
-    *("patches.cu", "train.cu", "train_conv.cu", "batch.cu"),
+    *("patches.cu", "train.cu", "train_conv.cu", "batch.cu", "whole.cu"),
     *nvrtc.LINES,
 }
 FILES |= set(nvrtc.TENSOR)
