@@ -150,7 +150,7 @@ class Pretraining(nn.Module):
     def _masked(self, inputs: Tensor) -> Tensor:
         height, width = inputs.shape[2] // SQUARE, inputs.shape[3] // SQUARE
         hidden = (torch.rand(len(inputs), 1, height, width, device=inputs.device) < SHARE).float()
-        hidden = hidden.repeat_interleave(SQUARE, 2).repeat_interleave(SQUARE, 3)
+        hidden = F.interpolate(hidden, inputs.shape[2:])
         shown = (inputs * (1 - hidden)).contiguous(memory_format=torch.channels_last)  # 0 is the mean colour
         found = F.pixel_shuffle(self.pixels(self.student.forward_pyramid(shown)[-1]).float(), STRIDE)
         return ((found - inputs).abs() * hidden).sum() / (hidden.sum() * inputs.shape[1]).clamp(min=1)
