@@ -94,6 +94,7 @@ def test_parts_of_a_group_and_every_other_plan():
     for plan in (lines.Plan(warps=1, parts=4, segment_warps=2), lines.Plan(warps=3, segment_warps=7, parts=2)):
         check(tensors, plan=plan)
     check(tensors, plan=lines.Plan(across=2))
+    check(tensors, plan=lines.Plan(packed=1))
     check(problem(L=300, channels=10, N=3, groups=2), plan=lines.Plan(across=3))
     check(problem(L=150, channels=9, N=1, dtype=torch.bfloat16), plan=lines.Plan(rows=4, segment_warps=2))
     tensors = problem(L=30, channels=21, N=5)

@@ -52,7 +52,8 @@ def wanted(monkeypatch):
         for L, N in ((196, 16), (49, 16), (300, 1), (49, 1), (150, 8)):
             lines = problem_1d(L=L, N=N, dtype=dtype)
             cuda_backend.BACKEND.scan_1d(*lines, True)  # few lines
-            cuda_backend.BACKEND.scan_1d(*lines, True, plan=Plan())
+            for packed in (0, 1):
+                cuda_backend.BACKEND.scan_1d(*lines, True, plan=Plan(packed=packed))
             cuda_backend.BACKEND.scan_1d_backward(lines[0], *lines, True)
     for dtype in TYPES[1:]:
         for C, S, O in ((256, 128, 128), (128, 64, 64), (64, 32, 32), (32, 0, 16), (16, 0, 16)):

@@ -2,6 +2,7 @@
 //
 //     GRADIENT  0: writes y, and the last state (B, C, N). 1: for each segment, its initial state and the gradient of its
 //               last one; and the gradients of A and D for each line, (B, C, N) and (B, C)
+//     PACKED    whether B and C stay in 16 bits in shared memory: fewer bytes to read, more instructions
 //     RESIDENT  programs per multiprocessor to compile for
 //
 // A warp walks along the lines of 32 / LANES channels, with their states in registers, in tiles of TILE_L tokens. Of a
@@ -19,8 +20,25 @@ constexpr int ACROSS = TILE_L / STEP;                  // lanes along a line
 constexpr int PITCH = TILE_L + 4, PAIRS = 2 * TILE_L + 4;
 constexpr int EACH = (2 * PADDED * ACROSS + THREADS - 1) / THREADS;  // pieces of B and C
 
+constexpr int TOGETHER = PACKED ? 8 : 4;  // tokens for which B and C are read at once
+
+template <bool packed> struct Vectors { typedef float type; };
+template <> struct Vectors<true> { typedef u16 type; };
+typedef Vectors<PACKED>::type vector_t;
+constexpr int VECTOR = TILE_L + (PACKED ? 8 : 4);  // 16 bytes more than the tokens, so that lanes read from different banks
+
+__device__ __forceinline__ void read_vector(float* to, const vector_t* from) {
+    if constexpr (PACKED) {
+        const uint4 v = *(const uint4*)from;
+        const unsigned word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = token<P_TYPE>(word, i);
+    } else
+        numbers(to, read4f((const float*)from));
+}
+
 struct alignas(16) Shared {
-    float vectors[2][2 * PADDED][PITCH];  // B and C of this tile and of the next
+    vector_t vectors[2][2 * PADDED][VECTOR];  // B and C of this tile and of the next
     float steps[WARPS][CHANNELS][PAIRS];  // dt and dt * u, alternating
     float lines[WARPS][CHANNELS][PITCH];  // y; GRADIENT: dy
 };
@@ -129,30 +147,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines(
         for (int i = 0; i < EACH; i++) {
             const int row = (tid + i * THREADS) / ACROSS;
             if (row >= 2 * PADDED) continue;
-            float v[STEP];
+            vector_t* to = &S.vectors[tile & 1][row][at];
+            if constexpr (PACKED) *(uint4*)to = uint4{next[i].word[0], next[i].word[1], next[i].word[2], next[i].word[3]};
+            else {
+                float v[STEP];
 #pragma unroll
-            for (int t = 0; t < STEP; t++) v[t] = token<P_TYPE>(next[i].word, t);
-            write8(&S.vectors[tile & 1][row][at], v);
+                for (int t = 0; t < STEP; t++) v[t] = token<P_TYPE>(next[i].word, t);
+                write8((float*)to, v);
+            }
         }
         if (start + TILE_L < L) fetch(start + TILE_L);
         __syncthreads();
 
-        const float(*vectors)[PITCH] = S.vectors[tile & 1];
-#pragma unroll 2
-        for (int t = 0; t < TILE_L; t += 4) {
-            const float4 one = read4f(&S.steps[warp][ch][2 * t]), two = read4f(&S.steps[warp][ch][2 * t + 4]);
-            const float dt[4] = {one.x, one.z, two.x, two.z}, in[4] = {one.y, one.w, two.y, two.w};
-            float v[4] = {0.f, 0.f, 0.f, 0.f};
-            if constexpr (GRADIENT) {
-                numbers(v, read4f(&S.lines[warp][ch][t]));
-                dts += (dt[0] + dt[1]) + (dt[2] + dt[3]);
+        const vector_t(*vectors)[VECTOR] = S.vectors[tile & 1];
+#pragma unroll (8 / TOGETHER)
+        for (int t = 0; t < TILE_L; t += TOGETHER) {
+            float dt[TOGETHER], in[TOGETHER], v[TOGETHER];
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j += 2) {
+                const float4 two = read4f(&S.steps[warp][ch][2 * (t + j)]);
+                dt[j] = two.x, in[j] = two.y, dt[j + 1] = two.z, in[j + 1] = two.w;
             }
 #pragma unroll
-            for (int i = 0; i < PER; i++) {
-                float Bs[4], Cs[4];
-                numbers(Bs, read4f(&vectors[i * LANES + q][t])), numbers(Cs, read4f(&vectors[PADDED + i * LANES + q][t]));
+            for (int j = 0; j < TOGETHER; j += 4)
+                if constexpr (GRADIENT) {
+                    numbers(v + j, read4f(&S.lines[warp][ch][t + j]));
+                    dts += (dt[j] + dt[j + 1]) + (dt[j + 2] + dt[j + 3]);
+                } else v[j] = v[j + 1] = v[j + 2] = v[j + 3] = 0.f;
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
+            for (int i = 0; i < PER; i++) {
+                float Bs[TOGETHER], Cs[TOGETHER];
+                read_vector(Bs, &vectors[i * LANES + q][t]), read_vector(Cs, &vectors[PADDED + i * LANES + q][t]);
+#pragma unroll
+                for (int j = 0; j < TOGETHER; j++) {
                     const float factor = exp2f(dt[j] * a[i]);
                     if constexpr (GRADIENT) {
                         const float kept = factor * h[i], e = v[j] * Cs[j];
@@ -167,15 +194,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_lines(
                     }
                 }
             }
-            if constexpr (GRADIENT == 0) {
-                if constexpr (LANES == 4) fold<4>(v, lane, 2), fold<2>(v, lane, 1);
-                if constexpr (LANES == 2) fold<4>(v, lane, 1);
+#pragma unroll
+            for (int j = 0; j < (GRADIENT ? 0 : TOGETHER); j += 4) {
+                float* sums = v + j;
+                if constexpr (LANES == 4) fold<4>(sums, lane, 2), fold<2>(sums, lane, 1);
+                if constexpr (LANES == 2) fold<4>(sums, lane, 1);
                 constexpr int COUNT = 4 / LANES;
-                float* to = &S.lines[warp][ch][t + q * COUNT];
-                if constexpr (COUNT == 4) *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+                float* to = &S.lines[warp][ch][t + j + q * COUNT];
+                if constexpr (COUNT == 4) *(float4*)to = make_float4(sums[0], sums[1], sums[2], sums[3]);
                 else
 #pragma unroll
-                    for (int i = 0; i < COUNT; i++) to[i] = v[i];
+                    for (int i = 0; i < COUNT; i++) to[i] = sums[i];
             }
         }
         __syncwarp();

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
 
     warps: int = 4  # per program of the walk along lines
     resident: int = 1  # such programs per multiprocessor to compile for
+    packed: int = 0  # forward: 1 to keep B and C in 16 bits in shared memory
     across: int = 0  # forward: unless 0, the lanes of a warp lie along the lines, and a program has so many warps
     gradient_resident: int = 1  # the same, in the backward pass
     rows: int = 1  # backward: channels of a warp at the same time
@@ -68,7 +69,7 @@ def plan_for(batch: int, channels: int, groups: int, length: int, states: int, d
     resident = max(1, (FULL if per == 4 else 16) // segment_warps)
     few = batch * channels * lanes < 32 * FEW * torch.cuda.get_device_properties(device).multi_processor_count
     across = min(4, most) if few else 0
-    return Plan(warps, 16 // warps, across, 12 // warps, rows, segment_warps, parts, resident)
+    return Plan(warps, 16 // warps, 0, across, 12 // warps, rows, segment_warps, parts, resident)
 
 
 def scan(
@@ -207,6 +208,7 @@ def _walk(
     constants = (
         *_constants(u, delta, B, C, softplus, width, plan), ("WARPS", plan.warps),
         ("RESIDENT", plan.resident if dy is None else plan.gradient_resident), ("GRADIENT", int(dy is not None)),
+        ("PACKED", int(plan.packed and dy is None and TYPES[B.dtype] > 0)),
     )  # fmt: skip
     load_and_launch(
         "lines.cu", "scan_lines", "p" * 15 + "iiii" + "l" * 14, constants, 0,
