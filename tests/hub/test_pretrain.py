@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hub import pretrain, pretrain_objectives, pretrain_pool, pretrain_table, transfer, transfer_table
+from hub import pretrain, pretrain_objectives, pretrain_pool, pretrain_table, recipe_table, transfer, transfer_table
 from hub.pretrain_pool import SOURCES
 from medmamba import MedMamba, create_model
 from medmamba.cards import read_facts, render_card
@@ -289,9 +289,10 @@ def test_the_table_has_mean_spread_and_number_of_seeds(tmp_path, monkeypatch, ca
 def test_the_committed_tables_are_those_of_the_kept_results():
     assert transfer.main(["table", "--check"]) == 0, "run: python -m hub.transfer table"
     assert pretrain.main(["table", "--check"]) == 0, "run: python -m hub.pretrain table"
+    assert recipe_table.main(["--check"]) == 0, "run: python -m hub.recipe_table"
     paths = sorted(transfer_table.KEPT.glob("*/*.json"))
     assert paths
-    paths += pretrain_table.KEPT.glob("**/*.json")
+    paths += [*pretrain_table.KEPT.glob("**/*.json"), *recipe_table.KEPT.glob("*.json")]
     for path in paths:
         assert not re.search(r"/(work|tmp|home|root|Users)/", path.read_text(encoding="utf-8")), path
 
@@ -344,3 +345,27 @@ def test_starts_can_be_compared_without_reading_test_images(backbone, way, tmp_p
     found = json.loads((tmp_path / "out" / f"test-medical-cells-{way}-0.json").read_text())
     assert found["split"] == "val" and found["images"] == {"train": 6, "val": 4} and 0 <= found["auroc"] <= 1
     assert way == "probe" or sorted((tmp_path / "cache" / "cells" / "full").glob("*.npy"))
+
+
+def test_changes_of_the_recipe_are_compared_on_val_alone(tmp_path, monkeypatch):
+    document, scores = tmp_path / "training.md", tmp_path / "scores"
+    monkeypatch.setattr(recipe_table, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(recipe_table, "DOCUMENT", document)
+    document.write_text("before\n" + "\n".join(recipe_table.MARKERS) + "\nafter\n")
+    for number, settings in enumerate(({}, {"balance": "none"}, {"balance": "none"})):
+        folder = tmp_path / "scores" / str(number)
+        folder.mkdir(parents=True)
+        record = result("/x/tiny-medical", number, 0.5 + 0.1 * number) | {"split": "val"}
+        name = f"tiny-medical-breastmnist-full-{number}.json"
+        (folder / name).write_text(json.dumps(record | ({"settings": settings} if settings else {})))
+    assert recipe_table.main([str(scores / "0"), str(scores / "1"), str(scores / "2")]) == 0
+    assert recipe_table.main(["--check"]) == 0 and len(list((tmp_path / "kept").glob("*.json"))) == 3
+    page = document.read_text()
+    assert "| breastmnist | tiny, `tiny-medical` | as it is | 1 | 0.500 | 0.500 | 0.500 |" in page
+    assert "| tiny, `tiny-medical` | `balance=none` | 2 |" + " 0.650 ± 0.071 |" * 3 in page
+    assert "/x/" not in "".join(path.read_text() for path in (tmp_path / "kept").glob("*.json"))
+    document.write_text(page.replace("0.650", "0.950"))
+    assert recipe_table.main(["--check"]) == 1
+    (scores / "0" / "tiny-medical-breastmnist-full-0.json").write_text(json.dumps(result("scratch", 0, 0.5)))
+    with pytest.raises(ValueError, match="scored on test images"):
+        recipe_table.main([str(scores / "0")])
