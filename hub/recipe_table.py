@@ -1,4 +1,4 @@
-"""python -m hub.recipe_table: what changes of the recipe `finetune` do, on validation images: a table of docs/training.md.
+"""python -m hub.recipe_table: changes of the recipe `finetune`, compared on validation images, in docs/training.md.
 
     python -m hub.transfer measure --split val --ways full --starts medmamba/tiny-medical --sets dermamnist \
         --set balance=none --data DATA --out scores/none
@@ -47,7 +47,7 @@ def keep(folders: Iterable[Path]) -> None:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Returns a Markdown table: a row per dataset, backbone and change of the recipe, means and deviations over seeds."""
+    """Returns a Markdown table: a row per dataset, backbone and change of the recipe; means over seeds."""
     if not records:
         return "No results are kept yet."
     lines = [["dataset", "backbone", "recipe", "seeds", *METRICS.values()]]
