@@ -121,6 +121,7 @@ def test_views_are_read_where_they_lie(dtype):
         assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow  # test_scan_grid.py has one that is fast
 @runs
 def test_through_the_operator(monkeypatch):
     """As users call it, with a gate, and with a B that has no groups of its own."""
