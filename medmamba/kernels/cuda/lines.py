@@ -24,9 +24,9 @@ class Plan(NamedTuple):
 
     warps: int = 4  # per program of the walk along lines
     resident: int = 1  # such programs per multiprocessor to compile for
+    gradient_resident: int = 1  # the same, in the backward pass
     packed: int = 0  # forward: 1 to keep B and C in 16 bits in shared memory
     across: int = 0  # forward: unless 0, the lanes of a warp lie along the lines, and a program has so many warps
-    gradient_resident: int = 1  # the same, in the backward pass
     rows: int = 1  # backward: channels of a warp at the same time
     segment_warps: int = 4  # backward: per program of a segment
     parts: int = 1  # backward: programs that share the channels of a group and a segment
@@ -69,7 +69,7 @@ def plan_for(batch: int, channels: int, groups: int, length: int, states: int, d
     resident = max(1, (FULL if per == 4 else 16) // segment_warps)
     few = batch * channels * lanes < 32 * FEW * torch.cuda.get_device_properties(device).multi_processor_count
     across = min(4, most) if few else 0
-    return Plan(warps, 16 // warps, 0, across, 12 // warps, rows, segment_warps, parts, resident)
+    return Plan(warps, 16 // warps, 12 // warps, 0, across, rows, segment_warps, parts, resident)
 
 
 def scan(
