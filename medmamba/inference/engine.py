@@ -361,21 +361,3 @@ def _hooked(model: Any) -> bool:
     return any(
         module not in head and (module._forward_hooks or module._forward_pre_hooks) for module in model.modules()
     )
-
-
-@contextlib.contextmanager
-def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
-    """Pins memory that processes share, so that copies from it run beside all else; does nothing where it cannot."""
-    registered = False
-    if memory is not None and any(device.type == "cuda" for device in devices):
-        address = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
-        with contextlib.suppress(RuntimeError, AttributeError):
-            registered = int(torch.cuda.cudart().cudaHostRegister(address, memory.size, 1)) == 0  # for all contexts
-    try:
-        yield registered
-    finally:
-        if registered:
-            for device in devices:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaHostUnregister(address)

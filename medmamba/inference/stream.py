@@ -20,7 +20,8 @@ from torch import Tensor
 from ..imaging.ahead import CHUNK, Chunk, Order, Prepared, Unread, read_ahead
 from ..utils.extras import require
 from ..utils.modes import unwrap
-from .engine import Answer, Engine, Running, Transferred, pinned
+from .engine import Answer, Engine, Running, Transferred
+from .pinned import pinned
 from .tta import check
 
 MOST = 256  # images in a batch that is chosen here

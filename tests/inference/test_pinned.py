@@ -1,0 +1,66 @@
+"""Memory that processes share is pinned where that makes copies to a GPU faster."""
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from medmamba.imaging.ahead.memory import SharedMemory
+
+pinning = importlib.import_module("medmamba.inference.pinned")
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture
+def memory():
+    found = SharedMemory(1 << 20)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of the driver; the first entry is the status of the next request to pin."""
+    made: list = [0]
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda _address, size, _flags: made.append(size) or made[0],
+        cudaHostUnregister=lambda _address: made.append("unpinned"),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.append("waited"))
+    return made
+
+
+def test_pinned_until_the_end_where_copies_are_fast(memory, calls, monkeypatch):
+    monkeypatch.setattr(pinning, "_seconds", lambda source, device: 1.0)
+    with pinning.pinned(memory, [torch.device("cpu"), GPU]) as registered:
+        assert registered and calls[1:] == [1 << 20]
+    assert calls[2:] == ["waited", "unpinned"]
+
+
+def test_not_pinned_where_that_makes_copies_slower(memory, calls, monkeypatch):
+    shared = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
+    monkeypatch.setattr(pinning, "_seconds", lambda source, device: 2.1 if source.data_ptr() == shared else 1.0)
+    with pinning.pinned(memory, [GPU]) as registered:
+        assert not registered and calls[1:] == [1 << 20, "unpinned"]
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("devices", [[torch.device("cpu")], [GPU]])
+def test_not_pinned_for_a_cpu_or_where_it_cannot_be(memory, calls, devices):
+    calls[0] = 1
+    with pinning.pinned(memory, devices) as registered:
+        assert not registered
+    assert calls[1:] == ([] if devices[0].type == "cpu" else [1 << 20])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_copies_are_the_same_pinned_or_not(memory):
+    values = np.frombuffer(memory.map, np.uint8)
+    values[:] = np.random.default_rng(0).integers(0, 256, values.size)
+    assert isinstance(pinning.faster(memory, GPU), bool)
+    with pinning.pinned(memory, [GPU]):
+        assert torch.equal(torch.from_numpy(values).to(GPU, non_blocking=True).cpu(), torch.from_numpy(values))
