@@ -90,7 +90,7 @@ class Block(Function):
         A = numbers.data_ptr()
         steps, stats = A + 4 * plan.rates, A + 4 * (plan.rates + plan.steps)
         plan.prepare(stream, *(own[i].data_ptr() for i in (5, 15, 19, 2, 12, 23, 8, 6)), weights.data_ptr(), A)
-        codes, *spatial, matrix, out_matrix, point = _matrices(plan, weights, own)
+        matrices = codes, *spatial, matrix, out_matrix, point = _matrices(plan, weights, own)
 
         halves = x.new_empty((3, rows, half))  # the left one, the right one and its norm
         left = halves.data_ptr()
@@ -121,9 +121,8 @@ class Block(Function):
         if key.save:
             ctx.plan, ctx.key, ctx.settings, ctx.kinds = plan, key, settings, kinds
             read = [own[i] for i in (0, 3, 4, 7, 9, 10, 11)]
-            used = [] if plan.cast else [matrix, out_matrix, point]
             ctx.save_for_backward(
-                keep, halves, wide, scanned, proj, saved, y, first, second, third, weights, numbers, *read, *used
+                keep, halves, wide, scanned, proj, saved, y, first, second, third, numbers, *read, *matrices
             )
         return out
 

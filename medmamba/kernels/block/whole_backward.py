@@ -17,8 +17,8 @@ def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     plan, key, settings, wanted = ctx.plan, ctx.key, ctx.settings, ctx.needs_input_grad[3:]
     keep, *saved = ctx.saved_tensors  # once, as checkpointing demands
     # Hooks of saved tensors may bring them back elsewhere.
-    halves, wide, scanned, proj, states, y, *branch, weights, numbers = map(ready, saved[:11])
-    norm_w, conv_w, conv_b, dt_bias, D, gate_w, gate_b, *used = saved[11:]
+    halves, wide, scanned, proj, states, y, *branch, numbers = map(ready, saved[:10])
+    norm_w, conv_w, conv_b, dt_bias, D, gate_w, gate_b, codes, *spatial, matrix, out_matrix, point = saved[10:]
     stream, size, half, rows, C = (
         nvrtc.current_stream(key.device),
         dout.element_size(),
@@ -27,8 +27,6 @@ def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         key.channels,
     )
     B, H, W, _ = key.shape
-    found = list(cut(weights, plan.matrices))
-    codes, *spatial, matrix, out_matrix, point = found if plan.cast else [*found, *used]
     A = numbers.data_ptr()
     steps, stats = A + 4 * plan.rates, A + 4 * (plan.rates + plan.steps)
     room = dout.new_empty(sum(plan.room), dtype=torch.float32)
