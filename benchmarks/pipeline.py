@@ -34,8 +34,10 @@ from PIL import Image
 
 from medmamba import MedMamba, create_model
 from medmamba.imaging.ahead import Order, Prepared, cores, prepare, read_ahead
+from medmamba.imaging.ahead.memory import SharedMemory
 from medmamba.imaging.find import find_in
 from medmamba.inference.engine import Engine, as_input
+from medmamba.inference.pinned import pinned, rate
 from medmamba.inference.predict import Failure, iter_predict
 
 START = 4096  # images: by then processes run, the batch size is found, and on a GPU the network is captured as a graph
@@ -90,6 +92,9 @@ def main() -> None:
     singly = {(name, p): network_alone(model, name, p, args.batch_size) for name in names for p in args.precision}
     for (name, precision), (rate, batch) in singly.items():
         print(f"network alone, {name}, {precision}: {rate:.0f} images/s at batch size {batch}", flush=True)
+    for name in names:
+        if name.startswith("cuda"):
+            print(copies_alone(name), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for kind in args.kinds:
             files = write(kind, Path(args.source), Path(folder) / kind, args.unique)
@@ -209,6 +214,20 @@ def network_alone(model: Any, name: str, precision: str, batch: int | None) -> t
             running[-1].answer()
             n += size * len(running)
         return n / (time.perf_counter() - start), size
+
+
+def copies_alone(name: str) -> str:
+    """Returns how fast a GPU copies from memory that processes share, and from other memory."""
+    device, memory = torch.device(name), SharedMemory(256 << 20)
+    shared = np.frombuffer(memory.map, np.uint8)
+    shared[:] = 1  # takes the space
+    with pinned(memory, [device]) as is_pinned:
+        found = rate(torch.from_numpy(shared), device)
+    other = rate(torch.ones(256 << 20, dtype=torch.uint8), device)
+    how = "pinned" if is_pinned else "not pinned"
+    return (
+        f"copies alone, {name}: {found / 1e9:.1f} GB/s from shared memory, {how}; {other / 1e9:.1f} from other memory"
+    )
 
 
 def end_to_end(

@@ -1,5 +1,6 @@
 """Memory that processes share is pinned where that makes copies to a GPU faster."""
 
+import contextlib
 import importlib
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ def calls(monkeypatch):
 
 
 def test_pinned_until_the_end_where_copies_are_fast(memory, calls, monkeypatch):
-    monkeypatch.setattr(pinning, "_seconds", lambda source, device: 1.0)
+    monkeypatch.setattr(pinning, "rate", lambda source, device: 1e9)
     with pinning.pinned(memory, [torch.device("cpu"), GPU]) as registered:
         assert registered and calls[1:] == [1 << 20]
     assert calls[2:] == ["waited", "unpinned"]
@@ -42,7 +43,7 @@ def test_pinned_until_the_end_where_copies_are_fast(memory, calls, monkeypatch):
 
 def test_not_pinned_where_that_makes_copies_slower(memory, calls, monkeypatch):
     shared = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
-    monkeypatch.setattr(pinning, "_seconds", lambda source, device: 2.1 if source.data_ptr() == shared else 1.0)
+    monkeypatch.setattr(pinning, "rate", lambda source, device: 1e9 if source.data_ptr() == shared else 2.1e9)
     with pinning.pinned(memory, [GPU]) as registered:
         assert not registered and calls[1:] == [1 << 20, "unpinned"]
     assert len(calls) == 3
@@ -54,6 +55,24 @@ def test_not_pinned_for_a_cpu_or_where_it_cannot_be(memory, calls, devices):
     with pinning.pinned(memory, devices) as registered:
         assert not registered
     assert calls[1:] == ([] if devices[0].type == "cpu" else [1 << 20])
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 40])
+def test_the_rate_is_of_pieces_all_over_the_memory(pieces, monkeypatch):
+    seen, clock = [], iter(range(100))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(pinning.time, "perf_counter", lambda: next(clock))
+    source = torch.arange(pieces * pinning._PIECE, dtype=torch.int64).to(torch.uint8)
+    plain = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, piece, **_: seen.append(piece.data_ptr()) or plain(self, piece)
+    )
+    assert pinning.rate(source, torch.device("cpu")) == 16 * pinning._PIECE
+    assert len(seen) == 32 and len(set(seen)) == (1 if pieces == 1 else 32)
+    assert max(seen) == source.data_ptr() + (pieces - 1) * pinning._PIECE
 
 
 @pytest.mark.gpu
