@@ -37,7 +37,7 @@ from medmamba.imaging.ahead import Order, Prepared, cores, prepare, read_ahead
 from medmamba.imaging.ahead.memory import SharedMemory
 from medmamba.imaging.find import find_in
 from medmamba.inference.engine import Engine, as_input
-from medmamba.inference.pinned import pinned, rate
+from medmamba.inference.pinned import copy_rate, pinned
 from medmamba.inference.predict import Failure, iter_predict
 
 START = 4096  # images: by then processes run, the batch size is found, and on a GPU the network is captured as a graph
@@ -222,8 +222,8 @@ def copies_alone(name: str) -> str:
     shared = np.frombuffer(memory.map, np.uint8)
     shared[:] = 1  # takes the space
     with pinned(memory, [device]) as is_pinned:
-        found = rate(torch.from_numpy(shared), device)
-    other = rate(torch.ones(256 << 20, dtype=torch.uint8), device)
+        found = copy_rate(torch.from_numpy(shared), device)
+    other = copy_rate(torch.ones(256 << 20, dtype=torch.uint8), device)
     how = "pinned" if is_pinned else "not pinned"
     return (
         f"copies alone, {name}: {found / 1e9:.1f} GB/s from shared memory, {how}; {other / 1e9:.1f} from other memory"

@@ -45,10 +45,10 @@ def faster(memory: Any, device: torch.device) -> bool:
     """Returns whether copies from pinned memory take no longer than copies from other memory do, by trying."""
     here = torch.from_numpy(np.frombuffer(memory.map, np.uint8))
     other = torch.ones(min(memory.size, _TIMES * _PIECES * _PIECE), dtype=torch.uint8)
-    return rate(here, device) * _SLOWER >= rate(other, device)
+    return copy_rate(here, device) * _SLOWER >= copy_rate(other, device)
 
 
-def rate(source: torch.Tensor, device: torch.device) -> float:
+def copy_rate(source: torch.Tensor, device: torch.device) -> float:
     """Returns how many bytes (of a uint8 tensor) per second are copied to a device at best, each byte once."""
     starts = torch.linspace(0, max(len(source) - _PIECE, 0), _TIMES * _PIECES, dtype=torch.int64).tolist()
     pieces = [source[start : start + _PIECE] for start in starts]

@@ -35,7 +35,7 @@ def calls(monkeypatch):
 
 
 def test_pinned_until_the_end_where_copies_are_fast(memory, calls, monkeypatch):
-    monkeypatch.setattr(pinning, "rate", lambda source, device: 1e9)
+    monkeypatch.setattr(pinning, "copy_rate", lambda source, device: 1e9)
     with pinning.pinned(memory, [torch.device("cpu"), GPU]) as registered:
         assert registered and calls[1:] == [1 << 20]
     assert calls[2:] == ["waited", "unpinned"]
@@ -43,7 +43,7 @@ def test_pinned_until_the_end_where_copies_are_fast(memory, calls, monkeypatch):
 
 def test_not_pinned_where_that_makes_copies_slower(memory, calls, monkeypatch):
     shared = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
-    monkeypatch.setattr(pinning, "rate", lambda source, device: 1e9 if source.data_ptr() == shared else 2.1e9)
+    monkeypatch.setattr(pinning, "copy_rate", lambda source, device: 1e9 if source.data_ptr() == shared else 2.1e9)
     with pinning.pinned(memory, [GPU]) as registered:
         assert not registered and calls[1:] == [1 << 20, "unpinned"]
     assert len(calls) == 3
@@ -70,7 +70,7 @@ def test_the_rate_is_of_pieces_all_over_the_memory(pieces, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "copy_", lambda self, piece, **_: seen.append(piece.data_ptr()) or plain(self, piece)
     )
-    assert pinning.rate(source, torch.device("cpu")) == 16 * pinning._PIECE
+    assert pinning.copy_rate(source, torch.device("cpu")) == 16 * pinning._PIECE
     assert len(seen) == 32 and len(set(seen)) == (1 if pieces == 1 else 32)
     assert max(seen) == source.data_ptr() + (pieces - 1) * pinning._PIECE
 
