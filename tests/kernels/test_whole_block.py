@@ -136,7 +136,9 @@ def test_channels_last_parameters_get_such_gradients():
         assert eligibility.fits_block(x, each)
         each(x).square().mean().backward()
         found.append([p.grad for p in each.parameters()])
-    assert all(map(torch.equal, *found))
+    largest = max(float(g.abs().max()) for g in found[0])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * largest)
     for parameter, gradient in zip(other.parameters(), found[1], strict=True):
         strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
         assert all(size == 1 or found == expected for size, found, expected in strides)
