@@ -224,7 +224,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return None
         kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)
-        return kept / (1 - self.rate)
+        return kept.div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -165,3 +165,15 @@ def test_gradients_in_sixteen_bits(kind):
 
     found, expected = (gradients(copy.deepcopy(layer), run) for run in (SSConvSSM.__call__, SSConvSSM.run_pieces))
     assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.slow
+@runs
+def test_a_frozen_block():
+    layer, x = block().requires_grad_(False), torch.randn(2, 5, 3, 16, device=DEVICE)
+    with plain():
+        expected = copy.deepcopy(layer)(x)
+    assert eligibility.fits_block(x, layer)
+    found = layer(x)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
