@@ -98,13 +98,12 @@ def _narrow_scan(wide: Tensor, block: Block, kernels: ModuleType) -> tuple[Tenso
 
 
 def _branches(left: Tensor, right: Tensor, block: Block, kernels: ModuleType) -> tuple[Tensor, Tensor]:
-    """Returns the outputs of both branches, in a CUDA graph the convolutions beside the scan.
+    """Returns the outputs of both branches, in a CUDA graph the convolutions beside the scan branch.
 
     The scan leaves tensor cores idle, and with few images most of the GPU.
     """
-    inputs = _scan_inputs(right, block, kernels)
-    convolved = graph_capture.run_beside(left, lambda: _conv_branch(left, block))
-    scanned = _scan(inputs, block, kernels)
+    convolved = graph_capture.run_beside(left, functools.partial(_conv_branch, left, block))
+    scanned = _scan(_scan_inputs(right, block, kernels), block, kernels)
     return convolved(), scanned
 
 

@@ -36,8 +36,7 @@ def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         at += 4 * count
     table, norm_sums, depthwise_sums, gate_sums, bias_sums, branch_sums, batch_sums = places
 
-    split = dout.new_empty((2, rows, half))  # the gradients of both branches
-    dconvolved, dscan = split.unbind(0)
+    dconvolved, dscan = dout.new_empty((rows, half)), dout.new_empty((rows, half))  # the gradients of both branches
     factors = 0 if keep is None else keep.data_ptr()
     plan.mix_back(stream, dout.data_ptr(), factors, dconvolved.data_ptr(), dscan.data_ptr(), *plan.mixed)
     beside = graph_capture.run_beside(
@@ -68,6 +67,7 @@ def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         )
         dout_proj = torch.mm(dscan.t(), first)
     second, dgate = torch.mm(dscan, out_matrix), dout.new_empty((rows, C))
+    del dscan  # maps are freed as soon as they have been read, since autograd frees nothing within a function
     plan.gate_back(
         stream, second.data_ptr(), y.data_ptr(), gate, *norms, 0, 0, first.data_ptr(), dgate.data_ptr(), gate_sums,
         rows, 2 * C, *ALL_PIXELS, settings.out_eps,
@@ -144,9 +144,8 @@ def _branch_back(
     """Returns the gradients of the branch's input, of its 3x3 kernels (out, 3, 3, in) and of the 1x1 kernel."""
     (B, H, W, _), half, rows = key.shape, plan.half, plan.rows
     stream, fours = nvrtc.current_stream(key.device), plan.fours
-    maps = dout.new_empty((2, B, H, W, half))
-    d, applied = maps.unbind(0)
-    images = maps.permute(0, 1, 4, 2, 3).unbind(0)
+    d, applied = dout.new_empty((B, H, W, half)), dout.new_empty((B, H, W, half))
+    images = d.permute(0, 3, 1, 2), applied.permute(0, 3, 1, 2)
     plan.relu_gradient(stream, outputs[2].data_ptr(), dout.data_ptr(), d.data_ptr(), bias_sums, rows)
     products: list[Tensor | None] = [None] * 3
     for i in (2, 1, 0):
