@@ -29,10 +29,10 @@ def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
         address = np.frombuffer(memory.map, np.uint8).__array_interface__["data"][0]
         with contextlib.suppress(RuntimeError, AttributeError):
             registered = int(torch.cuda.cudart().cudaHostRegister(address, memory.size, 1)) == 0  # for all contexts
+    try:
         if registered and not faster(memory, gpus[0]):
             torch.cuda.cudart().cudaHostUnregister(address)
             registered = False
-    try:
         yield registered
     finally:
         if registered:

@@ -49,6 +49,16 @@ def test_not_pinned_where_that_makes_copies_slower(memory, calls, monkeypatch):
     assert len(calls) == 3
 
 
+def test_not_pinned_any_more_after_a_trial_that_fails(memory, calls, monkeypatch):
+    def rate(source, device):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(pinning, "copy_rate", rate)
+    with pytest.raises(torch.OutOfMemoryError), pinning.pinned(memory, [GPU]):
+        pass
+    assert calls[-1] == "unpinned"
+
+
 @pytest.mark.parametrize("devices", [[torch.device("cpu")], [GPU]])
 def test_not_pinned_for_a_cpu_or_where_it_cannot_be(memory, calls, devices):
     calls[0] = 1

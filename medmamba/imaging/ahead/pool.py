@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 import threading
@@ -89,7 +90,10 @@ class Pool:
                     f"no memory to share with other processes ({error}); images are read in threads", stacklevel=4
                 )
         self._processes = [self._start() for _ in range(count)]
-        self._board = Switchboard(self._processes) if self._memory is not None and can_listen() else None
+        self._board: Switchboard | None = None
+        if self._memory is not None and can_listen():
+            with contextlib.suppress(OSError):  # too many open files: threads need none
+                self._board = Switchboard(self._processes)
         self._called = False  # whether the caller comes by
         self._threads: dict[int, threading.Thread] = {}
         for index in range(count):
@@ -102,9 +106,11 @@ class Pool:
     def _start(self) -> DecodeProcess | None:
         return None if self._memory is None else DecodeProcess(self._memory, self.order, self._nice)
 
-    def _begin_thread(self, index: int, sent: deque[Job], stays: bool = False) -> None:
+    def _begin_thread(self, index: int, sent: deque[Job], given: Job | None = None) -> None:
+        if index in self._threads:
+            self._threads[index].join()  # it has handed its process over, and does nothing after that
         thread = threading.Thread(
-            target=self._feed, args=(index, sent, stays), name=f"medmamba-read-{index}", daemon=True
+            target=self._feed, args=(index, sent, given), name=f"medmamba-read-{index}", daemon=True
         )
         self._threads[index] = thread
         thread.start()
@@ -128,8 +134,11 @@ class Pool:
                     self._jobs.append(Job(self._submitted, self._free.pop(), taken))
                     self._work.notify()
                 self._submitted += 1
-            if self._wanted in self._done and time.perf_counter() - start > _HELD_UP:
-                break
+            if time.perf_counter() - start > _HELD_UP:
+                if self._called and self._board is not None:
+                    self._attend(self._board, 0)  # nobody else gives the processes what has been named
+                if self._wanted in self._done:
+                    break
         return self._exhausted
 
     def run(self) -> Iterator[Chunk]:
@@ -162,7 +171,8 @@ class Pool:
             assert process is not None
             found: Chunk | _Answer | BaseException
             try:
-                found = _Answer(sent[0].slot, process.receive(), time.perf_counter() - sent[0].since)
+                answer = process.receive()  # first: one that has ended need not have been asked for anything
+                found = _Answer(sent[0].slot, answer, time.perf_counter() - sent[0].since)
             except ProcessGone:
                 self._begin_thread(index, board.drop(index))
                 continue
@@ -191,9 +201,7 @@ class Pool:
             job.since = time.perf_counter()
             sent.append(job)
             return True
-        with self._work:
-            self._jobs.appendleft(job)
-        self._begin_thread(index, board.drop(index), stays=True)
+        self._begin_thread(index, board.drop(index), job)
         return True
 
     def _understood(self, answer: _Answer) -> Chunk:
@@ -209,15 +217,19 @@ class Pool:
         assert self._memory is not None
         return memoryview(self._memory.map)[slot * self._size : (slot + 1) * self._size]
 
-    def _feed(self, index: int, sent: deque[Job], stays: bool) -> None:
-        """Feeds a process, which has `sent` and has not answered it yet, until the caller does, unless it `stays`."""
+    def _feed(self, index: int, sent: deque[Job], given: Job | None) -> None:
+        """Feeds a process, which has `sent` and has not answered it yet, until the caller does.
+
+        Where the process could not take a job, the thread is `given` that, and stays: there will be more of the kind.
+        """
+        stays = given is not None
         while True:
             process = self._processes[index]
             usable = process is not None and process.ready.is_set() and not process.ended
             if self._board is not None and self._called and usable and not stays:
                 self._board.offer(index, sent)
                 return
-            taken = self._take(sent)
+            taken, given = given or self._take(sent), None
             if self._closed:
                 return
             start = time.perf_counter()
@@ -316,10 +328,10 @@ class Pool:
             self._board.wake()
 
     def _wait(self, process: DecodeProcess) -> bool:
-        while not process.ready.wait(_TICK):
-            if process.failed or self._closed:
-                return False
-        return True
+        while not (process.failed or self._closed):  # first: each job of a process that failed would wait
+            if process.ready.wait(_TICK):
+                return True
+        return False
 
     def wait(self) -> None:
         """Waits until all processes are ready or have failed."""
