@@ -114,9 +114,10 @@ def fine_tune(
         seed=seed, device=device, check_duplicates=False, progress=False, half=True, size=size, cache=cache
     ) | dict(settings or {})
     if start == teacher.NAME:
-        return fine_tune_teacher(index, out, device, seed, size, split)
+        return fine_tune_teacher(index, out, device, seed, size, split, settings)
     if start == "scratch":  # the first layers must learn as fast as the last
-        result = train(index, out, "finetune", variant, allow_leakage=("duplicates",), layer_decay=1.0, **options)
+        options = {"layer_decay": 1.0} | options
+        result = train(index, out, "finetune", variant, allow_leakage=("duplicates",), **options)
     else:
         result = train(index, out, "finetune", init=start, allow_leakage=("duplicates",), **options)
     scored = result.val if split == "val" else result.test
@@ -126,10 +127,16 @@ def fine_tune(
 
 
 def fine_tune_teacher(
-    index: ImageDataset, out: Path, device: str, seed: int, size: int, split: str = "test"
+    index: ImageDataset,
+    out: Path,
+    device: str,
+    seed: int,
+    size: int,
+    split: str = "test",
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """The recipe `finetune` with EfficientNet-Lite2 from ImageNet, with `teacher.SETTINGS`."""
-    chosen = load_recipe("finetune", size=size, **teacher.SETTINGS)
+    """The recipe `finetune` with EfficientNet-Lite2 from ImageNet, with `teacher.SETTINGS`, then `settings`."""
+    chosen = load_recipe("finetune", **{"size": size} | teacher.SETTINGS | dict(settings or {}))
     torch.manual_seed(seed)
     labels = dict(enumerate(index.classes))
     config = variant_config("tiny", num_classes=len(labels), id2label=labels, preprocess={"input_size": (size, size)})
@@ -201,10 +208,13 @@ def measure(
         split: "val" compares starts without the test images, which are not even read. What was chosen on val (the
             epoch, the regularisation) is scored there too, for all starts alike.
         cache: folder for decoded images, shared by all starts.
-        settings: of the recipe, where other ones than those of `finetune` are to be tried; EfficientNet-Lite2 has its
-            own.
+        settings: of the recipe, where other ones than those of `finetune` are to be tried, for all starts.
+
+    Raises:
+        ValueError: `out` holds a result of another split, or of other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
+    balance = load_recipe("finetune", **dict(settings or {})).balance  # fails now on settings that there are not
     for seed in seeds:
         for name in sets:
             index = open_dataset(data / name)
@@ -218,7 +228,10 @@ def measure(
                         continue  # scratch has nothing to probe; the probe does not depend on the seed
                     tag = f"{Path(start).name}-{name}-{way}-{seed}"
                     file = out / f"{tag}.json"
+                    said = {"split": split} if split != "test" else {}
+                    said |= {"settings": dict(settings)} if settings and way != "probe" else {}
                     if file.is_file():
+                        _check_same(file, said)
                         continue
                     part = ten_per_class(index, seed) if way == "ten" else index
                     side = size or own_size(start)
@@ -229,11 +242,18 @@ def measure(
                         run = out / "runs" / tag
                         scores = fine_tune(start, part, run, device, seed, variant, side, split, kept, settings)
                     record = dict(start=start, set=name, way=way, seed=seed, variant=variant)
-                    record |= {"split": split} if split != "test" else {}
-                    record |= {"settings": dict(settings)} if settings else {}
+                    record |= said | ({"balance": balance} if way != "probe" else {})
                     record |= scores | {"images": part.split_sizes, "size": side}
                     file.write_text(json_text(record, indent=1), encoding="utf-8")
                     print(json_text(record), flush=True)
+
+
+def _check_same(file: Path, said: Mapping[str, Any]) -> None:
+    """Raises ValueError where a result is of another split or of other settings than what is `said`."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for key, usual in (("split", "test"), ("settings", {})):
+        if (found := kept.get(key, usual)) != (wanted := said.get(key, usual)):
+            raise ValueError(f"{file} is of {key} {json_text(found)}, not {json_text(wanted)}; use another folder")
 
 
 def _frozen(start: str) -> MedMamba | teacher.Lite2Classifier:

@@ -20,19 +20,31 @@ from .pretrain_pool import SOURCES
 HUB = Path(__file__).parent
 KEPT, MODELS, DOCUMENT = HUB / "results" / "transfer", HUB / "models", HUB.parent / "docs" / "backbones.md"
 MARKERS = "<!-- transfer: python -m hub.transfer table -->", "<!-- end of transfer -->"
+RECIPE = {"balance": "loss"}  # changes of `finetune`, which had these class weights when the first were measured
 POOL = tuple(name for name, source in SOURCES.items() if source.free)  # whose training images made the backbones
 
 
 def keep(folders: Iterable[Path]) -> list[Path]:
-    """Copies the results in `folders` to hub/results/transfer/VARIANT, with starts by name instead of by path."""
+    """Copies the results in `folders` to hub/results/transfer/VARIANT, with starts by name instead of by path.
+
+    Raises:
+        ValueError: results on other images than those of test, or of another recipe than RECIPE.
+    """
     written = []
     for folder in folders:
         for file in sorted(folder.glob("*.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
             if "split" in record:
                 raise ValueError(f"{file} was scored on {record['split']}, and these tables are of test images")
-            if "settings" in record:
-                raise ValueError(f"{file} is of another recipe: {record['settings']}")
+            other = record.get("settings", RECIPE) != RECIPE
+            # Older results do not name it; with ten images of each class, all weights are the same.
+            other |= record["way"] == "full" and record.get("balance", RECIPE["balance"]) != RECIPE["balance"]
+            if other:
+                used = record.get("settings") or {"balance": record["balance"]}
+                raise ValueError(
+                    f"{file} is of another recipe: {json_text(used)}; these tables are of `finetune` with "
+                    f"--set balance={RECIPE['balance']}"
+                )
             record["start"] = Path(record["start"]).name
             target = KEPT / record["variant"] / file.name
             target.parent.mkdir(parents=True, exist_ok=True)

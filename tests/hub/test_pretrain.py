@@ -227,9 +227,14 @@ def test_objectives_are_compared_on_val_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="of test images"):
         transfer_table.keep([tmp_path / "scores"])
     (tmp_path / "changed").mkdir()
-    (tmp_path / "changed" / "0.json").write_text(json.dumps(result("scratch", 0, 0.5) | {"settings": {"lr": 1e-3}}))
-    with pytest.raises(ValueError, match="another recipe"):
-        transfer_table.keep([tmp_path / "changed"])
+    for changed in ({"settings": {"lr": 1e-3}}, {"balance": "loss-sqrt"}):
+        (tmp_path / "changed" / "0.json").write_text(json.dumps(result("scratch", 0, 0.5) | changed))
+        with pytest.raises(ValueError, match="another recipe"):
+            transfer_table.keep([tmp_path / "changed"])
+    monkeypatch.setattr(transfer_table, "KEPT", tmp_path / "kept-transfer")
+    full = result("scratch", 0, 0.5) | {"settings": {"balance": "loss"}, "balance": "loss"}
+    (tmp_path / "changed" / "0.json").write_text(json.dumps(full))
+    assert transfer_table.keep([tmp_path / "changed"]) and transfer_table.load()[0]["balance"] == "loss"
     (tmp_path / "scores" / "s.json").write_text(json.dumps(result("scratch", 0, 0.25)))
     with pytest.raises(ValueError, match="scored on test images"):
         pretrain.main(words)
@@ -327,6 +332,28 @@ def test_a_start_is_measured_once_by_every_way(backbone, data, tmp_path, monkeyp
     assert found["images"] == {"train": 8, "val": 4, "test": 4} and 0 <= found["auroc"] <= 1 and found["size"] == 32
     capsys.readouterr()
     assert transfer.main(words) == 0 and not capsys.readouterr().out
+    full = json.loads((tmp_path / "out" / "scratch-cells-full-0.json").read_text())
+    assert full["balance"] == "loss-sqrt" and "balance" not in found
+    for other, said in ((["--split", "val"], 'split "test", not "val"'), (["--set", "lr=1e-4"], 'not {"lr":')):
+        with pytest.raises(ValueError, match=said):
+            transfer.main([*words, *other])
+
+
+def test_settings_are_those_of_every_start(tmp_path, monkeypatch):
+    class Chosen(Exception):
+        pass
+
+    def stop(*given, **options):
+        raise Chosen(given, options)
+
+    monkeypatch.setattr(transfer, "train", stop)
+    monkeypatch.setattr(transfer, "load_recipe", stop)
+    for start in ("scratch", "medmamba/tiny-medical", transfer.teacher.NAME):
+        settings = {"balance": "none", "layer_decay": 0.5}
+        with pytest.raises(Chosen) as found:
+            transfer.fine_tune(start, None, tmp_path, "cpu", 0, "tiny", 64, settings=settings)
+        options = found.value.args[1]
+        assert (options["size"], options["balance"], options["layer_decay"]) == (64, "none", 0.5)
 
 
 @pytest.mark.parametrize("way", ["probe", pytest.param("full", marks=pytest.mark.slow)])
