@@ -47,13 +47,16 @@ def test_a_process_that_ends_while_it_has_nothing_to_do(files):
     chunks = read_ahead(files * 5, ORDER, workers=1, chunk=1, ahead=2, wait=True)
     held = [next(chunks) for _ in range(4)]
     reading = pool_of(chunks)
-    board = reading._board
+    board, ended = reading._board, reading._processes[0]
     until(lambda: 0 in board.sent and not board.sent[0], lambda: reading._attend(board, 0.05))
-    reading._processes[0].kill()
-    reading._processes[0]._process.wait()
+    drop, closed = board.drop, []
+    board.drop = lambda index: closed.append(ended._answers.closed) or drop(index)
+    ended.kill()
+    ended._process.wait()
     for chunk in held:
         chunk.release()
     items = [item for chunk in held for item in chunk.items] + collect(chunks)
+    assert closed == [False]  # as long as somebody has it open, the system reports a pipe that was closed first
     assert [item.source for item in items] == [f.name for f in files] * 5
     assert all(isinstance(item, Prepared) for item in items)
 

@@ -174,7 +174,9 @@ class Pool:
                 answer = process.receive()  # first: one that has ended need not have been asked for anything
                 found = _Answer(sent[0].slot, answer, time.perf_counter() - sent[0].since)
             except ProcessGone:
-                self._begin_thread(index, board.drop(index))
+                sent = board.drop(index)  # before its pipe is closed, which a fork of this process may hold open
+                process.end()
+                self._begin_thread(index, sent)
                 continue
             except RuntimeError as error:
                 found = error
@@ -295,7 +297,7 @@ class Pool:
         try:
             return process.receive()
         except ProcessGone:
-            pass
+            process.end()
         with self._work:  # not to blame: it had not begun these
             self._jobs.extendleft(reversed(later))
             self._work.notify(len(later))
@@ -315,6 +317,7 @@ class Pool:
         try:
             found, _ = take(process.run([source], slot * self._size, self._size), self._part(slot))
         except ProcessGone:
+            process.end()
             name = str(source) if not isinstance(source, bytes) else "bytes"
             text = f"{name}: reading it ended the process that did (damaged file, or not enough memory)"
             return [Unread(name, text, OSError(text))]

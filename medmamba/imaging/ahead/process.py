@@ -94,13 +94,12 @@ class DecodeProcess:
         """Waits for the next answer, a message that `messages.take` understands.
 
         Raises:
-            ProcessGone: it has ended, by one of these images or by somebody else.
+            ProcessGone: it has ended, by one of these images or by somebody else; the caller calls `end`.
             RuntimeError: a bug, with the traceback of the process.
         """
         try:
             answer = receive(self._answers)
         except (EOFError, OSError, ValueError):
-            self.end()
             raise ProcessGone from None
         if answer[:1] == b"!":
             raise RuntimeError(f"a process that reads images failed:\n{answer[1:].decode('utf-8', 'replace')}")
