@@ -228,7 +228,7 @@ def measure(
                         continue  # scratch has nothing to probe; the probe does not depend on the seed
                     tag = f"{Path(start).name}-{name}-{way}-{seed}"
                     file = out / f"{tag}.json"
-                    said = {"split": split} if split != "test" else {}
+                    said: dict[str, Any] = {"split": split} if split != "test" else {}
                     said |= {"settings": dict(settings)} if settings and way != "probe" else {}
                     if file.is_file():
                         _check_same(file, said)
