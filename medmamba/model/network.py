@@ -223,7 +223,7 @@ class DropPath(nn.Module):
         """Returns a per-sample keep mask scaled by 1/(1 - rate), float32 (B, 1, 1, 1), or None when inactive."""
         if not self.training or self.rate == 0:
             return None
-        kept = torch.empty((len(x), 1, 1, 1), device=x.device).bernoulli_(1 - self.rate)
+        kept = torch.empty((len(x), 1, 1, 1), dtype=torch.float32, device=x.device).bernoulli_(1 - self.rate)
         return kept.div_(1 - self.rate)
 
     def extra_repr(self) -> str:

@@ -7,11 +7,16 @@ import pytest
 import torch
 from fused_problems import plain, without_a_gpu  # noqa: F401, the latter runs for each test
 from test_cuda_kernels import DEVICE, runs
+from test_fused_ops_model import forget
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from medmamba.inference.fingerprint import stamp
 from medmamba.kernels.block import eligibility, whole
+from medmamba.kernels.block.plan import likes
 from medmamba.kernels.block.training_conv import branch_parts
-from medmamba.model.network import SSConvSSM
+from medmamba.kernels.cuda import nvrtc
+from medmamba.model.network import DropPath, SSConvSSM
 
 
 def block(drop_path=0.0):
@@ -41,6 +46,9 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
     def patched(made):
         made.ssm.forward = lambda x: x
 
+    def narrow(made):
+        made.ssm.in_proj.weight = nn.Parameter(torch.zeros(8, 8, device=DEVICE))
+
     others = {
         "evaluation": lambda made: made.eval(),
         "another layer of the hook": lambda made: setattr(made, "ssm_map", nn.ReLU()),
@@ -48,6 +56,7 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
         "a method of its own": patched,
         "another width": lambda made: setattr(made.ssm, "out_proj", nn.Linear(16, 4, bias=False, device=DEVICE)),
         "weights in float64": lambda made: made.double(),
+        "a weight that is not as wide as the layer says": narrow,
         "weights elsewhere": lambda made: setattr(made.ssm, "dt_weight", nn.Parameter(made.ssm.dt_weight.to("meta"))),
     }
     for what, change in others.items():
@@ -57,6 +66,68 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
     monkeypatch.setattr(whole.Block, "apply", lambda *_: ran.append(1) or x)
     block()(x)
     assert ran == [1]
+
+
+class Quantised(torch.Tensor):
+    """Stands in for a subclass without memory of its own, whose address is 0."""
+
+
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "conv.1.weight", "conv.5.bias", "ssm.in_proj.weight", "ssm.conv.weight", "ssm.dt_weight"]
+)
+def test_kernels_take_no_address_of_other_tensors(name):
+    made, x = block(), torch.randn(2, 4, 4, 16, device=DEVICE)
+    owner, _, parameter = name.rpartition(".")
+    layer = made.get_submodule(owner)
+    setattr(layer, parameter, nn.Parameter(getattr(layer, parameter).detach().as_subclass(Quantised)))
+    assert not eligibility.fits_block(x, made)
+    assert eligibility.fits_split_norm(x, made.norm) == (owner != "norm")
+    assert eligibility.fits_conv_branch(x[..., :8], made.conv) == (not owner.startswith("conv"))
+    assert eligibility.fits_conv_silu(torch.randn(2, 4, 4, 32, device=DEVICE), made.ssm.conv) == (owner != "ssm.conv")
+
+
+def test_modes_that_see_each_operation_meet_no_kernel():
+    """Selective checkpointing, for one, keeps results of convolutions, which a kernel changes where they lie."""
+    x = torch.randn(2, 4, 4, 16, device=DEVICE)
+    assert eligibility.kernels_run(x, None)
+    with FlopCounterMode(display=False):
+        assert not eligibility.kernels_run(x, None)
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Kernels that do nothing."""
+    forget()
+    monkeypatch.setattr(nvrtc, "load_kernel", lambda *_: lambda *_: None)
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("run", [SSConvSSM.forward, SSConvSSM.run_pieces])
+def test_what_was_made_from_old_statistics_is_noticed(idle, run):
+    """Prediction keeps a copy of the network for as long as no version of its tensors changes."""
+    layer, x = block(), torch.randn(2, 4, 4, 16, device=DEVICE)
+    before = stamp(layer)
+    run(layer, x)
+    assert stamp(layer) != before
+    for norm in layer.conv:
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.num_batches_tracked = None
+    before = stamp(layer)
+    run(layer, x)
+    assert stamp(layer) != before
+
+
+def test_other_defaults_of_pytorch():
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mask = DropPath(0.5).train().keep_mask(torch.randn(2, 4, 4, 8))
+    finally:
+        torch.set_default_dtype(kept)
+    assert mask.dtype == torch.float32, "kernels read it as such"
+    with torch.device("meta"):
+        assert likes((2, 3))[0].device.type == "cpu", "plans outlive the setting"
 
 
 def plain_tensors(made):
@@ -165,6 +236,32 @@ def test_gradients_in_sixteen_bits(kind):
 
     found, expected = (gradients(copy.deepcopy(layer), run) for run in (SSConvSSM.__call__, SSConvSSM.run_pieces))
     assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.slow
+@runs
+def test_parameters_of_several_types():
+    """As where norms and A_log stay in float32: they are not read, nor are their gradients rounded, in 16 bits."""
+    layer, x = block().to(torch.bfloat16), torch.randn(2, 5, 3, 16, device=DEVICE).bfloat16()
+    wide = [layer.ssm.A_log, layer.ssm.dt_weight, layer.conv[0].weight, layer.norm.bias]
+    for parameter in wide:
+        parameter.data = parameter.data.float() + torch.rand_like(parameter.data.float()) * 1e-3
+    for norm in (layer.conv[0], layer.conv[2], layer.conv[5]):
+        norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
+    assert eligibility.fits_block(x, layer)
+    along = torch.randn(2, 5, 3, 16, device=DEVICE)
+
+    def gradients(layer, run):
+        found = torch.autograd.grad((run(layer, x) * along).sum(), [*layer.parameters()])
+        assert [g.dtype for g in found] == [p.dtype for p in layer.parameters()]
+        return found
+
+    found, expected = (gradients(copy.deepcopy(layer), run) for run in (SSConvSSM.__call__, SSConvSSM.run_pieces))
+    for parameter, gradient in zip(layer.parameters(), found, strict=True):
+        if any(parameter is p for p in wide):
+            assert not torch.equal(gradient, gradient.bfloat16().float())
+    both = [torch.cat([g.flatten().float() for g in each]) for each in (found, expected)]
+    assert (both[0] - both[1]).norm() < 0.01 * both[1].norm()
 
 
 @pytest.mark.slow

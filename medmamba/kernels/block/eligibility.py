@@ -3,8 +3,9 @@
 The kernels run where the scan runs on the backend "cuda" and a predicate `fits_...` accepts the arguments of the piece.
 The plain PyTorch of `model/network.py` runs in all other cases: on CPUs and with other backends (so
 `model.set_scan_backend("triton")` or MEDMAMBA_SCAN turns the kernels off), while torch.compile or torch.export trace (a
-compiler fuses by itself), in float64, for channel counts that are no multiple of 4, under `torch.func` and forward-mode
-derivatives, and where a module has hooks or is not of the expected type.
+compiler fuses by itself), under modes of PyTorch that see each operation (FlopCounterMode, selective checkpointing), in
+float64, for channel counts that are no multiple of 4, under `torch.func` and forward-mode derivatives, and where a
+module has hooks or is not of the expected type.
 
 Under autocast, the plain norms return float32, which the next linear layer rounds to 16 bits; the kernels round the
 same numbers to the dtype of the map.
@@ -26,14 +27,17 @@ from ..dispatch import resolve_backend, transformed
 MAX_NORM_CHANNELS = 2048  # a warp keeps a row in its registers
 MAX_BRANCH_CHANNELS = 1024
 MAX_IMAGE_NUMBERS = 2**31  # of a batch of images, counted in 32 bits
+WITH_MEMORY = {Tensor, nn.Parameter}  # subclasses, such as quantised weights, may have no address
 
 
 def kernels_run(x: Tensor, backend: str | None) -> bool:
     """Returns whether kernels may run on x at all, whichever piece of the network is asked for."""
     if torch.compiler.is_compiling() or not _on_cuda_backend(x, backend):
         return False
-    # Subclasses of Tensor trace or distribute operators; a kernel, which takes addresses, would bypass them.
-    return type(x) is Tensor and x.dtype in TYPES and not torch.jit.is_tracing() and not transformed()
+    # Subclasses of Tensor and modes trace, distribute or keep what operators return; a kernel, which takes addresses,
+    # would bypass them.
+    seen = type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
+    return not seen and x.dtype in TYPES and not transformed()
 
 
 def observed(*modules: nn.Module) -> bool:
@@ -57,6 +61,8 @@ def fits_embed_patches(x: Tensor, conv: nn.Conv2d) -> bool:
     if conv.kernel_size != (size, size) or conv.stride != (size, size) or conv.padding not in ((0, 0), "valid"):
         return False
     plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.weight.device == conv.bias.device == x.device
+    if type(conv.weight) not in WITH_MEMORY or type(conv.bias) not in WITH_MEMORY:
+        return False
     if x.ndim != 4 or not x.numel() or x.shape[1] != conv.in_channels or min(x.shape[2:]) < size or not plain:
         return False
     if torch.is_grad_enabled() and x.requires_grad:
@@ -112,6 +118,7 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
         return False
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    weight: Any
     for layer in layers:
         if isinstance(layer, nn.BatchNorm2d):
             if not layer.training or layer.momentum is None or layer.num_features != C:
@@ -135,7 +142,7 @@ def fits_conv_branch(x: Tensor, branch: nn.Sequential) -> bool:
         else:
             continue
         weight, bias = own_parameter(layer, "weight"), own_parameter(layer, "bias")
-        if weight is None or bias is None or weight.device != x.device:
+        if type(weight) not in WITH_MEMORY or type(bias) not in WITH_MEMORY or weight.device != x.device:
             return False
     return True
 
@@ -183,13 +190,17 @@ def fits_block(x: Tensor, block: Any) -> bool:
     side: Any = Like((*rows, half), x.dtype, x.device)  # a branch of the block
     inner: Any = Like((*rows, C), x.dtype, x.device)
     wide: Any = Like((*rows, 2 * C), x.dtype, x.device)
-    scan = (x_proj, (K, R + 2 * N, C)), (dt_weight, (K, C, R)), (dt_bias, (K, C)), (A_log, (K, C, N)), (D, (K, C))
+    w_in: Any = own_parameter(in_proj, "weight")
+    w_out: Any = own_parameter(out_proj, "weight")
+    matrices = (
+        (x_proj, (K, R + 2 * N, C)), (dt_weight, (K, C, R)), (dt_bias, (K, C)), (A_log, (K, C, N)), (D, (K, C)),
+        (w_in, (2 * C, half)), (w_out, (half, C)),
+    )  # fmt: skip
     return (
         hasattr(drop_path, "keep_mask")
         and K == cuda_backend.K
-        and in_proj.out_features == 2 * C
-        and out_proj.out_features == half
-        and all(p.shape == shape and p.device == x.device and p.is_floating_point() for p, shape in scan)
+        and all(p.shape == shape and p.device == x.device and p.is_floating_point() for p, shape in matrices)
+        and all([type(p) in WITH_MEMORY for p, _ in matrices])  # noqa: C419
         and x_proj.dtype in TYPES
         and cuda_backend.covers(rows[1] * rows[2], C, x.dtype.itemsize, R + -R % 4, N)
         and fits_split_norm(x, modules["norm"])
@@ -243,5 +254,7 @@ def _like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _takes_parameters(module: nn.Module, x: Tensor) -> bool:
-    weight, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
-    return weight is not None and bias is not None and weight.device == x.device and not observed(module)
+    weight: Any = own_parameter(module, "weight")
+    bias = own_parameter(module, "bias")
+    plain = type(weight) in WITH_MEMORY and type(bias) in WITH_MEMORY
+    return plain and weight.device == x.device and not observed(module)

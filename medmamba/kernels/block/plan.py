@@ -200,7 +200,7 @@ def pixels_each(key: Key) -> int:
 
 def likes(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Returns a tensor of each shape, without memory for its numbers."""
-    return [torch.empty(1).expand(shape) for shape in shapes]
+    return [torch.empty(1, device="cpu").expand(shape) for shape in shapes]
 
 
 def whole_kernel(name: str, key: Key) -> Kernel:

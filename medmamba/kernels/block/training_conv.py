@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.autograd.graph import increment_version
 
 from ..cuda import nvrtc
 from ..once import once
@@ -138,7 +139,18 @@ def _stats(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, before: Tensor |
     tensors = partials, x, weight, bias, before, norm.running_mean, norm.running_var, stats, norm.tracked
     numbers = len(partials), rows, norm.momentum, norm.eps
     training.launch(plan("batch_stats"), -(-C // 32), 512, x, *tensors, *numbers)
+    written(norm)
     return stats
+
+
+def written(norm: Norm) -> None:
+    """Tells PyTorch that the state of a batch norm was written, which it cannot see: what was computed from it is old.
+
+    As PyTorch's batch norm does, this increases the version of the number of batches.
+    """
+    state = norm.running_mean if norm.tracked is None else norm.tracked
+    if state is not None and not state.is_inference():
+        increment_version(state)
 
 
 def _apply(x: Tensor, stats: Tensor, relu: bool) -> Tensor:

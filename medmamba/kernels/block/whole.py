@@ -23,7 +23,7 @@ from .memory import ready
 from .plan import SCALE, SHIFT, SPATIAL, Key, Plan, plan_for
 from .registry import replaces
 from .training import ALL_PIXELS
-from .training_conv import Norm, branch_parts
+from .training_conv import Norm, branch_parts, written
 from .whole_backward import backward
 
 NORMS = ((13, 14), (17, 18), (21, 22))  # weight and bias among the parameters of `Block`
@@ -76,8 +76,10 @@ class Block(Function):
     def forward(ctx, x, keep, settings, *parameters):
         x, wanted = ready(x), ctx.needs_input_grad[3:]
         kinds = [p.dtype for p in parameters]
-        own, last = _readable(parameters, kinds)
-        rank, states, kind = parameters[6].shape[2], parameters[8].shape[2], kinds[5]
+        # Of several types, none is read, or its gradient rounded, in a narrower one than its own.
+        kind = kinds[5] if kinds.count(kinds[5]) == len(kinds) else torch.float32
+        own, last = _readable(parameters, kinds, kind)
+        rank, states = parameters[6].shape[2], parameters[8].shape[2]
         params = any(wanted[:2]), any(wanted[3:5]), any(wanted[10:12])
         key = Key(
             tuple(x.shape), own[9].shape[1], rank, states, x.dtype, kind, last, keep is not None,
@@ -137,9 +139,9 @@ class Block(Function):
 # --- the forward pass -----------------------------------------------------------------------------------------------
 
 
-def _readable(parameters: tuple[Tensor, ...], kinds: list[torch.dtype]) -> tuple[list[Tensor], bool]:
+def _readable(parameters: tuple[Tensor, ...], kinds: list[torch.dtype], kind: torch.dtype) -> tuple[list[Tensor], bool]:
     """Returns the parameters as kernels read them, and whether the 3x3 kernels lie channels-last."""
-    own, kind = list(parameters), kinds[5]
+    own = list(parameters)
     if all(p.is_contiguous() and not p.data_ptr() % 16 for p in parameters):
         last = False
         if kind == torch.float32 and kinds.count(kind) == len(kinds):
@@ -176,6 +178,7 @@ def _branch(plan: Plan, key: Key, x: Tensor, given: int, norms: list, own: list,
             norm.running_var.data_ptr(), stats, tracked, plan.programs, rows, norm.momentum, eps[i],
         )  # fmt: skip
         plan.batch_apply[i](stream, given, stats + 4 * SCALE * half, stats + 4 * SHIFT * half, to, plan.fours)
+        written(norm)
         outputs.append(_convolve(plan, applied, image, kernels[i]))
         given, stats = outputs[-1].data_ptr(), stats + 4 * 4 * half
     plan.batch_apply[2](stream, given, 0, own[24].data_ptr(), given, plan.fours)  # adds the bias, with ReLU, in place
