@@ -43,7 +43,8 @@ def until(condition, meanwhile):
     assert condition()
 
 
-def test_a_process_that_ends_while_it_has_nothing_to_do(files):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_ends_while_it_has_nothing_to_do(files, monkeypatch, failing):
     chunks = read_ahead(files * 5, ORDER, workers=1, chunk=1, ahead=2, wait=True)
     held = [next(chunks) for _ in range(4)]
     reading = pool_of(chunks)
@@ -53,6 +54,9 @@ def test_a_process_that_ends_while_it_has_nothing_to_do(files):
     board.drop = lambda index: closed.append(ended._answers.closed) or drop(index)
     ended.kill()
     ended._process.wait()
+    boots = ["raise SystemExit(1)"] * failing + [process._BOOT] * 9  # of those in its place
+    plain = reading._start
+    monkeypatch.setattr(reading, "_start", lambda: monkeypatch.setattr(process, "_BOOT", boots.pop(0)) or plain())
     for chunk in held:
         chunk.release()
     items = [item for chunk in held for item in chunk.items] + collect(chunks)

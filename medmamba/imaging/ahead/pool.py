@@ -25,6 +25,7 @@ MEMORY = 2 << 30  # bytes of prepared images at most
 _TICK = 0.5  # a wait without end cannot be interrupted on Windows
 _HELD_UP = 0.001  # seconds for which more images are asked for while the caller could go on
 _SENT = 2  # jobs that a process has: the next is there before one is done, so that it never waits for the caller
+_STARTS = 3  # of a process in place of one that has ended
 
 
 @dataclass
@@ -309,11 +310,7 @@ class Pool:
         return items
 
     def _alone(self, index: int, source: Any, slot: int) -> list[Prepared | Unread]:
-        process = self._processes[index]
-        if not self._closed and (process is None or process.ended):
-            process = self._processes[index] = self._start()
-        if self._closed or process is None or not self._wait(process):
-            raise RuntimeError("a process that reads images has ended, and no other could be started")
+        process = self._running(index)
         try:
             found, _ = take(process.run([source], slot * self._size, self._size), self._part(slot))
         except ProcessGone:
@@ -325,6 +322,18 @@ class Pool:
             if isinstance(item, Prepared):
                 item.pixels = item.pixels.copy()
         return found
+
+    def _running(self, index: int) -> DecodeProcess:
+        """Returns the process in a place once it is ready, or another where it has ended, maybe while it started."""
+        for _ in range(_STARTS):
+            process = self._processes[index]
+            if not self._closed and (process is None or process.ended or process.failed):
+                if process is not None:
+                    process.end()
+                process = self._processes[index] = self._start()
+            if process is not None and self._wait(process):
+                return process
+        raise RuntimeError("a process that reads images has ended, and no other could be started")
 
     def _wake_caller(self) -> None:
         if self._board is not None:
