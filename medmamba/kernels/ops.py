@@ -368,10 +368,13 @@ def _(dy, u, delta, A, B, C, D, delta_bias, softplus, backend):
 
 def _scan_1d_setup(ctx, inputs, output):
     *tensors, ctx.softplus, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # otherwise PyTorch allocates zeros as large as the last state
     ctx.save_for_backward(*tensors)
 
 
 def _scan_1d_grad(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
     if torch.is_grad_enabled():
 
         def scan(*tensors: Tensor) -> Tensor:

@@ -152,8 +152,9 @@ def test_more_states_than_the_kernels_hold_go_elsewhere():
 def test_plans_fill_the_gpu(monkeypatch):
     emulate(monkeypatch, processors=132)
     mamba = lines.plan_for(8, 1536, 1, 2048, 16, 0)
-    assert (mamba.segment_warps, mamba.parts) == (12, 1)  # 256 programs
-    assert lines.plan_for(1, 1536, 1, 2048, 16, 0).parts == 4
+    assert (mamba.segment_warps, mamba.parts, mamba.segment_resident) == (6, 1, 2)  # 256 programs
+    single = lines.plan_for(1, 1536, 1, 2048, 16, 0)
+    assert (single.segment_warps, single.parts) == (12, 4)
     assert lines.plan_for(64, 384, 4, 3136, 16, 0).segment_warps == 4
     assert lines.plan_for(64, 384, 4, 3136, 1, 0).warps == 3  # 96 channels of a group are three warps
     assert lines.plan_for(64, 3072, 4, 49, 1, 0).rows == 4

@@ -16,6 +16,7 @@ MOST_STATES = 16
 STEP = 8  # consecutive tokens of a thread
 OFFSETS = 2**32  # bytes within one sequence, which the kernels count in 32 bits
 FEW = 4  # warps that walk along lines on a multiprocessor, below which lanes lie along the lines instead
+MANY = 4  # programs of segments per multiprocessor, from which they are small
 FULL = 12  # warps of the second kernel of the backward pass on a multiprocessor
 
 
@@ -56,20 +57,22 @@ def plan_for(batch: int, channels: int, groups: int, length: int, states: int, d
     rows = 1
     while rows * lanes < (8 if lanes == 4 else 4) and length <= segment_length(states, 2 * rows):
         rows *= 2  # a line that is shorter would leave lanes idle
-    # The fewest idle warps; of equals, the largest programs, as they read B and C less often.
+    # What follows was measured on an H200. The fewest idle warps; of equals, the largest programs, as they read B and C
+    # less often.
     each = 32 // lanes
     warps = min((4, 3, 2, 1), key=lambda w: (-(-group // (w * each)) * w, -w))
-    wanted = FULL * torch.cuda.get_device_properties(device).multi_processor_count
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = FULL * processors
     programs = batch * groups * -(-length // segment_length(states, rows))
     most = -(-group // rows)  # warps that have a channel
-    segment_warps = min(4 if 4 * programs >= wanted else FULL, most)
+    segment_warps = min(4 if programs >= MANY * processors else 6 if 36 * programs >= 5 * wanted else FULL, most)
     parts = 1
     while 6 * programs * parts * segment_warps < 5 * wanted and 2 * parts * segment_warps <= most:
         parts *= 2
-    resident = max(1, (FULL if per == 4 else 16) // segment_warps)
-    few = batch * channels * lanes < 32 * FEW * torch.cuda.get_device_properties(device).multi_processor_count
-    across = min(4, most) if few else 0
-    return Plan(warps, 16 // warps, 12 // warps, 0, across, rows, segment_warps, parts, resident)
+    resident = (4 if per == 4 else 5) if segment_warps == 4 else max(1, FULL // segment_warps)
+    few = batch * channels * lanes < 32 * FEW * processors
+    across = min(8 if per == 1 else 4, most) if few or per == 1 else 0
+    return Plan(warps, 16 // warps, 12 // warps, int(lanes == 4), across, rows, segment_warps, parts, resident)
 
 
 def scan(
