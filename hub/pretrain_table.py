@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmamba.cards.backbone import METRICS, WAYS
+from medmamba.cards import backbone
 from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
 HUB = Path(__file__).parent
-KEPT, DOCUMENT = HUB / "results" / "pretraining", HUB.parent / "docs" / "backbones.md"
+KEPT, DOCUMENT = HUB / "results" / "pretraining" / "val", HUB.parent / "docs" / "backbones.md"
 MARKERS = "<!-- objectives: python -m hub.pretrain table -->", "<!-- end of objectives -->"
+WAYS, METRICS = {way: backbone.WAYS[way] for way in ("probe", "ten", "full")}, backbone.METRICS
 RUNS = "runs"  # folder of the records of the backbones, beside their scores
 NAMES = {
     "teacher_weight": "teacher",

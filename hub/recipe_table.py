@@ -4,7 +4,7 @@
         --set balance=none --data DATA --out scores/none
     python -m hub.recipe_table scores/none scores/today
 
-Without results, writes the table from those kept in hub/results/recipe.
+Without results, writes the table from those kept in hub/results/recipe/val.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
 HUB = Path(__file__).parent
-KEPT, DOCUMENT = HUB / "results" / "recipe", HUB.parent / "docs" / "training.md"
+KEPT, DOCUMENT = HUB / "results" / "recipe" / "val", HUB.parent / "docs" / "training.md"
 MARKERS = "<!-- recipe: python -m hub.recipe_table -->", "<!-- end of recipe -->"
 TODAY = "as it is"
 

@@ -12,6 +12,7 @@ from typing import Any
 from medmamba.cards import TRANSFER_NAME, write_card
 from medmamba.cards.backbone import METRICS, WAYS, transfer_tables
 from medmamba.pretrained import read_config
+from medmamba.training.recipe import load_recipe
 from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
@@ -20,7 +21,9 @@ from .pretrain_pool import SOURCES
 HUB = Path(__file__).parent
 KEPT, MODELS, DOCUMENT = HUB / "results" / "transfer", HUB / "models", HUB.parent / "docs" / "backbones.md"
 MARKERS = "<!-- transfer: python -m hub.transfer table -->", "<!-- end of transfer -->"
-RECIPE = {"balance": "loss"}  # changes of `finetune`, which had these class weights when the first were measured
+WEIGHTED = {
+    "balance": "loss"
+}  # the settings of the way "full-weights": those of `finetune` when the first were measured
 POOL = tuple(name for name, source in SOURCES.items() if source.free)  # whose training images made the backbones
 
 
@@ -28,7 +31,7 @@ def keep(folders: Iterable[Path]) -> list[Path]:
     """Copies the results in `folders` to hub/results/transfer/VARIANT, with starts by name instead of by path.
 
     Raises:
-        ValueError: results on other images than those of test, or of another recipe than RECIPE.
+        ValueError: results on other images than those of test, or of settings other than `finetune` or WEIGHTED has.
     """
     written = []
     for folder in folders:
@@ -36,17 +39,15 @@ def keep(folders: Iterable[Path]) -> list[Path]:
             record = json.loads(file.read_text(encoding="utf-8"))
             if "split" in record:
                 raise ValueError(f"{file} was scored on {record['split']}, and these tables are of test images")
-            other = record.get("settings", RECIPE) != RECIPE
-            # Older results do not name it; with ten images of each class, all weights are the same.
-            other |= record["way"] == "full" and record.get("balance", RECIPE["balance"]) != RECIPE["balance"]
-            if other:
-                used = record.get("settings") or {"balance": record["balance"]}
-                raise ValueError(
-                    f"{file} is of another recipe: {json_text(used)}; these tables are of `finetune` with "
-                    f"--set balance={RECIPE['balance']}"
-                )
+            settings = record.pop("settings", None)
+            balance = record.get("balance", load_recipe("finetune").balance)  # the results of a probe do not name it
+            if settings not in (None, WEIGHTED) or balance not in (load_recipe("finetune").balance, "loss"):
+                raise ValueError(f"{file} is of another recipe than `finetune`: {json_text(settings or balance)}")
+            if record["way"] == "full" and "loss" in (balance, (settings or {}).get("balance")):
+                record["way"] = "full-weights"
             record["start"] = Path(record["start"]).name
-            target = KEPT / record["variant"] / file.name
+            name = "{start}-{set}-{way}-{seed}.json".format(**record)
+            target = KEPT / record["variant"] / name
             target.parent.mkdir(parents=True, exist_ok=True)
             write_text(target, json_text(record, indent=1) + "\n")
             written.append(target)

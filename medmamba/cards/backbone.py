@@ -11,7 +11,12 @@ from .sections import citation, input_text, licence, parameters, usage_in_timm
 if TYPE_CHECKING:
     from .facts import ModelFacts
 
-WAYS = {"probe": "linear probe", "ten": "ten images per class", "full": "all training images"}
+WAYS = {
+    "probe": "linear probe",
+    "ten": "ten images per class",
+    "full": "all training images",
+    "full-weights": "all training images, `balance=loss`",
+}
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 

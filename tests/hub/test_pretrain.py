@@ -227,14 +227,17 @@ def test_objectives_are_compared_on_val_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="of test images"):
         transfer_table.keep([tmp_path / "scores"])
     (tmp_path / "changed").mkdir()
-    for changed in ({"settings": {"lr": 1e-3}}, {"balance": "loss-sqrt"}):
+    for changed in ({"settings": {"lr": 1e-3}}, {"balance": "none"}):
         (tmp_path / "changed" / "0.json").write_text(json.dumps(result("scratch", 0, 0.5) | changed))
         with pytest.raises(ValueError, match="another recipe"):
             transfer_table.keep([tmp_path / "changed"])
     monkeypatch.setattr(transfer_table, "KEPT", tmp_path / "kept-transfer")
-    full = result("scratch", 0, 0.5) | {"settings": {"balance": "loss"}, "balance": "loss"}
-    (tmp_path / "changed" / "0.json").write_text(json.dumps(full))
-    assert transfer_table.keep([tmp_path / "changed"]) and transfer_table.load()[0]["balance"] == "loss"
+    weighted = result("scratch", 0, 0.5) | {"settings": {"balance": "loss"}, "balance": "loss"}
+    (tmp_path / "changed" / "0.json").write_text(json.dumps(weighted))
+    (tmp_path / "changed" / "1.json").write_text(json.dumps(result("scratch", 0, 0.5) | {"balance": "loss-sqrt"}))
+    kept = transfer_table.keep([tmp_path / "changed"])
+    assert [path.name for path in kept] == [f"scratch-breastmnist-{way}-0.json" for way in ("full-weights", "full")]
+    assert json.loads(kept[0].read_text()) == result("scratch", 0, 0.5, "full-weights") | {"balance": "loss"}
     (tmp_path / "scores" / "s.json").write_text(json.dumps(result("scratch", 0, 0.25)))
     with pytest.raises(ValueError, match="scored on test images"):
         pretrain.main(words)
