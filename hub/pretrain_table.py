@@ -18,7 +18,7 @@ HUB = Path(__file__).parent
 KEPT, DOCUMENT = HUB / "results" / "pretraining" / "val", HUB.parent / "docs" / "backbones.md"
 MARKERS = "<!-- objectives: python -m hub.pretrain table -->", "<!-- end of objectives -->"
 WAYS, METRICS = {way: backbone.WAYS[way] for way in ("probe", "ten", "full")}, backbone.METRICS
-RUNS = "runs"  # folder of the records of the backbones, beside their scores
+RUNS = "backbones"  # folder of the records of the backbones, beside their scores
 NAMES = {
     "teacher_weight": "teacher",
     "label_weight": "labels",
