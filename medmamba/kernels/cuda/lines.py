@@ -179,13 +179,10 @@ def scan_backward(
         channels, channels // groups, length,
         *dy.stride()[:2], *u.stride()[:2], *delta.stride()[:2], *B.stride(), *C.stride(),
     )  # fmt: skip
-    shares = [dA.view(batch, -1), dD, dbias.view(batch * segments, channels)]
+    dA, dD, dbias = _sum_rows(dA.view(batch, -1), dD, dbias.view(batch * segments, channels))
     if plan.parts > 1:
-        shares += [dB.view(plan.parts, -1), dC.view(plan.parts, -1)]
-    sums = [_sum_rows(share) for share in shares]
-    if plan.parts > 1:
-        dB, dC = sums[3:]
-    grads = (du, ddelta, sums[0], dB, dC, sums[1], sums[2])
+        dB, dC = _sum_rows(dB.view(plan.parts, -1), dC.view(plan.parts, -1))
+    grads = (du, ddelta, dA, dB, dC, dD, dbias)
     return tuple(g.view(t.shape).to(t.dtype) for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
 
 
@@ -221,18 +218,17 @@ def _walk(
     )  # fmt: skip
 
 
-def _sum_rows(rows: Tensor) -> Tensor:
-    """Sums (count, columns) to (columns,) in a fixed order."""
-    count, columns = rows.shape
-    if count == 1:
-        return rows[0]
-    out = rows.new_empty(columns)
-    load_and_launch(
-        "sum.cu", "sum_rows", "ppii",
-        (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", 0), ("RANK", 1), ("STATES", 1), ("PARTS", 1), ("VEC", 0)),
-        0, -(-columns // 32), 256, rows, rows, out, count, columns,
-    )  # fmt: skip
-    return out
+def _sum_rows(*matrices: Tensor) -> list[Tensor]:
+    """Sums up to three matrices (count, columns) to (columns,), in a fixed order and one launch."""
+    outs = [matrix.new_empty(matrix.shape[1]) for matrix in matrices]
+    arguments: list[Tensor | int | None] = []
+    for matrix, out in zip(matrices, outs, strict=True):
+        arguments += [matrix, out, *matrix.shape]
+    arguments += [None, None, 0, 0] * (3 - len(matrices))
+    blocks = sum(-(-matrix.shape[1] // 32) for matrix in matrices)
+    constants = (("X_TYPE", 0), ("P_TYPE", 0), ("Y_TYPE", 0), ("RANK", 1), ("STATES", 1), ("PARTS", 1), ("VEC", 0))
+    load_and_launch("sum.cu", "sum_rows", "ppii" * 3, constants, 0, blocks, 256, matrices[0], *arguments)
+    return outs
 
 
 def _constants(

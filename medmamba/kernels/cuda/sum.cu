@@ -51,17 +51,26 @@ extern "C" __global__ void __launch_bounds__(256) sum_table(
     else (j == N + RANK ? dbias : dD)[kc] = sum;
 }
 
-// Sums (count, columns) over its rows, in a fixed order: eight warps share the rows of 32 columns.
+// Sums up to three matrices (count, columns) over their rows, in a fixed order: eight warps share the rows of 32 columns.
 extern "C" __global__ void __launch_bounds__(256) sum_rows(
-    const float* __restrict__ rows, float* __restrict__ out, int count, int columns) {
-    const int slice = threadIdx.x / 32, column = blockIdx.x * 32 + threadIdx.x % 32;
+    const float* rows0, float* out0, int count0, int columns0, const float* rows1, float* out1, int count1, int columns1,
+    const float* rows2, float* out2, int count2, int columns2) {
+    const float* const rows[3] = {rows0, rows1, rows2};
+    float* const outs[3] = {out0, out1, out2};
+    const int counts[3] = {count0, count1, count2}, widths[3] = {columns0, columns1, columns2};
     __shared__ float sums[256];
-    Sum sum;
-    if (column < columns)
-        for (int i = slice; i < count; i += 8) sum.add(rows[(i64)i * columns + column]);
-    sums[threadIdx.x] = sum.total;
-    __syncthreads();
-    if (slice || column >= columns) return;
-    for (int s = 1; s < 8; s++) sum.add(sums[s * 32 + threadIdx.x]);
-    out[column] = sum.total;
+    int block = blockIdx.x;
+#pragma unroll
+    for (int m = 0; m < 3; block -= (widths[m] + 31) / 32, m++) {
+        if (block < 0 || block >= (widths[m] + 31) / 32) continue;
+        const int slice = threadIdx.x / 32, column = block * 32 + threadIdx.x % 32;
+        Sum sum;
+        if (column < widths[m])
+            for (int i = slice; i < counts[m]; i += 8) sum.add(rows[m][(i64)i * widths[m] + column]);
+        sums[threadIdx.x] = sum.total;
+        __syncthreads();
+        if (slice || column >= widths[m]) continue;
+        for (int s = 1; s < 8; s++) sum.add(sums[s * 32 + threadIdx.x]);
+        outs[m][column] = sum.total;
+    }
 }
