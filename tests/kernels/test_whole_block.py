@@ -118,6 +118,15 @@ def test_what_was_made_from_old_statistics_is_noticed(idle, run):
     assert stamp(layer) != before
 
 
+@pytest.mark.parametrize("run", [SSConvSSM.forward, SSConvSSM.run_pieces])
+def test_second_derivatives_are_refused_also_of_a_sum(idle, run):
+    """Whose gradient is one, which needs no gradient itself; weights are frozen, as for a Hessian of the input."""
+    x = torch.randn(2, 4, 4, 16, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(run(block().requires_grad_(False), x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_other_defaults_of_pytorch():
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

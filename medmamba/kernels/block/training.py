@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from ..cuda import nvrtc
 from ..cuda.nvrtc import launch
 from ..once import once
 from . import eligibility
 from .autocast import in_its_types
+from .derivatives import differentiable_once
 from .memory import evenly_spaced, parameter, processors, ready, types
 from .registry import replaces
 
@@ -94,7 +95,7 @@ class SplitNorm(Function):
         return x, left, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dx, dleft, dnormed):
         right, weight = ctx.saved_tensors
         gradient = dx.new_empty(dx.shape)
@@ -118,7 +119,7 @@ class GateProject(Function):
         return F.linear(_gated(ctx, y, gate, weight, bias), matrix)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @in_its_types
     def backward(ctx, dout):
         y, gate, weight, bias, matrix = ctx.saved_tensors
@@ -150,7 +151,7 @@ class Norm(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
         _, H, W, _ = x.shape
@@ -176,7 +177,7 @@ class ConvSilu(Function):
         return out, wide[..., C:]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout, dgate):
         wide, weight, bias = ctx.saved_tensors
         wanted, C, device = any(ctx.needs_input_grad[1:]), dout.shape[-1], wide.get_device()
@@ -210,7 +211,7 @@ class Mix(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         (keep,) = ctx.saved_tensors
         half = (*dout.shape[:-1], dout.shape[-1] // 2)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from torch.autograd.graph import increment_version
 
 from ..cuda import nvrtc
 from ..once import once
 from . import eligibility, training
+from .derivatives import differentiable_once
 from .memory import parameter, processors, ready, types
 from .registry import replaces
 from .training import sum_programs
@@ -87,7 +88,7 @@ class ConvBranch(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         x, first, second, out, *rest = ctx.saved_tensors
         stats, kernels, wanted = rest[:3], rest[3:], ctx.needs_input_grad[2:]

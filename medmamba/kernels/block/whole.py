@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors as cut
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from ..cuda import graph_capture, nvrtc
 from . import eligibility
 from .autocast import in_its_types
+from .derivatives import differentiable_once
 from .memory import ready
 from .plan import SCALE, SHIFT, SPATIAL, Key, Plan, plan_for
 from .registry import replaces
@@ -129,7 +130,7 @@ class Block(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @in_its_types
     def backward(ctx, dout):
         with _on_its_device(dout):
