@@ -118,6 +118,29 @@ def test_what_was_made_from_old_statistics_is_noticed(idle, run):
     assert stamp(layer) != before
 
 
+def test_saved_tensors_may_come_back_at_any_address(idle, monkeypatch):
+    """Kernels read several numbers at a time, which a GPU refuses at other addresses than multiples of their size."""
+    taken = {}
+
+    def load_kernel(file, name, *_):
+        return lambda grid, threads, stream, *arguments: taken.update({name: arguments})
+
+    monkeypatch.setattr(nvrtc, "load_kernel", load_kernel)
+    forget()
+
+    def elsewhere(t):
+        room = t.new_empty(t.numel() + 1)[1:]
+        return room.copy_(t.flatten()).view(t.shape)
+
+    layer, x = block().to(torch.bfloat16), torch.randn(2, 4, 4, 16, device=DEVICE).bfloat16()
+    for norm in (layer.conv[0], layer.conv[2], layer.conv[5]):
+        norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, elsewhere):
+        SSConvSSM.forward(layer, x).sum().backward()
+    assert all(taken["scan_backward"][i] % 16 == 0 for i in (0, 1, 3, 4, 5, 6, 7))
+    assert taken["norm_backward"][3] % 16 == 0
+
+
 @pytest.mark.parametrize("run", [SSConvSSM.forward, SSConvSSM.run_pieces])
 def test_second_derivatives_are_refused_also_of_a_sum(idle, run):
     """Whose gradient is one, which needs no gradient itself; weights are frozen, as for a Hessian of the input."""

@@ -18,7 +18,9 @@ def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     keep, *saved = ctx.saved_tensors  # once, as checkpointing demands
     # Hooks of saved tensors may bring them back elsewhere.
     halves, wide, scanned, proj, states, y, *branch, numbers = map(ready, saved[:10])
-    norm_w, conv_w, conv_b, dt_bias, D, gate_w, gate_b, codes, *spatial, matrix, out_matrix, point = saved[10:]
+    norm_w, conv_w, conv_b, dt_bias, D, gate_w, gate_b = map(ready, saved[10:17])
+    codes, *spatial, matrix, out_matrix, point = saved[17:]
+    scanned = scanned.clone() if scanned.data_ptr() % 16 else scanned  # read 16 bytes at a time
     stream, size, half, rows, C = (
         nvrtc.current_stream(key.device),
         dout.element_size(),
