@@ -33,7 +33,14 @@ def test_observed_and_other_blocks_run_as_pieces(monkeypatch):
     x = torch.randn(2, 4, 4, 16, device=DEVICE)
     assert eligibility.fits_block(x, block())
     calls = []
-    for name in ("conv", "norm", "ssm", "ssm_map", "drop_path", "ssm.in_proj", "ssm.conv", "ssm.out_norm", "conv.3"):
+    names = "conv", "norm", "ssm", "ssm_map", "drop_path", "ssm.in_proj", "ssm.conv", "ssm.out_norm", "conv.3"
+    for name in (*names, "ssm.out_proj", "conv.1"):
+        watched = block()
+        layer = watched.get_submodule(name)
+        layer.forward = lambda *inputs, run=layer.forward: calls.append(1) or run(*inputs)
+        assert not eligibility.fits_block(x, watched), name
+        assert eligibility.fits_split_norm(x, watched.norm) == (name != "norm")
+        assert eligibility.fits_conv_branch(x[..., :8], watched.conv) == (not name.startswith("conv"))
         hooked = block()
         hooked.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
         assert not eligibility.fits_block(x, hooked), name

@@ -41,13 +41,17 @@ def kernels_run(x: Tensor, backend: str | None) -> bool:
 
 
 def observed(*modules: nn.Module) -> bool:
-    """Returns whether one of the modules has hooks registered, or a tracer is active."""
+    """Returns whether one of the modules has hooks or a `forward` of its own, or a tracer is active."""
     return torch.compiler.is_compiling() or _has_any_global_hook() or any(map(_hooked, modules))
 
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # as libraries that watch or offload layers replace it
     )
 
 
@@ -179,8 +183,7 @@ def fits_block(x: Tensor, block: Any) -> bool:
         return False
     layers = ssm._modules
     in_proj, conv, out_norm, out_proj = (layers[name] for name in ("in_proj", "conv", "out_norm", "out_proj"))
-    own = branch, ssm, hook, drop_path, in_proj, conv
-    if any(["forward" in m.__dict__ for m in own]) or observed(*own):  # noqa: C419 a generator takes longer
+    if observed(branch, ssm, hook, drop_path, in_proj, conv):
         return False
     of_scan: Any = (own_parameter(ssm, name) for name in ("x_proj", "dt_weight", "dt_bias", "A_log", "D"))
     x_proj, dt_weight, dt_bias, A_log, D = of_scan
