@@ -351,8 +351,12 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    """Starts to bring a tensor to the CPU as float32.
+
+    The GPU converts it: on the CPU all threads of PyTorch would, and take the cores from the processes that read.
+    """
+    host = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
+    return host.copy_(tensor.float(), non_blocking=True)
 
 
 def _hooked(model: Any) -> bool:
