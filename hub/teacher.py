@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medmamba import MedMamba
-from medmamba.config import ORGANISATION, MedMambaConfig
+from medmamba.config import MedMambaConfig
 from medmamba.imaging.preprocess import normalise
+from medmamba.pretrained import bundled_models
 from medmamba.training.teacher import MedMambaTeacher
-from medmamba.utils.checksums import CONFIG_NAME
+from medmamba.utils.checksums import CONFIG_NAME, WEIGHTS_NAME
 
 NAME = "efficientnet-lite2"
 WEIGHTS = "teacher.safetensors"
@@ -145,7 +146,21 @@ def load_teachers(teachers: Sequence[str | Path], labels: Sequence[str]) -> Teac
 
 
 def described(teachers: Sequence[str | Path]) -> str:
-    """Returns how teachers are recorded with the student: "2 x efficientnet-lite2, medmamba/bloodmnist"."""
+    """Returns how teachers are recorded with the student: "2 x efficientnet-lite2, medmamba/bloodmnist".
+
+    A folder is named by the bundled model that it holds the weights of; any other folder as TEACHER/FOLDER, a place
+    that whoever repeats the run fills in.
+    """
     runs = [source for source in map(Path, teachers) if (source / DESCRIPTION).is_file()]
-    models = [f"{ORGANISATION}/{source.name}" for source in map(Path, teachers) if source not in runs]
+    models = [_model_name(source) for source in map(Path, teachers) if source not in runs]
     return ", ".join([*([f"{len(runs)} x {NAME}"] if runs else []), *models])
+
+
+def _model_name(source: Path) -> str:
+    if not source.is_dir():
+        return source.as_posix()  # "org/name", as it was given
+    weights = (source / WEIGHTS_NAME).read_bytes()
+    for name, folder in bundled_models().items():
+        if folder.name == source.resolve().name and (folder / WEIGHTS_NAME).read_bytes() == weights:
+            return name
+    return f"TEACHER/{source.resolve().name}"

@@ -53,7 +53,7 @@ def _zoo_commands(facts: ModelFacts) -> list[list[str]]:
     if t.get("base_model"):
         commands[-1] += ["--init", str(t["base_model"])]
     teaching = str(t.get("teacher", ""))
-    models = re.findall(r"[\w-]+/[\w-]+", teaching)
+    models = re.findall(r"[\w.-]+/[\w.-]+", teaching)
     if teachers := re.match(r"(\d+) x ([\w-]+)", teaching):
         first = ["python", "-m", "hub.zoo", "baseline", facts.entry.name, "--data", "DATA", "--model", teachers[2]]
         first += ["--recipe", str(t["recipe"]).partition("-distilled")[0]]

@@ -15,6 +15,7 @@ from medmamba import MedMamba
 from medmamba.config import variant_config
 from medmamba.data import DatasetError, LeakageError, registry
 from medmamba.imaging.preprocess import normalise
+from medmamba.pretrained import bundled_models
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,9 @@ def test_a_larger_medmamba_teaches_at_its_own_size_beside_others(tmp_path):
     with torch.no_grad():
         expected = model(normalise(enlarged, model.config.preprocess)).softmax(-1)
         assert torch.allclose(taught(images), expected, atol=1e-6)
-    assert teacher.described([tmp_path / "large"]) == "medmamba/large"
+    assert teacher.described([tmp_path / "large"]) == "TEACHER/large"  # no such model on the Hub
+    assert teacher.described([bundled_models()["medmamba/bloodmnist-nano"]]) == "medmamba/bloodmnist-nano"
+    assert teacher.described(["somebody/cells.v2"]) == "somebody/cells.v2"
     with pytest.raises(ValueError, match="knows a, b, not b, a"):
         teacher.load_teachers([tmp_path / "large"], ["b", "a"])
     (tmp_path / "empty").mkdir()
