@@ -30,7 +30,7 @@ def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
         with contextlib.suppress(RuntimeError, AttributeError):
             registered = int(torch.cuda.cudart().cudaHostRegister(address, memory.size, 1)) == 0  # for all contexts
     try:
-        if registered and not faster(memory, gpus[0]):
+        if registered and not worth_it(memory, gpus[0]):
             torch.cuda.cudart().cudaHostUnregister(address)
             registered = False
         yield registered
@@ -41,8 +41,8 @@ def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
             torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def faster(memory: Any, device: torch.device) -> bool:
-    """Returns whether copies from pinned memory take no longer than copies from other memory do, by trying."""
+def worth_it(memory: Any, device: torch.device) -> bool:
+    """Returns whether copies from pinned memory take at most `_SLOWER` times as long as others do."""
     here = torch.from_numpy(np.frombuffer(memory.map, np.uint8))
     other = torch.ones(min(memory.size, _TIMES * _PIECES * _PIECE), dtype=torch.uint8)
     return copy_rate(here, device) * _SLOWER >= copy_rate(other, device)

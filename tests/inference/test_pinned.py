@@ -90,6 +90,6 @@ def test_the_rate_is_of_pieces_all_over_the_memory(pieces, monkeypatch):
 def test_copies_are_the_same_pinned_or_not(memory):
     values = np.frombuffer(memory.map, np.uint8)
     values[:] = np.random.default_rng(0).integers(0, 256, values.size)
-    assert isinstance(pinning.faster(memory, GPU), bool)
+    assert isinstance(pinning.worth_it(memory, GPU), bool)
     with pinning.pinned(memory, [GPU]):
         assert torch.equal(torch.from_numpy(values).to(GPU, non_blocking=True).cpu(), torch.from_numpy(values))
