@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ Progressed = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass
-class CachedImages:
+class CachedImages(ABC):
     """Base of `CachedPairs` and `CachedBoxes`: images (N, H, W, C) uint8, on the CPU or a GPU.
 
     Attributes:
@@ -64,9 +65,9 @@ class CachedImages:
         chosen = self.images[rows.to(self.images.device)].to(device, non_blocking=True)
         return chosen.permute(0, 3, 1, 2).float() / 255, self.labels(rows, device)
 
+    @abstractmethod
     def labels(self, rows: Tensor, device: torch.device) -> Any:
         """Returns the labels of a batch."""
-        raise NotImplementedError
 
 
 def decode_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from .splits import divided
 E = TypeVar("E", bound="Examples")
 
 
-class Examples:
+class Examples(ABC):
     """Base of `SegmentationDataset` and `DetectionDataset`.
 
     A subclass is a dataclass with these fields; its examples have `image`, `label_file`, `split` and `patient`.
@@ -23,9 +24,9 @@ class Examples:
     classes: tuple[str, ...]
     examples: tuple[Any, ...]
 
+    @abstractmethod
     def load(self, index: int) -> tuple[Any, ...]:
         """Reads one image; returns it with its labels."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.examples)
