@@ -68,14 +68,19 @@ def tables(records: Sequence[dict[str, Any]], runs: dict[str, dict[str, Any]]) -
         found = [record for record in records if (record["variant"], record["set"]) == (variant, name)]
         count = found[0]["images"]["val"]
         lines = [["initial weights", "pretrained for", *(WAYS[way] for way in WAYS)], ["---"] * (2 + len(WAYS))]
-        groups = dict.fromkeys(re.sub(r"-seed\d+$", "", record["start"]) for record in found)
+        groups = dict.fromkeys(_group(record["start"]) for record in found)
         for start in sorted(groups, key=lambda start: (_place(start, runs), start)):
-            mine = [record for record in found if re.sub(r"-seed\d+$", "", record["start"]) == start]
+            mine = [record for record in found if _group(record["start"]) == start]
             cells = [_cell([record for record in mine if record["way"] == way]) for way in WAYS]
             lines.append([f"`{start}`", _objectives(runs.get(mine[0]["start"])), *cells])
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         texts.append(f"**{name}, {variant}**, {count} validation images:\n\n{table}")
     return "\n\n".join(texts)
+
+
+def _group(start: str) -> str:
+    """Returns the name that runs share which differ in the seed alone."""
+    return re.sub(r"-seed\d+$", "", start)
 
 
 def _order(key: tuple[str, str]) -> tuple[bool, str, bool, str]:
@@ -85,7 +90,7 @@ def _order(key: tuple[str, str]) -> tuple[bool, str, bool, str]:
 
 def _place(start: str, runs: dict[str, dict[str, Any]]) -> tuple[int, int]:
     """Sorts: without pretraining, then one objective, then several."""
-    run = next((run for name, run in sorted(runs.items()) if name in (start, f"{start}-seed1")), None)
+    run = next((run for name, run in sorted(runs.items()) if _group(name) == start), None)
     if run is None:
         return (0 if start == "scratch" else 2), 0
     return 1, 10 * bool(run["non_commercial"]) + sum(bool(run[key]) for key in NAMES)
@@ -122,15 +127,24 @@ def write(check: bool = False) -> int:
     Args:
         check: write nothing; return 1 if they are out of date.
     """
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, first, rest = text.partition(MARKERS[0])
-    _, last, after = rest.partition(MARKERS[1])
+    return update(DOCUMENT, MARKERS, tables(*load()), "python -m hub.pretrain table", check)
+
+
+def update(document: Path, markers: Sequence[str], body: str, command: str, check: bool) -> int:
+    """Writes what a command makes between the markers of a document.
+
+    Args:
+        check: write nothing; return 1, and name the command, if the document is out of date.
+    """
+    text = document.read_text(encoding="utf-8")
+    before, first, rest = text.partition(markers[0])
+    _, last, after = rest.partition(markers[1])
     if not (first and last):
-        raise SystemExit(f"{DOCUMENT} has lost its markers {MARKERS}")
-    new = f"{before}{first}\n\n{tables(*load())}\n\n{last}{after}"
-    if check:
-        if new != text:
-            print(f"{DOCUMENT} is out of date: python -m hub.pretrain table", file=sys.stderr)
-        return int(new != text)
-    write_text(DOCUMENT, new)
+        raise SystemExit(f"{document} has lost its markers {markers}")
+    new = f"{before}{first}\n\n{body}\n\n{last}{after}"
+    if not check:
+        write_text(document, new)
+    elif new != text:
+        print(f"{document} is out of date: {command}", file=sys.stderr)
+        return 1
     return 0

@@ -21,6 +21,8 @@ from medmamba.cards.backbone import METRICS
 from medmamba.utils.files import write_text
 from medmamba.utils.text import json_text
 
+from .pretrain_table import update
+
 HUB = Path(__file__).parent
 KEPT, DOCUMENT = HUB / "results" / "recipe" / "val", HUB.parent / "docs" / "training.md"
 MARKERS = "<!-- recipe: python -m hub.recipe_table -->", "<!-- end of recipe -->"
@@ -78,16 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is out of date")
     args = parser.parse_args(argv)
     keep(args.results)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, first, rest = text.partition(MARKERS[0])
-    _, last, after = rest.partition(MARKERS[1])
-    if not (first and last):
-        raise SystemExit(f"{DOCUMENT} has lost its markers {MARKERS}")
-    new = f"{before}{first}\n\n{table(load())}\n\n{last}{after}"
-    if args.check:
-        return int(new != text)
-    write_text(DOCUMENT, new)
-    return 0
+    return update(DOCUMENT, MARKERS, table(load()), "python -m hub.recipe_table", args.check)
 
 
 if __name__ == "__main__":

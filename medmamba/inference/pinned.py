@@ -18,7 +18,7 @@ _SLOWER = 2.0  # times as slow as a copy of other memory, for which the caller w
 
 @contextlib.contextmanager
 def pinned(memory: Any, devices: Sequence[torch.device]) -> Iterator[bool]:
-    """Pins a `SharedMemory` for the time of the block; does nothing where it cannot, or where copies become slower.
+    """Pins a `SharedMemory` for the time of the block; not where it cannot, or where copies become much slower.
 
     A GPU reads pinned memory where it lies, in small pages. What that costs depends on how the machine, which may be a
     virtual one, finds them; what is not pinned is copied through memory of the driver.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.backends.cuda import scan_parts
 from ..kernels.block import between
+from ..kernels.block.memory import parameter
 from ..kernels.cuda import graph_capture
 from ..kernels.once import once
 from ..kernels.reference import pad_rank
@@ -152,7 +153,7 @@ def prepare_block(block: SSConvSSM, narrow: bool) -> Block:
     affine, conv1, _, conv2, _, pointwise, _ = layers
     ssm: Any = block.ssm
     x_proj, dt_weight = pad_rank(ssm.x_proj, ssm.dt_weight.float())
-    scale, shift = (getattr(affine, name).flatten().float().contiguous() for name in ("scale", "shift"))
+    scale, shift = (parameter(getattr(affine, name).flatten()) for name in ("scale", "shift"))
     in_proj, out_proj = ssm.in_proj.weight, ssm.out_proj.weight
     split, out_norm = (scale, shift, *norm_of(block.norm)), norm_of(ssm.out_norm)
     D = ssm.D.float()
@@ -194,4 +195,4 @@ def _smaller_scan(
 
 def norm_of(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """Returns weight and bias in float32, and epsilon."""
-    return norm.weight.float(), norm.bias.float(), norm.eps
+    return parameter(norm.weight), parameter(norm.bias), norm.eps

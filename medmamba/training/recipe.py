@@ -18,6 +18,9 @@ class RecipeError(ValueError):
     """Raised for a recipe that does not exist, or has unknown or invalid settings."""
 
 
+POWERS = {"loss": 1.0, "loss-sqrt": 0.5}  # of the class weights, by `balance`
+
+
 @dataclass(frozen=True)
 class Augment:
     """Augmentation of the training images, drawn per image; off where all values are zero.
@@ -121,7 +124,7 @@ class Recipe:
             _check(getattr(self, name) is None or getattr(self, name) >= 32, f"{name} must be at least 32")
         _choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         _choice("schedule", self.schedule, ("cosine", "step", "constant"))
-        _choice("balance", self.balance, ("none", "loss", "loss-sqrt", "sampling"))
+        _choice("balance", self.balance, ("none", *POWERS, "sampling"))
         _check(self.lr > 0, f"lr must be positive, got {self.lr}")
         _check(all(0 <= b < 1 for b in self.betas), f"betas must be in [0, 1), got {self.betas}")
         _check(0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}")

@@ -24,7 +24,7 @@ from .divergence import check_weights, diverged
 from .identity import differences
 from .optim import WeightAverage, build_optimizer, freeze_stages, lr_factor, set_lr
 from .progress import Progress
-from .recipe import Recipe, RecipeError
+from .recipe import POWERS, Recipe, RecipeError
 from .run_log import RunLog
 from .stopping import stop_on_sigterm
 from .teacher import Teacher
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from ..data import CachedDataset
 
-POWERS = {"loss": 1.0, "loss-sqrt": 0.5}  # of the class weights
 Images = Callable[[str, int], "CachedDataset"]  # ("train" or "val", side in pixels) -> decoded images
 
 

@@ -182,9 +182,12 @@ def test_nan_is_not_hidden_by_relu():
     layer, (x,), call = problem("conv_branch", (2, 3, 4, 8), torch.float32)
     x[0, 0, 0, 0] = torch.nan
     layer, x = copy.deepcopy(layer).float(), x.float()
+    other = copy.deepcopy(layer)
     with plain():
-        expected = call(copy.deepcopy(layer), x)
+        expected = call(other, x)
     assert expected.isnan().all() and call(layer, x).isnan().all()
+    for name, buffer in other.named_buffers():  # nor by the variance, which is no less than zero
+        assert torch.equal(layer.get_buffer(name).isnan(), buffer.isnan()), name
 
 
 @runs

@@ -35,13 +35,14 @@ def _batch():
     return images, torch.eye(3)[torch.arange(8) % 3].cuda()
 
 
-def test_batches_collected_ahead_are_those_asked_for_one_by_one(folder):
+def test_batches_collected_ahead_are_those_asked_for_one_by_one(folder, monkeypatch):
     dataset = open_dataset(folder)
     data = cache_images(dataset, PreprocessConfig((32, 32)))
     parts = torch.randperm(len(dataset)).split(5)
-    for part, (images, labels) in zip(parts, data.batches(iter(parts), "cuda"), strict=True):
-        expected = data.batch(part, "cuda")
-        assert images.is_cuda and torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+    expected = [data.batch(part, "cuda") for part in parts]
+    monkeypatch.setattr(data, "batch", None)  # collected, not asked for one by one
+    for (pixels, numbers), (images, labels) in zip(expected, data.batches(iter(parts), "cuda"), strict=True):
+        assert images.is_cuda and torch.equal(images, pixels) and torch.equal(labels, numbers)
 
 
 def test_the_network_is_seeded_as_manual_seed_does():

@@ -103,7 +103,7 @@ def _in_this_thread(source: Iterator[Any], order: Order, chunk: int, left: int, 
             return
         took = time.perf_counter() - start
         spent, done = spent + took, done + len(items)
-        yield Chunk(items, seconds=took)
+        yield Chunk(items)
         if len(items) < chunk:
             return
         more = WORTH if left < 0 else (left - done) * spent / done

@@ -35,13 +35,11 @@ class Chunk:
     Attributes:
         items: what became of each.
         slot: its place in shared memory; None: memory of its own.
-        seconds: of decoding, in one process or thread.
         runs: the pixels of neighbours of one kind, (n, h, w, c), where they lie in shared memory; else empty.
     """
 
     items: list[Prepared | Unread]
     slot: int | None = None
-    seconds: float = 0.0
     runs: list[np.ndarray] = field(default_factory=list, repr=False)
     _free: deque[int] | None = field(default=None, repr=False)
 
@@ -56,7 +54,6 @@ class Chunk:
 class _Answer:
     slot: int
     message: bytes
-    seconds: float
 
 
 class Pool:
@@ -173,7 +170,7 @@ class Pool:
             found: Chunk | _Answer | BaseException
             try:
                 answer = process.receive()  # first: one that has ended need not have been asked for anything
-                found = _Answer(sent[0].slot, answer, time.perf_counter() - sent[0].since)
+                found = _Answer(sent[0].slot, answer)
             except ProcessGone:
                 sent = board.drop(index)  # before its pipe is closed, which a fork of this process may hold open
                 process.end()
@@ -182,8 +179,6 @@ class Pool:
             except RuntimeError as error:
                 found = error
             self._done[sent.popleft().number] = found
-            if sent:
-                sent[0].since = time.perf_counter()
         for least in range(_SENT):  # those that have fewer come first
             for index, sent in [*board.sent.items()] if self._jobs else ():
                 if len(sent) <= least and not self._give(board, index, sent):
@@ -201,7 +196,6 @@ class Pool:
             self._done[job.number] = error
             return True
         if taken:
-            job.since = time.perf_counter()
             sent.append(job)
             return True
         self._begin_thread(index, board.drop(index), job)
@@ -214,7 +208,7 @@ class Pool:
             items, runs = take(answer.message, self._part(answer.slot))
         except EOFError:
             raise RuntimeError("a process that reads images sent something else than an answer") from None
-        return Chunk(items, answer.slot, answer.seconds, runs, self._free)
+        return Chunk(items, answer.slot, runs, self._free)
 
     def _part(self, slot: int) -> memoryview:
         assert self._memory is not None
@@ -235,7 +229,6 @@ class Pool:
             taken, given = given or self._take(sent), None
             if self._closed:
                 return
-            start = time.perf_counter()
             job = taken or sent.popleft()
             found: list[Prepared | Unread] | bytes | BaseException
             try:  # whatever happens, the caller waits for this job
@@ -245,11 +238,10 @@ class Pool:
                     sent.append(job)
                     continue
                 else:
-                    start = time.perf_counter()
                     found = [prepare(source, self.order) for source in job.sources]
             except BaseException as error:
                 found = error
-            self._hand_over(job, found, time.perf_counter() - start)
+            self._hand_over(job, found)
 
     def _take(self, sent: Collection[Job]) -> Job | None:
         """Waits for something to do; returns a job to begin, or None where an answer is to be received."""
@@ -263,13 +255,13 @@ class Pool:
             # Threads without any come first.
             return self._jobs.popleft() if len(sent) < _SENT and len(self._jobs) > self._idle else None
 
-    def _hand_over(self, job: Job, found: list[Prepared | Unread] | bytes | BaseException, took: float) -> None:
+    def _hand_over(self, job: Job, found: list[Prepared | Unread] | bytes | BaseException) -> None:
         done: Chunk | _Answer | BaseException
         # A chunk keeps its slot even where it does not use it: slots bound the memory.
         if isinstance(found, bytes):
-            done = _Answer(job.slot, found, took)
+            done = _Answer(job.slot, found)
         elif isinstance(found, list):
-            done = Chunk(found, job.slot, took, [], self._free)
+            done = Chunk(found, job.slot, [], self._free)
         else:
             done = found
         with self._news:

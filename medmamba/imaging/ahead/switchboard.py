@@ -24,13 +24,11 @@ class Job:
 
     Attributes:
         number: of the chunk, in order.
-        since: when a process, or a thread, could begin with it, by `time.perf_counter`.
     """
 
     number: int
     slot: int
     sources: list[Any]
-    since: float = 0.0
 
 
 class Switchboard:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.cuda import TYPES
 from ..cuda.nvrtc import load_and_launch, takes_tensor
+from .memory import types
 
 MOST = 256  # channels: a lane keeps a quarter of those of two pixels in its registers
 GROUP = 32  # channels of a warp
@@ -89,10 +89,9 @@ def between(
     weight, bias, eps, project = end or (None, None, 0.0, None)
     scale, shift, next_weight, next_bias, next_eps, expand = begin or (None, None, None, None, 0.0, None)
     tiles = max(1, THREADS // C)  # a tile takes as many threads as there are channels
-    kind = TYPES[x.dtype]
     constants = (
-        *(("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1), ("CHANNELS", C)),
-        *(("MIX", int(mixed is not None)), ("SPLIT", int(begin is not None)), ("TILES", tiles)),
+        *types(x.dtype),
+        *(("CHANNELS", C), ("MIX", int(mixed is not None)), ("SPLIT", int(begin is not None)), ("TILES", tiles)),
     )
     arguments = (
         *(parts, gate, weight, bias, project, x, left, out, scale, shift, next_weight, next_bias, expand),

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.cuda import TYPES
 from ..cuda.nvrtc import load_and_launch, takes_tensor
+from .memory import ready, types
 
 CHUNK = 32  # channels in shared memory at a time, or half as many
 WIDTH = 16  # pixels of a tile
@@ -93,14 +93,13 @@ def conv3x3(
     chunk = CHUNK if C % CHUNK == S % CHUNK == 0 else CHUNK // 2
     pixels = (plan.rows + 2) * (WIDTH + 2)
     shared = pixels * (chunk + 8) * 2 * min(2, (C + S) // chunk)
-    kind = TYPES[x.dtype]
     constants = (
-        *(("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1), ("FIRST", C)),
-        *(("UP", int(enlarge)), ("SECOND", S), ("CHUNK", chunk), ("OUT", O), ("COLUMNS", plan.columns)),
+        *types(x.dtype),
+        *(("FIRST", C), ("UP", int(enlarge)), ("SECOND", S), ("CHUNK", chunk), ("OUT", O), ("COLUMNS", plan.columns)),
         *(("ROWS", plan.rows), ("RELU", int(not head)), ("MAPS", int(head))),
     )
     grid = B * down * across * blocks
-    bias = bias if bias.data_ptr() % 8 == 0 else bias.clone()  # four at a time are read, and it may be a view
+    bias = ready(bias)  # it may be a view
     arguments = (x, skip, weight, bias, out, H, W, down, across)
     load_and_launch("conv3x3.cu", "conv3x3", "pppppiiii", constants, shared, grid, 32 * WARPS, x, *arguments)
     return out

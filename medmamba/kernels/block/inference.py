@@ -7,8 +7,9 @@ Feature maps are (B, H, W, C) and contiguous unless said otherwise, C a multiple
 import torch
 from torch import Tensor
 
-from ..backends.cuda import TYPES, scan_parts
+from ..backends.cuda import scan_parts
 from ..cuda.nvrtc import load_and_launch
+from .memory import types
 
 WARPS = 4
 TILES = ((8, 2), (2, 1))  # pixels in rows that a thread convolves; the latter keep a GPU busy with at most FEW numbers
@@ -92,7 +93,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     strip, rows = TILES[B * H * W * C <= FEW]
     strips, bands = -(-W // strip), -(-H // rows)
     threads = B * bands * strips * (C // 2)
-    constants = (*_types(x), ("CHANNELS", C), ("STRIP", strip), ("ROWS", rows), ("STEP", x.stride(2)))
+    constants = (*types(x.dtype), ("CHANNELS", C), ("STRIP", strip), ("ROWS", rows), ("STEP", x.stride(2)))
     arguments = (x, weight, bias, out, threads, H, W, strips, bands, x.stride(0))
     grid = -(-threads // 256)
     load_and_launch("depthwise.cu", "depthwise_silu", "pppp" + "iiiiil", constants, 0, grid, 256, x, *arguments)
@@ -101,10 +102,5 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _rows(name: str, signature: str, x: Tensor, channels: int, pixels: int, flags: tuple, *arguments) -> None:
     every = {"MIX": 0, "SPLIT": 0, "GATHER": 0} | dict(flags)
-    constants = (*_types(x), ("CHANNELS", channels), ("WARPS", WARPS), *every.items())
+    constants = (*types(x.dtype), ("CHANNELS", channels), ("WARPS", WARPS), *every.items())
     load_and_launch("fused.cu", name, signature, constants, 0, -(-pixels // WARPS), 32 * WARPS, x, *arguments)
-
-
-def _types(x: Tensor) -> tuple[tuple[str, int], ...]:
-    kind = TYPES[x.dtype]
-    return ("X_TYPE", kind), ("P_TYPE", kind), ("Y_TYPE", kind), ("RANK", 1), ("STATES", 1)

@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * SLICES) batch_stats(
     const int c = blockIdx.x * 32 + threadIdx.x % 32;
     if (threadIdx.x >= 32 || c >= C) return;
     const float offset = sums.x / rows, mean = to_float<X_TYPE>(x[c]) + offset;
-    const float variance = fmaxf(sums.y / rows - offset * offset, 0.f);
+    const float variance = relu(sums.y / rows - offset * offset);
     const float rstd = 1.f / sqrtf(variance + eps), scale = rstd * weight[c];
     stats[MEAN * C + c] = mean, stats[RSTD * C + c] = rstd;
     stats[SCALE * C + c] = scale, stats[SHIFT * C + c] = bias[c] - mean * scale;
